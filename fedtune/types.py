@@ -1,0 +1,64 @@
+"""The few values that travel between modules. All are frozen; arrays inside them are treated as read-only."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
+"""Tensors by name. Trainable values are float32."""
+
+Metrics = dict[str, tuple[float, float]]
+"""(sum, weight) by name; divide once, at the end (`fedtune.metrics.value`)."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, shape and unit of one tensor. A unit is what can be selected or frozen as one ("block.3", "head")."""
+
+    name: str
+    shape: tuple[int, ...]
+    unit: str
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class ClientInfo:
+    """A client the coordinator may draw: its name and how many training examples it says it holds."""
+
+    name: str
+    examples: int
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What one client does in one round: train the tensors of `units`, starting from the model of `round` - 1."""
+
+    client: str
+    round: int
+    units: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one client returns: new values (not differences) of the tensors it trained, their weight, and its metrics."""
+
+    client: str
+    round: int
+    arrays: Arrays
+    weight: float
+    metrics: Metrics = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """What a round did: the clients averaged, the total weight, the merged training metrics, who was refused and why."""
+
+    round: int
+    clients: tuple[str, ...]
+    weight: float
+    metrics: Metrics
+    refused: Mapping[str, str] = field(default_factory=dict)
