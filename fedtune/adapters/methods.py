@@ -1,0 +1,128 @@
+"""Puts an adapter on a model: from a spec and a frame to the parameters that are trained, by tensor name. Needs torch."""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedtune.adapters.fed_sb import SBLinear
+from fedtune.adapters.lora import LoRALinear
+from fedtune.adapters.spec import AdapterSpec
+from fedtune.errors import ShapeMismatch
+from fedtune.models.base import TunableModel
+from fedtune.seeds import generator
+from fedtune.types import Arrays
+
+Parameters = dict[str, nn.Parameter]
+
+
+def attach(model: TunableModel, spec: AdapterSpec, frame: Arrays) -> Parameters:
+    """Changes `model` in place so that it holds the adapter; everything else stays frozen.
+
+    Returns the trainable parameters by the names of `spec.trainable`, in that order. The model's output is unchanged until
+    values are written.
+
+    Raises ShapeMismatch when the frame is not the one `spec` describes.
+    """
+    for t in spec.frame:
+        if t.name not in frame or frame[t.name].shape != t.shape:
+            raise ShapeMismatch(f"frame tensor {t.name!r}: {frame[t.name].shape if t.name in frame else 'missing'}, expected {t.shape}")
+    model.requires_grad_(False)
+    parameters = dict(_ATTACH[spec.method](model, spec, frame))
+    if model.head is not None:
+        parameters |= {f"head.{name}": p for name, p in model.head.named_parameters()}
+    chosen = {t.name: parameters[t.name] for t in spec.trainable}
+    for p in chosen.values():
+        p.requires_grad_(True)
+    return chosen
+
+
+def read(parameters: Parameters) -> Arrays:
+    """Values as float32 arrays of their own."""
+    return {name: p.detach().cpu().numpy().astype(np.float32, copy=True) for name, p in parameters.items()}
+
+
+def write(parameters: Parameters, arrays: Arrays) -> None:
+    """Overwrites the parameters named in `arrays`."""
+    with torch.no_grad():
+        for name, array in arrays.items():
+            parameters[name].copy_(torch.from_numpy(array))
+
+
+def initial(model: TunableModel, spec: AdapterSpec, start: Arrays, seed: int) -> Arrays:
+    """Round 0: `start` where it says (a gradient init's cores), else the method's own start, else the base's own values."""
+    own = dict(model.body.named_parameters()) | {f"head.{n}": p for n, p in (model.head.named_parameters() if model.head is not None else ())}
+    arrays: Arrays = {}
+    for t in spec.trainable:
+        if t.name in start:
+            arrays[t.name] = start[t.name]
+        elif t.name in own:
+            arrays[t.name] = own[t.name].detach().numpy().astype(np.float32, copy=True)
+        else:
+            arrays[t.name] = _START[spec.method](t.name, t.shape, seed)
+    return arrays
+
+
+def merge(model: TunableModel, spec: AdapterSpec, frame: Arrays, arrays: Arrays) -> None:
+    """Folds trained values into an un-adapted model's own weights: W + s·B·R·A, W + s·B·A, or the values themselves."""
+    weights = dict(model.body.named_parameters()) | {f"head.{n}": p for n, p in (model.head.named_parameters() if model.head is not None else ())}
+    factors = {linear.name: lora_factors(spec, frame, arrays, linear.name) for linear in spec.linears}
+    with torch.no_grad():
+        for name, (b, a) in factors.items():
+            delta = spec.scale * (b.astype(np.float64) @ a.astype(np.float64))
+            weights[f"{name}.weight"].add_(torch.from_numpy(delta.astype(np.float32)))
+        for name, array in arrays.items():
+            if name in weights:
+                weights[name].copy_(torch.from_numpy(array))
+
+
+def lora_factors(spec: AdapterSpec, frame: Arrays, arrays: Arrays, linear: str) -> tuple[np.ndarray, np.ndarray]:
+    """(B, A) with update = scale·B·A, B [outputs, r], A [r, inputs]. For Fed-SB the core is folded into B: (B·R, A)."""
+    if spec.method == "fed-sb":
+        return frame[f"{linear}.B"] @ arrays[f"{linear}.R"], frame[f"{linear}.A"]
+    return arrays[f"{linear}.B"], arrays[f"{linear}.A"]
+
+
+def _replace(model: TunableModel, name: str, new: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.body.get_submodule(parent), child, new)
+
+
+def _attach_fed_sb(model: TunableModel, spec: AdapterSpec, frame: Arrays) -> Mapping[str, nn.Parameter]:
+    parameters = {}
+    for linear in spec.linears:
+        new = SBLinear(model.body.get_submodule(linear.name), frame[f"{linear.name}.A"], frame[f"{linear.name}.B"], spec.scale)
+        _replace(model, linear.name, new)
+        parameters[f"{linear.name}.R"] = new.core.weight
+    return parameters
+
+
+def _attach_lora(model: TunableModel, spec: AdapterSpec, frame: Arrays) -> Mapping[str, nn.Parameter]:
+    parameters = {}
+    for linear in spec.linears:
+        new = LoRALinear(model.body.get_submodule(linear.name), spec.rank, spec.scale)
+        _replace(model, linear.name, new)
+        parameters |= {f"{linear.name}.A": new.down.weight, f"{linear.name}.B": new.up.weight}
+    return parameters
+
+
+def _attach_own(model: TunableModel, spec: AdapterSpec, frame: Arrays) -> Mapping[str, nn.Parameter]:
+    return dict(model.body.named_parameters())
+
+
+def _zeros(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    return np.zeros(shape, np.float32)
+
+
+def _lora_start(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """A ~ uniform(±1/sqrt(inputs)) as Kaiming's with a = sqrt(5), B = 0 (Hu et al. 2021, arXiv:2106.09685, section 4.1)."""
+    if name.endswith(".B"):
+        return np.zeros(shape, np.float32)
+    return generator(seed, f"lora:{name}").uniform(-1, 1, shape).astype(np.float32) / np.sqrt(shape[1], dtype=np.float32)
+
+
+_ATTACH: dict[str, Callable[[TunableModel, AdapterSpec, Arrays], Mapping[str, nn.Parameter]]] = {
+    "fed-sb": _attach_fed_sb, "lora": _attach_lora, "bias": _attach_own, "full": _attach_own, "head": _attach_own,
+}
+_START: dict[str, Callable[[str, tuple[int, ...], int], np.ndarray]] = {"fed-sb": _zeros, "lora": _lora_start}

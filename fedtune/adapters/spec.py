@@ -1,0 +1,134 @@
+"""Names and shapes of what is trained, from the layout of a base alone: no weights, no torch.
+
+A layout says which linears and parameters a base has; a spec says which tensors a method trains and which frozen ones (the
+frame) go with them. The wire, the coordinator, `fedtune plan` and the edge need no more than this.
+"""
+
+import fnmatch
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from fedtune.errors import ModelError
+from fedtune.job import AdapterSection
+from fedtune.types import TensorSpec
+from fedtune.wire import Schema
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear map y = W x of the base: W is [outputs, inputs]. `short` is its name inside its block."""
+
+    name: str
+    short: str
+    outputs: int
+    inputs: int
+    unit: str
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The shape of a base: its linears, all its parameters, and the task head beside it (empty for causal-lm)."""
+
+    linears: tuple[Linear, ...]
+    parameters: tuple[TensorSpec, ...]
+    head: tuple[TensorSpec, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(p.size for p in self.parameters)
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """What a method trains (`trainable`, in wire order) and what it keeps frozen beside the base (`frame`)."""
+
+    method: str
+    rank: int
+    scale: float
+    linears: tuple[Linear, ...]
+    trainable: tuple[TensorSpec, ...]
+    frame: tuple[TensorSpec, ...]
+
+    @property
+    def schema(self) -> Schema:
+        return Schema(self.trainable)
+
+    @property
+    def size(self) -> int:
+        """Trainable numbers."""
+        return sum(t.size for t in self.trainable)
+
+    @property
+    def head_size(self) -> int:
+        return sum(t.size for t in self.trainable if t.unit == "head")
+
+
+def describe(layout: Layout, section: AdapterSection) -> AdapterSpec:
+    """The spec of the job's method on this base.
+
+    Raises:
+        ModelError: the base has nothing this method can train, or a target names no linear of it.
+    """
+    linears, trainable, frame = _METHODS[section.method](layout, section)
+    head = layout.head if section.train_head or section.method == "head" else ()
+    if not trainable + head:
+        raise ModelError(f"adapter.method = {section.method!r}: this base has nothing it can train; use another method")
+    scale = section.alpha / section.rank if section.alpha else 1.0
+    return AdapterSpec(section.method, section.rank, scale, linears, (*trainable, *head), frame)
+
+
+def target_linears(layout: Layout, targets: Sequence[str]) -> tuple[Linear, ...]:
+    """The linears a job names: all of the blocks, or those whose name inside the block equals a target (globs allowed).
+
+    Whole names are compared, never bare endings: "output.dense" does not mean "attention.output.dense".
+    """
+    blocks = [linear for linear in layout.linears if linear.unit.startswith("block.")]
+    known = sorted({linear.short for linear in blocks})
+    if not known:
+        raise ModelError("adapter.method: this base has no linear layer inside its blocks; use method = \"bias\" or \"head\"")
+    for target in targets:
+        if target != "all-linear" and not fnmatch.filter(known, target):
+            raise ModelError(f"adapter.targets: {target!r} names no linear of this base; it has {', '.join(known)}")
+    return tuple(x for x in blocks if any(t == "all-linear" or fnmatch.fnmatchcase(x.short, t) for t in targets))
+
+
+_Tensors = tuple[tuple[Linear, ...], tuple[TensorSpec, ...], tuple[TensorSpec, ...]]
+
+
+def _fed_sb(layout: Layout, section: AdapterSection) -> _Tensors:
+    linears = _with_rank(target_linears(layout, section.targets), section.rank)
+    r = section.rank
+    cores = tuple(TensorSpec(f"{x.name}.R", (r, r), x.unit) for x in linears)
+    frame = tuple(t for x in linears for t in (TensorSpec(f"{x.name}.A", (r, x.inputs), x.unit), TensorSpec(f"{x.name}.B", (x.outputs, r), x.unit)))
+    return linears, cores, frame
+
+
+def _lora(layout: Layout, section: AdapterSection) -> _Tensors:
+    linears = _with_rank(target_linears(layout, section.targets), section.rank)
+    r = section.rank
+    factors = tuple(t for x in linears for t in (TensorSpec(f"{x.name}.A", (r, x.inputs), x.unit), TensorSpec(f"{x.name}.B", (x.outputs, r), x.unit)))
+    return linears, factors, ()
+
+
+def _with_rank(linears: tuple[Linear, ...], rank: int) -> tuple[Linear, ...]:
+    small = min(linears, key=lambda x: min(x.inputs, x.outputs))
+    if rank > min(small.inputs, small.outputs):
+        raise ModelError(f"adapter.rank = {rank}: at most {min(small.inputs, small.outputs)}, the smaller side of {small.name}; lower it")
+    return linears
+
+
+def _bias(layout: Layout, section: AdapterSection) -> _Tensors:
+    return (), tuple(p for p in layout.parameters if p.name.rpartition(".")[2] == "bias"), ()
+
+
+def _full(layout: Layout, section: AdapterSection) -> _Tensors:
+    return (), layout.parameters, ()
+
+
+def _head(layout: Layout, section: AdapterSection) -> _Tensors:
+    return (), (), ()
+
+
+_METHODS: dict[str, Callable[[Layout, AdapterSection], _Tensors]] = {
+    "fed-sb": _fed_sb, "lora": _lora, "bias": _bias, "full": _full, "head": _head,
+}

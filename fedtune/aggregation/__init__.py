@@ -1,0 +1,1 @@
+"""Arithmetic on updates: no messages, no sockets, no torch."""

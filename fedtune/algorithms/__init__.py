@@ -1,0 +1,6 @@
+"""Federated algorithms: frozen triples of pure functions, one paper each."""
+
+from fedtune.algorithms.base import Algorithm, State
+from fedtune.algorithms.fed_avg import fed_avg
+
+__all__ = ["Algorithm", "State", "fed_avg"]

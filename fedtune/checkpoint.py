@@ -1,0 +1,47 @@
+"""Saves and loads the whole state of a run after a round: model, algorithm state and counters, in one safetensors file."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from fedtune.algorithms.base import State
+from fedtune.errors import RunError
+from fedtune.storage import write_atomic
+
+FORMAT = "1"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """State after `state.round` rounds, and what the coordinator counts beside it (bytes, who holds the frame…)."""
+
+    state: State
+    counters: dict[str, Any]
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Writes one file atomically."""
+    state = checkpoint.state
+    tensors = {f"model/{n}": np.ascontiguousarray(a) for n, a in state.arrays.items()}
+    tensors |= {f"slots/{n}": np.ascontiguousarray(a) for n, a in state.slots.items()}
+    metadata = {"format": FORMAT, "round": str(state.round), "counters": json.dumps(checkpoint.counters)}
+    write_atomic(path, save(tensors, metadata))
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Reads what `save_checkpoint` wrote. Raises RunError on anything else."""
+    try:
+        with safe_open(path, "numpy") as f:
+            metadata = f.metadata() or {}
+            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
+        if metadata["format"] != FORMAT:
+            raise RunError(f"{path}: checkpoint format {metadata['format']}, this fedtune reads {FORMAT}; use the version that wrote it")
+        arrays, slots = ({n[len(p) :]: a for n, a in tensors.items() if n.startswith(p)} for p in ("model/", "slots/"))
+        return Checkpoint(State(int(metadata["round"]), arrays, slots), json.loads(metadata["counters"]))
+    except (OSError, SafetensorError, KeyError, ValueError) as e:
+        raise RunError(f"{path}: not a checkpoint of fedtune ({e}); remove it to resume from the one before") from None

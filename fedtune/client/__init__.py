@@ -1,0 +1,1 @@
+"""The client's role: a Flower ClientApp around a worker."""

@@ -1,0 +1,1 @@
+"""What clients hold: reading it, dealing it out in a simulation, and turning it into arrays."""

@@ -1,0 +1,1 @@
+"""The edge role: onnxruntime, numpy and no torch."""

@@ -1,0 +1,93 @@
+"""The one shape that every base takes: a frozen body, a pooling, and a task head."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fedtune.adapters.spec import Layout, Linear
+from fedtune.types import TensorSpec
+
+
+class TunableModel(nn.Module):
+    """body -> vector per example -> head.
+
+    forward takes the encoder's batch as keywords and returns logits: [batch, classes], or [batch, length, vocabulary] for a
+    causal language model, which has no head of ours.
+    """
+
+    def __init__(self, body: nn.Module, task: str, head: nn.Linear | None, pooling: str = "mean") -> None:
+        super().__init__()
+        self.body, self.task, self.head, self.pooling = body, task, head, pooling
+
+    def features(self, **inputs: Tensor) -> Tensor:
+        """[batch, width]: what the head sees."""
+        if self.task == "image-classification":
+            return self.body(inputs["pixels"])
+        hidden = self.body(**inputs).last_hidden_state
+        if self.pooling == "first":
+            return hidden[:, 0]
+        mask = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+        return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        if self.head is None:
+            return self.body(**inputs).logits
+        return self.head(self.features(**inputs))
+
+
+def layout(model: TunableModel) -> Layout:
+    """Names and shapes of a base, also of one on the meta device. Names are relative to the body."""
+    units = _Units(model.body)
+    linears = tuple(
+        Linear(name, units.short(name), m.out_features, m.in_features, units.of(name))
+        for name, m in model.body.named_modules() if isinstance(m, nn.Linear)
+    )
+    parameters = tuple(TensorSpec(name, tuple(p.shape), units.of(name)) for name, p in model.body.named_parameters())
+    head = () if model.head is None else tuple(TensorSpec(f"head.{name}", tuple(p.shape), "head") for name, p in model.head.named_parameters())
+    return Layout(linears, parameters, head)
+
+
+class _Units:
+    """Blocks found by structure: the ModuleList (or Sequential) of like children that holds the most parameters."""
+
+    def __init__(self, body: nn.Module) -> None:
+        lists = {name: m for name, m in body.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential)) and _alike(m)}
+        self.prefix = max(lists, key=lambda name: sum(p.numel() for p in lists[name].parameters()), default="")
+
+    def _split(self, name: str) -> tuple[str, str] | None:
+        start = f"{self.prefix}."
+        if not self.prefix or not name.startswith(start):
+            return None
+        index, _, rest = name[len(start) :].partition(".")
+        return index, rest
+
+    def of(self, name: str) -> str:
+        split = self._split(name)
+        return f"block.{split[0]}" if split else "outside"
+
+    def short(self, name: str) -> str:
+        split = self._split(name)
+        return split[1] if split else name
+
+
+def _alike(modules: nn.Module) -> bool:
+    children = list(modules.children())
+    return len(children) >= 2 and len({type(c) for c in children}) == 1 and any(True for _ in children[0].children())
+
+
+def summed_loss(logits: Tensor, batch: Mapping[str, Tensor], labels: Tensor, task: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy summed per example.
+
+    Returns:
+        (loss [batch], correct [batch], count [batch]): summed loss, right predictions and predictions made, by example.
+        Classification makes one prediction an example; a causal language model one per token after the first.
+    """
+    if task != "causal-lm":
+        loss = nn.functional.cross_entropy(logits, labels, reduction="none")
+        return loss, (logits.argmax(-1) == labels).float(), torch.ones_like(loss)
+    targets, mask = batch["input_ids"][:, 1:], batch["attention_mask"][:, 1:].float()
+    predicted = logits[:, :-1]
+    loss = nn.functional.cross_entropy(predicted.transpose(1, 2), targets, reduction="none") * mask
+    correct = (predicted.argmax(-1) == targets).float() * mask
+    return loss.sum(1), correct.sum(1), mask.sum(1)

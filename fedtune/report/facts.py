@@ -1,0 +1,225 @@
+"""What a summary says, in words and figures, once: the page and the terminal both show these."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from fedtune.metrics import worst_tenth
+from fedtune.report.format import ABSENT, clean, count, duration, number, percent, plural, size
+from fedtune.report.summary import Round, Summary
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A named figure and, in a few words, what it is."""
+
+    name: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Rival:
+    """Something the federated model is measured against, on the same held-out examples."""
+
+    key: str
+    name: str
+    accuracy: float
+    federated: float | None
+    note: str
+
+    @property
+    def gain(self) -> float | None:
+        return None if self.federated is None else self.federated - self.accuracy
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def metric(s: Summary) -> str:
+    """The measure in words."""
+    return f"next-token {clean(s['metric'])}" if s["task"] == "causal-lm" else clean(s["metric"])
+
+
+def last_evaluated(s: Summary) -> Round | None:
+    return next((r for r in reversed(s["rounds"]) if r["accuracy"] is not None), None)
+
+
+def accuracy(s: Summary) -> float | None:
+    """The final held-out accuracy; of an unfinished run, the last one measured."""
+    last = last_evaluated(s)
+    return s["final"]["accuracy"] if "final" in s else None if last is None else last["accuracy"]
+
+
+def loss(s: Summary) -> float | None:
+    last = last_evaluated(s)
+    return s["final"]["loss"] if "final" in s else None if last is None else last["loss"]
+
+
+def rounds_done(s: Summary) -> int:
+    return max((r["round"] for r in s["rounds"]), default=0)
+
+
+def rounds_planned(s: Summary) -> int:
+    planned = s["job"].get("federation", {}).get("rounds", 0)
+    return max(rounds_done(s), planned if isinstance(planned, int) else 0)
+
+
+def headline(s: Summary) -> str:
+    """The result in one sentence."""
+    done = plural(rounds_done(s), "round")
+    if not s["complete"]:
+        done = f"{count(rounds_done(s))} of {plural(rounds_planned(s), 'round')}, unfinished"
+    cost = f"{size(s['communication']['update_bytes'])} per client and round"
+    if accuracy(s) is None:
+        return f"Nothing evaluated yet after {done}; {cost}."
+    return f"{number(accuracy(s))} {metric(s)} on held-out data after {done}; {cost}."
+
+
+def rivals(s: Summary) -> list[Rival]:
+    """The baselines there are, weakest idea first."""
+    given, ours, found = s.get("baselines", {}), accuracy(s), []
+    if "majority" in given:
+        what = "token" if s["task"] == "causal-lm" else "label"
+        found.append(Rival("majority", f"most common {what}", given["majority"]["accuracy"], ours, "always the same answer"))
+    if "head" in given:
+        found.append(Rival("head", "base + head", given["head"]["accuracy"], ours, "frozen base, everybody's data pooled"))
+    if "local" in given:
+        local = given["local"]
+        who = f"{count(len(local['clients']))} of {plural(local['of'], 'client')}"
+        found.append(Rival("local", "alone", local["accuracy"], local["federated"], f"{who}, own data only"))
+    return found
+
+
+_PLAIN = {"majority": "always answering the {} gives", "head": "the frozen base with a trained head reaches"}
+
+
+def verdict(s: Summary) -> str:
+    """The baselines in one sentence; empty without any."""
+    parts = []
+    for r in rivals(s):
+        if r.key == "local":
+            parts.append(f"clients that train alone reach {number(r.accuracy)} where the federated model has {number(r.federated)}")
+        else:
+            parts.append(f"{_PLAIN[r.key].format(r.name)} {number(r.accuracy)}")
+    text = "; ".join(parts)
+    return f"{text[:1].upper()}{text[1:]}." if text else ""
+
+
+def notices(s: Summary) -> list[str]:
+    """What a reader must not miss: an unfinished run, numbers that broke, a baseline not beaten, refusals."""
+    found = []
+    if not s["complete"]:
+        found.append(f"This run is unfinished: {count(rounds_done(s))} of {plural(rounds_planned(s), 'round')} done.")
+    broken = next((r["round"] for r in s["rounds"] if not all(v is None or is_number(v) for v in (r["train_loss"], r["loss"]))), None)
+    if broken is not None:
+        found.append(f"The loss is not a number from round {broken} on: training diverged. A lower federation.lr may help.")
+    found += [
+        f"Not better than “{r.name}” ({number(r.federated)} against {number(r.accuracy)})."
+        for r in rivals(s)
+        if is_number(r.gain) and r.gain is not None and r.gain <= 0
+    ]
+    refused = len(refusals(s))
+    if refused:
+        found.append(f"{plural(refused, 'update')} refused; the rounds went on without {'it' if refused == 1 else 'them'}.")
+    return found
+
+
+def key_figures(s: Summary) -> list[Fact]:
+    """The handful of numbers that stand large on the page."""
+    c, total = s["communication"], s["communication"]["up"] + s["communication"]["down"]
+    drawn = sorted({len(r["clients"]) for r in s["rounds"] if r["round"] > 0})
+    cohort = "" if not drawn else f"{drawn[0]} in each round" if len(drawn) == 1 else f"{drawn[0]} to {drawn[-1]} in a round"
+    figures = [Fact(f"held-out {metric(s)}", number(accuracy(s)), _measured(s))]
+    if "final" in s:
+        figures.append(Fact("worst tenth", number(s["final"]["worst_tenth"]), f"mean over clients {number(s['final']['mean'])}"))
+        figures.append(Fact("held-out loss", number(s["final"]["loss"]), "cross-entropy"))
+    return [
+        *figures,
+        Fact("rounds", count(rounds_done(s)), f"in {duration(s['wall_seconds'])}"),
+        Fact("clients", count(len(s["split"])), cohort),
+        Fact("numbers trained", count(c["trainable_numbers"]), f"{percent(c['trainable_numbers'], s['base']['parameters'])} of the base"),
+        Fact("one update", size(c["update_bytes"]), "each way, per client and round"),
+        Fact("sent in all", size(total), f"in {plural(c['messages'], 'message')}"),
+    ]
+
+
+def _measured(s: Summary) -> str:
+    if "final" in s:
+        return f"on {plural(sum(c['examples'] for c in s['final']['clients']), 'example')}"
+    last = last_evaluated(s)
+    return f"last measured, after round {last['round']}" if last else "not measured yet"
+
+
+def model(s: Summary) -> list[Fact]:
+    """Base and adapter."""
+    a, base = s["adapter"], s["base"]
+    head = f", {count(a['head'])} of them in the task head" if a["head"] else ""
+    return [
+        Fact("base", clean(base["source"]), f"{count(base['parameters'])} numbers, frozen"),
+        Fact("base sha256", clean(base["sha256"]) or ABSENT),
+        Fact("base licence", clean(base["licence"]) or "not stated"),
+        Fact("task", s["task"]),
+        Fact("adapter", f"{clean(a['method'])}, rank {a['rank']}", f"{plural(a['modules'], 'module')}, frame from {clean(a['init'])}"),
+        Fact("trained", plural(a["trainable"], "number") + head),
+        Fact("engine", clean(s["engine"])),
+    ]
+
+
+def communication(s: Summary) -> list[Fact]:
+    """Totals of what was sent."""
+    c = s["communication"]
+    holders = sum(1 for client in c["clients"] if client["down"] > 0)
+    return [
+        Fact("one update", size(c["update_bytes"]), f"{plural(c['trainable_numbers'], 'number')} and their names"),
+        Fact("frame", size(c["frame_bytes"]), "frozen, sent to each client once"),
+        Fact("sent by clients", size(c["up"]), f"{percent(c['up'], c['up'] + c['down'])} of all bytes"),
+        Fact("received by clients", size(c["down"]), f"frame included, {plural(holders, 'client')}"),
+        Fact("in all", size(c["up"] + c["down"]), plural(c["messages"], "message")),
+    ]
+
+
+def refusals(s: Summary) -> list[tuple[int, str, str]]:
+    """(round, client, reason) of every update that was not taken."""
+    return [(r["round"], clean(name), clean(why)) for r in s["rounds"] for name, why in r["refused"].items()]
+
+
+def privacy(s: Summary) -> str:
+    """The privacy line, as plain as it is."""
+    p = s["privacy"]
+    if p["unit"] == "none":
+        line = "No differential privacy: epsilon is infinite."
+    else:
+        line = f"Epsilon is {clean(p['epsilon'])}, protecting each {clean(p['unit'])}."
+    return f"{line} {clean(p['note'])}".strip()
+
+
+def scores(s: Summary) -> list[tuple[str, float, float | None, int]]:
+    """(client, accuracy, accuracy of base + head or None, examples), worst first; clients without a figure are left out."""
+    if "final" not in s:
+        return []
+    head = {c["name"]: c["accuracy"] for c in s.get("baselines", {}).get("head", {}).get("clients", [])}
+    rows = [
+        (c["name"], c["accuracy"], head.get(c["name"]), c["examples"])
+        for c in s["final"]["clients"]
+        if c["accuracy"] is not None and is_number(c["accuracy"])
+    ]
+    return sorted(rows, key=lambda row: (row[1], row[0]))
+
+
+def spread(s: Summary) -> str:
+    """How evenly the model serves the clients, in one sentence."""
+    rows = scores(s)
+    if not rows:
+        return "No client has been evaluated."
+    text = f"From {number(rows[0][1])} to {number(rows[-1][1])} over {plural(len(rows), 'client')}"
+    text += f"; mean {number(s['final']['mean'])}, worst tenth {number(s['final']['worst_tenth'])}."
+    pairs = [(ours, head) for _, ours, head, _ in rows if head is not None]
+    if pairs:
+        better = sum(ours > head for ours, head in pairs)
+        equal = sum(ours == head for ours, head in pairs)
+        text += f" Better than base + head on {count(better)} of {plural(len(pairs), 'client')}"
+        text += f", equal on {count(equal)}" if equal else ""
+        text += f"; the worst tenth of base + head is {number(worst_tenth(head for _, head in pairs))}."
+    return text

@@ -1,0 +1,176 @@
+"""One run as one self-contained page: no scripts, no network, light, dark and print."""
+
+import re
+
+from fedtune.report import facts, html, plots, plots_clients, tables
+from fedtune.report.facts import Fact
+from fedtune.report.format import ABSENT, clean, count, number, plural, size
+from fedtune.report.summary import Summary
+
+GLOSSARY = {
+    "base": "the pretrained model; it stays frozen, and every client has the same copy",
+    "adapter": "the small part that is trained",
+    "frame and core": "fed-sb splits an adapter into two frozen matrices, the frame, and a small trained one between them, the core",
+    "head": "the last layer, which turns features into labels",
+    "client": "whoever holds data that stays in place: a device or a site",
+    "round": "chosen clients train from the current model; the weighted mean of what they return is the next one",
+    "update": "what a client returns in a round: trained numbers and a few sums, never data",
+    "held-out": "examples kept from training on each client and used for measuring only",
+    "worst tenth": "mean accuracy of the tenth of clients that are served worst",
+    "base + head": "the frozen base with a head trained on all clients' data in one place, which federated training avoids",
+    "alone": "clients that train the same adapter on their own data only",
+    "natural value": "the value that divides the data, such as its source",
+    "epsilon": "how much a model may reveal about its training data; smaller is more private, infinite is no promise",
+    "label agreement": "share of held-out examples on which an exported file gives the trained model's label",
+    "KB, MB": "1000 and 1,000,000 bytes; bytes are those of serialised messages",
+}
+
+
+def render(summary: Summary) -> str:
+    """The page of a run. The same summary gives the same text."""
+    s = summary
+    body = [
+        _learning(s),
+        _baselines(s),
+        _clients(s),
+        _communication(s),
+        _refused(s),
+        _exports(s),
+        _privacy(s),
+        _made(s),
+        html.section("glossary", "Words", html.glossary(GLOSSARY)),
+    ]
+    version = s["versions"].get("fedtune", "")
+    footer = f"<p>Written by fedtune {html.text(version)} from the run of {html.text(s['created'])}.</p>"
+    eyebrow = f"fedtune run report · {s['task']} · {clean(s['created'])[:10]}"
+    return html.document(clean(s["title"]) or "fedtune run", eyebrow, _lead(s), "\n".join(part for part in body if part), footer)
+
+
+def _lead(s: Summary) -> str:
+    headline, figure = html.text(facts.headline(s)), number(facts.accuracy(s))
+    if headline.startswith(figure):
+        headline = f"<b>{figure}</b>{headline[len(figure) :]}"
+    headline = re.sub(r"(\d) ([KMGT]B|bytes?)\b", "\\1\u00a0\\2", headline)  # a figure and its unit stay on one line
+    return "\n".join(
+        part
+        for part in (
+            f'<p class="headline">{headline}</p>',
+            html.paragraph(facts.verdict(s), "verdict"),
+            html.bullets(facts.notices(s), "notices"),
+            html.tiles(facts.key_figures(s)),
+        )
+        if part
+    )
+
+
+def _learning(s: Summary) -> str:
+    drawn = plots.learning(s)
+    if not drawn:
+        return html.section("learning", "Learning", html.paragraph("No round has been measured yet."), _rounds(s))
+    return html.section(
+        "learning",
+        "Learning",
+        html.paragraph("Measured on held-out data after each evaluated round; round 0 is the model before training."),
+        html.grid(*(html.figure(plot) for plot in drawn)),
+        _rounds(s),
+    )
+
+
+def _rounds(s: Summary) -> str:
+    return html.details("Every round as a table", html.table("Rounds", tables.ROUND_HEADER, tables.round_rows(s), ()))
+
+
+def _baselines(s: Summary) -> str:
+    rows = tables.rival_rows(s)
+    if not rows:
+        return html.section("baselines", "Against baselines", html.paragraph("No baseline was measured."))
+    local = s.get("baselines", {}).get("local", {}).get("clients", [])
+    alone = [(c["name"], number(c["accuracy"]), number(c["federated"]), count(c["examples"])) for c in local]
+    return html.section(
+        "baselines",
+        "Against baselines",
+        html.paragraph("Accuracy on the same held-out examples. Difference: federated minus baseline; for “alone”, on the same clients."),
+        html.table("Baselines", tables.RIVAL_HEADER, rows),
+        html.details(
+            "Each client that trained alone", html.table("Clients alone", ("client", "alone", "federated", "held-out examples"), alone)
+        ),
+    )
+
+
+def _clients(s: Summary) -> str:
+    rows = [(name, number(ours), number(head), count(n)) for name, ours, head, n in facts.scores(s)]
+    return html.section(
+        "clients",
+        "The clients",
+        html.paragraph(facts.spread(s)),
+        html.grid(html.figure(plots_clients.distribution(s)), html.figure(plots_clients.split(s))),
+        html.details(
+            "Each client's accuracy as a table", html.table("Clients", ("client", "federated", "base + head", "held-out examples"), rows)
+        ),
+        html.details("The split as a table", _split(s)),
+    )
+
+
+def _split(s: Summary) -> str:
+    labels = s["labels"] if all(len(c["labels"]) == len(s["labels"]) for c in s["split"]) else []
+    rows = [
+        (c["name"], c["natural"] or ABSENT, count(c["train"]), count(c["held_out"]), *map(count, c["labels"][: len(labels)]))
+        for c in s["split"]
+    ]
+    return html.table("Split", ("client", "natural value", "training", "held-out", *labels), rows, (0, 1))
+
+
+def _communication(s: Summary) -> str:
+    rows = [(c["name"], size(c["up"]), size(c["down"]), count(c["rounds"])) for c in s["communication"]["clients"]]
+    return html.section(
+        "communication",
+        "Communication",
+        html.paragraph("Counted from serialised messages, the frame included."),
+        html.table("Communication", ("what", "bytes"), [(Fact(f.name, "", f.note), f.value) for f in facts.communication(s)]),
+        html.details("Every client", html.table("Bytes of each client", ("client", "sent", "received", "rounds"), rows)),
+    )
+
+
+def _refused(s: Summary) -> str:
+    rows = facts.refusals(s)
+    if not rows:
+        return html.section("refused", "Refused updates", html.paragraph("None: every update that came was taken."))
+    return html.section(
+        "refused",
+        "Refused updates",
+        html.paragraph(f"{plural(len(rows), 'update')} not taken. Each round went on with the others."),
+        html.table("Refused updates", ("round", "client", "reason"), rows, (0, 1, 2)),
+    )
+
+
+def _exports(s: Summary) -> str:
+    rows = tables.exports(s)
+    if not rows:
+        return html.section("exports", "Exported files", html.paragraph("Nothing was exported."))
+    return html.section(
+        "exports",
+        "Exported files",
+        html.paragraph("Each file was run on held-out data and compared with the trained model."),
+        html.table("Exported files", tables.EXPORT_HEADER, rows, (0, 1)),
+    )
+
+
+def _privacy(s: Summary) -> str:
+    line = facts.privacy(s)
+    return html.section("privacy", "Privacy", html.card(html.paragraph(line), kind="privacy"))
+
+
+def _made(s: Summary) -> str:
+    settings = "".join(
+        html.card(html.definitions(Fact(k, v) for k, v in values.items()), title=name)
+        for name, values in tables.settings(s).items()
+        if values
+    )
+    versions = html.definitions(Fact(clean(name), clean(v)) for name, v in s["versions"].items())
+    return html.section(
+        "made",
+        "How it was made",
+        html.card(html.definitions(facts.model(s))),
+        html.details("All settings of the job", f'<div class="settings">{settings}</div>' if settings else ""),
+        html.details("Versions", html.card(versions) if s["versions"] else ""),
+    )

@@ -1,0 +1,213 @@
+"""The shape of summary.json, which a run writes and the reports read.
+
+Numbers that were not measured are null; a loss that is not a number is NaN, as Python's json writes it. Bytes are those
+of serialised messages. Accuracies lie between 0 and 1; for a causal-lm, accuracy is that of the next token.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Literal, NotRequired
+
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
+
+from fedtune.errors import RunError
+
+FILE = "summary.json"
+
+
+class Base(TypedDict):
+    """The frozen model."""
+
+    source: str
+    sha256: str
+    parameters: int
+    licence: str
+
+
+class Adapter(TypedDict):
+    """What was trained. `trainable` counts every trained number, `head` those of them in the task head."""
+
+    method: str
+    rank: int
+    init: str
+    trainable: int
+    head: int
+    modules: int
+
+
+class SplitClient(TypedDict):
+    """What one client holds; `natural` is the value of the dividing column ("" without one), `labels` examples per label."""
+
+    name: str
+    natural: str | None
+    train: int
+    held_out: int
+    labels: list[int]
+
+
+class Round(TypedDict):
+    """One round; round 0 is the model before training. `up` and `down` are of this round, `total_bytes` runs on."""
+
+    round: int
+    train_loss: float | None
+    loss: float | None
+    accuracy: float | None
+    evaluated: int
+    up: int
+    down: int
+    total_bytes: int
+    seconds: float
+    clients: list[str]
+    refused: dict[str, str]
+
+
+class ClientScore(TypedDict):
+    """One client's held-out result."""
+
+    name: str
+    accuracy: float | None
+    loss: NotRequired[float | None]
+    examples: int
+
+
+class Final(TypedDict):
+    """The last evaluation, over all held-out data; `mean` and `worst_tenth` are over clients."""
+
+    accuracy: float | None
+    loss: float | None
+    mean: float | None
+    worst_tenth: float | None
+    clients: list[ClientScore]
+
+
+class Majority(TypedDict):
+    """Always answering the most common training label."""
+
+    accuracy: float
+
+
+class Head(TypedDict):
+    """The frozen base with a head trained on everybody's pooled data."""
+
+    accuracy: float
+    loss: NotRequired[float | None]
+    clients: list[ClientScore]
+
+
+class LocalClient(TypedDict):
+    """A client that trained alone, beside the federated model on the same held-out data."""
+
+    name: str
+    accuracy: float | None
+    federated: float | None
+    examples: int
+
+
+class Local(TypedDict):
+    """Clients that trained alone: `clients` of the `of` in the run; both accuracies are over these clients."""
+
+    clients: list[LocalClient]
+    accuracy: float
+    federated: float
+    of: int
+
+
+class Baselines(TypedDict, total=False):
+    majority: Majority
+    head: Head
+    local: Local
+
+
+class ClientTraffic(TypedDict):
+    """Bytes one client sent (`up`) and received (`down`), and the rounds it took part in."""
+
+    name: str
+    up: int
+    down: int
+    rounds: int
+
+
+class Communication(TypedDict):
+    """All that was sent. `frame_bytes` is the frozen frame, which each client receives once; it is part of `down`."""
+
+    trainable_numbers: int
+    update_bytes: int
+    frame_bytes: int
+    up: int
+    down: int
+    messages: int
+    clients: list[ClientTraffic]
+
+
+class Exported(TypedDict, total=False):
+    """One exported file and how it compares with the trained model on held-out data."""
+
+    file: str
+    bytes: int
+    max_difference: float | None
+    label_agreement: float | None
+    accuracy: float | None
+
+
+class Privacy(TypedDict):
+    unit: str
+    epsilon: str | float
+    note: str
+
+
+class Summary(TypedDict):
+    """All of summary.json. An unfinished run may lack `final`, `baselines` and `export`."""
+
+    title: str
+    created: str
+    versions: dict[str, str]
+    job: dict[str, dict[str, Any]]
+    engine: str
+    base: Base
+    task: Literal["text-classification", "image-classification", "causal-lm"]
+    adapter: Adapter
+    labels: list[str]
+    metric: str
+    split: list[SplitClient]
+    rounds: list[Round]
+    final: NotRequired[Final]
+    baselines: NotRequired[Baselines]
+    communication: Communication
+    export: NotRequired[dict[str, Exported]]
+    privacy: Privacy
+    complete: bool
+    wall_seconds: float
+
+
+def load_summary(path: Path) -> Summary:
+    """Reads and checks a summary.json, or the one in a run folder.
+
+    Raises:
+        RunError: one line, for a file that is missing, unreadable, not JSON, or without what a report needs.
+    """
+    file = path / FILE if path.is_dir() else path
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        remedy = "the run has not come that far, or this is not a run folder" if path.is_dir() else "give a run folder or its summary.json"
+        raise RunError(f"{file}: does not exist; {remedy}") from None
+    except OSError as e:
+        raise RunError(f"{file}: cannot be read: {e.strerror}") from None
+    except (ValueError, RecursionError) as e:
+        raise RunError(f"{file}: not JSON ({str(e).splitlines()[0]}); restore it or run again") from None
+    return check(raw, str(file))
+
+
+def check(raw: Any, source: str = FILE) -> Summary:
+    """Checks parsed JSON against `Summary`; keys that this version does not know are left out. Raises RunError."""
+    try:
+        return _ADAPTER.validate_python(raw)
+    except ValidationError as e:
+        first, more = e.errors()[0], e.error_count() - 1
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        others = f" (and {more} more)" if more else ""
+        raise RunError(f"{source}: {where}: {first['msg'].lower()}{others}; was it written by another version of fedtune?") from None
+
+
+_ADAPTER: TypeAdapter[Summary] = TypeAdapter(Summary)

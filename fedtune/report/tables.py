@@ -1,0 +1,76 @@
+"""Rows of figures as text: the page and the terminal both show these."""
+
+from typing import Any
+
+from fedtune.report import facts
+from fedtune.report.facts import Fact
+from fedtune.report.format import ABSENT, clean, count, duration, number, signed, size, small
+from fedtune.report.summary import Summary
+
+EXPORT_HEADER = ("kind", "file", "size", "largest difference", "label agreement", "accuracy")
+EXPORTS = {"float32": "ONNX, float32", "int8": "ONNX, int8", "peft": "PEFT folder"}
+
+
+def exports(s: Summary) -> list[tuple[str, ...]]:
+    """Rows of kind, file, size, largest difference, agreement of labels, accuracy."""
+    rows: list[tuple[str, ...]] = []
+    for kind, e in s.get("export", {}).items():
+        bytes_ = e.get("bytes")
+        rows.append(
+            (
+                EXPORTS.get(kind, clean(kind)),
+                clean(e.get("file", ABSENT)),
+                ABSENT if bytes_ is None else size(bytes_),
+                small(e.get("max_difference")),
+                number(e.get("label_agreement")),
+                number(e.get("accuracy")),
+            )
+        )
+    return rows
+
+
+ROUND_HEADER = ("round", "train loss", "held-out loss", "accuracy", "evaluated", "clients", "refused", "up", "down", "total", "time")
+
+
+def round_rows(s: Summary, limit: int = 0) -> list[tuple[str, ...]]:
+    """One row per round; with a limit, the first, the last and an even choice between."""
+    rounds = s["rounds"]
+    if limit and len(rounds) > limit:
+        rounds = [rounds[round(i * (len(rounds) - 1) / (limit - 1))] for i in range(limit)]
+    return [
+        (
+            str(r["round"]),
+            number(r["train_loss"]),
+            number(r["loss"]),
+            number(r["accuracy"]),
+            count(r["evaluated"]) if r["evaluated"] else ABSENT,
+            str(len(r["clients"])),
+            str(len(r["refused"])),
+            size(r["up"]),
+            size(r["down"]),
+            size(r["total_bytes"]),
+            duration(r["seconds"]),
+        )
+        for r in rounds
+    ]
+
+
+RIVAL_HEADER = ("baseline", "accuracy", "federated", "difference")
+
+
+def rival_rows(s: Summary) -> list[tuple[Fact, str, str, str]]:
+    return [(Fact(r.name, "", r.note), number(r.accuracy), number(r.federated), signed(r.gain)) for r in facts.rivals(s)]
+
+
+def settings(s: Summary) -> dict[str, dict[str, str]]:
+    """The job as text, section by section."""
+    return {clean(name): {clean(k): setting(v) for k, v in section.items()} for name, section in s["job"].items()}
+
+
+def setting(value: Any) -> str:
+    """A job value as it would be written in the file, roughly."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(setting(v) for v in value) or "(none)"
+    return clean(value) if value not in ("", None) else "(empty)"

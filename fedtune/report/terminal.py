@@ -1,0 +1,75 @@
+"""One run in the terminal, with the facts of the page."""
+
+from collections.abc import Iterable, Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from fedtune.report import facts, tables
+from fedtune.report.facts import Fact
+from fedtune.report.format import clean, count, number
+from fedtune.report.summary import Summary
+
+MOST_ROUNDS = 12
+
+
+def show(summary: Summary, console: Console) -> None:
+    """Prints the result, key figures, baselines, rounds, clients, bytes, refusals, files and the privacy line."""
+    s = summary
+    console.print(Text(clean(s["title"]), style="bold"))
+    console.print(Text(facts.headline(s), style="bold cyan"))
+    for line, style in ((facts.verdict(s), ""), *((f"! {notice}", "yellow") for notice in facts.notices(s))):
+        if line:
+            console.print(Text(line, style=style))
+    _facts(console, "", facts.key_figures(s))
+    _facts(console, "How it was made", facts.model(s))
+    rivals = [(row[0].name, *row[1:], row[0].note) for row in tables.rival_rows(s)]
+    _rows(console, "Against baselines", (*tables.RIVAL_HEADER, ""), rivals, words=(0, 4))
+    short = [(*row[:6], row[6], row[9], row[10]) for row in tables.round_rows(s, MOST_ROUNDS)]
+    _rows(console, "Rounds", (*tables.ROUND_HEADER[:7], *tables.ROUND_HEADER[9:]), short, words=())
+    _clients(console, s)
+    _facts(console, "Communication", facts.communication(s))
+    _rows(console, "Refused updates", ("round", "client", "reason"), [(str(r), c, why) for r, c, why in facts.refusals(s)], words=(1, 2))
+    _rows(console, "Exported files", tables.EXPORT_HEADER, tables.exports(s), words=(0, 1))
+    _heading(console, "Privacy")
+    console.print(Padding(Text(facts.privacy(s)), (0, 0, 0, 2)))
+
+
+def _clients(console: Console, s: Summary) -> None:
+    _heading(console, "The clients")
+    console.print(Padding(Text(facts.spread(s)), (0, 0, 0, 2)))
+    worst = [(clean(name), number(ours), number(head), count(n)) for name, ours, head, n in facts.scores(s)[:5]]
+    _rows(console, "Served worst", ("client", "federated", "base + head", "held-out"), worst)
+
+
+def _heading(console: Console, title: str) -> None:
+    console.print()
+    if title:
+        console.print(Text(title, style="bold"))
+
+
+def _facts(console: Console, title: str, facts_: Iterable[Fact]) -> None:
+    _heading(console, title)
+    grid = Table.grid(padding=(0, 2))
+    for fact in facts_:
+        grid.add_row(Text(fact.name, style="dim"), Text(fact.value, overflow="fold"), Text(fact.note, style="dim"))
+    console.print(Padding(grid, (0, 0, 0, 2)))
+
+
+def _rows(console: Console, title: str, header: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[int] = (0,)) -> None:
+    if rows:
+        _heading(console, title)
+        console.print(table(header, rows, words))
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[int] = (0,)) -> Table:
+    """A plain table; columns in `words` hold text, the others figures. Cells are text, never markup."""
+    made = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), header_style="dim")
+    for i, name in enumerate(header):
+        made.add_column(Text(name), justify="left" if i in words else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*(Text(cell) for cell in row))
+    return made

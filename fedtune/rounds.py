@@ -1,0 +1,190 @@
+"""The coordinator's side of a round, without any transport: plan, check what comes back, step, record, checkpoint.
+
+An engine asks `plan` for (client, packet) pairs, has them answered in any way it likes, and gives the replies to `finish`.
+All engines run this same object.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from fedtune.algorithms.base import Algorithm, State
+from fedtune.checkpoint import Checkpoint
+from fedtune.errors import EmptyCohort, Refused
+from fedtune.job import Job
+from fedtune.ledger import Ledger
+from fedtune.metrics import value
+from fedtune.run import RunFolder
+from fedtune.trees import norm
+from fedtune.types import Arrays, ClientInfo, Metrics, RoundReport, Update
+from fedtune.wire import Packet, Schema, decode, encode
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back from a client: a payload, or the reason there is none."""
+
+    client: str
+    payload: bytes | None
+    error: str = ""
+
+
+@dataclass
+class Traffic:
+    """Bytes by client, as serialised, and who holds the frame. `down` counts the frame on a client's first round."""
+
+    up: dict[str, int] = field(default_factory=dict)
+    down: dict[str, int] = field(default_factory=dict)
+    rounds: dict[str, int] = field(default_factory=dict)
+
+    def sent(self, client: str, size: int) -> None:
+        self.down[client] = self.down.get(client, 0) + size
+
+    def received(self, client: str, size: int) -> None:
+        self.up[client] = self.up.get(client, 0) + size
+
+    @property
+    def total(self) -> int:
+        return sum(self.up.values()) + sum(self.down.values())
+
+    def dump(self) -> dict:
+        return {"up": self.up, "down": self.down, "rounds": self.rounds}
+
+
+Evaluate = Callable[[int, Arrays], Metrics | None]
+"""(finished rounds, model) -> held-out metrics, or None in a round that is not evaluated."""
+
+
+@dataclass
+class Coordinator:
+    """Runs rounds on one run folder. Make it with `start`; it continues from the folder's newest checkpoint."""
+
+    job: Job
+    schema: Schema
+    frame_digest: str
+    frame_bytes: int
+    algorithm: Algorithm
+    clients: Sequence[ClientInfo]
+    run: RunFolder
+    evaluate: Evaluate
+    state: State
+    traffic: Traffic
+    on_round: Callable[[dict], None] = lambda line: None
+    on_reply: Callable[[Reply], None] = lambda reply: None
+    _planned: tuple[str, ...] = ()
+    _began: float = 0.0
+
+    @property
+    def done(self) -> bool:
+        return self.state.round >= self.job.federation.rounds
+
+    def begin(self) -> None:
+        """Before round 1: evaluates the start and writes checkpoint 0. Does nothing on a resumed run."""
+        if self.run.newest() is None:
+            self._record(RoundReport(0, (), 0.0, {}), seconds=0.0)
+
+    def plan(self) -> list[tuple[str, bytes]]:
+        """The next round's (client, packet) pairs. Writes the round's ledger event before anything is sent."""
+        assignments = self.algorithm.plan(self.state, self.clients)
+        self._planned = tuple(a.client for a in assignments)
+        self._began = time.monotonic()
+        facts = {"release": "updates", "mechanism": "none", "unit": self.job.privacy.unit, "clients": len(assignments)}
+        Ledger(self.run.ledger).record(self.state.round + 1, facts)
+        return [(a.client, self._packet(a.client, a.units)) for a in assignments]
+
+    def finish(self, replies: Iterable[Reply]) -> RoundReport:
+        """Takes the replies as they come, refuses what is wrong, averages the rest, evaluates, and checkpoints.
+
+        With fewer than `min-replies` valid replies the model stays and the report has no clients.
+        """
+        refused: dict[str, str] = {}
+        try:
+            state, report = self.algorithm.step(self.state, self._accepted(replies, refused))
+        except EmptyCohort:
+            state, report = None, RoundReport(self.state.round + 1, (), 0.0, {})
+        if state is None or len(report.clients) < self.job.federation.min_replies:
+            refused |= {c: "round void: too few replies" for c in report.clients}
+            state, report = replace(self.state, round=self.state.round + 1), replace(report, clients=(), weight=0.0, metrics={})
+        for silent in set(self._planned) - set(report.clients) - refused.keys():
+            refused[silent] = "no reply"
+        self.state = state
+        report = replace(report, refused=refused)
+        self._record(report, time.monotonic() - self._began)
+        return report
+
+    def _packet(self, client: str, units: tuple[str, ...]) -> bytes:
+        wanted = {t.name for t in self.schema.of_units(units)}
+        arrays = {n: a for n, a in self.state.arrays.items() if n in wanted}
+        packet = encode("model", self.schema, arrays, round=self.state.round + 1, frame=self.frame_digest)
+        first = self.frame_bytes if self.traffic.rounds.get(client, 0) == 0 else 0
+        self.traffic.sent(client, len(packet) + first)
+        self.traffic.rounds[client] = self.traffic.rounds.get(client, 0) + 1
+        return packet
+
+    def _accepted(self, replies: Iterable[Reply], refused: dict[str, str]) -> Iterator[Update]:
+        seen: set[str] = set()
+        for reply in replies:
+            self.on_reply(reply)
+            try:
+                yield self._update(reply, seen)
+                seen.add(reply.client)
+            except Refused as e:
+                refused.setdefault(reply.client, str(e))
+
+    def _update(self, reply: Reply, seen: set[str]) -> Update:
+        if reply.client not in self._planned:
+            raise Refused("client", "was not asked this round")
+        if reply.payload is None:
+            raise Refused("failed", reply.error or "no payload")
+        self.traffic.received(reply.client, len(reply.payload))
+        if reply.client in seen:
+            raise Refused("duplicate", "a second reply to the same round")
+        packet = decode(reply.payload, self.schema, kinds=["update"], round=self.state.round + 1, frame=self.frame_digest)
+        self._within_limits(packet)
+        return Update(reply.client, packet.header.round, packet.arrays, packet.header.weight, packet.metrics)
+
+    def _within_limits(self, packet: Packet) -> None:
+        fed = self.job.federation
+        if packet.header.tensors is not None:
+            raise Refused("tensors", f"{len(packet.arrays)} of {len(self.schema.tensors)} tensors; all were assigned")
+        if packet.header.weight > fed.max_weight:
+            raise Refused("weight", f"{packet.header.weight:g} examples claimed, federation.max-weight is {fed.max_weight:g}")
+        size = norm({n: a - self.state.arrays[n] for n, a in packet.arrays.items()})
+        if not size <= fed.max_norm:
+            raise Refused("norm", f"{size:.4g} from the model, federation.max-norm is {fed.max_norm:g}")
+
+    def _record(self, report: RoundReport, seconds: float) -> None:
+        """Metrics line, then checkpoint: a crash between them repeats the round, which rewrites the same line."""
+        held_out = self.evaluate(report.round, self.state.arrays)
+        line = round_line(report, held_out, self.traffic, seconds)
+        self.run.append_metrics(line)
+        self.run.save(Checkpoint(self.state, self.traffic.dump()))
+        self.on_round(line)
+
+
+def start(
+    job: Job, run: RunFolder, schema: Schema, frame_digest: str, frame_bytes: int, algorithm: Algorithm,
+    clients: Sequence[ClientInfo], initial: Callable[[], Arrays], evaluate: Evaluate, traffic: Traffic | None = None,
+) -> Coordinator:
+    """A coordinator at the folder's newest checkpoint, or at round 0 from `initial()`. `traffic`: bytes spent before round 1."""
+    found = run.newest()
+    if found is None:
+        state, traffic = algorithm.init(initial()), traffic or Traffic()
+    else:
+        state, traffic = found.state, Traffic(**found.counters)
+    return Coordinator(job, schema, frame_digest, frame_bytes, algorithm, clients, run, evaluate, state, traffic)
+
+
+def round_line(report: RoundReport, held_out: Metrics | None, traffic: Traffic, seconds: float) -> dict:
+    """One round as metrics.jsonl has it. Figures that were not measured are null."""
+
+    def number(metrics: Metrics | None, name: str) -> float | None:
+        return value(metrics, name) if metrics and metrics.get(name, (0, 0))[1] > 0 else None
+
+    return {
+        "round": report.round, "train_loss": number(report.metrics, "loss"), "train_accuracy": number(report.metrics, "accuracy"),
+        "loss": number(held_out, "loss"), "accuracy": number(held_out, "accuracy"),
+        "evaluated": int(held_out["accuracy"][1]) if held_out else 0,
+        "up": sum(traffic.up.values()), "down": sum(traffic.down.values()), "total_bytes": traffic.total,
+        "seconds": round(seconds, 3), "clients": list(report.clients), "refused": dict(report.refused),
+    }

@@ -1,0 +1,116 @@
+"""The run folder: everything a run leaves, and what resuming reads.
+
+    job.toml            the job as it ran, every key
+    run.json            what ran it: versions, engine, start time, hash of the job
+    bundle/             manifest and frame (fedtune.bundle)
+    checkpoints/        round-00003.safetensors…; the newest is where --resume starts
+    metrics.jsonl       one line a round; tensorboard/ has the same figures
+    ledger.sqlite       what left the devices, before it left
+    adapter/ peft/ onnx/ summary.json report.html README.md     written when the run ends
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedtune.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from fedtune.errors import RunError
+from fedtune.job import Job, load_job, to_toml
+from fedtune.storage import failing_clearly, write_atomic, write_json
+
+KEEP_CHECKPOINTS = 2
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run folder that exists. Methods read and write its parts; none keeps a file open."""
+
+    path: Path
+
+    @property
+    def bundle(self) -> Path:
+        return self.path / "bundle"
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / "ledger.sqlite"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def page(self) -> Path:
+        return self.path / "report.html"
+
+    def job(self) -> Job:
+        return load_job(self.path / "job.toml")
+
+    def facts(self) -> dict[str, Any]:
+        return _read_json(self.path / "run.json")
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Writes the checkpoint of its round, then removes all but the newest few."""
+        save_checkpoint(self._checkpoint(checkpoint.state.round), checkpoint)
+        for old in self._checkpoints()[:-KEEP_CHECKPOINTS]:
+            old.unlink()
+
+    def newest(self) -> Checkpoint | None:
+        """The last finished round; None before the first checkpoint."""
+        found = self._checkpoints()
+        return load_checkpoint(found[-1]) if found else None
+
+    def append_metrics(self, line: dict[str, Any]) -> None:
+        """Adds one round's line. A round that is written again (resumed) replaces its old line and all after it."""
+        lines = [x for x in self.metrics() if x["round"] < line["round"]]
+        text = "".join(json.dumps(x, allow_nan=False) + "\n" for x in [*lines, line])
+        write_atomic(self.path / "metrics.jsonl", text.encode())
+
+    def metrics(self) -> list[dict[str, Any]]:
+        path = self.path / "metrics.jsonl"
+        return [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
+
+    def _checkpoint(self, round: int) -> Path:
+        return self.path / "checkpoints" / f"round-{round:05d}.safetensors"
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted((self.path / "checkpoints").glob("round-*.safetensors"))
+
+
+def create_run(path: Path, job: Job, facts: dict[str, Any]) -> RunFolder:
+    """Makes a new run folder. Raises RunError when `path` already holds something: nothing is ever overwritten."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise RunError(f"{path} already exists and is not empty; choose another --out, or continue it with --resume {path}")
+    with failing_clearly(path):
+        (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+    write_atomic(path / "job.toml", to_toml(job).encode())
+    write_json(path / "run.json", facts)
+    return RunFolder(path)
+
+
+def open_run(path: Path) -> RunFolder:
+    """Raises RunError when `path` is not a run folder."""
+    if not (path / "run.json").is_file() or not (path / "job.toml").is_file():
+        raise RunError(f"{path}: not a run folder (no run.json and job.toml in it); give the folder that `fedtune simulate` printed")
+    return RunFolder(path)
+
+
+def next_run_path(root: Path, stem: str) -> Path:
+    """The first of root/stem-001, root/stem-002… that does not exist."""
+    return next(p for p in _numbered(root, stem) if not p.exists())
+
+
+def _numbered(root: Path, stem: str) -> Iterator[Path]:
+    number = 0
+    while True:
+        number += 1
+        yield root / f"{stem}-{number:03d}"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise RunError(f"{path}: cannot be read ({e})") from None

@@ -1,0 +1,1 @@
+"""Many clients on one machine. Each engine runs a ServerApp against a ClientApp."""

@@ -1,0 +1,102 @@
+"""Two ways to run a ServerApp and a ClientApp in a simulation. What leans on Flower's internals stands here, with a guard."""
+
+import os
+from collections import deque
+from collections.abc import Iterable
+from importlib.metadata import version
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # Flower reads it at import
+
+from flwr.app import Context, Error, Message, RecordDict  # noqa: E402
+from flwr.clientapp import ClientApp  # noqa: E402
+from flwr.serverapp import Grid, ServerApp  # noqa: E402
+from flwr.supercore.run import Run  # noqa: E402
+from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
+
+from fedtune.errors import EnvironmentProblem  # noqa: E402
+
+FLOWER = "1.41"
+RUN_ID = 1
+
+
+class SerialGrid(Grid):
+    """A Flower Grid in this process: a pushed message waits until it is pulled, then its client runs, one at a time.
+
+    So a strategy that pulls sees replies as a stream, and only one update is in memory.
+    """
+
+    def __init__(self, app: ClientApp, nodes: int) -> None:
+        self._app, self._nodes = app, nodes
+        self._waiting: deque[Message] = deque()
+        self._run = Run.create_empty(run_id=RUN_ID)
+        self._sent = 0
+
+    def set_run(self, run: Run) -> None:
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        return self._run
+
+    def create_message(self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None) -> Message:
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return range(1, self._nodes + 1)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        ids = []
+        for message in messages:
+            self._sent += 1
+            message.metadata.__dict__["_message_id"] = str(self._sent)  # Flower's own grids set it so
+            self._waiting.append(message)
+            ids.append(str(self._sent))
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        wanted = set(message_ids)
+        for _ in range(len(self._waiting)):
+            message = self._waiting.popleft()
+            if message.metadata.message_id in wanted:
+                return [self._answer(message)]
+            self._waiting.append(message)
+        return []
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        ids = list(self.push_messages(messages))
+        return [reply for _ in ids for reply in self.pull_messages(ids)]
+
+    def _answer(self, message: Message) -> Message:
+        context = Context(run_id=RUN_ID, node_id=message.metadata.dst_node_id, node_config={}, state=RecordDict(), run_config={})
+        try:
+            return self._app(message, context)
+        except Exception as e:  # as in every Flower engine, a client that fails costs its reply and not the run
+            return Message(Error(code=0, reason=f"{type(e).__name__}: {e}"), reply_to=message)
+
+
+def run_serial(server: ServerApp, client: ClientApp) -> None:
+    """One after another in this process: the slow obvious twin of the other engines."""
+    _check_version()
+    TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = RUN_ID, RUN_ID, RUN_ID
+    server(SerialGrid(client, 1), Context(run_id=RUN_ID, node_id=0, node_config={}, state=RecordDict(), run_config={}))
+
+
+def run_ray(server: ServerApp, client: ClientApp, workers: int) -> None:
+    """Through Flower's own simulation engine, with `workers` client processes at once."""
+    _check_version()
+    try:
+        import ray  # noqa: F401
+        from flwr.simulation import run_simulation
+    except ModuleNotFoundError:
+        raise EnvironmentProblem('simulation.engine = "ray" needs the package ray; install "flwr[simulation]==1.41.0" or use engine = "serial"') from None
+    workers = workers or os.cpu_count() or 1
+    run_simulation(
+        server, client, num_supernodes=workers,
+        backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}, "init_args": {"num_cpus": workers, "logging_level": "ERROR"}},
+    )
+
+
+def _check_version() -> None:
+    found = version("flwr")
+    if not found.startswith(FLOWER + "."):
+        raise EnvironmentProblem(f"flwr {found} is installed; this fedtune is written for {FLOWER}.x, because it sets fields inside Flower; install flwr=={FLOWER}.0")

@@ -1,0 +1,53 @@
+"""Files that are whole or absent: written beside their place, synced, then renamed into it."""
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fedtune.errors import EnvironmentProblem
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Puts `data` at `path` so that a crash at any instant leaves the old file or the new one.
+
+    Raises EnvironmentProblem when the disk is full or the folder cannot be written; the old file is then intact.
+    """
+    with failing_clearly(path):
+        fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(fd, "wb") as f:
+                f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+        except BaseException:
+            os.unlink(name)
+            raise
+        _sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON, indented, atomic. NaN and infinity are refused: they are not JSON."""
+    write_atomic(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+@contextlib.contextmanager
+def failing_clearly(path: Path) -> Iterator[None]:
+    """Turns an OSError on `path` into an EnvironmentProblem of one line."""
+    try:
+        yield
+    except OSError as e:
+        raise EnvironmentProblem(f"cannot write {path}: {e.strerror or e}; free space or choose another folder with --out") from e
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,1 @@
+"""The one local step and loop, and evaluation. Needs torch."""

@@ -1,0 +1,40 @@
+"""Which examples form which batch: pure functions over lengths and a generator."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+POOL = 8
+
+
+def epoch_batches(lengths: Sequence[int], batch_size: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """One epoch of index arrays: each example once, batches of about equal length, in random order.
+
+    Examples are shuffled, then sorted by length within pools of POOL batches, so that short texts are not padded to the
+    longest of the epoch, while batches stay random. The last batch of a pool may be smaller.
+    """
+    order = rng.permutation(len(lengths))
+    size = np.asarray(lengths)
+    batches: list[np.ndarray] = []
+    for start in range(0, len(order), POOL * batch_size):
+        pool = order[start : start + POOL * batch_size]
+        pool = pool[np.argsort(size[pool], kind="stable")]
+        batches += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def local_batches(lengths: Sequence[int], batch_size: int, epochs: int, steps: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """The batches of one client's round: `epochs` epochs, cut after `steps` batches when steps > 0."""
+    count = 0
+    for _ in range(epochs):
+        for batch in epoch_batches(lengths, batch_size, rng):
+            if steps and count == steps:
+                return
+            count += 1
+            yield batch
+
+
+def by_length(lengths: Sequence[int], batch_size: int) -> list[np.ndarray]:
+    """Every example once, longest first, for evaluation: the order of the answer is the caller's to restore."""
+    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

@@ -1,0 +1,102 @@
+"""Local training: what one client does with the model in one round. The truth for every engine."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedtune.adapters.methods import Parameters
+from fedtune.job import FederationSection
+from fedtune.models.base import TunableModel, summed_loss
+from fedtune.models.load import Encoder
+from fedtune.training.batches import local_batches
+from fedtune.types import Metrics
+
+
+@dataclass(frozen=True)
+class ClientData:
+    """One client's examples, encoded: model inputs by example and labels [n] (zeros for causal-lm)."""
+
+    encoded: Sequence[Mapping[str, np.ndarray]]
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Size of each example's first input: tokens for a text, the same for every image."""
+        return [next(iter(e.values())).shape[0] for e in self.encoded]
+
+
+def to_batch(data: ClientData, index: np.ndarray, encoder: Encoder) -> tuple[dict[str, Tensor], Tensor]:
+    """The chosen examples, padded to the longest of them, with their labels."""
+    arrays = encoder.collate([data.encoded[i] for i in index])
+    return {k: torch.from_numpy(v) for k, v in arrays.items()}, torch.from_numpy(data.labels[index])
+
+
+def train_locally(
+    model: TunableModel, parameters: Parameters, data: ClientData, encoder: Encoder, settings: FederationSection,
+    round: int, rng: np.random.Generator,
+) -> Metrics:
+    """Runs the round's optimizer steps on `parameters` in place, with a fresh optimizer.
+
+    The loss of a step is the mean over the predictions of its batch. Dropout is off: the model is in eval mode.
+
+    Returns:
+        loss and accuracy as seen before each step, summed over predictions.
+    """
+    optimizer = make_optimizer(parameters, settings, round)
+    totals = torch.zeros(3, dtype=torch.float64)
+    for index in local_batches(data.lengths, settings.batch_size, settings.local_epochs, settings.local_steps, rng):
+        totals += step(model, optimizer, *to_batch(data, index, encoder))
+    loss, correct, count = totals.tolist()
+    return {"loss": (loss, count), "accuracy": (correct, count)}
+
+
+def step(model: TunableModel, optimizer: torch.optim.Optimizer, batch: Mapping[str, Tensor], labels: Tensor) -> Tensor:
+    """One optimizer step. Returns float64 [summed loss, right predictions, predictions]."""
+    optimizer.zero_grad(set_to_none=True)
+    loss, correct, count = summed_loss(model(**batch), batch, labels, model.task)
+    predictions = count.sum()
+    if predictions > 0:  # a batch of one-token texts predicts nothing
+        (loss.sum() / predictions).backward()
+        optimizer.step()
+    return torch.stack([loss.detach().sum(), correct.sum(), predictions]).double()
+
+
+def make_optimizer(parameters: Parameters, settings: FederationSection, round: int) -> torch.optim.Optimizer:
+    """The job's optimizer at this round's learning rate; the head may have its own."""
+    decay = settings.lr_decay ** (round - 1)
+    rates = {"adapter": settings.lr * decay, "head": (settings.head_lr or settings.lr) * decay}
+    groups: list[dict] = [
+        {"params": chosen, "lr": rates[kind]}
+        for kind in ("adapter", "head")
+        if (chosen := [p for name, p in parameters.items() if name.startswith("head.") == (kind == "head")])
+    ]
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=settings.momentum, weight_decay=settings.weight_decay)
+    return torch.optim.AdamW(groups, weight_decay=settings.weight_decay)  # without decay this is Adam
+
+
+def weight_gradients(
+    model: TunableModel, names: Iterable[str], data: ClientData, encoder: Encoder, index: np.ndarray, batch_size: int,
+) -> dict[str, np.ndarray]:
+    """Gradient of the mean loss over `index` to the weights of the named linears of an un-adapted base, [outputs, inputs]."""
+    weights = {name: model.body.get_submodule(name).weight for name in names}
+    for w in weights.values():
+        w.requires_grad_(True)
+    try:
+        total = 0.0
+        for start in range(0, len(index), batch_size):
+            batch, labels = to_batch(data, index[start : start + batch_size], encoder)
+            loss, _, count = summed_loss(model(**batch), batch, labels, model.task)
+            loss.sum().backward()
+            total += float(count.sum())
+        return {name: (w.grad / max(total, 1.0)).numpy().copy() for name, w in weights.items()}
+    finally:
+        for w in weights.values():
+            w.requires_grad_(False)
+            w.grad = None

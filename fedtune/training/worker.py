@@ -1,0 +1,71 @@
+"""A client's side of a round, bytes in and bytes out: the same for simulated and live clients."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from fedtune.adapters.methods import Parameters, attach, read, write
+from fedtune.adapters.spec import AdapterSpec
+from fedtune.errors import Refused
+from fedtune.job import Job
+from fedtune.models.base import TunableModel
+from fedtune.models.load import Encoder
+from fedtune.seeds import generator
+from fedtune.training.local import ClientData, train_locally, weight_gradients
+from fedtune.types import Arrays, TensorSpec
+from fedtune.wire import Packet, Schema, decode, encode, kind_of
+
+
+def gradient_schema(spec: AdapterSpec) -> Schema:
+    """The tensors of a gradient init: one weight gradient [outputs, inputs] per adapted linear."""
+    return Schema(tuple(TensorSpec(x.name, (x.outputs, x.inputs), x.unit) for x in spec.linears))
+
+
+@dataclass
+class Worker:
+    """Holds one base in memory and answers packets for any client's data.
+
+    `frame` is asked once, when the first model arrives: it returns the frame's arrays and the first 16 digits of its hash.
+    """
+
+    job: Job
+    spec: AdapterSpec
+    model: TunableModel
+    encoder: Encoder
+    frame: Callable[[], tuple[Arrays, str]]
+    parameters: Parameters = field(default_factory=dict)
+    frame_digest: str | None = None
+
+    def handle(self, payload: bytes, client: str, data: ClientData) -> bytes:
+        """Answers a "model" packet with an "update", a "gradient-request" with a "gradient".
+
+        Raises Refused when the packet is not for this bundle: another schema, another frame, another kind.
+        """
+        if kind_of(payload) == "gradient-request":
+            return self._gradient(decode(payload, Schema(()), kinds=["gradient-request"]), client, data)
+        self.open()
+        packet = decode(payload, self.spec.schema, kinds=["model"], frame=self.frame_digest)
+        return self._train(packet, client, data)
+
+    def open(self) -> None:
+        """Puts the adapter on the model, once."""
+        if self.frame_digest is None:
+            arrays, digest = self.frame()
+            self.parameters = attach(self.model, self.spec, arrays)
+            self.frame_digest = digest
+
+    def _train(self, packet: Packet, client: str, data: ClientData) -> bytes:
+        fed, round = self.job.federation, packet.header.round
+        write(self.parameters, packet.arrays)
+        rng = generator(fed.seed, "local", round, client)
+        metrics = train_locally(self.model, self.parameters, data, self.encoder, fed, round, rng)
+        return encode("update", self.spec.schema, read(self.parameters), round=round, frame=self.frame_digest or "", weight=float(len(data)), metrics=metrics)
+
+    def _gradient(self, packet: Packet, client: str, data: ClientData) -> bytes:
+        if self.frame_digest is not None:
+            raise Refused("kind", "a gradient of the plain base is asked for, but the adapter is on it already")
+        fed, adapter = self.job.federation, self.job.adapter
+        rng = generator(fed.seed, "init", 0, client)
+        index = rng.permutation(len(data))[: adapter.init_examples]
+        names = [x.name for x in self.spec.linears]
+        gradients = weight_gradients(self.model, names, data, self.encoder, index, fed.batch_size)
+        return encode("gradient", gradient_schema(self.spec), gradients, round=0, weight=float(len(index)))

@@ -1,0 +1,158 @@
+"""Bytes <-> tensors with their facts. The one narrow door for what comes from outside.
+
+A packet is
+
+    4 bytes   magic "FTP1"
+    4 bytes   header length h, unsigned little-endian, at most MAX_HEADER
+    h bytes   header: JSON object with exactly the fields of `Header`
+    rest      the tensors that the header names, float32 little-endian, in schema order, nothing between or after
+
+Both sides know the schema (names and shapes, in order) from the bundle, so a packet names tensors by their index in it and
+carries the schema's digest. That keeps a packet at 4 bytes a number plus a header of a few hundred bytes. There is no
+pickle, no dtype to choose, no length that the sender can lie about: the size follows from the schema and is checked before
+any value is read.
+"""
+
+import hashlib
+import json
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fedtune.errors import Refused, ShapeMismatch
+from fedtune.types import Arrays, Metrics, TensorSpec
+
+MAGIC = b"FTP1"
+MAX_HEADER = 65536
+Kind = Literal["model", "update", "gradient-request", "gradient"]
+Short = Annotated[str, Field(max_length=64)]
+Number = Annotated[float, Field(ge=-1e30, le=1e30, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True)
+class Schema:
+    """The ordered tensors both sides agreed on."""
+
+    tensors: tuple[TensorSpec, ...]
+
+    @property
+    def digest(self) -> str:
+        """First 16 hexadecimal digits of the sha256 of names and shapes in order."""
+        text = json.dumps([[t.name, list(t.shape)] for t in self.tensors])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(t.unit for t in self.tensors))
+
+    def of_units(self, units: Sequence[str]) -> tuple[TensorSpec, ...]:
+        wanted = set(units)
+        return tuple(t for t in self.tensors if t.unit in wanted)
+
+
+class Header(BaseModel):
+    """What a packet says about itself. Unknown fields, wrong types and non-finite numbers are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    kind: Kind
+    schema_digest: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+    frame: Annotated[str, Field(pattern=r"^([0-9a-f]{16})?$")] = ""
+    round: Annotated[int, Field(ge=0, le=10**9)]
+    tensors: Annotated[list[Annotated[int, Field(ge=0, le=10**6)]], Field(max_length=16384)] | None = None
+    weight: Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)] = 0.0
+    metrics: Annotated[dict[Short, Annotated[list[Number], Field(min_length=2, max_length=2)]], Field(max_length=32)] = {}
+
+
+@dataclass(frozen=True)
+class Packet:
+    """A decoded packet: checked header and tensors by name (float32, own memory, finite)."""
+
+    header: Header
+    arrays: Arrays
+
+    @property
+    def metrics(self) -> Metrics:
+        return {name: (s, w) for name, (s, w) in self.header.metrics.items()}
+
+
+def encode(kind: Kind, schema: Schema, arrays: Arrays, *, round: int, frame: str = "", weight: float = 0.0, metrics: Metrics | None = None) -> bytes:
+    """Packs `arrays` (all or some of the schema's tensors). Raises ShapeMismatch where they differ from the schema."""
+    chosen = [i for i, t in enumerate(schema.tensors) if t.name in arrays]
+    if len(chosen) != len(arrays):
+        known = {t.name for t in schema.tensors}
+        raise ShapeMismatch(f"tensor {next(n for n in arrays if n not in known)!r} is not in the schema")
+    header = Header(
+        kind=kind, schema_digest=schema.digest, frame=frame, round=round, weight=float(weight),
+        tensors=None if len(chosen) == len(schema.tensors) else chosen,
+        metrics={name: [float(s), float(w)] for name, (s, w) in (metrics or {}).items()},
+    ).model_dump_json(exclude_defaults=True).encode()
+    parts = [MAGIC, struct.pack("<I", len(header)), header]
+    for i in chosen:
+        spec, array = schema.tensors[i], arrays[schema.tensors[i].name]
+        if array.shape != spec.shape:
+            raise ShapeMismatch(f"tensor {spec.name!r}: shape {array.shape}, schema says {spec.shape}")
+        parts.append(np.ascontiguousarray(array, dtype="<f4").tobytes())
+    return b"".join(parts)
+
+
+def decode(data: bytes, schema: Schema, *, kinds: Sequence[Kind], round: int | None = None, frame: str | None = None) -> Packet:
+    """Unpacks bytes from outside. Checks in this order: size, magic, header, kind, schema, frame, round, tensors, values.
+
+    Args:
+        data: anything.
+        schema: the tensors this side expects.
+        kinds: packet kinds taken here.
+        round, frame: when given, the only round and frame digest taken.
+
+    Raises:
+        Refused: and nothing else, with one reason per way the bytes can be wrong.
+    """
+    limit = 8 + MAX_HEADER + 4 * sum(t.size for t in schema.tensors)
+    _require(len(data) <= limit, "size", f"{len(data)} bytes, at most {limit} are taken")
+    header, body = _open(data)
+    _require(header.kind in kinds, "kind", f"{header.kind!r}, taken here: {', '.join(kinds)}")
+    _require(header.schema_digest == schema.digest, "schema", f"{header.schema_digest}, this run has {schema.digest}")
+    _require(frame is None or header.frame == frame, "frame", f"{header.frame or 'none'}, this run has {frame or 'none'}")
+    _require(round is None or header.round == round, "round", f"reply to round {header.round}, this is round {round}")
+    return Packet(header, _tensors(header, body, schema))
+
+
+def kind_of(data: bytes) -> Kind:
+    """The kind a packet claims, for choosing the schema to decode it with. Raises Refused when the header is not one."""
+    return _open(data)[0].kind
+
+
+def _open(data: bytes) -> tuple[Header, memoryview]:
+    _require(len(data) >= 8, "size", f"{len(data)} bytes, a packet has at least 8")
+    _require(data[:4] == MAGIC, "magic", f"starts with {bytes(data[:4])!r}, not {MAGIC!r}")
+    (length,) = struct.unpack_from("<I", data, 4)
+    _require(length <= min(MAX_HEADER, len(data) - 8), "header", f"says {length} bytes, {min(MAX_HEADER, len(data) - 8)} are there or allowed")
+    try:
+        header = Header.model_validate_json(bytes(data[8 : 8 + length]))
+    except ValidationError as e:
+        first = e.errors(include_input=False, include_url=False)[0]
+        raise Refused("header", f"{'.'.join(map(str, first['loc'])) or 'JSON'}: {first['msg']}"[:200]) from None
+    return header, memoryview(data)[8 + length :]
+
+
+def _tensors(header: Header, body: memoryview, schema: Schema) -> Arrays:
+    chosen = list(range(len(schema.tensors))) if header.tensors is None else header.tensors
+    _require(all(a < b for a, b in zip(chosen, chosen[1:])), "tensors", "indices repeat or are out of order")
+    _require(not chosen or chosen[-1] < len(schema.tensors), "tensors", f"index {chosen[-1] if chosen else 0}, the schema has {len(schema.tensors)}")
+    specs = [schema.tensors[i] for i in chosen]
+    expected = 4 * sum(t.size for t in specs)
+    _require(len(body) == expected, "size", f"{len(body)} bytes of tensors, {expected} expected")
+    values = np.frombuffer(body, dtype="<f4").astype(np.float32)  # a copy: the sender's buffer is not kept alive
+    _require(bool(np.isfinite(values).all()), "not-finite", "a tensor holds NaN or infinity")
+    ends = np.cumsum([t.size for t in specs])
+    return {t.name: values[end - t.size : end].reshape(t.shape) for t, end in zip(specs, ends)}
+
+
+def _require(condition: bool, reason: str, message: str) -> None:
+    if not condition:
+        raise Refused(reason, message)
