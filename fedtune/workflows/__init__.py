@@ -1,0 +1,1 @@
+"""Whole tasks, composed from roles and libraries: what each command calls."""

@@ -1,0 +1,106 @@
+"""From a job to the things a simulation works with: base, data, split, encoder, spec."""
+
+import importlib.metadata
+import platform
+from dataclasses import dataclass
+from functools import cached_property
+
+from fedtune import packages
+from fedtune.adapters import frames, methods
+from fedtune.adapters.spec import AdapterSpec, Linear, describe
+from fedtune.bundle import Bundle, write_bundle
+from fedtune.data.examples import Dataset, load_dataset
+from fedtune.data.partition import Split, split
+from fedtune.errors import ModelError
+from fedtune.job import Job
+from fedtune.models.base import TunableModel, layout
+from fedtune.models.load import Encoder, load_encoder, load_model, sketch_model
+from fedtune.models.sources import Source, check_hash, locate
+from fedtune.run import RunFolder
+from fedtune.training.clients import ClientStore
+from fedtune.types import Arrays
+
+PACKAGES = ("fedtune", "torch", "flwr", "transformers", "onnxruntime", "numpy", "safetensors", "pydantic")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A job, opened: nothing has been trained or written yet. `fresh_model` loads another copy of the base."""
+
+    job: Job
+    source: Source
+    sha256: str
+    dataset: Dataset
+    split: Split
+
+    @property
+    def classes(self) -> int:
+        return max(1, len(self.dataset.label_names))
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        return load_encoder(self.job.model, self.source)
+
+    @cached_property
+    def store(self) -> ClientStore:
+        return ClientStore(self.dataset, self.split, self.encoder)
+
+    @cached_property
+    def spec(self) -> AdapterSpec:
+        return describe(layout(sketch_model(self.job.model, self.source, self.classes)), self.job.adapter)
+
+    def fresh_model(self) -> TunableModel:
+        return load_model(self.job.model, self.source, self.classes, self.job.federation.seed)
+
+
+def open_setup(job: Job) -> Setup:
+    """Finds and checks the base, reads and splits the data. Raises UserErrors of one line."""
+    source = locate(job.model.source)
+    sha256 = check_hash(source, job.model.sha256) if source.weights else ""
+    dataset = load_dataset(job.data, job.model, job.federation.seed)
+    return Setup(job, source, sha256, dataset, split(dataset.examples, job.data, job.federation.seed))
+
+
+def make_bundle(setup: Setup, run: RunFolder, frame: Arrays, model: TunableModel) -> Bundle:
+    """Writes the bundle of a run."""
+    kind, _, name = setup.job.model.source.partition(":")
+    licence = packages.lookup(name).licence if kind == "package" else ""
+    return write_bundle(
+        run.bundle, frame, source=setup.job.model.source, sha256=setup.sha256, licence=licence, parameters=layout(model).size,
+        task=setup.job.model.task, labels=setup.dataset.label_names, spec=setup.spec, versions=versions(),
+    )
+
+
+def data_free_frame(setup: Setup, model: TunableModel) -> Arrays:
+    """The frame of init "weights" or "random"; empty for methods without one."""
+    if setup.job.adapter.method != "fed-sb":
+        return {}
+    if setup.job.adapter.init == "random":
+        return frames.random_frame(setup.spec, setup.job.federation.seed)
+
+    def weight(linear: Linear):  # noqa: ANN202
+        return model.body.get_submodule(linear.name).weight.detach().numpy()
+
+    return frames.from_weights(setup.spec, weight)
+
+
+def initial_arrays(setup: Setup, model: TunableModel, start: Arrays) -> Arrays:
+    """The model of round 0."""
+    return methods.initial(model, setup.spec, start, setup.job.federation.seed)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the result depends on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def require_trainable(setup: Setup) -> None:
+    """Raises ModelError early for a base whose weights are not there."""
+    if not setup.source.weights:
+        raise ModelError(f"model.source = {setup.job.model.source!r}: no .safetensors weights in {setup.source.folder}; `fedtune plan` works without them, training does not")

@@ -1,0 +1,173 @@
+"""fedtune simulate: one job, many clients, one machine, one run folder."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fedtune.adapters import frames, methods
+from fedtune.algorithms import Algorithm, fed_avg
+from fedtune.bundle import open_bundle
+from fedtune.client.app import make_client_app
+from fedtune.errors import EmptyCohort, Refused
+from fedtune.job import Job
+from fedtune.ledger import Ledger
+from fedtune.models.base import TunableModel
+from fedtune.rounds import Coordinator, Reply, Traffic, start
+from fedtune.run import RunFolder, open_run
+from fedtune.seeds import generator
+from fedtune.server.app import Exchange, make_server_app
+from fedtune.simulation.engines import run_ray, run_serial
+from fedtune.training.evaluate import Scores, join, score
+from fedtune.training.local import ClientData
+from fedtune.training.worker import Worker, gradient_schema
+from fedtune.types import Arrays, Metrics
+from fedtune.wire import Schema, decode, encode
+from fedtune.workflows.setup import Setup, data_free_frame, initial_arrays, make_bundle, open_setup
+
+
+@dataclass
+class Watch:
+    """What a caller may follow; each is called in the thread that runs the rounds."""
+
+    stage: Callable[[str], None] = lambda text: None
+    reply: Callable[[Reply], None] = lambda reply: None
+    line: Callable[[dict], None] = lambda line: None
+
+
+@dataclass
+class Simulation:
+    """One run being simulated: the setup, one base in this process, and the held-out data of all clients."""
+
+    setup: Setup
+    run: RunFolder
+    watch: Watch = field(default_factory=Watch)
+
+    def __post_init__(self) -> None:
+        threads = self.setup.job.simulation.threads
+        if threads:
+            torch.set_num_threads(threads)
+        self.model: TunableModel = self.setup.fresh_model()
+        self.worker = Worker(self.setup.job, self.setup.spec, self.model, self.setup.encoder, self._frame)
+
+    def rounds(self) -> None:
+        """Runs what is left of the rounds on the job's engine."""
+        job = self.setup.job
+        server = make_server_app(self.coordinator, job.federation.deadline)
+        if job.simulation.engine == "ray":
+            run_ray(server, make_client_app(partial(answer_in, str(self.run.path))), job.simulation.workers)
+        else:
+            run_serial(server, make_client_app(self.answer))
+
+    def answer(self, packet: bytes, client: str) -> bytes:
+        return self.worker.handle(packet, client, self.setup.store.train(client))
+
+    def coordinator(self, exchange: Exchange) -> Coordinator:
+        """Opens or makes the bundle (asking clients for gradients where the job says so) and stands at the newest checkpoint."""
+        job = self.setup.job
+        traffic = Traffic()
+        first: Arrays = {}
+        if (self.run.bundle / "manifest.json").exists() and self.run.newest() is not None:
+            bundle = open_bundle(self.run.bundle)
+        else:
+            frame, first, traffic = self._make_frame(exchange)
+            bundle = make_bundle(self.setup, self.run, frame, self.model)
+        coordinator = start(
+            job, self.run, self.setup.spec.schema, bundle.frame_digest, bundle.frame_bytes, make_algorithm(job, self.setup.spec.schema),
+            self.setup.store.clients, lambda: initial_arrays(self.setup, self.model, first), self.evaluate, traffic,
+        )
+        coordinator.on_reply, coordinator.on_round = self.watch.reply, self.watch.line
+        return coordinator
+
+    def evaluate(self, round: int, arrays: Arrays) -> Metrics | None:
+        """Held-out metrics over all clients, in the rounds the job evaluates."""
+        settings = self.setup.job.evaluation
+        last = round == self.setup.job.federation.rounds
+        if not last and round % settings.every:
+            return None
+        index = None if last or not settings.max_examples else self._sample(settings.max_examples)
+        return self.scores(arrays, index).metrics()
+
+    def scores(self, arrays: Arrays, index: np.ndarray | None = None) -> Scores:
+        """Held-out scores per example of `held_out[0]`, of the given places or of all."""
+        data, _ = self.held_out
+        if index is not None:
+            data = ClientData([data.encoded[i] for i in index], data.labels[index])
+        self.worker.open()
+        methods.write(self.worker.parameters, arrays)
+        return score(self.model, data, self.setup.encoder, self.setup.job.evaluation.batch_size)
+
+    @cached_property
+    def held_out(self) -> tuple[ClientData, np.ndarray]:
+        """All clients' held-out examples, and whose each is (place in split.clients)."""
+        parts = [self.setup.store.held_out(c) for c in self.setup.split.clients]
+        return join(parts), np.repeat(np.arange(len(parts)), [len(p) for p in parts])
+
+    def _sample(self, count: int) -> np.ndarray:
+        total = len(self.held_out[0])
+        rng = generator(self.setup.job.federation.seed, "evaluation")
+        return np.sort(rng.choice(total, size=min(count, total), replace=False))
+
+    def _frame(self) -> tuple[Arrays, str]:
+        bundle = open_bundle(self.run.bundle)
+        return bundle.frame, bundle.frame_digest
+
+    def _make_frame(self, exchange: Exchange) -> tuple[Arrays, Arrays, Traffic]:
+        job = self.setup.job
+        if job.adapter.method != "fed-sb" or job.adapter.init != "gradient":
+            self.watch.stage("making the frame")
+            return data_free_frame(self.setup, self.model), {}, Traffic()
+        self.watch.stage(f"asking {job.adapter.init_clients} clients for the gradient of the first step")
+        facts = {"release": "gradients", "mechanism": "none", "unit": job.privacy.unit, "clients": job.adapter.init_clients}
+        Ledger(self.run.ledger).record(0, facts)
+        gradients, traffic = gather_gradients(self.setup, exchange)
+        frame, first = frames.from_gradients(self.setup.spec, gradients, job.adapter.init_step)
+        return frame, first, traffic
+
+
+def gather_gradients(setup: Setup, exchange: Exchange) -> tuple[Arrays, Traffic]:
+    """The mean first-step gradient over drawn clients, weighted by examples, in one running sum; and what it cost in bytes."""
+    job, schema = setup.job, gradient_schema(setup.spec)
+    clients, traffic = setup.store.clients, Traffic()
+    rng = generator(job.federation.seed, "init-clients")
+    drawn = rng.choice(len(clients), size=min(job.adapter.init_clients, len(clients)), replace=False)
+    request = encode("gradient-request", Schema(()), {}, round=0)
+    for i in drawn:
+        traffic.sent(clients[i].name, len(request))
+    total, sums = 0.0, {t.name: np.zeros(t.shape) for t in schema.tensors}
+    for reply in exchange([(clients[i].name, request) for i in sorted(drawn)]):
+        if reply.payload is None:
+            continue
+        traffic.received(reply.client, len(reply.payload))
+        try:
+            packet = decode(reply.payload, schema, kinds=["gradient"], round=0)
+        except Refused:
+            continue
+        total += packet.header.weight
+        for name, array in packet.arrays.items():
+            sums[name] += packet.header.weight * array
+    if total <= 0:
+        raise EmptyCohort("no client sent a usable gradient, so the frame cannot be made; raise adapter.init-clients or use init = \"weights\"")
+    return {name: s / total for name, s in sums.items()}, traffic
+
+
+def make_algorithm(job: Job, schema: Schema) -> Algorithm:
+    """The algorithm object that every engine runs."""
+    fed = job.federation
+    return fed_avg(seed=fed.seed, cohort=fed.cohort, units=schema.units, sampling=fed.sampling, weighting=fed.weighting)
+
+
+@lru_cache(maxsize=1)
+def _remote(path: str) -> Simulation:
+    run = open_run(Path(path))
+    torch.set_num_threads(run.job().simulation.threads or 1)
+    return Simulation(open_setup(run.job()), run)
+
+
+def answer_in(path: str, packet: bytes, client: str) -> bytes:
+    """In a worker process of the ray engine: opens the run once, then answers from memory."""
+    return _remote(path).answer(packet, client)
+
