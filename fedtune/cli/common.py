@@ -1,0 +1,37 @@
+"""What every command shares: how errors end a process, and the options that stand in several commands."""
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from fedtune.errors import FedtuneError
+
+INTERRUPTED = 130
+JobArgument = Annotated[Path | None, typer.Argument(help="Job file (TOML). Without one, the default job.", show_default=False)]
+SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Overrides a key of the job; repeatable.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+
+out = Console()
+err = Console(stderr=True)
+
+
+def shell(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Ends the process as fedtune's errors say: one message on stderr, exit code 2, 3 or 4, and 130 when interrupted."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except FedtuneError as e:
+            err.print(f"fedtune: {e}", style="red", markup=False, highlight=False, soft_wrap=True)
+            sys.exit(e.exit_code)
+        except KeyboardInterrupt:
+            err.print("fedtune: interrupted", markup=False)
+            sys.exit(INTERRUPTED)
+
+    return run
