@@ -4,6 +4,7 @@ An engine asks `plan` for (client, packet) pairs, has them answered in any way i
 All engines run this same object.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -179,7 +180,8 @@ def round_line(report: RoundReport, held_out: Metrics | None, traffic: Traffic, 
     """One round as metrics.jsonl has it. Figures that were not measured are null."""
 
     def number(metrics: Metrics | None, name: str) -> float | None:
-        return value(metrics, name) if metrics and metrics.get(name, (0, 0))[1] > 0 else None
+        found = value(metrics or {}, name)
+        return found if math.isfinite(found) else None
 
     return {
         "round": report.round, "train_loss": number(report.metrics, "loss"), "train_accuracy": number(report.metrics, "accuracy"),

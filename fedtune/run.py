@@ -19,6 +19,7 @@ from fedtune.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedtune.errors import RunError
 from fedtune.job import Job, load_job, to_toml
 from fedtune.storage import failing_clearly, write_atomic, write_json
+from fedtune.types import Arrays
 
 KEEP_CHECKPOINTS = 2
 
@@ -52,15 +53,19 @@ class RunFolder:
         return _read_json(self.path / "run.json")
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Writes the checkpoint of its round, then removes all but the newest few."""
+        """Writes the checkpoint of its round, then removes all but the first (round 0) and the newest few."""
         save_checkpoint(self._checkpoint(checkpoint.state.round), checkpoint)
-        for old in self._checkpoints()[:-KEEP_CHECKPOINTS]:
+        for old in self._checkpoints()[1:-KEEP_CHECKPOINTS]:
             old.unlink()
 
     def newest(self) -> Checkpoint | None:
         """The last finished round; None before the first checkpoint."""
         found = self._checkpoints()
         return load_checkpoint(found[-1]) if found else None
+
+    def first_arrays(self) -> Arrays:
+        """The model of round 0, where every comparison starts."""
+        return load_checkpoint(self._checkpoint(0)).state.arrays
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Adds one round's line. A round that is written again (resumed) replaces its old line and all after it."""

@@ -26,6 +26,9 @@ def command(
         raise UserError("--resume takes the job from the run folder; remove the job, --set, --out and --seed")
     run = open_run(resume) if resume else None
     checked = run.job() if run else load_job(job, [*(set_ or ()), *([f"federation.seed={seed}"] if seed is not None else [])])
+    from fedtune.report.summary import load_summary
+    from fedtune.report.terminal import show
+    from fedtune.workflows.finish import finish
     from fedtune.workflows.setup import open_setup, versions
     from fedtune.workflows.simulate import Simulation, Watch
 
@@ -33,10 +36,19 @@ def command(
     run = run or create_run(out_ or next_run_path(Path("runs"), checked.adapter.method), checked, {"versions": versions(), "sha256": setup.sha256})
     out.print(f"run folder: {run.path}", markup=False, highlight=False, soft_wrap=True)
     try:
-        Simulation(setup, run, Watch(line=_show)).rounds()
+        simulation = Simulation(setup, run, Watch(line=_show))
+        simulation.rounds()
+        finish(simulation, _stage)
     except KeyboardInterrupt:
         err.print(f"interrupted; continue with: fedtune simulate --resume {run.path}", markup=False, highlight=False, soft_wrap=True)
         raise
+    show(load_summary(run.path), out)
+    if checked.report.html:
+        out.print(f"page: {run.page.resolve()}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _stage(text: str) -> None:
+    out.print(text, markup=False, highlight=False)
 
 
 def _show(line: dict) -> None:

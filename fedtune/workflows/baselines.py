@@ -1,0 +1,92 @@
+"""What a federated result is measured against: the majority label, the frozen base with a head, and clients that train alone."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedtune.adapters import methods
+from fedtune.metrics import merge, value
+from fedtune.seeds import generator
+from fedtune.training.evaluate import Scores, features, join, score
+from fedtune.training.local import train_locally
+from fedtune.types import Arrays
+from fedtune.workflows.setup import Setup
+from fedtune.workflows.simulate import Simulation
+
+Stage = Callable[[str], None]
+
+
+def majority(setup: Setup, labels: np.ndarray) -> dict[str, float]:
+    """Accuracy of always answering the most common training label, on held-out `labels` [n]."""
+    train = np.concatenate([setup.dataset.examples.labels[i] for i in setup.split.train])
+    most = np.bincount(train, minlength=setup.classes).argmax()
+    return {"accuracy": float((labels == most).mean()) if len(labels) else float("nan")}
+
+
+def head_on_frozen_base(simulation: Simulation) -> dict[str, Any]:
+    """The base as it came, with a logistic regression on its features, fitted on all clients' pooled training data.
+
+    Generous to the base: nobody could fit it so without moving the data. scikit-learn's solver, run to convergence.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    setup = simulation.setup
+    model, batch = setup.fresh_model(), setup.job.evaluation.batch_size
+    train = join([setup.store.train(c) for c in setup.split.clients])
+    held_out, owner = simulation.held_out
+    fitted = LogisticRegression(max_iter=5000).fit(features(model, train, setup.encoder, batch), train.labels)
+    logits = torch.full((len(held_out), setup.classes), -1e9)
+    found = torch.from_numpy(fitted.decision_function(features(model, held_out, setup.encoder, batch)).astype(np.float32))
+    columns = fitted.classes_.tolist()
+    if found.ndim == 1:  # two labels: one column, the second label's log-odds
+        found = torch.stack([torch.zeros_like(found), found], 1)
+    logits[:, columns] = found
+    labels = torch.from_numpy(held_out.labels)
+    loss = nn.functional.cross_entropy(logits, labels, reduction="none").double().numpy()
+    scores = Scores(loss, (logits.argmax(1) == labels).double().numpy(), np.ones(len(labels)))
+    return {"accuracy": value(scores.metrics(), "accuracy"), "loss": value(scores.metrics(), "loss"), "clients": per_client(setup, scores, owner)}
+
+
+def clients_alone(simulation: Simulation, start: Arrays, federated: Scores, took_part: dict[str, int], stage: Stage) -> dict[str, Any]:
+    """Clients that train the same adapter from the same start on their own data, each for as many local rounds as it took
+    part in the federated run (at least one), beside the federated model on the same held-out examples."""
+    setup, rows, both = simulation.setup, [], ([], [])
+    _, owner = simulation.held_out
+    for place in drawn_clients(setup):
+        name = setup.split.clients[place]
+        stage(f"baseline: {name} trains alone")
+        held_out = setup.store.held_out(name)
+        if not len(held_out):
+            continue
+        methods.write(simulation.worker.parameters, start)
+        for round in range(1, max(1, took_part.get(name, 0)) + 1):
+            rng = generator(setup.job.federation.seed, "local", round, name)
+            train_locally(simulation.model, simulation.worker.parameters, setup.store.train(name), setup.encoder, setup.job.federation, round, rng)
+        alone = score(simulation.model, held_out, setup.encoder, setup.job.evaluation.batch_size).metrics()
+        together = federated.metrics(np.flatnonzero(owner == place))
+        both[0].append(alone)
+        both[1].append(together)
+        rows.append({"name": name, "accuracy": value(alone, "accuracy"), "federated": value(together, "accuracy"), "examples": len(held_out)})
+    accuracy, beside = (value(merge(parts), "accuracy") for parts in both)
+    return {"clients": rows, "accuracy": accuracy, "federated": beside, "of": len(setup.split.clients)}
+
+
+def drawn_clients(setup: Setup) -> list[int]:
+    """Places of the clients that train alone: `evaluation.local-clients` of them, drawn by the seed."""
+    total, wanted = len(setup.split.clients), setup.job.evaluation.local_clients
+    rng = generator(setup.job.federation.seed, "local-baseline")
+    return sorted(rng.choice(total, size=min(wanted or total, total), replace=False).tolist())
+
+
+def per_client(setup: Setup, scores: Scores, owner: np.ndarray) -> list[dict[str, Any]]:
+    """Held-out accuracy and loss of each client that has held-out examples."""
+    rows = []
+    for place, name in enumerate(setup.split.clients):
+        index = np.flatnonzero(owner == place)
+        if len(index):
+            metrics = scores.metrics(index)
+            rows.append({"name": name, "accuracy": value(metrics, "accuracy"), "loss": value(metrics, "loss"), "examples": len(index)})
+    return rows
