@@ -3,11 +3,10 @@
 Sources: Fed-SB (Singhal et al. 2025), LoRA-SB and LoRA-XS; the maths is in the first two functions' docstrings.
 """
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-import numpy as np
 
 
 class SBLinear(nn.Module):

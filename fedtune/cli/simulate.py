@@ -1,14 +1,17 @@
 """fedtune simulate: runs a job with simulated clients."""
 
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from fedtune.cli.common import JobArgument, SetOption, err, out, shell
+from fedtune.cli.progress import Board
 from fedtune.errors import UserError
-from fedtune.job import load_job
-from fedtune.run import create_run, next_run_path, open_run
+from fedtune.job import Job, load_job
+from fedtune.report.format import size
+from fedtune.run import RunFolder, create_run, next_run_path, open_run
 
 EXAMPLES = "Examples:  fedtune simulate   |   fedtune simulate job.toml --set federation.rounds=2 --out runs/try   |   fedtune simulate --resume runs/try"
 
@@ -21,36 +24,66 @@ def command(
     seed: Annotated[int | None, typer.Option("--seed", help="Same as --set federation.seed=N.", show_default=False)] = None,
     resume: Annotated[Path | None, typer.Option("--resume", help="Continue this run folder from its last finished round.", show_default=False)] = None,
 ) -> None:
-    """Runs the whole job on this machine and leaves a run folder."""
+    """Runs the whole job on this machine and leaves a run folder with the adapter, the report and the exports."""
     if resume and (job or set_ or out_ or seed is not None):
         raise UserError("--resume takes the job from the run folder; remove the job, --set, --out and --seed")
     run = open_run(resume) if resume else None
     checked = run.job() if run else load_job(job, [*(set_ or ()), *([f"federation.seed={seed}"] if seed is not None else [])])
+    if not (run and _whole(run)):
+        run = _run(run, checked, out_)
     from fedtune.report.summary import load_summary
     from fedtune.report.terminal import show
-    from fedtune.workflows.finish import finish
-    from fedtune.workflows.setup import open_setup, versions
-    from fedtune.workflows.simulate import Simulation, Watch
 
-    setup = open_setup(checked)
-    run = run or create_run(out_ or next_run_path(Path("runs"), checked.adapter.method), checked, {"versions": versions(), "sha256": setup.sha256})
-    out.print(f"run folder: {run.path}", markup=False, highlight=False, soft_wrap=True)
-    try:
-        simulation = Simulation(setup, run, Watch(line=_show))
-        simulation.rounds()
-        finish(simulation, _stage)
-    except KeyboardInterrupt:
-        err.print(f"interrupted; continue with: fedtune simulate --resume {run.path}", markup=False, highlight=False, soft_wrap=True)
-        raise
     show(load_summary(run.path), out)
     if checked.report.html:
         out.print(f"page: {run.page.resolve()}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _stage(text: str) -> None:
-    out.print(text, markup=False, highlight=False)
+def _run(run: RunFolder | None, job: Job, path: Path | None) -> RunFolder:
+    with Board(out) as board:
+        board.stage("opening the base and the data")
+        from fedtune.data.partition import describe
+        from fedtune.workflows.finish import finish
+        from fedtune.workflows.setup import open_setup, require_trainable, versions
+        from fedtune.workflows.simulate import Simulation, Watch
+
+        setup = open_setup(job)
+        require_trainable(setup)
+        if run is None:
+            _ = setup.spec  # a rank or target that does not fit the base is said before anything is written
+            created = datetime.now(UTC).isoformat(timespec="seconds")
+            facts = {"created": created, "versions": versions(), "sha256": setup.sha256, "split": describe(setup.split, setup.dataset)}
+            run = create_run(path or next_run_path(Path("runs"), job.adapter.method), job, facts)
+        board.line(f"run folder: {run.path}")
+        progress = _Rounds(board, job.federation.rounds)
+        try:
+            simulation = Simulation(setup, run, Watch(board.stage, board.advance, lambda reply: progress.reply(), progress.line))
+            simulation.rounds()
+            finish(simulation)
+        except KeyboardInterrupt:
+            err.print(f"stopped; continue with: fedtune simulate --resume {run.path}", markup=False, highlight=False, soft_wrap=True)
+            raise
+    return run
 
 
-def _show(line: dict) -> None:
-    accuracy = "not evaluated" if line["accuracy"] is None else f"accuracy {line['accuracy']:.3f}, loss {line['loss']:.3f} on {line['evaluated']} held-out"
-    out.print(f"round {line['round']}: {accuracy}; {line['total_bytes']:,} bytes so far, {line['seconds']:.1f} s", markup=False, highlight=False)
+class _Rounds:
+    """One step a client, one line a round."""
+
+    def __init__(self, board: Board, rounds: int) -> None:
+        self.board, self.rounds, self.note = board, rounds, ""
+
+    def reply(self) -> None:
+        self.board.advance(1, self.note)
+
+    def line(self, line: dict[str, Any]) -> None:
+        measured = "not evaluated" if line["accuracy"] is None else f"accuracy {line['accuracy']:.3f}, loss {line['loss']:.3f} on {line['evaluated']:,} held-out"
+        refused = f"; {len(line['refused'])} refused" if line["refused"] else ""
+        self.note = f"round {min(line['round'] + 1, self.rounds)}/{self.rounds}"
+        self.board.line(f"round {line['round']}/{self.rounds}: {measured}; {size(line['total_bytes'])} so far, {line['seconds']:.1f} s{refused}")
+
+
+def _whole(run: RunFolder) -> bool:
+    """The run was finished and its summary written."""
+    from fedtune.report.summary import load_summary
+
+    return run.summary.exists() and load_summary(run.path)["complete"]

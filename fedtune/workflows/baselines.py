@@ -1,6 +1,5 @@
 """What a federated result is measured against: the majority label, the frozen base with a head, and clients that train alone."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,11 +11,9 @@ from fedtune.metrics import merge, value
 from fedtune.seeds import generator
 from fedtune.training.evaluate import Scores, features, join, score
 from fedtune.training.local import train_locally
-from fedtune.types import Arrays
+from fedtune.types import Metrics
 from fedtune.workflows.setup import Setup
 from fedtune.workflows.simulate import Simulation
-
-Stage = Callable[[str], None]
 
 
 def majority(setup: Setup, labels: np.ndarray) -> dict[str, float]:
@@ -37,9 +34,11 @@ def head_on_frozen_base(simulation: Simulation) -> dict[str, Any]:
     model, batch = setup.fresh_model(), setup.job.evaluation.batch_size
     train = join([setup.store.train(c) for c in setup.split.clients])
     held_out, owner = simulation.held_out
-    fitted = LogisticRegression(max_iter=5000).fit(features(model, train, setup.encoder, batch), train.labels)
+    simulation.watch.stage("baseline: the frozen base with a head", len(train) + len(held_out))
+    seen, asked = (features(model, part, setup.encoder, batch, simulation.watch.advance) for part in (train, held_out))
+    fitted = LogisticRegression(max_iter=5000).fit(seen, train.labels)
     logits = torch.full((len(held_out), setup.classes), -1e9)
-    found = torch.from_numpy(fitted.decision_function(features(model, held_out, setup.encoder, batch)).astype(np.float32))
+    found = torch.from_numpy(fitted.decision_function(asked).astype(np.float32))
     columns = fitted.classes_.tolist()
     if found.ndim == 1:  # two labels: one column, the second label's log-odds
         found = torch.stack([torch.zeros_like(found), found], 1)
@@ -50,15 +49,18 @@ def head_on_frozen_base(simulation: Simulation) -> dict[str, Any]:
     return {"accuracy": value(scores.metrics(), "accuracy"), "loss": value(scores.metrics(), "loss"), "clients": per_client(setup, scores, owner)}
 
 
-def clients_alone(simulation: Simulation, start: Arrays, federated: Scores, took_part: dict[str, int], stage: Stage) -> dict[str, Any]:
+def clients_alone(simulation: Simulation, federated: Scores, took_part: dict[str, int]) -> dict[str, Any]:
     """Clients that train the same adapter from the same start on their own data, each for as many local rounds as it took
     part in the federated run (at least one), beside the federated model on the same held-out examples."""
-    setup, rows, both = simulation.setup, [], ([], [])
-    _, owner = simulation.held_out
-    for place in drawn_clients(setup):
+    setup, start, owner = simulation.setup, simulation.run.first_arrays(), simulation.held_out[1]
+    rows: list[dict[str, Any]] = []
+    both: tuple[list[Metrics], list[Metrics]] = ([], [])
+    drawn = drawn_clients(setup)
+    simulation.watch.stage("baseline: clients that train alone", len(drawn))
+    for place in drawn:
         name = setup.split.clients[place]
-        stage(f"baseline: {name} trains alone")
         held_out = setup.store.held_out(name)
+        simulation.watch.advance(1)
         if not len(held_out):
             continue
         methods.write(simulation.worker.parameters, start)

@@ -78,7 +78,7 @@ def data_free_frame(setup: Setup, model: TunableModel) -> Arrays:
     if setup.job.adapter.init == "random":
         return frames.random_frame(setup.spec, setup.job.federation.seed)
 
-    def weight(linear: Linear):  # noqa: ANN202
+    def weight(linear: Linear):
         return model.body.get_submodule(linear.name).weight.detach().numpy()
 
     return frames.from_weights(setup.spec, weight)

@@ -16,6 +16,7 @@ from fedtune.errors import EmptyCohort, Refused
 from fedtune.job import Job
 from fedtune.ledger import Ledger
 from fedtune.models.base import TunableModel
+from fedtune.report.events import Events
 from fedtune.rounds import Coordinator, Reply, Traffic, start
 from fedtune.run import RunFolder, open_run
 from fedtune.seeds import generator
@@ -24,16 +25,22 @@ from fedtune.simulation.engines import run_ray, run_serial
 from fedtune.training.evaluate import Scores, join, score
 from fedtune.training.local import ClientData
 from fedtune.training.worker import Worker, gradient_schema
+from fedtune.trees import digest
 from fedtune.types import Arrays, Metrics
 from fedtune.wire import Schema, decode, encode
 from fedtune.workflows.setup import Setup, data_free_frame, initial_arrays, make_bundle, open_setup
 
 
-@dataclass
+@dataclass(frozen=True)
 class Watch:
-    """What a caller may follow; each is called in the thread that runs the rounds."""
+    """What a caller may follow, in the thread that runs the rounds.
 
-    stage: Callable[[str], None] = lambda text: None
+    stage(text, total): work of `total` steps begins, of which advance(count) finishes some; total 0 is unknown.
+    reply: a client's answer came. line: a round is finished, as metrics.jsonl has it.
+    """
+
+    stage: Callable[[str, int], None] = lambda text, total=0: None
+    advance: Callable[[int], None] = lambda count: None
     reply: Callable[[Reply], None] = lambda reply: None
     line: Callable[[dict], None] = lambda line: None
 
@@ -45,6 +52,7 @@ class Simulation:
     setup: Setup
     run: RunFolder
     watch: Watch = field(default_factory=Watch)
+    _scored: dict[str, Scores] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         threads = self.setup.job.simulation.threads
@@ -55,7 +63,11 @@ class Simulation:
 
     def rounds(self) -> None:
         """Runs what is left of the rounds on the job's engine."""
-        job = self.setup.job
+        job, done = self.setup.job, self.run.newest()
+        left = job.federation.rounds - (done.state.round if done else 0)
+        if done and not left:
+            return
+        self.watch.stage("training", left * job.federation.cohort)
         server = make_server_app(self.coordinator, job.federation.deadline)
         if job.simulation.engine == "ray":
             run_ray(server, make_client_app(partial(answer_in, str(self.run.path))), job.simulation.workers)
@@ -79,7 +91,13 @@ class Simulation:
             job, self.run, self.setup.spec.schema, bundle.frame_digest, bundle.frame_bytes, make_algorithm(job, self.setup.spec.schema),
             self.setup.store.clients, lambda: initial_arrays(self.setup, self.model, first), self.evaluate, traffic,
         )
-        coordinator.on_reply, coordinator.on_round = self.watch.reply, self.watch.line
+        events = Events(self.run.path / "tensorboard")
+
+        def on_round(line: dict) -> None:
+            events.add(line)
+            self.watch.line(line)
+
+        coordinator.on_reply, coordinator.on_round = self.watch.reply, on_round
         return coordinator
 
     def evaluate(self, round: int, arrays: Arrays) -> Metrics | None:
@@ -93,12 +111,17 @@ class Simulation:
 
     def scores(self, arrays: Arrays, index: np.ndarray | None = None) -> Scores:
         """Held-out scores per example of `held_out[0]`, of the given places or of all."""
+        key = digest(arrays) if index is None else ""
+        if key and key in self._scored:
+            return self._scored[key]
         data, _ = self.held_out
         if index is not None:
             data = ClientData([data.encoded[i] for i in index], data.labels[index])
         self.worker.open()
         methods.write(self.worker.parameters, arrays)
-        return score(self.model, data, self.setup.encoder, self.setup.job.evaluation.batch_size)
+        scores = score(self.model, data, self.setup.encoder, self.setup.job.evaluation.batch_size)
+        self._scored = {key: scores} if key else self._scored  # the last round's evaluation is the final one
+        return scores
 
     @cached_property
     def held_out(self) -> tuple[ClientData, np.ndarray]:
@@ -118,9 +141,9 @@ class Simulation:
     def _make_frame(self, exchange: Exchange) -> tuple[Arrays, Arrays, Traffic]:
         job = self.setup.job
         if job.adapter.method != "fed-sb" or job.adapter.init != "gradient":
-            self.watch.stage("making the frame")
+            self.watch.stage("making the frame", 0)
             return data_free_frame(self.setup, self.model), {}, Traffic()
-        self.watch.stage(f"asking {job.adapter.init_clients} clients for the gradient of the first step")
+        self.watch.stage(f"asking {job.adapter.init_clients} clients for the gradient of the first step", 0)
         facts = {"release": "gradients", "mechanism": "none", "unit": job.privacy.unit, "clients": job.adapter.init_clients}
         Ledger(self.run.ledger).record(0, facts)
         gradients, traffic = gather_gradients(self.setup, exchange)

@@ -1,0 +1,58 @@
+"""fedtune plan: what a job will cost, before it runs."""
+
+import json
+
+from rich.console import Console
+from rich.text import Text
+
+from fedtune.cli.common import JobArgument, JsonOption, SetOption, out, shell
+from fedtune.job import load_job
+
+EXAMPLES = "Examples:  fedtune plan   |   fedtune plan job.toml --set adapter.rank=64   |   fedtune plan --set model.source=./llama --set model.task=causal-lm --json"
+
+
+@shell
+def command(job: JobArgument = None, set_: SetOption = None, json_: JsonOption = False) -> None:
+    """Prints trainable numbers, bytes, memory and privacy of a job. Needs a base's config, not its weights."""
+    checked = load_job(job, set_ or ())
+    from fedtune.workflows.plan import make_plan
+
+    plan = make_plan(checked)
+    if json_:
+        out.print_json(json.dumps(plan.to_json()))
+        return
+    _show(plan, out)
+
+
+def _show(plan, console: Console) -> None:
+    from fedtune.report.format import count, percent, size
+    from fedtune.report.terminal import table
+
+    device = plan.device
+    rows = [
+        ("base", plan.source, f"{count(plan.base_parameters)} numbers, frozen"),
+        ("adapter", f"{plan.method}, rank {plan.rank}" if plan.modules else plan.method, f"{plan.modules} linears" if plan.modules else ""),
+        ("trained", f"{count(plan.trainable)} numbers", f"{percent(plan.trainable, plan.base_parameters)} of the base, {count(plan.head)} in the head"),
+        ("one update", size(plan.update_bytes), "up, per client and round"),
+        ("one model", size(plan.model_bytes), "down, per client and round"),
+        ("frame", size(plan.frame_bytes), "down, once per client"),
+        ("initialisation", size(plan.init_bytes), "gradients of the first step" if plan.init_bytes else "needs no exchange"),
+        ("a round", size(plan.round_bytes), f"{plan.cohort} of {plan.clients} clients"),
+        ("in all", size(round(plan.total_bytes)), f"{plan.rounds} rounds; expects {plan.expected_first_time:.1f} clients to need the frame"),
+        ("memory of a client", _size(device["total"]), "computed from shapes; libraries and data come on top"),
+        ("  base", _size(device["base"]), ""),
+        ("  activations", _size(device["activations"]), "kept for the backward pass of one batch"),
+        ("  adapter", _size(device["adapter_gradients_optimizer"]), "with gradients and optimizer state"),
+        ("  frame", _size(device["frame"]), ""),
+        ("privacy", "epsilon = infinite", "no differential privacy is asked for"),
+    ]
+    console.print(table(("", "figure", ""), rows, words=(0, 2)))
+    console.print(table(("unit", "numbers", "bytes"), [(u.name, count(u.numbers), size(u.bytes)) for u in plan.units]))
+    for note in plan.notes:
+        console.print(Text(f"! {note}", style="yellow"))
+
+
+def _size(value: int | None) -> str:
+    from fedtune.report.format import size
+
+    return "not known" if value is None else size(value)

@@ -1,0 +1,87 @@
+"""What a run folder says of itself, as summary.json and the page. Reads the folder alone: no torch, no data, no base."""
+
+import math
+from typing import Any
+
+from fedtune.bundle import open_bundle
+from fedtune.errors import RunError
+from fedtune.report.summary import Summary, check
+from fedtune.rounds import Traffic
+from fedtune.run import RunFolder
+from fedtune.storage import write_atomic, write_json
+from fedtune.wire import encode
+
+NO_PRIVACY = "Updates were sent as trained: no differential privacy is claimed."
+
+
+def facts(run: RunFolder) -> dict[str, Any]:
+    """All of a summary but the final scores, baselines and exports, of a run finished or not.
+
+    Raises RunError when not even round 0 is there.
+    """
+    if not run.metrics() or run.newest() is None:
+        raise RunError(f"{run.path}: no round is finished yet, not even the start; continue it with `fedtune simulate --resume {run.path}`")
+    job, lines, started, manifest = run.job(), run.metrics(), run.facts(), open_bundle(run.bundle).manifest
+    spec = manifest.spec
+    return {
+        "title": job.report.title or f"{job.adapter.method} on {job.data.source.rpartition(':')[2]}",
+        "created": started["created"], "versions": started["versions"], "job": job.model_dump(mode="json", by_alias=True),
+        "engine": job.simulation.engine,
+        "base": {"source": manifest.source, "sha256": manifest.sha256, "parameters": manifest.parameters, "licence": manifest.licence},
+        "task": job.model.task, "metric": "accuracy", "labels": list(manifest.labels),
+        "adapter": {
+            "method": spec.method, "rank": spec.rank, "init": job.adapter.init, "trainable": spec.size, "head": spec.head_size,
+            "modules": len(spec.linears),
+        },
+        "split": started["split"], "rounds": per_round(lines), "communication": communication(run, lines),
+        "privacy": {"unit": job.privacy.unit, "epsilon": "inf", "note": NO_PRIVACY},
+        "complete": False, "wall_seconds": round(sum(line["seconds"] for line in lines), 3),
+    }
+
+
+def per_round(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl with running byte totals turned into bytes of the round."""
+    before, rows = {"up": 0, "down": 0}, []
+    for line in lines:
+        rows.append(line | {key: line[key] - before[key] for key in before})
+        before = {key: line[key] for key in before}
+    return rows
+
+
+def communication(run: RunFolder, lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """Totals and each client's bytes, from the newest checkpoint's counters."""
+    checkpoint, bundle = run.newest(), open_bundle(run.bundle)
+    assert checkpoint is not None, "facts() looked"
+    traffic, spec = Traffic(**checkpoint.counters), bundle.manifest.spec
+    metrics = {"loss": (1.0, 1.0), "accuracy": (1.0, 1.0)}
+    update = encode("update", spec.schema, checkpoint.state.arrays, round=1, frame=bundle.frame_digest, weight=1.0, metrics=metrics)
+    names = sorted(traffic.down.keys() | traffic.up.keys())
+    return {
+        "trainable_numbers": spec.size, "update_bytes": len(update), "frame_bytes": bundle.frame_bytes,
+        "up": sum(traffic.up.values()), "down": sum(traffic.down.values()), "messages": 2 * sum(traffic.rounds.values()),
+        "clients": [{"name": n, "up": traffic.up.get(n, 0), "down": traffic.down.get(n, 0), "rounds": traffic.rounds.get(n, 0)} for n in names],
+    }
+
+
+def write_summary(run: RunFolder, summary: dict[str, Any]) -> None:
+    """summary.json, and report.html where the job wants it."""
+    summary = _finite(summary)
+    write_json(run.summary, summary)
+    write_page(run, check(summary))
+
+
+def write_page(run: RunFolder, summary: Summary) -> None:
+    """report.html, where the job wants it."""
+    from fedtune.report.page import render  # here, because drawing needs matplotlib
+
+    if run.job().report.html:
+        write_atomic(run.page, render(summary).encode())
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinity as null: JSON has neither."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
