@@ -14,6 +14,7 @@ from fedtune.errors import RunError
 from fedtune.storage import write_atomic
 
 FORMAT = "1"
+KEY = "fedtune"
 
 
 @dataclass(frozen=True)
@@ -29,19 +30,19 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     state = checkpoint.state
     tensors = {f"model/{n}": np.ascontiguousarray(a) for n, a in state.arrays.items()}
     tensors |= {f"slots/{n}": np.ascontiguousarray(a) for n, a in state.slots.items()}
-    metadata = {"format": FORMAT, "round": str(state.round), "counters": json.dumps(checkpoint.counters)}
-    write_atomic(path, save(tensors, metadata))
+    facts = {"format": FORMAT, "round": state.round, "counters": checkpoint.counters}
+    write_atomic(path, save(tensors, {KEY: json.dumps(facts)}))  # one key: safetensors writes several in random order
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Reads what `save_checkpoint` wrote. Raises RunError on anything else."""
     try:
         with safe_open(path, "numpy") as f:
-            metadata = f.metadata() or {}
+            facts = json.loads((f.metadata() or {})[KEY])
             tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
-        if metadata["format"] != FORMAT:
-            raise RunError(f"{path}: checkpoint format {metadata['format']}, this fedtune reads {FORMAT}; use the version that wrote it")
+        if facts["format"] != FORMAT:
+            raise RunError(f"{path}: checkpoint format {facts['format']}, this fedtune reads {FORMAT}; use the version that wrote it")
         arrays, slots = ({n[len(p) :]: a for n, a in tensors.items() if n.startswith(p)} for p in ("model/", "slots/"))
-        return Checkpoint(State(int(metadata["round"]), arrays, slots), json.loads(metadata["counters"]))
-    except (OSError, SafetensorError, KeyError, ValueError) as e:
+        return Checkpoint(State(int(facts["round"]), arrays, slots), dict(facts["counters"]))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as e:
         raise RunError(f"{path}: not a checkpoint of fedtune ({e}); remove it to resume from the one before") from None

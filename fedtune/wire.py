@@ -4,11 +4,12 @@ A packet is
 
     4 bytes   magic "FTP1"
     4 bytes   header length h, unsigned little-endian, at most MAX_HEADER
-    h bytes   header: JSON object with exactly the fields of `Header`
+    h bytes   header: JSON object with exactly the fields of `Header`, then spaces up to a multiple of HEADER_STEP
     rest      the tensors that the header names, float32 little-endian, in schema order, nothing between or after
 
 Both sides know the schema (names and shapes, in order) from the bundle, so a packet names tensors by their index in it and
-carries the schema's digest. That keeps a packet at 4 bytes a number plus a header of a few hundred bytes. There is no
+carries the schema's digest. That keeps a packet at 4 bytes a number plus a header of a few hundred bytes; the spaces make
+its size the same whatever the metrics are, so that `fedtune plan` knows it and it tells a listener nothing. There is no
 pickle, no dtype to choose, no length that the sender can lie about: the size follows from the schema and is checked before
 any value is read.
 """
@@ -28,6 +29,7 @@ from fedtune.types import Arrays, Metrics, TensorSpec
 
 MAGIC = b"FTP1"
 MAX_HEADER = 65536
+HEADER_STEP = 256
 Kind = Literal["model", "update", "gradient-request", "gradient"]
 Short = Annotated[str, Field(max_length=64)]
 Number = Annotated[float, Field(ge=-1e30, le=1e30, allow_inf_nan=False)]
@@ -91,6 +93,7 @@ def encode(kind: Kind, schema: Schema, arrays: Arrays, *, round: int, frame: str
         tensors=None if len(chosen) == len(schema.tensors) else chosen,
         metrics={name: [float(s), float(w)] for name, (s, w) in (metrics or {}).items()},
     ).model_dump_json(exclude_defaults=True).encode()
+    header += b" " * (-len(header) % HEADER_STEP)
     parts = [MAGIC, struct.pack("<I", len(header)), header]
     for i in chosen:
         spec, array = schema.tensors[i], arrays[schema.tensors[i].name]

@@ -86,4 +86,7 @@ def _whole(run: RunFolder) -> bool:
     """The run was finished and its summary written."""
     from fedtune.report.summary import load_summary
 
-    return run.summary.exists() and load_summary(run.path)["complete"]
+    if not run.summary.exists():
+        return False
+    summary = load_summary(run.path)
+    return summary["complete"] and "export" in summary

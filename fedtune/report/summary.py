@@ -141,12 +141,18 @@ class Communication(TypedDict):
 
 
 class Exported(TypedDict, total=False):
-    """One exported file and how it compares with the trained model on held-out data."""
+    """One exported file and how it compares with the trained model on `examples` of the `of` held-out examples.
+
+    `note` alone says why a file was left out.
+    """
 
     file: str
     bytes: int
     max_difference: float | None
     label_agreement: float | None
+    examples: int
+    of: int
+    note: str
     accuracy: float | None
 
 

@@ -14,6 +14,8 @@ from fedtune.report.format import clean, count, number
 from fedtune.report.summary import Summary
 
 MOST_ROUNDS = 12
+ROUND_HEADER = ("round", "train", "loss", "accuracy", "on", "clients", "refused", "total", "time")
+"""As tables.ROUND_HEADER without the bytes of the round, short enough for 80 columns."""
 
 
 def show(summary: Summary, console: Console) -> None:
@@ -28,8 +30,8 @@ def show(summary: Summary, console: Console) -> None:
     _facts(console, "How it was made", facts.model(s))
     rivals = [(row[0].name, *row[1:], row[0].note) for row in tables.rival_rows(s)]
     _rows(console, "Against baselines", (*tables.RIVAL_HEADER, ""), rivals, words=(0, 4))
-    short = [(*row[:6], row[6], row[9], row[10]) for row in tables.round_rows(s, MOST_ROUNDS)]
-    _rows(console, "Rounds", (*tables.ROUND_HEADER[:7], *tables.ROUND_HEADER[9:]), short, words=())
+    short = [(*row[:7], *row[9:]) for row in tables.round_rows(s, MOST_ROUNDS)]
+    _rows(console, "Rounds", ROUND_HEADER, short, words=())
     _clients(console, s)
     _facts(console, "Communication", facts.communication(s))
     _rows(console, "Refused updates", ("round", "client", "reason"), [(str(r), c, why) for r, c, why in facts.refusals(s)], words=(1, 2))
@@ -67,7 +69,7 @@ def _rows(console: Console, title: str, header: Sequence[str], rows: Sequence[Se
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[int] = (0,)) -> Table:
     """A plain table; columns in `words` hold text, the others figures. Cells are text, never markup."""
-    made = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), header_style="dim")
+    made = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
     for i, name in enumerate(header):
         made.add_column(Text(name), justify="left" if i in words else "right", overflow="fold")
     for row in rows:

@@ -1,11 +1,16 @@
 """Two ways to run a ServerApp and a ClientApp in a simulation. What leans on Flower's internals stands here, with a guard."""
 
+import logging
 import os
+import signal
+import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # Flower reads it at import
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's coming default; without it Ray warns
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -90,10 +95,62 @@ def run_ray(server: ServerApp, client: ClientApp, workers: int) -> None:
     except ModuleNotFoundError:
         raise EnvironmentProblem('simulation.engine = "ray" needs the package ray; install "flwr[simulation]==1.41.0" or use engine = "serial"') from None
     workers = workers or os.cpu_count() or 1
-    run_simulation(
-        server, client, num_supernodes=workers,
-        backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}, "init_args": {"num_cpus": workers, "logging_level": "ERROR"}},
-    )
+    with _interruptible() as stopped, _errors_only("flwr"):
+        run_simulation(
+            _stopping(server, stopped), client, num_supernodes=workers,
+            backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}, "init_args": {"num_cpus": workers, "logging_level": "ERROR", "log_to_driver": False}},
+        )
+
+
+@contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """An event that is set on Ctrl-C, before anything else learns of it, and at the end."""
+    stopped, main = threading.Event(), threading.current_thread() is threading.main_thread()
+
+    def interrupt(number: int, frame: object) -> None:
+        stopped.set()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt) if main else None
+    try:
+        yield stopped
+    finally:
+        stopped.set()
+        if main:
+            signal.signal(signal.SIGINT, before)
+
+
+def _stopping(server: ServerApp, stopped: threading.Event) -> ServerApp:
+    """The same app, ended by `stopped`. Flower runs it in a thread that outlives the interrupted simulation: there it would
+    take the dying workers' errors for replies and record a void round, then wait for the deadline."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        pull = grid.pull_messages
+
+        def pull_unless_stopped(message_ids: Iterable[str]) -> Iterable[Message]:
+            found = list(pull(message_ids))
+            if stopped.is_set():
+                raise EnvironmentProblem("the simulation was stopped")
+            return found
+
+        grid.pull_messages = pull_unless_stopped  # type: ignore[method-assign]
+        server(grid, context)
+
+    return app
+
+
+@contextmanager
+def _errors_only(logger: str) -> Iterator[None]:
+    """Hides a library's notices and warnings, such as Flower's that run_simulation will be replaced by its own command."""
+    found = logging.getLogger(logger)
+    level = found.level
+    found.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        found.setLevel(level)
 
 
 def _check_version() -> None:

@@ -1,8 +1,9 @@
-"""How much memory a training step needs, from shapes alone: the step is run on the meta device, which computes nothing."""
+"""How much memory a training step needs, from shapes alone: the step is run on fake tensors, which hold no values."""
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fedtune.adapters.methods import attach
 from fedtune.adapters.spec import AdapterSpec
@@ -10,10 +11,10 @@ from fedtune.models.base import TunableModel
 
 
 def saved_bytes(model: TunableModel, spec: AdapterSpec, batch: int, side: int) -> int | None:
-    """Bytes that autograd keeps between forward and backward of one step, weights not counted.
+    """Bytes that autograd keeps between forward and backward of one step on a CPU, weights not counted.
 
     Args:
-        model: on the meta device and without an adapter; it gets one.
+        model: on the meta device and without an adapter; it gets one and cannot be used afterwards.
         batch: examples in the step.
         side: tokens of each text, or pixels of an image's side.
 
@@ -22,7 +23,8 @@ def saved_bytes(model: TunableModel, spec: AdapterSpec, batch: int, side: int) -
     """
     with torch.device("meta"):
         attach(model, spec, {t.name: np.zeros(t.shape, np.float32) for t in spec.frame})
-        model.to("meta")
+    with FakeTensorMode():
+        _fake(model)
         held = {_key(t) for t in [*model.parameters(), *model.buffers()]}
         seen: dict[int, tuple[int, Tensor]] = {}  # the tensor is kept so that no later storage takes its address
 
@@ -39,8 +41,19 @@ def saved_bytes(model: TunableModel, spec: AdapterSpec, batch: int, side: int) -
     return sum(size for size, _ in seen.values())
 
 
+def _fake(model: nn.Module) -> None:
+    """Every tensor of the model as a fake one on the CPU: kernels are then chosen as a CPU would, which meta does not."""
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                module._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
+        for name, b in module._buffers.items():
+            if b is not None:
+                module._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
+
+
 def _loss(model: TunableModel, batch: int, side: int) -> Tensor:
-    """Without an attention mask: code that looks into the mask cannot run on meta, and a full mask keeps the same tensors."""
+    """Without an attention mask: code that looks into the mask cannot run so, and a full mask keeps the same tensors."""
     if model.task == "image-classification":
         logits = model(pixels=torch.empty(batch, 3, side, side))
     elif model.head is None:

@@ -5,12 +5,16 @@ from typing import Any
 from fedtune.metrics import value, worst_tenth
 from fedtune.training.evaluate import Scores
 from fedtune.workflows import baselines
+from fedtune.workflows.export import export_run
 from fedtune.workflows.simulate import Simulation
 from fedtune.workflows.summary import facts, write_summary
 
 
 def finish(simulation: Simulation) -> dict[str, Any]:
-    """Scores the model of the last checkpoint, measures the baselines the job asks for, writes summary and page."""
+    """Scores the model of the last checkpoint, measures the baselines the job asks for, exports, writes summary and page.
+
+    The summary is written before the export too: a graph that fails its check costs the graph, not the report.
+    """
     run, watch = simulation.run, simulation.watch
     checkpoint = run.newest()
     assert checkpoint is not None, "rounds() writes checkpoint 0 first"
@@ -21,6 +25,8 @@ def finish(simulation: Simulation) -> dict[str, Any]:
         "baselines": measure(simulation, scores, checkpoint.counters["rounds"]),
         "complete": checkpoint.state.round >= simulation.setup.job.federation.rounds,
     }
+    write_summary(run, summary)
+    summary["export"] = export_run(run, simulation.setup, watch.stage)
     write_summary(run, summary)
     return summary
 

@@ -11,7 +11,7 @@ from fedtune.run import RunFolder
 from fedtune.storage import write_atomic, write_json
 from fedtune.wire import encode
 
-NO_PRIVACY = "Updates were sent as trained: no differential privacy is claimed."
+NO_PRIVACY = "Updates were sent as trained."
 
 
 def facts(run: RunFolder) -> dict[str, Any]:

@@ -1,0 +1,80 @@
+"""fedtune export: writes the adapter, the PEFT folder and the ONNX graphs of a run again."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from fedtune.cli.common import JsonOption, SetOption, err, out, shell
+from fedtune.cli.progress import Board
+from fedtune.errors import RunError, UserError
+from fedtune.job import load_job
+from fedtune.run import RunFolder, open_run
+
+EXAMPLES = "Examples:  fedtune export runs/fed-sb-001   |   fedtune export runs/fed-sb-001 --set export.opset=18 --examples 2000"
+
+
+@shell
+def command(
+    run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
+    set_: SetOption = None,
+    examples: Annotated[
+        int | None, typer.Option("--examples", min=1, help="Held-out examples graphs are compared on (default: 256).", show_default=False),
+    ] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Exports a run at its newest checkpoint, in place of what it exported before."""
+    folder = open_run(run)
+    for item in set_ or ():
+        if not item.strip().startswith("export."):
+            raise UserError(f"--set {item}: the run is done, only keys of [export] can change; give one, such as export.onnx=false")
+    job = load_job(folder.path / "job.toml", set_ or ())
+    with Board(Console(quiet=True) if json_ else out) as board:
+        board.stage("opening the base and the data")
+        from fedtune.workflows.export import EXAMPLES as USUAL
+        from fedtune.workflows.export import export_run
+        from fedtune.workflows.setup import open_setup
+
+        exports = export_run(folder, open_setup(job), board.stage, examples or USUAL)
+        _update_summary(folder, exports)
+    if json_:
+        out.print_json(json.dumps(exports))
+        return
+    for line in (*_lines(folder.path, exports), f"model card: {folder.path / 'README.md'}"):
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _lines(run: Path, exports: dict[str, dict[str, Any]]) -> list[str]:
+    """One line for each export: its file and size, and for a graph how it compares with the trained model."""
+    from fedtune.report.format import number, size, small
+    from fedtune.report.tables import EXPORTS
+
+    lines = []
+    for kind, e in exports.items():
+        name = EXPORTS.get(kind, kind)
+        if "note" in e:
+            lines.append(f"{name}: left out, {e['note']}")
+            continue
+        line = f"{name}: {run / e['file']}, {size(e['bytes'])}"
+        if "examples" in e:
+            agreement, accuracy = number(e["label_agreement"]), number(e["accuracy"])
+            line += f", largest difference {small(e['max_difference'])}, label agreement {agreement}, accuracy {accuracy}"
+            line += f" on {e['examples']:,} of {e['of']:,} held-out examples"
+        lines.append(line)
+    return lines
+
+
+def _update_summary(folder: RunFolder, exports: dict[str, dict[str, Any]]) -> None:
+    """Puts the figures into summary.json and the page; a run that was not finished has neither."""
+    from fedtune.workflows.summary import write_summary
+
+    if not folder.summary.exists():
+        err.print(f"{folder.path}: has no summary.json yet, so the figures are in README.md and onnx/ only", markup=False, soft_wrap=True)
+        return
+    try:
+        summary = json.loads(folder.summary.read_bytes())
+    except ValueError as e:
+        raise RunError(f"{folder.summary}: not JSON ({e}); the exports are written, the summary is not") from None
+    write_summary(folder, summary | {"export": exports})

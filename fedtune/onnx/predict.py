@@ -1,0 +1,125 @@
+"""Answers from an exported folder, with onnxruntime, numpy, tokenizers and Pillow: all that a device needs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnxruntime
+from pydantic import TypeAdapter, ValidationError
+
+from fedtune.data.images import ImageEncoder
+from fedtune.data.text import TextEncoder
+from fedtune.errors import RunError, UserError
+from fedtune.onnx.verify import open_graph
+
+FORMAT = "1"
+CARD = "model.json"
+FLOAT32, INT8 = "model.onnx", "model.int8.onnx"
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """model.json: what the graphs beside it do. `max_length` is for texts; `left_out` says why a graph is missing, by kind."""
+
+    format: str
+    task: Literal["text-classification", "image-classification", "causal-lm"]
+    labels: tuple[str, ...]
+    max_length: int
+    opset: int
+    fedtune: str
+    base: str
+    base_sha256: str
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+CARD_FILE = TypeAdapter(ModelCard)
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """An opened folder: the card, the encoder of its inputs, and the graph."""
+
+    card: ModelCard
+    encoder: TextEncoder | ImageEncoder
+    session: onnxruntime.InferenceSession
+
+    @classmethod
+    def open(cls, place: Path, int8: bool = False, threads: int = 0) -> "Predictor":
+        """Opens an onnx folder, or that of a run folder.
+
+        Raises:
+            RunError: nothing exported there, not by this format, or no int8 graph although it is asked for.
+            ModelError, DataError: a broken graph, tokenizer or image encoder.
+        """
+        folder = _find(place)
+        card = _read_card(folder / CARD)
+        path = folder / (INT8 if int8 else FLOAT32)
+        if not path.is_file():
+            reason = card.left_out.get("int8", "") if int8 else ""
+            remedy = "leave --int8 away" if int8 else "export the run again"
+            raise RunError(f"{folder}: has no {path.name}{f' ({reason})' if reason else ''}; {remedy}")
+        image = card.task == "image-classification"
+        encoder = ImageEncoder.from_folder(folder) if image else TextEncoder.from_folder(folder, card.max_length)
+        return cls(card, encoder, open_graph(path, threads))
+
+    @property
+    def reads_images(self) -> bool:
+        return isinstance(self.encoder, ImageEncoder)
+
+    def predict(self, inputs: Sequence[str], batch_size: int = 64) -> tuple[list[str], np.ndarray]:
+        """The most likely label of each text or image file, and its probability, float32 [n].
+
+        For a causal language model the label is the most likely next token, as text.
+
+        Raises:
+            UserError: no inputs, or a text that is empty.
+            DataError: an image file that cannot be read.
+        """
+        if not inputs:
+            raise UserError(f"nothing to predict; give at least one {'image file' if self.reads_images else 'text'}")
+        for place, text in enumerate(inputs, 1):
+            if not text.strip():
+                raise UserError(f"input {place} is empty; remove or fill it")
+        rows = [self._probabilities(inputs[i : i + batch_size]) for i in range(0, len(inputs), batch_size)]
+        best = [int(label) for p in rows for label in p.argmax(1)]
+        return [self._name(label) for label in best], np.concatenate([p.max(1) for p in rows])
+
+    def _probabilities(self, inputs: Sequence[str]) -> np.ndarray:
+        """float32 [n, classes], or [n, vocabulary] for the token after each text."""
+        batch = self.encoder.collate(self.encoder.encode(list(inputs)))
+        logits = self.session.run(["logits"], batch)[0]
+        if self.card.task == "causal-lm":
+            logits = logits[np.arange(len(logits)), batch["attention_mask"].sum(1) - 1]
+        elif logits.shape[1] != len(self.card.labels):
+            raise RunError(f"{CARD}: names {len(self.card.labels)} labels, the graph has {logits.shape[1]}; export the run again")
+        raised = np.exp(logits - logits.max(1, keepdims=True))
+        return raised / raised.sum(1, keepdims=True)
+
+    def _name(self, label: int) -> str:
+        if isinstance(self.encoder, TextEncoder) and self.card.task == "causal-lm":
+            return self.encoder.tokenizer.decode([label], skip_special_tokens=False)
+        return self.card.labels[label]
+
+
+def _find(place: Path) -> Path:
+    for folder in (place, place / "onnx"):
+        if (folder / CARD).is_file():
+            return folder
+    if not place.exists():
+        raise RunError(f"{place}: does not exist; give a run folder, or a copy of its onnx folder")
+    if (place / "run.json").is_file():
+        raise RunError(f"{place}: this run has no onnx folder; make it with `fedtune export {place}`")
+    raise RunError(f"{place}: no {CARD} in it; give a run folder, or a copy of its onnx folder")
+
+
+def _read_card(path: Path) -> ModelCard:
+    try:
+        card = CARD_FILE.validate_json(path.read_bytes())
+    except (OSError, ValidationError) as e:
+        first = e.errors()[0]["msg"] if isinstance(e, ValidationError) else e.strerror
+        raise RunError(f"{path}: cannot be read ({first}); export the run again") from None
+    if card.format != FORMAT:
+        raise RunError(f"{path}: format {card.format}, this fedtune reads {FORMAT}; use the version that wrote it")
+    return card

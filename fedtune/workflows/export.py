@@ -1,0 +1,270 @@
+"""What a run leaves for others: the native adapter, a folder that PEFT opens, ONNX graphs, and a model card.
+
+    adapter/    adapter.safetensors, frame.safetensors (Fed-SB), adapter.json: everything trained, without the base
+    peft/       adapter_model.safetensors, adapter_config.json, head.safetensors: fed-sb and lora as a plain LoRA
+    onnx/       model.onnx, model.int8.onnx, model.json, verify.json and the encoder's files: all a device needs
+    README.md   the model card
+"""
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import save
+
+from fedtune.adapters import methods
+from fedtune.adapters.spec import AdapterSpec
+from fedtune.bundle import Bundle, open_bundle
+from fedtune.data.images import ImageEncoder
+from fedtune.errors import ContractError, RunError
+from fedtune.models.base import TunableModel
+from fedtune.models.load import Encoder
+from fedtune.onnx import verify
+from fedtune.onnx.export import export_graph
+from fedtune.onnx.predict import CARD, CARD_FILE, FLOAT32, FORMAT, INT8, ModelCard
+from fedtune.onnx.quantise import quantise
+from fedtune.run import RunFolder
+from fedtune.seeds import generator
+from fedtune.storage import failing_clearly, write_atomic, write_json
+from fedtune.training.batches import by_length
+from fedtune.training.local import ClientData, to_batch
+from fedtune.types import Arrays
+from fedtune.workflows.card import Exports, model_card, public_name
+from fedtune.workflows.setup import Setup, open_setup, versions
+
+Stage = Callable[[str], None]
+
+EXAMPLES = 256
+PARTS = ("adapter", "peft", "onnx", "README.md")
+NOT_LORA = {
+    "bias": "bias trains biases, which a LoRA does not hold",
+    "head": "head trains nothing but the head, which is in adapter/",
+    "full": "full trains every weight, which a LoRA does not hold",
+}
+_CHUNK = 256  # examples encoded at once, so that images do not fill the memory
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """A run at its newest checkpoint: the opened job, the bundle, the trained values after `round` rounds."""
+
+    setup: Setup
+    bundle: Bundle
+    arrays: Arrays
+    round: int
+
+    @property
+    def spec(self) -> AdapterSpec:
+        return self.bundle.manifest.spec
+
+    def adapted(self) -> TunableModel:
+        """As it was trained, the adapter beside the base."""
+        model = self.setup.fresh_model()
+        methods.write(methods.attach(model, self.spec, self.bundle.frame), self.arrays)
+        return model
+
+    @cached_property
+    def merged(self) -> TunableModel:
+        """The adapter folded into the base."""
+        model = self.setup.fresh_model()
+        methods.merge(model, self.spec, self.bundle.frame, self.arrays)
+        return model
+
+
+def export_run(run: RunFolder, setup: Setup | None = None, stage: Stage = lambda text: None, examples: int = EXAMPLES) -> Exports:
+    """Writes the exports of a run at its newest checkpoint, as its `[export]` section asks, in place of earlier ones.
+
+    Everything is made and checked in a folder of its own and moved into the run at the end, so that a failure leaves the
+    earlier exports whole. Between two moves a crash can leave a part missing; exporting again mends it.
+
+    Args:
+        setup: the opened job, where the caller has it; its `[export]` section counts.
+        examples: held-out examples of all clients, drawn by the seed, that each graph is compared on at most.
+
+    Returns:
+        What each export is, by "adapter", "peft", "float32" and "int8": file, bytes, and for graphs their agreement with
+        the trained model; or a `note` alone that says why it was left out.
+
+    Raises:
+        RunError: no checkpoint yet, or base or labels are no longer those of the run.
+        ModelError: the architecture cannot be exported, or the float32 graph differs by more than export.max-difference.
+    """
+    trained = _open(run, setup)
+    settings = trained.setup.job.export
+    if trained.setup.job.simulation.threads:
+        torch.set_num_threads(trained.setup.job.simulation.threads)
+    with failing_clearly(run.path), tempfile.TemporaryDirectory(prefix=".export-", dir=run.path) as scratch:
+        made = Path(scratch) / "new"
+        made.mkdir()
+        stage("writing the adapter")
+        exports: Exports = {"adapter": _write_adapter(trained, made / "adapter")}
+        if settings.peft:
+            exports["peft"] = _write_peft(trained, made / "peft")
+        if settings.onnx:
+            exports |= _write_onnx(trained, made / "onnx", stage, examples)
+        write_atomic(made / "README.md", model_card(run, trained.setup, trained.bundle, trained.round, exports).encode())
+        _publish(made, Path(scratch) / "old", run.path)
+    return exports
+
+
+def _open(run: RunFolder, setup: Setup | None) -> _Trained:
+    checkpoint = run.newest()
+    if checkpoint is None:
+        raise RunError(f"{run.path}: has no checkpoint yet; continue it with `fedtune simulate --resume {run.path}`")
+    setup = setup or open_setup(run.job())
+    bundle = open_bundle(run.bundle)
+    if setup.sha256 != bundle.manifest.sha256:
+        wanted, now = bundle.manifest.sha256[:12], f"{setup.job.model.source} is now {setup.sha256[:12]}…"
+        raise RunError(f"{run.path}: was trained on a base with sha256 {wanted}…, {now}; restore that base")
+    if setup.dataset.label_names != bundle.manifest.labels:
+        now = f"the data now has {list(setup.dataset.label_names)}"
+        raise RunError(f"{run.path}: was trained on labels {list(bundle.manifest.labels)}, {now}; restore that data")
+    return _Trained(setup, bundle, checkpoint.state.arrays, checkpoint.state.round)
+
+
+def _publish(made: Path, old: Path, run: Path) -> None:
+    """Moves every part into the run; what this export did not make is taken away, so that no stale file stands beside it."""
+    old.mkdir()
+    for name in PARTS:
+        if (run / name).exists():
+            (run / name).rename(old / name)
+        if (made / name).exists():
+            (made / name).rename(run / name)
+
+
+def _write_adapter(trained: _Trained, folder: Path) -> dict[str, Any]:
+    manifest, spec, job = trained.bundle.manifest, trained.spec, trained.setup.job
+    folder.mkdir()
+    write_atomic(folder / "adapter.safetensors", save(trained.arrays))
+    if trained.bundle.frame:
+        write_atomic(folder / "frame.safetensors", save(trained.bundle.frame))
+    base = {"name": public_name(manifest.source), "sha256": manifest.sha256, "licence": manifest.licence, "parameters": manifest.parameters}
+    write_json(folder / "adapter.json", {
+        "format": FORMAT, "task": manifest.task, "labels": list(manifest.labels), "base": base, "method": spec.method, "rank": spec.rank,
+        "scale": spec.scale, "linears": [x.name for x in spec.linears], "frame_sha256": manifest.frame_sha256,
+        "pooling": job.model.pooling, "encoder": trained.setup.encoder.to_config(), "round": trained.round, "seed": job.federation.seed,
+        "versions": manifest.versions,
+    })
+    return _entry(folder)
+
+
+def _write_peft(trained: _Trained, folder: Path) -> dict[str, Any]:
+    """The adapter as PEFT's LoRA: W + alpha/r · lora_B · lora_A, with Fed-SB's core folded into lora_B."""
+    spec, source = trained.spec, trained.bundle.manifest.source
+    if spec.method in NOT_LORA:
+        return {"note": NOT_LORA[spec.method]}
+    folder.mkdir()
+    tensors: Arrays = {}
+    for linear in spec.linears:
+        b, a = methods.lora_factors(spec, trained.bundle.frame, trained.arrays, linear.name)
+        tensors[f"base_model.model.{linear.name}.lora_A.weight"] = np.ascontiguousarray(a)
+        tensors[f"base_model.model.{linear.name}.lora_B.weight"] = np.ascontiguousarray(b)
+    write_atomic(folder / "adapter_model.safetensors", save(tensors, {"format": "pt"}))
+    task = "CAUSAL_LM" if trained.setup.job.model.task == "causal-lm" else "FEATURE_EXTRACTION"
+    alpha = spec.scale * spec.rank
+    write_json(folder / "adapter_config.json", {
+        "peft_type": "LORA", "task_type": task, "base_model_name_or_path": public_name(source),
+        "r": spec.rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        # PEFT matches endings: names from the top of the model match nothing else
+        "target_modules": [x.name for x in spec.linears],
+        "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
+    })
+    head = _head(trained)
+    if head:
+        write_atomic(folder / "head.safetensors", save(head, {"format": "pt"}))
+    return _entry(folder)
+
+
+def _head(trained: _Trained) -> Arrays:
+    """head.weight [classes, width] and head.bias [classes], also when the run left them as the seed drew them; {} for causal-lm."""
+    head = trained.merged.head
+    return {} if head is None else {f"head.{name}": p.detach().numpy() for name, p in head.named_parameters()}
+
+
+def _write_onnx(trained: _Trained, folder: Path, stage: Stage, examples: int) -> Exports:
+    setup, manifest, settings = trained.setup, trained.bundle.manifest, trained.setup.job.export
+    held_out = np.sort(np.concatenate(setup.split.held_out))
+    if not len(held_out):
+        return {"float32": {"note": "no held-out example to check a graph on"}}
+    folder.mkdir()
+    stage("exporting ONNX")
+    fedtune, labels = versions()["fedtune"], list(manifest.labels)
+    facts = {"task": manifest.task, "labels": labels, "fedtune": fedtune, "base_sha256": manifest.sha256}
+    export_graph(trained.merged, _example(setup.encoder), folder / FLOAT32, settings.opset, facts)
+    graphs, left_out = {"float32": folder / FLOAT32}, dict[str, str]()
+    if settings.int8:
+        stage("quantising to int8")
+        if reason := quantise(folder / FLOAT32, folder / INT8):
+            left_out["int8"] = reason
+        else:
+            graphs["int8"] = folder / INT8
+    index = _drawn(held_out, examples, setup.job.federation.seed)
+    stage(f"checking ONNX against torch on {len(index):,} of {len(held_out):,} held-out examples")
+    found = verify.compare(graphs, _checks(trained.adapted(), setup, index), setup.job.simulation.threads)
+    verify.require_equal(found["float32"], settings.max_difference, "ONNX float32")
+    if "int8" in found and (reason := verify.reason_against(found["int8"])):
+        left_out["int8"] = reason
+        graphs.pop("int8").unlink()
+    exports = {kind: _entry(path) | _figures(found[kind]) | {"examples": len(index), "of": len(held_out)} for kind, path in graphs.items()}
+    exports |= {kind: {"note": reason} for kind, reason in left_out.items()}
+    card = ModelCard(
+        format=FORMAT, task=setup.job.model.task, labels=manifest.labels, max_length=setup.job.model.max_length, opset=settings.opset,
+        fedtune=fedtune, base=public_name(manifest.source), base_sha256=manifest.sha256, left_out=left_out,
+    )
+    setup.encoder.save(folder)
+    write_json(folder / CARD, CARD_FILE.dump_python(card, mode="json"))
+    write_json(folder / "verify.json", exports)
+    return exports
+
+
+def _example(encoder: Encoder) -> Arrays:
+    """A batch of 2 to trace with; its sides differ, so that the exporter does not take two free axes for one."""
+    if isinstance(encoder, ImageEncoder):
+        return encoder.collate([{"pixels": np.zeros((3, encoder.size, encoder.size), np.float32)}] * 2)
+    keys = ("input_ids", "token_type_ids") if encoder.needs_type_ids else ("input_ids",)
+    return encoder.collate([{key: np.zeros(length, np.int64) for key in keys} for length in (4, 3)])
+
+
+def _drawn(index: np.ndarray, limit: int, seed: int) -> np.ndarray:
+    if limit < 1:
+        raise ContractError(f"examples = {limit}: a graph must be checked on at least 1")
+    return np.sort(generator(seed, "export").choice(index, size=min(limit, len(index)), replace=False))
+
+
+def _checks(model: TunableModel, setup: Setup, index: np.ndarray) -> Iterator[verify.Check]:
+    """The trained model's logits, batch by batch."""
+    for start in range(0, len(index), _CHUNK):
+        examples = setup.dataset.examples.take(index[start : start + _CHUNK])
+        data = ClientData(setup.encoder.encode(examples.inputs), examples.labels)
+        for places in by_length(data.lengths, setup.job.evaluation.batch_size):
+            batch, labels = to_batch(data, places, setup.encoder)
+            with torch.inference_mode():
+                logits = model(**batch).numpy()
+            yield _check({name: x.numpy() for name, x in batch.items()}, logits, labels.numpy(), model.task)
+
+
+def _check(inputs: Arrays, logits: np.ndarray, labels: np.ndarray, task: str) -> verify.Check:
+    """A causal language model predicts at every token; the target is the token after, which the last one has not."""
+    if task != "causal-lm":
+        return verify.Check(inputs, np.ones(len(labels), bool), logits, labels)
+    ids, rows = inputs["input_ids"], inputs["attention_mask"].astype(bool)
+    targets = np.full_like(ids, verify.UNLABELLED)
+    targets[:, :-1][rows[:, 1:]] = ids[:, 1:][rows[:, 1:]]
+    return verify.Check(inputs, rows, logits[rows], targets[rows])
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    """Name in the run folder and bytes, of a folder or of a graph in onnx/."""
+    if path.is_dir():
+        return {"file": f"{path.name}/", "bytes": sum(p.stat().st_size for p in path.iterdir())}
+    return {"file": f"{path.parent.name}/{path.name}", "bytes": path.stat().st_size}
+
+
+def _figures(found: verify.Agreement) -> dict[str, float | None]:
+    return {name: None if math.isnan(x) else x for name, x in asdict(found).items()}

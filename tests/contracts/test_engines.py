@@ -1,0 +1,88 @@
+"""The same job and seed give the same model on every engine, and that model is the one of a plain loop."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from fedtune.adapters.methods import attach, initial
+from fedtune.run import open_run
+from fedtune.seeds import generator
+from fedtune.training.batches import local_batches
+from fedtune.training.local import to_batch
+from fedtune.workflows.setup import data_free_frame, open_setup
+
+COMMAND = [sys.executable, "-c", "from fedtune.cli.main import main; main()"]
+
+
+def lines_without_time(run):
+    return [line | {"seconds": 0} for line in run.metrics()]
+
+
+def plain_fed_avg(job):
+    """FedAvg as one would write it on a page: no messages, no bytes, no coordinator, every update kept until the mean."""
+    setup, fed = open_setup(job), job.federation
+    model = setup.fresh_model()
+    frame = data_free_frame(setup, model)
+    current = initial(model, setup.spec, {}, fed.seed)
+    parameters = attach(model, setup.spec, frame)
+    for round in range(1, fed.rounds + 1):
+        updates, sizes = [], []
+        for place in sorted(generator(fed.seed, "cohort", round).choice(len(setup.split.clients), fed.cohort, replace=False)):
+            name = setup.split.clients[place]
+            data = setup.store.train(name)
+            for key, p in parameters.items():
+                p.data = torch.from_numpy(current[key].copy())
+            optimizer = torch.optim.AdamW(parameters.values(), lr=fed.lr, weight_decay=0)
+            for index in local_batches(data.lengths, fed.batch_size, fed.local_epochs, 0, generator(fed.seed, "local", round, name)):
+                inputs, labels = to_batch(data, index, setup.encoder)
+                optimizer.zero_grad()
+                torch.nn.functional.cross_entropy(model(**inputs), labels).backward()
+                optimizer.step()
+            updates.append({key: p.detach().numpy().astype(np.float64) for key, p in parameters.items()})
+            sizes.append(len(data))
+        current = {key: (sum(n * u[key] for n, u in zip(sizes, updates)) / sum(sizes)).astype(np.float32) for key in current}
+    return current
+
+
+def test_serial_twice_is_byte_equal(tiny_job, run_rounds, tmp_path):
+    one, two = (run_rounds(tiny_job(), tmp_path / name).run for name in ("one", "two"))
+    for file in ("round-00000", "round-00002", "round-00003"):
+        paths = [run.path / "checkpoints" / f"{file}.safetensors" for run in (one, two)]
+        assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert lines_without_time(one) == lines_without_time(two)
+
+
+def test_another_seed_is_another_model(tiny_job, run_rounds, tmp_path):
+    one, two = (run_rounds(tiny_job(f"federation.seed={seed}"), tmp_path / str(seed)).run.newest().state.arrays for seed in (0, 1))
+    assert any(not np.array_equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("changes", [(), ("adapter.method=lora",), ("adapter.method=bias",), ("federation.local-epochs=3", "adapter.alpha=8.0")])
+def test_serial_is_the_plain_loop(changes, tiny_job, run_rounds, tmp_path):
+    job = tiny_job("federation.cohort=3", *changes)
+    found = run_rounds(job, tmp_path / "run").run.newest().state.arrays
+    expected = plain_fed_avg(job)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=2e-6, err_msg=name)
+
+
+@pytest.mark.slow  # Ray takes half a minute to start
+def test_ray_is_serial(tiny_settings, tiny_csv, tmp_path):
+    """As a user runs it, from another folder and with paths relative to it."""
+    (tmp_path / "data.csv").write_bytes(tiny_csv.read_bytes())
+    settings = [part for value in (*tiny_settings, "data.source=data.csv") for part in ("--set", value)]
+    runs = {}
+    for engine in ("serial", "ray"):
+        command = [*COMMAND, "simulate", *settings, "--set", f"simulation.engine={engine}", "--set", "simulation.workers=2", "--out", f"runs/{engine}"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert (done.returncode, done.stderr) == (0, "")
+        runs[engine] = open_run(tmp_path / "runs" / engine)
+    serial, ray = (runs[engine].newest() for engine in ("serial", "ray"))
+    for name in serial.state.arrays:
+        np.testing.assert_allclose(ray.state.arrays[name], serial.state.arrays[name], rtol=0, atol=1e-6, err_msg=name)
+    assert [line["refused"] for line in runs["ray"].metrics()] == [{}] * 4
+    assert ray.counters["rounds"] == serial.counters["rounds"] and ray.counters["down"] == serial.counters["down"]

@@ -1,0 +1,155 @@
+"""Stopped at any instant and resumed equals never stopped: model, metrics, ledger. The processes are real and so are the kills."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedtune.ledger import Ledger
+from fedtune.run import RunFolder, open_run
+
+GRADIENT = ("adapter.init=gradient", "adapter.init-clients=2", "adapter.init-examples=8", "adapter.init-step=0.01")
+QUIET = ("report.html=false", "evaluation.every=2")
+
+
+def fedtune(arguments, log):
+    """In a child process: the command line as typed, its output in a file."""
+    sys.argv = ["fedtune", *map(str, arguments)]
+    fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    from fedtune.cli.main import main
+
+    main()
+
+
+def fedtune_killed(arguments, log, owner, name, before, fits, count):
+    """In a child process: as above, but SIGKILL comes right before or after the count-th call of owner.name that fits."""
+    module, _, kind = owner.partition(":")
+    holder = __import__(module, fromlist=["*"])
+    holder = getattr(holder, kind) if kind else holder
+    real, calls = getattr(holder, name), []
+
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def watched(*args, **kwargs):
+        calls.extend([1] if fits in repr(args) else [])
+        now = len(calls) == count and fits in repr(args)
+        if now and before:
+            die()
+        done = real(*args, **kwargs)
+        if now:
+            die()
+        return done
+
+    setattr(holder, name, watched)
+    fedtune(arguments, log)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """start(target, *args) -> exit code. Children are forked from one clean process that has the imports done."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fedtune.workflows.simulate", "fedtune.workflows.finish", "fedtune.cli.main", "transformers.models.bert"])
+
+    def run(target, *args):
+        child = context.Process(target=target, args=args)
+        child.start()
+        child.join(120)
+        return child.exitcode
+
+    return run
+
+
+def simulate(tiny_settings, changes, folder):
+    return ["simulate", *(part for value in (*tiny_settings, *QUIET, *changes) for part in ("--set", value)), "--out", folder]
+
+
+def left(folder: Path):
+    """All that must be equal: bytes of the checkpoints, metrics but for the clock, ledger, bundle."""
+    run = open_run(folder)
+    lines = [line | {"seconds": 0} for line in run.metrics()]
+    checkpoints = {p.name: p.read_bytes() for p in (folder / "checkpoints").glob("round-*")}
+    bundle = {p.name: p.read_bytes() for p in (folder / "bundle").glob("[a-z]*")}
+    return checkpoints, lines, Ledger(run.ledger).events(), bundle
+
+
+@pytest.fixture(scope="module")
+def never_stopped(start, tiny_settings, tmp_path_factory):
+    """What a whole run leaves, by the changes made to its job."""
+    found = {}
+
+    def get(changes):
+        if changes not in found:
+            folder = tmp_path_factory.mktemp("whole") / "run"
+            assert start(fedtune, simulate(tiny_settings, changes, folder), folder.with_suffix(".log")) == 0
+            found[changes] = left(folder)
+        return found[changes]
+
+    return get
+
+
+INSTANTS = {
+    "the folder is there, nothing else": ("fedtune.workflows.simulate:Simulation", "rounds", True, "", 1, ()),
+    "the frame is written, the manifest not": ("fedtune.bundle", "write_json", True, "manifest", 1, ()),
+    "the bundle is whole, no checkpoint yet": ("fedtune.run:RunFolder", "append_metrics", True, "", 1, ()),
+    "some gradients came": ("fedtune.training.worker:Worker", "handle", False, "", 1, GRADIENT),
+    "all gradients came, no frame yet": ("fedtune.adapters.frames", "from_gradients", True, "", 1, GRADIENT),
+    "the ledger says round 2 goes out": ("fedtune.ledger:Ledger", "record", False, "2, {", 1, ()),
+    "one of round 2's clients answered": ("fedtune.training.worker:Worker", "handle", False, "", 3, ()),
+    "round 2 is in metrics, not in a checkpoint": ("fedtune.run:RunFolder", "append_metrics", False, "'round': 2", 1, ()),
+    "round 2's checkpoint is written, not in its place": ("fedtune.storage.os", "replace", True, "round-00002", 1, ()),
+    "round 3's checkpoint is there, the old one too": ("fedtune.run", "save_checkpoint", False, "round-00003", 1, ()),
+    "all rounds are done, the summary is not": ("fedtune.workflows.finish", "write_summary", True, "", 1, ()),
+}
+
+
+@pytest.mark.parametrize("instant", INSTANTS)
+def test_killed_and_resumed_is_never_stopped(instant, start, never_stopped, tiny_settings, tmp_path):
+    *where, changes = INSTANTS[instant]
+    folder, log = tmp_path / "run", tmp_path / "log"
+    assert start(fedtune_killed, simulate(tiny_settings, changes, folder), log, *where) == -signal.SIGKILL, log.read_text()
+    before = len(open_run(folder).metrics())
+    assert start(fedtune, ["simulate", "--resume", folder], log) == 0, log.read_text()
+    assert left(folder) == never_stopped(changes)
+    assert before <= 4 and RunFolder(folder).summary.exists()
+
+
+def test_killed_again_and_again(start, never_stopped, tiny_settings, tmp_path):
+    """Each life gets one client further."""
+    folder, log = tmp_path / "run", tmp_path / "log"
+    arguments = simulate(tiny_settings, (), folder)
+    for _ in range(3):
+        assert start(fedtune_killed, arguments, log, "fedtune.training.worker:Worker", "handle", True, "", 3) == -signal.SIGKILL
+        arguments = ["simulate", "--resume", folder]
+    assert len(open_run(folder).metrics()) == 3  # the start and two rounds; the third never has three clients
+    assert start(fedtune, arguments, log) == 0
+    assert left(folder) == never_stopped(())
+
+
+def test_resuming_a_finished_run_changes_nothing(start, tiny_settings, tmp_path):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    assert start(fedtune, simulate(tiny_settings, (), folder), log) == 0
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    assert start(fedtune, ["simulate", "--resume", folder], log) == 0
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+
+
+def test_ctrl_c_says_how_to_go_on(start, never_stopped, tiny_settings, tmp_path):
+    changes, folder, log = ("federation.rounds=12",), tmp_path / "run", tmp_path / "log"
+    command = [sys.executable, "-c", "from fedtune.cli.main import main; main()", *map(str, simulate(tiny_settings, changes, folder))]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert any(line.startswith("round 2/12:") for line in process.stdout)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.splitlines() == [f"stopped; continue with: fedtune simulate --resume {folder}", "fedtune: interrupted"]
+    assert 3 <= len(open_run(folder).metrics()) < 13
+    assert start(fedtune, ["simulate", "--resume", folder], log) == 0, log.read_text()
+    assert left(folder) == never_stopped(changes)

@@ -1,0 +1,83 @@
+"""A plan's figures against formulas, against what a run really sent, and against what autograd really keeps."""
+
+import shutil
+
+import pytest
+import torch
+
+from fedtune.adapters import methods
+from fedtune.adapters.spec import describe
+from fedtune.errors import DataError
+from fedtune.models.base import layout, summed_loss
+from fedtune.models.load import sketch_model
+from fedtune.training.memory import saved_bytes
+from fedtune.workflows.plan import holders, make_plan
+from fedtune.workflows.setup import data_free_frame, open_setup
+
+
+@pytest.mark.parametrize("method, numbers", [("fed-sb", 36 * 16**2), ("lora", 6 * (4 * 16 * (384 + 384) + 2 * 16 * (384 + 1536)))])
+def test_trainable_numbers_and_bytes_are_the_formulas(method, numbers, minilm_folder, vader_folder):
+    from fedtune.job import parse_job
+
+    plan = make_plan(parse_job("", [f"adapter.method={method}"]))
+    assert plan.trainable - plan.head == numbers and plan.head == 2 * 384 + 2
+    assert abs(plan.update_bytes - 4 * plan.trainable) <= 0.02 * 4 * plan.trainable + 1024
+    assert sum(u.numbers for u in plan.units) == plan.trainable
+    assert plan.base_parameters == 22_713_216
+
+
+@pytest.mark.parametrize("changes", [(), ("adapter.init=gradient", "adapter.init-clients=3", "adapter.init-examples=8")])
+def test_bytes_are_those_of_a_run(tiny_job, run_rounds, tmp_path, changes):
+    job = tiny_job(*changes)
+    plan, simulation = make_plan(job), run_rounds(job, tmp_path / "run")
+    line = simulation.run.metrics()[-1]
+    met = {name for x in simulation.run.metrics() for name in x["clients"]}
+    planned = 3 * plan.round_bytes + len(met) * plan.frame_bytes + plan.init_bytes
+    assert abs(line["total_bytes"] - planned) <= 3 * 2 * 40  # digits of the metrics in each update's header
+    assert (plan.init_bytes > 0) == bool(changes)
+
+
+def test_expected_holders():
+    assert holders(10, 10, 1) == 10 and holders(10, 1, 1) == pytest.approx(1)
+    assert holders(4, 2, 2) == pytest.approx(3)  # 2, then half of the other 2
+
+
+def test_weights_are_not_needed(tiny_job, tiny_bert, tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(tiny_bert / "config.json", bare)
+    with_weights, without = make_plan(tiny_job()), make_plan(tiny_job(f"model.source={bare}"))
+    assert with_weights.weights and not without.weights and any("weights are not here" in n for n in without.notes)
+    assert (without.trainable, without.total_bytes, without.device) == (with_weights.trainable, with_weights.total_bytes, with_weights.device)
+
+
+def test_data_is_not_needed_when_the_job_says_what_it_is(tiny_job, tmp_path):
+    known = make_plan(tiny_job(f"data.source={tmp_path}/none.csv", 'data.labels=["bad", "good"]'))
+    assert known.clients == 6 and known.trainable == make_plan(tiny_job()).trainable and "was not read" in known.notes[0]
+    with pytest.raises(DataError, match="data.labels"):
+        make_plan(tiny_job(f"data.source={tmp_path}/none.csv"))
+
+
+@pytest.mark.parametrize("method", ["fed-sb", "lora", "bias", "full", "head"])
+def test_saved_bytes_are_those_that_autograd_keeps(tiny_job, method):
+    job = tiny_job(f"adapter.method={method}")
+    setup = open_setup(job)
+    sketch = sketch_model(job.model, setup.source, setup.classes)
+    planned = saved_bytes(sketch, describe(layout(sketch_model(job.model, setup.source, setup.classes)), job.adapter), 8, 16)
+
+    model = setup.fresh_model()
+    frame = data_free_frame(setup, model)
+    methods.attach(model, setup.spec, frame)
+    held = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in held:
+            kept[t.untyped_storage().data_ptr()] = t
+        return t
+
+    batch = {"input_ids": torch.full((8, 16), 5), "attention_mask": torch.ones(8, 16, dtype=torch.long)}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        summed_loss(model(**batch), batch, torch.zeros(8, dtype=torch.long), "text-classification")[0].sum()
+    measured = sum(t.untyped_storage().nbytes() for t in kept.values())
+    assert planned == pytest.approx(measured, rel=0.03)
