@@ -28,8 +28,8 @@ class Checkpoint:
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Writes one file atomically."""
     state = checkpoint.state
-    tensors = {f"model/{n}": np.ascontiguousarray(a) for n, a in state.arrays.items()}
-    tensors |= {f"slots/{n}": np.ascontiguousarray(a) for n, a in state.slots.items()}
+    tensors = {f"model/{n}": np.asarray(a, order="C") for n, a in state.arrays.items()}
+    tensors |= {f"slots/{n}": np.asarray(a, order="C") for n, a in state.slots.items()}
     facts = {"format": FORMAT, "round": state.round, "counters": checkpoint.counters}
     write_atomic(path, save(tensors, {KEY: json.dumps(facts)}))  # one key: safetensors writes several in random order
 

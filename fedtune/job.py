@@ -297,7 +297,9 @@ def _apply(raw: dict[str, Any], override: str) -> list[str]:
     table = raw.setdefault(section, {})
     if not isinstance(table, dict):
         return [f"{section} = {table!r}: is a section, write [{section}] above its keys"]
-    table[key.strip()] = value
+    key = key.strip().replace("_", "-")
+    table.pop(key.replace("-", "_"), None)  # the file may spell it so
+    table[key] = value
     return []
 
 
@@ -341,9 +343,9 @@ def _describe(error: ValidationError) -> Iterator[str]:
 
 
 def _plain(message: str) -> str:
-    message = re.sub(r"^Input should be ", "must be ", message)
+    message = re.sub(r"^(Input|String) should ", "must ", message)
     return message.replace("a valid tuple", "a list, such as [\"a\", \"b\"]").replace(
-        "String should match pattern '^([0-9a-f]{64})?$'", "must be 64 lower-case hexadecimal digits")
+        "must match pattern '^([0-9a-f]{64})?$'", "must be 64 lower-case hexadecimal digits")
 
 
 def _remedy(loc: tuple[Any, ...]) -> str:
@@ -366,6 +368,8 @@ def _nearest(loc: tuple[Any, ...]) -> str:
             return f"{loc[0]} belongs under [{home[0]}]"
     else:
         known = [name.replace("_", "-") for name in type(Job.model_fields[str(loc[0])].default).model_fields]
+    if str(loc[-1]).replace("_", "-") in known:
+        return "it stands twice, with - and with _; remove one"
     close = difflib.get_close_matches(str(loc[-1]).replace("_", "-"), known, n=1, cutoff=_SUGGEST)
     return f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
 

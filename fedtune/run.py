@@ -81,7 +81,8 @@ class RunFolder:
         return self.path / "checkpoints" / f"round-{round:05d}.safetensors"
 
     def _checkpoints(self) -> list[Path]:
-        return sorted((self.path / "checkpoints").glob("round-*.safetensors"))
+        found = (self.path / "checkpoints").glob("round-*.safetensors")
+        return sorted(found, key=lambda p: (len(p.name), p.name))  # by number: round 100000 comes after 99999
 
 
 def create_run(path: Path, job: Job, facts: dict[str, Any]) -> RunFolder:

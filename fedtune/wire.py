@@ -19,6 +19,7 @@ import json
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Literal
 
 import numpy as np
@@ -145,7 +146,7 @@ def _open(data: bytes) -> tuple[Header, memoryview]:
 
 def _tensors(header: Header, body: memoryview, schema: Schema) -> Arrays:
     chosen = list(range(len(schema.tensors))) if header.tensors is None else header.tensors
-    _require(all(a < b for a, b in zip(chosen, chosen[1:])), "tensors", "indices repeat or are out of order")
+    _require(all(a < b for a, b in pairwise(chosen)), "tensors", "indices repeat or are out of order")
     _require(not chosen or chosen[-1] < len(schema.tensors), "tensors", f"index {chosen[-1] if chosen else 0}, the schema has {len(schema.tensors)}")
     specs = [schema.tensors[i] for i in chosen]
     expected = 4 * sum(t.size for t in specs)

@@ -1,6 +1,7 @@
 """Fetched models and data, once per test session (the cache keeps them between sessions), and tiny ones made here in a moment."""
 
 import csv
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,8 @@ import pytest
 
 from fedtune import packages
 from fedtune.job import Job, parse_job
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line sets it, before torch is first imported
 
 WORDS = {"good": ["bright", "lovely", "warm", "fine", "glad"], "bad": ["dull", "awful", "cold", "poor", "sad"]}
 FILLERS = ["the", "a", "film", "book", "meal", "room", "was", "is", "and", "very", "quite", "so"]
@@ -119,7 +122,7 @@ def tiny_settings(tiny_bert: Path, tiny_csv: Path) -> tuple[str, ...]:
     return (
         f"model.source={tiny_bert}", "model.max-length=16", f"data.source={tiny_csv}", "data.clients=6", "data.alpha=0", "adapter.rank=4",
         "federation.rounds=3", "federation.cohort=2", "federation.batch-size=8", "evaluation.baselines=[]", "simulation.threads=1",
-        "export.onnx=false", "export.int8=false", "export.peft=false",
+        "export.onnx=false", "export.int8=false", "export.peft=false", "report.html=false",
     )
 
 

@@ -21,7 +21,7 @@ def command(
     run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
     set_: SetOption = None,
     examples: Annotated[
-        int | None, typer.Option("--examples", min=1, help="Held-out examples graphs are compared on (default: 256).", show_default=False),
+        int | None, typer.Option("--examples", min=1, help="Held-out examples graphs are compared on (default: 512).", show_default=False),
     ] = None,
     json_: JsonOption = False,
 ) -> None:

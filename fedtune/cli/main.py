@@ -1,5 +1,7 @@
 """The `fedtune` command."""
 
+import os
+
 import typer
 
 from fedtune.cli import compare, export, fetch, init, plan, predict, report, simulate, validate
@@ -10,4 +12,6 @@ for module in (init, validate, plan, fetch, simulate, report, compare, export, p
 
 
 def main() -> None:
+    # OpenMP threads that spin while they wait make a busy machine several times slower; read when torch is first imported
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()

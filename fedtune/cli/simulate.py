@@ -1,6 +1,5 @@
 """fedtune simulate: runs a job with simulated clients."""
 
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,18 +41,17 @@ def command(
 def _run(run: RunFolder | None, job: Job, path: Path | None) -> RunFolder:
     with Board(out) as board:
         board.stage("opening the base and the data")
-        from fedtune.data.partition import describe
         from fedtune.workflows.finish import finish
-        from fedtune.workflows.setup import open_setup, require_trainable, versions
+        from fedtune.workflows.setup import open_setup, require_trainable, require_unchanged, run_facts
         from fedtune.workflows.simulate import Simulation, Watch
 
         setup = open_setup(job)
         require_trainable(setup)
         if run is None:
             _ = setup.spec  # a rank or target that does not fit the base is said before anything is written
-            created = datetime.now(UTC).isoformat(timespec="seconds")
-            facts = {"created": created, "versions": versions(), "sha256": setup.sha256, "split": describe(setup.split, setup.dataset)}
-            run = create_run(path or next_run_path(Path("runs"), job.adapter.method), job, facts)
+            run = create_run(path or next_run_path(Path("runs"), job.adapter.method), job, run_facts(setup))
+        else:
+            require_unchanged(setup, run)
         board.line(f"run folder: {run.path}")
         progress = _Rounds(board, job.federation.rounds)
         try:

@@ -8,7 +8,7 @@ from fedtune.report.format import ABSENT, clean, count, duration, number, signed
 from fedtune.report.summary import Summary
 
 EXPORT_HEADER = ("kind", "file", "size", "largest difference", "label agreement", "accuracy")
-EXPORTS = {"float32": "ONNX, float32", "int8": "ONNX, int8", "peft": "PEFT folder"}
+EXPORTS = {"adapter": "native adapter", "float32": "ONNX, float32", "int8": "ONNX, int8", "peft": "PEFT folder"}
 
 
 def exports(s: Summary) -> list[tuple[str, ...]]:
@@ -19,7 +19,7 @@ def exports(s: Summary) -> list[tuple[str, ...]]:
         rows.append(
             (
                 EXPORTS.get(kind, clean(kind)),
-                clean(e.get("file", ABSENT)),
+                clean(e.get("file") or f"left out: {e.get('note', 'no reason given')}"),
                 ABSENT if bytes_ is None else size(bytes_),
                 small(e.get("max_difference")),
                 number(e.get("label_agreement")),

@@ -40,7 +40,7 @@ from fedtune.workflows.setup import Setup, open_setup, versions
 
 Stage = Callable[[str], None]
 
-EXAMPLES = 256
+EXAMPLES = 512
 PARTS = ("adapter", "peft", "onnx", "README.md")
 NOT_LORA = {
     "bias": "bias trains biases, which a LoRA does not hold",

