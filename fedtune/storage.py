@@ -42,7 +42,7 @@ def failing_clearly(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        raise EnvironmentProblem(f"cannot write {path}: {e.strerror or e}; free space or choose another folder with --out") from e
+        raise EnvironmentProblem(f"cannot write {path}: {e.strerror or e}; check that its folder exists and has room, or choose another place") from e
 
 
 def _sync_folder(folder: Path) -> None:

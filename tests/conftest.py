@@ -135,15 +135,13 @@ def tiny_job(tiny_settings: tuple[str, ...]) -> MakeJob:
 @pytest.fixture(scope="session")
 def run_rounds() -> Callable:
     """run_rounds(job, folder) -> Simulation, after its last round and before its summary."""
-    from fedtune.data.partition import describe
     from fedtune.run import create_run
-    from fedtune.workflows.setup import open_setup, versions
+    from fedtune.workflows.setup import open_setup, run_facts
     from fedtune.workflows.simulate import Simulation
 
     def run(job: Job, folder: Path) -> Simulation:
         setup = open_setup(job)
-        facts = {"created": "2000-01-01T00:00:00+00:00", "versions": versions(), "sha256": setup.sha256, "split": describe(setup.split, setup.dataset)}
-        simulation = Simulation(setup, create_run(folder, job, facts))
+        simulation = Simulation(setup, create_run(folder, job, run_facts(setup)))
         simulation.rounds()
         return simulation
 

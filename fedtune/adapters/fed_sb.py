@@ -15,6 +15,9 @@ class SBLinear(nn.Module):
     The core is a plain bias-free nn.Linear, so that per-example gradient tools see a layer they know.
     """
 
+    a: Tensor
+    b: Tensor
+
     def __init__(self, base: nn.Linear, a: np.ndarray, b: np.ndarray, scale: float) -> None:
         super().__init__()
         self.base, self.scale = base, scale

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedtune.adapters.fed_sb import SBLinear
 from fedtune.adapters.lora import LoRALinear
@@ -14,7 +14,7 @@ from fedtune.models.base import TunableModel
 from fedtune.seeds import generator
 from fedtune.types import Arrays
 
-Parameters = dict[str, nn.Parameter]
+Parameters = dict[str, Tensor]
 
 
 def attach(model: TunableModel, spec: AdapterSpec, frame: Arrays) -> Parameters:
@@ -89,25 +89,25 @@ def _replace(model: TunableModel, name: str, new: nn.Module) -> None:
     setattr(model.body.get_submodule(parent), child, new)
 
 
-def _attach_fed_sb(model: TunableModel, spec: AdapterSpec, frame: Arrays) -> Mapping[str, nn.Parameter]:
-    parameters = {}
+def _attach_fed_sb(model: TunableModel, spec: AdapterSpec, frame: Arrays) -> Mapping[str, Tensor]:
+    parameters: Parameters = {}
     for linear in spec.linears:
-        new = SBLinear(model.body.get_submodule(linear.name), frame[f"{linear.name}.A"], frame[f"{linear.name}.B"], spec.scale)
+        new = SBLinear(model.linear(linear.name), frame[f"{linear.name}.A"], frame[f"{linear.name}.B"], spec.scale)
         _replace(model, linear.name, new)
         parameters[f"{linear.name}.R"] = new.core.weight
     return parameters
 
 
-def _attach_lora(model: TunableModel, spec: AdapterSpec, frame: Arrays) -> Mapping[str, nn.Parameter]:
-    parameters = {}
+def _attach_lora(model: TunableModel, spec: AdapterSpec, frame: Arrays) -> Mapping[str, Tensor]:
+    parameters: Parameters = {}
     for linear in spec.linears:
-        new = LoRALinear(model.body.get_submodule(linear.name), spec.rank, spec.scale)
+        new = LoRALinear(model.linear(linear.name), spec.rank, spec.scale)
         _replace(model, linear.name, new)
         parameters |= {f"{linear.name}.A": new.down.weight, f"{linear.name}.B": new.up.weight}
     return parameters
 
 
-def _attach_own(model: TunableModel, spec: AdapterSpec, frame: Arrays) -> Mapping[str, nn.Parameter]:
+def _attach_own(model: TunableModel, spec: AdapterSpec, frame: Arrays) -> Mapping[str, Tensor]:
     return dict(model.body.named_parameters())
 
 
@@ -122,7 +122,7 @@ def _lora_start(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     return generator(seed, f"lora:{name}").uniform(-1, 1, shape).astype(np.float32) / np.sqrt(shape[1], dtype=np.float32)
 
 
-_ATTACH: dict[str, Callable[[TunableModel, AdapterSpec, Arrays], Mapping[str, nn.Parameter]]] = {
+_ATTACH: dict[str, Callable[[TunableModel, AdapterSpec, Arrays], Mapping[str, Tensor]]] = {
     "fed-sb": _attach_fed_sb, "lora": _attach_lora, "bias": _attach_own, "full": _attach_own, "head": _attach_own,
 }
 _START: dict[str, Callable[[str, tuple[int, ...], int], np.ndarray]] = {"fed-sb": _zeros, "lora": _lora_start}

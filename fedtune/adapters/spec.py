@@ -85,7 +85,7 @@ def target_linears(layout: Layout, targets: Sequence[str]) -> tuple[Linear, ...]
     blocks = [linear for linear in layout.linears if linear.unit.startswith("block.")]
     known = sorted({linear.short for linear in blocks})
     if not known:
-        raise ModelError("adapter.method: this base has no linear layer inside its blocks; use method = \"bias\" or \"head\"")
+        raise ModelError("adapter.method: this base has no linear layer inside its blocks; use method = \"bias\" or \"full\"")
     for target in targets:
         if target != "all-linear" and not fnmatch.filter(known, target):
             raise ModelError(f"adapter.targets: {target!r} names no linear of this base; it has {', '.join(known)}")

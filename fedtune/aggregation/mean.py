@@ -43,7 +43,8 @@ def weighted_mean(updates: Iterable[Update], reference: Arrays, *, equal: bool =
     sums: Arrays = {}
     weights: dict[str, float] = {}
     clients: list[str] = []
-    total, metrics = 0.0, {}
+    total = 0.0
+    metrics: Metrics = {}
     for update in updates:
         weight = 1.0 if equal else update.weight
         for name, array in update.arrays.items():

@@ -47,4 +47,4 @@ def draw_cohort(clients: Sequence[ClientInfo], cohort: int, sampling: str, rng: 
         chosen = np.flatnonzero(rng.random(len(clients)) < cohort / max(1, len(clients)))
     else:
         chosen = np.sort(rng.choice(len(clients), size=min(cohort, len(clients)), replace=False))
-    return [clients[i] for i in chosen]
+    return [clients[i] for i in chosen.tolist()]

@@ -1,12 +1,16 @@
 """fedtune plan: what a job will cost, before it runs."""
 
 import json
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.text import Text
 
 from fedtune.cli.common import JobArgument, JsonOption, SetOption, out, shell
 from fedtune.job import load_job
+
+if TYPE_CHECKING:
+    from fedtune.workflows.plan import Plan
 
 EXAMPLES = "Examples:  fedtune plan   |   fedtune plan job.toml --set adapter.rank=64   |   fedtune plan --set model.source=./llama --set model.task=causal-lm --json"
 
@@ -24,7 +28,7 @@ def command(job: JobArgument = None, set_: SetOption = None, json_: JsonOption =
     _show(plan, out)
 
 
-def _show(plan, console: Console) -> None:
+def _show(plan: "Plan", console: Console) -> None:
     from fedtune.report.format import count, percent, size
     from fedtune.report.terminal import table
 

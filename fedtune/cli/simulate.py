@@ -47,15 +47,16 @@ def _run(run: RunFolder | None, job: Job, path: Path | None) -> RunFolder:
 
         setup = open_setup(job)
         require_trainable(setup)
+        _ = setup.spec  # what does not fit the base, and a base that cannot be opened, are said before anything is written
+        base = setup.fresh_model()
         if run is None:
-            _ = setup.spec  # a rank or target that does not fit the base is said before anything is written
             run = create_run(path or next_run_path(Path("runs"), job.adapter.method), job, run_facts(setup))
         else:
             require_unchanged(setup, run)
         board.line(f"run folder: {run.path}")
         progress = _Rounds(board, job.federation.rounds)
         try:
-            simulation = Simulation(setup, run, Watch(board.stage, board.advance, lambda reply: progress.reply(), progress.line))
+            simulation = Simulation(setup, run, Watch(board.stage, board.advance, lambda reply: progress.reply(), progress.line), base)
             simulation.rounds()
             finish(simulation)
         except KeyboardInterrupt:

@@ -20,6 +20,12 @@ class TunableModel(nn.Module):
         super().__init__()
         self.body, self.task, self.head, self.pooling = body, task, head, pooling
 
+    def linear(self, name: str) -> nn.Linear:
+        """The linear of the body that has this name."""
+        found = self.body.get_submodule(name)
+        assert isinstance(found, nn.Linear), name
+        return found
+
     def features(self, **inputs: Tensor) -> Tensor:
         """[batch, width]: what the head sees."""
         if self.task == "image-classification":

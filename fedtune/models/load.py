@@ -4,8 +4,9 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,6 +56,7 @@ def _family(section: ModelSection, source: Source) -> str:
 
 
 def _finish(body: nn.Module, section: ModelSection, classes: int, seed: int) -> TunableModel:
+    _long_enough(body, section)
     head = None
     if section.task != "causal-lm":
         width = _width(body)
@@ -68,7 +70,16 @@ def _finish(body: nn.Module, section: ModelSection, classes: int, seed: int) -> 
     return model.requires_grad_(False)
 
 
-def _width(body: nn.Module) -> int:
+def _long_enough(body: nn.Module, section: ModelSection) -> None:
+    """Raises ModelError when max-length is more than a table of learned positions has room for."""
+    for name, m in body.named_modules():
+        if isinstance(m, nn.Embedding) and name.rpartition(".")[2] in ("position_embeddings", "wpe", "embed_positions"):
+            room = m.num_embeddings - (0 if m.padding_idx is None else m.padding_idx + 1)  # RoBERTa counts from its padding place
+            if section.max_length > room:
+                raise ModelError(f"model.max-length = {section.max_length}: this base reads at most {room} tokens; lower it")
+
+
+def _width(body: Any) -> int:
     return body.width if isinstance(body, _LiteBody) else body.config.hidden_size
 
 
@@ -81,13 +92,26 @@ def _auto(kind: str) -> Callable[[Source, bool], nn.Module]:
         try:
             with _quiet():
                 if weights:
-                    return auto.from_pretrained(source.folder, use_safetensors=True, trust_remote_code=False, local_files_only=True, dtype=torch.float32)
+                    with torch.random.fork_rng(devices=[]):
+                        torch.manual_seed(0)  # a pooler that the file lacks is drawn: alike in every process
+                        model, report = auto.from_pretrained(
+                            source.folder, use_safetensors=True, trust_remote_code=False, local_files_only=True, dtype=torch.float32,
+                            output_loading_info=True)
+                    _complete(source, kind, report["missing_keys"])
+                    return model
                 config = transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
                 return auto.from_config(config, trust_remote_code=False)
         except (OSError, ValueError, KeyError, RuntimeError) as e:
             raise ModelError(f"model.source = {source.name!r}: transformers cannot open it as {kind}: {str(e).strip().splitlines()[0]}") from None
 
     return load
+
+
+def _complete(source: Source, kind: str, missing: Iterable[str]) -> None:
+    """Raises ModelError when weights would be made up. A pooler may be: nothing here reads it."""
+    needed = sorted(name for name in missing if not name.startswith("pooler."))
+    if needed:
+        raise ModelError(f"model.source = {source.name!r}: its weights lack {len(needed)} tensors of {kind} (first {needed[0]}); use a base saved for this task")
 
 
 @contextlib.contextmanager
@@ -111,7 +135,7 @@ class _LiteBody(nn.Module):
 
     width = 1280
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: Any) -> None:
         super().__init__()
         self.network = network
 

@@ -85,7 +85,7 @@ def weight_gradients(
     model: TunableModel, names: Iterable[str], data: ClientData, encoder: Encoder, index: np.ndarray, batch_size: int,
 ) -> dict[str, np.ndarray]:
     """Gradient of the mean loss over `index` to the weights of the named linears of an un-adapted base, [outputs, inputs]."""
-    weights = {name: model.body.get_submodule(name).weight for name in names}
+    weights = {name: model.linear(name).weight for name in names}
     for w in weights.values():
         w.requires_grad_(True)
     try:
@@ -95,7 +95,7 @@ def weight_gradients(
             loss, _, count = summed_loss(model(**batch), batch, labels, model.task)
             loss.sum().backward()
             total += float(count.sum())
-        return {name: (w.grad / max(total, 1.0)).numpy().copy() for name, w in weights.items()}
+        return {name: (w.grad / max(total, 1.0)).numpy().copy() for name, w in weights.items() if w.grad is not None}
     finally:
         for w in weights.values():
             w.requires_grad_(False)

@@ -61,8 +61,6 @@ def clients_alone(simulation: Simulation, federated: Scores, took_part: dict[str
         name = setup.split.clients[place]
         held_out = setup.store.held_out(name)
         simulation.watch.advance(1)
-        if not len(held_out):
-            continue
         methods.write(simulation.worker.parameters, start)
         for round in range(1, max(1, took_part.get(name, 0)) + 1):
             rng = generator(setup.job.federation.seed, "local", round, name)
@@ -77,10 +75,10 @@ def clients_alone(simulation: Simulation, federated: Scores, took_part: dict[str
 
 
 def drawn_clients(setup: Setup) -> list[int]:
-    """Places of the clients that train alone: `evaluation.local-clients` of them, drawn by the seed."""
-    total, wanted = len(setup.split.clients), setup.job.evaluation.local_clients
+    """Places of the clients that train alone: `evaluation.local-clients` of those with held-out data, drawn by the seed."""
+    able = [place for place, held_out in enumerate(setup.split.held_out) if len(held_out)]
     rng = generator(setup.job.federation.seed, "local-baseline")
-    return sorted(rng.choice(total, size=min(wanted or total, total), replace=False).tolist())
+    return sorted(rng.choice(able, size=min(setup.job.evaluation.local_clients or len(able), len(able)), replace=False).tolist())
 
 
 def per_client(setup: Setup, scores: Scores, owner: np.ndarray) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ def finish(simulation: Simulation) -> dict[str, Any]:
         "complete": checkpoint.state.round >= simulation.setup.job.federation.rounds,
     }
     write_summary(run, summary)
-    summary["export"] = export_run(run, simulation.setup, watch.stage)
+    summary["export"] = export_run(run, simulation.setup, lambda text: watch.stage(text, 0))
     write_summary(run, summary)
     return summary
 
@@ -49,6 +49,7 @@ def measure(simulation: Simulation, scores: Scores, took_part: dict[str, int]) -
         found["majority"] = baselines.majority(setup, simulation.held_out[0].labels)
     if "local" in wanted:
         found["local"] = baselines.clients_alone(simulation, scores, took_part)
-    if "head" in wanted and classify:
+    several = len({label for place in setup.split.train for label in setup.dataset.examples.labels[place].tolist()}) > 1
+    if "head" in wanted and classify and several:  # one label leaves nothing to fit
         found["head"] = baselines.head_on_frozen_base(simulation)
     return found

@@ -7,6 +7,8 @@ from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from fedtune import packages
 from fedtune.adapters import frames, methods
 from fedtune.adapters.spec import AdapterSpec, Linear, describe
@@ -14,7 +16,7 @@ from fedtune.bundle import Bundle, write_bundle
 from fedtune.data import partition
 from fedtune.data.examples import Dataset, load_dataset
 from fedtune.data.partition import Split, split
-from fedtune.errors import ModelError, RunError
+from fedtune.errors import DataError, ModelError, RunError
 from fedtune.job import Job
 from fedtune.models.base import TunableModel, layout
 from fedtune.models.load import Encoder, load_encoder, load_model, sketch_model
@@ -61,7 +63,10 @@ def open_setup(job: Job) -> Setup:
     source = locate(job.model.source)
     sha256 = check_hash(source, job.model.sha256) if source.weights else ""
     dataset = load_dataset(job.data, job.model, job.federation.seed)
-    return Setup(job, source, sha256, dataset, split(dataset.examples, job.data, job.federation.seed))
+    parts = split(dataset.examples, job.data, job.federation.seed)
+    if not any(len(held_out) for held_out in parts.held_out):
+        raise DataError(f"data.clients = {job.data.clients}: each client holds a single row or group, so nothing is left to evaluate on; lower it or give more data")
+    return Setup(job, source, sha256, dataset, parts)
 
 
 def make_bundle(setup: Setup, run: RunFolder, frame: Arrays, model: TunableModel) -> Bundle:
@@ -81,8 +86,8 @@ def data_free_frame(setup: Setup, model: TunableModel) -> Arrays:
     if setup.job.adapter.init == "random":
         return frames.random_frame(setup.spec, setup.job.federation.seed)
 
-    def weight(linear: Linear):
-        return model.body.get_submodule(linear.name).weight.detach().numpy()
+    def weight(linear: Linear) -> np.ndarray:
+        return model.linear(linear.name).weight.detach().numpy()
 
     return frames.from_weights(setup.spec, weight)
 

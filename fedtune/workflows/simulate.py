@@ -39,7 +39,7 @@ class Watch:
     reply: a client's answer came. line: a round is finished, as metrics.jsonl has it.
     """
 
-    stage: Callable[[str, int], None] = lambda text, total=0: None
+    stage: Callable[[str, int], None] = lambda text, total: None
     advance: Callable[[int], None] = lambda count: None
     reply: Callable[[Reply], None] = lambda reply: None
     line: Callable[[dict], None] = lambda line: None
@@ -47,18 +47,19 @@ class Watch:
 
 @dataclass
 class Simulation:
-    """One run being simulated: the setup, one base in this process, and the held-out data of all clients."""
+    """One run being simulated: the setup, one base in this process (loaded unless given), and the held-out data of all clients."""
 
     setup: Setup
     run: RunFolder
     watch: Watch = field(default_factory=Watch)
+    base: TunableModel | None = None
     _scored: dict[str, Scores] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         threads = self.setup.job.simulation.threads
         if threads:
             torch.set_num_threads(threads)
-        self.model: TunableModel = self.setup.fresh_model()
+        self.model: TunableModel = self.base or self.setup.fresh_model()
         self.worker = Worker(self.setup.job, self.setup.spec, self.model, self.setup.encoder, self._frame)
 
     def rounds(self) -> None:

