@@ -67,9 +67,9 @@ class Bundle:
         try:
             arrays = load_file(path) if path.exists() else {}
         except (OSError, SafetensorError) as e:
-            raise RunError(f"{path}: not a frame ({e}); make the bundle again") from None
+            raise RunError(f"{path}: not a frame ({e}); remove {self.folder}, and resuming the run makes it again") from None
         if digest(arrays) != self.manifest.frame_sha256:
-            raise RunError(f"{path}: sha256 {digest(arrays)[:12]}…, the manifest says {self.manifest.frame_sha256[:12]}…; make the bundle again")
+            raise RunError(f"{path}: sha256 {digest(arrays)[:12]}…, the manifest says {self.manifest.frame_sha256[:12]}…; remove {self.folder}, and resuming the run makes it again")
         return arrays
 
 
@@ -91,7 +91,7 @@ def open_bundle(folder: Path) -> Bundle:
     except FileNotFoundError:
         raise RunError(f"{folder}: no manifest.json, so not a bundle") from None
     except ValidationError as e:
-        raise RunError(f"{path}: {e.error_count()} fields are wrong, first {e.errors()[0]['loc']}; make the bundle again") from None
+        raise RunError(f"{path}: {e.error_count()} fields are wrong, first {e.errors()[0]['loc']}; remove {folder}, and resuming the run makes it again") from None
     if manifest.format != FORMAT:
         raise RunError(f"{path}: bundle format {manifest.format}, this fedtune reads {FORMAT}")
     return Bundle(folder, manifest)

@@ -44,5 +44,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             raise RunError(f"{path}: checkpoint format {facts['format']}, this fedtune reads {FORMAT}; use the version that wrote it")
         arrays, slots = ({n[len(p) :]: a for n, a in tensors.items() if n.startswith(p)} for p in ("model/", "slots/"))
         return Checkpoint(State(int(facts["round"]), arrays, slots), dict(facts["counters"]))
+    except FileNotFoundError:
+        raise RunError(f"{path}: is missing; restore it or begin a new run") from None
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as e:
         raise RunError(f"{path}: not a checkpoint of fedtune ({e}); remove it to resume from the one before") from None

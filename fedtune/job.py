@@ -67,7 +67,7 @@ class AdapterSection(_Section):
         "fed-sb", "fed-sb (r x r cores), lora, bias, head or full", available=("fed-sb", "lora", "bias", "head", "full"))
     rank: int = _key(16, "rank r", ge=1, le=4096)
     alpha: float = _key(0.0, "scale is alpha / rank; 0 means alpha = rank, scale 1", ge=0.0, le=1e6)
-    targets: tuple[str, ...] = _key(("all-linear",), "linears to adapt: all-linear, or endings of module names such as attention.self.query")
+    targets: tuple[str, ...] = _key(("all-linear",), "linears to adapt: all-linear, or whole names inside a block such as attention.self.query, or globs such as *.dense")
     init: Literal["weights", "random", "gradient", "gradient-dp"] = _key(
         "weights", "frame from the SVD of each weight (weights), random orthonormal, or the SVD of the first step (gradient)", available=("weights", "random", "gradient"))
     init_clients: int = _key(4, "gradient: clients that send the gradient of the first step", ge=1, le=10_000)
@@ -94,11 +94,11 @@ class FederationSection(_Section):
     local_epochs: int = _key(1, "passes over a client's data in a round", ge=1, le=1000)
     local_steps: int = _key(0, "at most this many optimizer steps in a round (0: whole epochs)", ge=0, le=1_000_000)
     batch_size: int = _key(16, "examples in an optimizer step", ge=1, le=65536)
-    optimizer: Literal["adamw", "adam", "sgd"] = _key("adamw", "adamw, adam or sgd; fresh each round")
+    optimizer: Literal["adamw", "adam", "sgd"] = _key("adamw", "adamw, adam (here the same as adamw) or sgd; fresh each round")
     lr: float = _key(5e-3, "learning rate of the adapter", gt=0.0, le=100.0)
     head_lr: float = _key(0.0, "learning rate of the head; 0 means lr", ge=0.0, le=100.0)
     momentum: float = _key(0.0, "sgd: momentum", ge=0.0, lt=1.0)
-    weight_decay: float = _key(0.0, "decoupled weight decay", ge=0.0, le=10.0)
+    weight_decay: float = _key(0.0, "weight decay: decoupled (adamw, adam), or as an L2 penalty added to the gradient (sgd)", ge=0.0, le=10.0)
     lr_decay: float = _key(1.0, "learning rate is multiplied by this after each round", gt=0.0, le=1.0)
     server_optimizer: Literal["average", "fedavgm", "fedadam"] = _key("average", "average: the mean becomes the model", available=("average",))
     proximal: float = _key(0.0, "FedProx mu", later=True, ge=0.0)
@@ -154,6 +154,7 @@ class ExportSection(_Section):
     peft: bool = _key(True, "plain LoRA folder that PEFT opens")
     opset: int = _key(20, "ONNX opset", ge=18, le=23)
     max_difference: float = _key(1e-3, "largest difference of float32 logits from torch that still passes", gt=0.0)
+    min_agreement: float = _key(0.9, "share of held-out labels on which int8 must agree with torch; below it is left out", ge=0.0, le=1.0)
 
 
 class ServerSection(_Section):
@@ -208,7 +209,7 @@ class Job(_Section):
 def _disagreements(job: Job) -> Iterator[str]:
     data, fed, adapter = job.data, job.federation, job.adapter
     if data.partition != "natural" and data.clients == 0:
-        yield f"data.clients = 0: only partition = \"natural\" can count clients itself; give a number of at least 1 for {data.partition!r}"
+        yield f"data.clients = 0: only partition = \"natural\" can count clients itself; give a number of at least 1 for {toml_value(data.partition)}"
     if data.partition == "natural" and not data.by:
         yield 'data.by = "": partition = "natural" needs the column that divides the data; name one or choose "iid"'
     if data.partition == "dirichlet" and data.alpha == 0:
@@ -218,16 +219,28 @@ def _disagreements(job: Job) -> Iterator[str]:
     if fed.sampling == "fixed" and fed.min_replies > fed.cohort:
         yield f"federation.min-replies = {fed.min_replies}: at most federation.cohort = {fed.cohort}; lower it"
     if len(set(data.labels)) != len(data.labels):
-        yield f"data.labels = {list(data.labels)}: a label stands twice; name each once"
+        yield f"data.labels = {toml_value(data.labels)}: a label stands twice; name each once"
+    if len(set(job.evaluation.baselines)) != len(job.evaluation.baselines):
+        yield f"evaluation.baselines = {toml_value(job.evaluation.baselines)}: a baseline stands twice; name each once"
     if fed.momentum and fed.optimizer != "sgd":
-        yield f"federation.momentum = {fed.momentum}: only used by optimizer = \"sgd\"; remove it or change the optimizer from {fed.optimizer!r}"
+        yield f"federation.momentum = {fed.momentum}: only used by optimizer = \"sgd\"; remove it or change the optimizer from {toml_value(fed.optimizer)}"
     if job.model.task == "causal-lm" and adapter.method == "head":
         yield 'adapter.method = "head": a causal-lm has no task head; use fed-sb, lora, bias or full'
     if adapter.init == "gradient" and adapter.method != "fed-sb":
-        yield f"adapter.init = \"gradient\": only for method = \"fed-sb\", not {adapter.method!r}; use init = \"weights\""
+        yield f"adapter.init = \"gradient\": only for method = \"fed-sb\", not {toml_value(adapter.method)}; use init = \"weights\""
+    if not adapter.targets:
+        yield 'adapter.targets = []: names no linear, so nothing would be adapted; use ["all-linear"] or name some'
+    if adapter.method == "head" and not adapter.train_head:
+        yield 'adapter.train-head = false: method = "head" trains nothing but the head; set it to true or choose another method'
+    for section in type(job).model_fields:
+        for key, value in getattr(job, section):
+            texts = value if isinstance(value, tuple) else (value,)
+            if any(isinstance(text, str) and _CONTROL.search(text) for text in texts):
+                yield f"{section}.{key.replace('_', '-')} = {toml_value(value)}: holds a control character; remove it"
 
 
 _SUGGEST = 0.6
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # with all that ends a line: a message is one line
 
 
 def parse_job(text: str, overrides: Iterable[str] = (), source: str = "job") -> Job:
@@ -255,7 +268,7 @@ def load_job(path: Path | None, overrides: Iterable[str] = ()) -> Job:
     if path.is_dir():
         raise JobError([f"{path} is a folder; give the .toml file in it"], str(path))
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
     except FileNotFoundError:
         raise JobError([f"{path} does not exist; `fedtune init {path}` writes a commented one"], str(path)) from None
     except UnicodeDecodeError as e:
@@ -289,14 +302,16 @@ def _apply(raw: dict[str, Any], override: str) -> list[str]:
     name, equals, text = override.partition("=")
     section, dot, key = name.strip().partition(".")
     if not (equals and dot and section and key):
-        return [f"--set {override}: not of the form section.key=value, for example federation.rounds=2"]
+        return [f"--set {_one_line(override)}: not of the form section.key=value, for example federation.rounds=2"]
+    if re.search(r"[\r\n]", override.strip()):
+        return [f"--set {_one_line(override)}: holds a line break, one key is set at a time; repeat --set for each key"]
     try:
         value = tomllib.loads(f"v = {text.strip()}")["v"]
     except tomllib.TOMLDecodeError:
         value = text.strip()  # a bare word is a string, so that --set adapter.method=lora needs no quotes
     table = raw.setdefault(section, {})
     if not isinstance(table, dict):
-        return [f"{section} = {table!r}: is a section, write [{section}] above its keys"]
+        return [f"{section} = {_shown(table)}: is a section, write [{section}] above its keys"]
     key = key.strip().replace("_", "-")
     table.pop(key.replace("-", "_"), None)  # the file may spell it so
     table[key] = value
@@ -311,9 +326,9 @@ def _unavailable(raw: dict[str, Any]) -> Iterator[str]:
             if field is None or value == field.default:
                 continue
             if field.json_schema_extra["later"]:
-                yield f"{section}.{key} = {value!r}: not available yet; remove the key"
+                yield f"{section}.{key} = {_shown(value)}: not available yet; remove the key"
             elif isinstance(value, str) and value in _planned(field):
-                yield f"{section}.{key} = {value!r}: not available yet; use {_or(field.json_schema_extra['available'])}"
+                yield f"{section}.{key} = {_shown(value)}: not available yet; use {_or(field.json_schema_extra['available'])}"
 
 
 def _planned(field: Any) -> set[Any]:
@@ -323,28 +338,49 @@ def _planned(field: Any) -> set[Any]:
 
 
 def _or(values: Iterable[Any]) -> str:
-    return " or ".join(repr(v) for v in values)
+    *rest, last = [_shown(v) for v in values]
+    return f"{', '.join(rest)} or {last}" if rest else last
+
+
+def _shown(value: Any) -> str:
+    """A value as in a job file, on one line; also of kinds that no key takes."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_one_line(str(k))} = {_shown(v)}" for k, v in value.items()) + "}"
+    return "[" + ", ".join(map(_shown, value)) + "]" if isinstance(value, (tuple, list)) else toml_value(value)
+
+
+def _one_line(text: str) -> str:
+    return _CONTROL.sub(lambda m: f"\\u{ord(m[0]):04x}", text)
 
 
 def _describe(error: ValidationError) -> Iterator[str]:
     for e in error.errors():
-        where = ".".join(str(part).replace("_", "-") for part in e["loc"])
+        where = _one_line(".".join(str(part).replace("_", "-") for part in e["loc"]))
         value, ctx = e.get("input"), e.get("ctx", {})
         if e["type"] == "value_error":
             yield from str(ctx["error"]).split("\n")
         elif e["type"] == "extra_forbidden":
             yield f"{where}: unknown {'key' if len(e['loc']) > 1 else 'section'}; {_nearest(e['loc'])}"
         elif e["type"] in ("model_type", "model_attributes_type", "dict_type"):
-            yield f"{where} = {value!r}: is a section, write [{where}] above its keys"
+            yield f"{where} = {_shown(value)}: is a section, write [{where}] above its keys"
         elif e["type"] == "literal_error":
-            yield f"{where} = {value!r}: must be {ctx['expected']}"
+            yield f"{where} = {_shown(value)}: must be {_choices(e['loc'], ctx['expected'])}"
+        elif e["type"] == "tuple_type":
+            example = toml_value(_field(str(e["loc"][0]), str(e["loc"][1])).default or ("a", "b"))
+            yield f"{where} = {_shown(value)}: must be a list, such as {example}; quote it after --set: --set '{where}={example}'"
         else:
-            yield f"{where} = {value!r}: {_plain(e['msg'])}; {_remedy(e['loc'])}"
+            yield f"{where} = {_shown(value)}: {_plain(e['msg'])}; {_remedy(e['loc'])}"
+
+
+def _choices(loc: tuple[Any, ...], expected: str) -> str:
+    """What a key takes; of those that are planned, only what is built."""
+    available = _field(str(loc[0]), str(loc[1])).json_schema_extra.get("available")
+    return _or(available) if available else expected.replace("'", '"')
 
 
 def _plain(message: str) -> str:
     message = re.sub(r"^(Input|String) should ", "must ", message)
-    return message.replace("a valid tuple", "a list, such as [\"a\", \"b\"]").replace(
+    return message.replace(
         "must match pattern '^([0-9a-f]{64})?$'", "must be 64 lower-case hexadecimal digits")
 
 
@@ -352,7 +388,7 @@ def _remedy(loc: tuple[Any, ...]) -> str:
     if len(loc) < 2:
         return "see `fedtune init`"
     field = _field(str(loc[0]), str(loc[1]))
-    return f"default is {field.default!r} ({field.description})" if field else "see `fedtune init`"
+    return f"default is {toml_value(field.default)} ({field.description})" if field else "see `fedtune init`"
 
 
 def _field(section: str, key: str) -> Any:
@@ -401,4 +437,4 @@ def toml_value(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return "[" + ", ".join(toml_value(v) for v in value) + "]"
     escaped = str(value).replace("\\", "\\\\").replace('"', '\\"')
-    return '"' + re.sub(r"[\x00-\x1f\x7f]", lambda m: f"\\u{ord(m[0]):04x}", escaped) + '"'
+    return f'"{_one_line(escaped)}"'

@@ -68,5 +68,15 @@ class Ledger:
         return db
 
 
+def require_whole(path: Path, rounds: int) -> None:
+    """Raises RunError unless the ledger is there, unchanged, and has an event for each of rounds 1..`rounds`."""
+    if not path.exists():
+        raise RunError(f"{path}: is missing; restore it, what left the clients cannot be accounted for without it")
+    known = {event.round for event in Ledger(path).events()}
+    for round in range(1, rounds + 1):
+        if round not in known:
+            raise RunError(f"{path}: has no event of round {round}, but that round was run; restore the ledger")
+
+
 def _link(previous: str, sequence: int, round: int, text: str) -> str:
     return hashlib.sha256(f"{previous}|{sequence}|{round}|{text}".encode()).hexdigest()

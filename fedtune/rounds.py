@@ -11,12 +11,12 @@ from dataclasses import dataclass, field, replace
 
 from fedtune.algorithms.base import Algorithm, State
 from fedtune.checkpoint import Checkpoint
-from fedtune.errors import EmptyCohort, Refused
+from fedtune.errors import EmptyCohort, Refused, RunError
 from fedtune.job import Job
-from fedtune.ledger import Ledger
+from fedtune.ledger import Ledger, require_whole
 from fedtune.metrics import value
 from fedtune.run import RunFolder
-from fedtune.trees import norm
+from fedtune.trees import norm, subtract
 from fedtune.types import Arrays, ClientInfo, Metrics, RoundReport, Update
 from fedtune.wire import Packet, Schema, decode, encode
 
@@ -37,11 +37,14 @@ class Traffic:
     up: dict[str, int] = field(default_factory=dict)
     down: dict[str, int] = field(default_factory=dict)
     rounds: dict[str, int] = field(default_factory=dict)
+    messages: int = 0
 
     def sent(self, client: str, size: int) -> None:
+        self.messages += 1
         self.down[client] = self.down.get(client, 0) + size
 
     def received(self, client: str, size: int) -> None:
+        self.messages += 1
         self.up[client] = self.up.get(client, 0) + size
 
     @property
@@ -49,7 +52,7 @@ class Traffic:
         return sum(self.up.values()) + sum(self.down.values())
 
     def dump(self) -> dict:
-        return {"up": self.up, "down": self.down, "rounds": self.rounds}
+        return {"up": self.up, "down": self.down, "rounds": self.rounds, "messages": self.messages}
 
 
 Evaluate = Callable[[int, Arrays], Metrics | None]
@@ -82,7 +85,8 @@ class Coordinator:
     def begin(self) -> None:
         """Before round 1: evaluates the start and writes checkpoint 0. Does nothing on a resumed run."""
         if self.run.newest() is None:
-            self._record(RoundReport(0, (), 0.0, {}), seconds=0.0)
+            self._began = time.monotonic()
+            self._record(RoundReport(0, (), 0.0, {}))
 
     def plan(self) -> list[tuple[str, bytes]]:
         """The next round's (client, packet) pairs. Writes the round's ledger event before anything is sent."""
@@ -110,7 +114,7 @@ class Coordinator:
             refused[silent] = "no reply"
         self.state = state
         report = replace(report, refused=refused)
-        self._record(report, time.monotonic() - self._began)
+        self._record(report)
         return report
 
     def _packet(self, client: str, units: tuple[str, ...]) -> bytes:
@@ -150,14 +154,14 @@ class Coordinator:
             raise Refused("tensors", f"{len(packet.arrays)} of {len(self.schema.tensors)} tensors; all were assigned")
         if packet.header.weight > fed.max_weight:
             raise Refused("weight", f"{packet.header.weight:g} examples claimed, federation.max-weight is {fed.max_weight:g}")
-        size = norm({n: a - self.state.arrays[n] for n, a in packet.arrays.items()})
+        size = norm(subtract(packet.arrays, self.state.arrays))
         if not size <= fed.max_norm:
             raise Refused("norm", f"{size:.4g} from the model, federation.max-norm is {fed.max_norm:g}")
 
-    def _record(self, report: RoundReport, seconds: float) -> None:
+    def _record(self, report: RoundReport) -> None:
         """Metrics line, then checkpoint: a crash between them repeats the round, which rewrites the same line."""
         held_out = self.evaluate(report.round, self.state.arrays)
-        line = round_line(report, held_out, self.traffic, seconds)
+        line = round_line(report, held_out, self.traffic, time.monotonic() - self._began)
         self.run.append_metrics(line)
         self.run.save(Checkpoint(self.state, self.traffic.dump()))
         self.on_round(line)
@@ -167,12 +171,18 @@ def start(
     job: Job, run: RunFolder, schema: Schema, frame_digest: str, frame_bytes: int, algorithm: Algorithm,
     clients: Sequence[ClientInfo], initial: Callable[[], Arrays], evaluate: Evaluate, traffic: Traffic | None = None,
 ) -> Coordinator:
-    """A coordinator at the folder's newest checkpoint, or at round 0 from `initial()`. `traffic`: bytes spent before round 1."""
+    """A coordinator at the folder's newest checkpoint, or at round 0 from `initial()`. `traffic`: bytes spent before round 1.
+
+    Raises RunError when the ledger or the metrics of the rounds before the checkpoint are gone or changed.
+    """
     found = run.newest()
     if found is None:
         state, traffic = algorithm.init(initial()), traffic or Traffic()
     else:
         state, traffic = found.state, Traffic(**found.counters)
+        require_whole(run.ledger, state.round)
+        if len(run.metrics()) <= state.round:
+            raise RunError(f"{run.path / 'metrics.jsonl'}: {len(run.metrics())} rounds, the checkpoint stands after round {state.round}; restore it")
     return Coordinator(job, schema, frame_digest, frame_bytes, algorithm, clients, run, evaluate, state, traffic)
 
 

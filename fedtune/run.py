@@ -1,7 +1,7 @@
 """The run folder: everything a run leaves, and what resuming reads.
 
     job.toml            the job as it ran, every key
-    run.json            what ran it: versions, engine, start time, hash of the job
+    run.json            when and with what it began: versions, hashes of the job and the base, who holds how much of what
     bundle/             manifest and frame (fedtune.bundle)
     checkpoints/        round-00003.safetensors…; the newest is where --resume starts
     metrics.jsonl       one line a round; tensorboard/ has the same figures
@@ -9,11 +9,17 @@
     adapter/ peft/ onnx/ summary.json report.html README.md     written when the run ends
 """
 
+import contextlib
+import fcntl
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from fedtune.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedtune.errors import RunError
@@ -22,6 +28,19 @@ from fedtune.storage import failing_clearly, write_atomic, write_json
 from fedtune.types import Arrays
 
 KEEP_CHECKPOINTS = 2
+
+
+class Facts(TypedDict):
+    """run.json: what a run began with."""
+
+    created: str
+    versions: dict[str, str]
+    sha256: str
+    job_sha256: str
+    split: list[dict[str, Any]]
+
+
+_FACTS = TypeAdapter(Facts)
 
 
 @dataclass(frozen=True)
@@ -49,8 +68,28 @@ class RunFolder:
     def job(self) -> Job:
         return load_job(self.path / "job.toml")
 
-    def facts(self) -> dict[str, Any]:
-        return _read_json(self.path / "run.json")
+    def facts(self) -> Facts:
+        """run.json. Raises RunError when it is not whole."""
+        path = self.path / "run.json"
+        try:
+            return _FACTS.validate_json(path.read_bytes())
+        except (OSError, ValidationError) as e:
+            raise RunError(f"{path}: damaged ({str(e).splitlines()[0]}); restore it or begin a new run") from None
+
+    def require_own_job(self) -> None:
+        """Raises RunError when job.toml is no longer the one the run began with: its result would mix two jobs."""
+        if hashlib.sha256((self.path / "job.toml").read_bytes()).hexdigest() != self.facts()["job_sha256"]:
+            raise RunError(f"{self.path / 'job.toml'}: was changed since the run began; restore it, or begin a new run with it")
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the run for this process. Raises RunError when another process holds it."""
+        with failing_clearly(self.path), (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunError(f"{self.path}: another process is running it; wait for that one or stop it") from None
+            yield
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Writes the checkpoint of its round, then removes all but the first (round 0) and the newest few."""
@@ -74,8 +113,18 @@ class RunFolder:
         write_atomic(self.path / "metrics.jsonl", text.encode())
 
     def metrics(self) -> list[dict[str, Any]]:
+        """One line a round, from round 0 on without a gap. Raises RunError for anything else."""
         path = self.path / "metrics.jsonl"
-        return [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
+        if not path.exists():
+            return []
+        try:
+            lines = [json.loads(x) for x in path.read_text(encoding="utf-8").splitlines()]
+            rounds = [line["round"] for line in lines]
+        except (ValueError, KeyError, TypeError) as e:
+            raise RunError(f"{path}: damaged ({e}); restore it or begin a new run") from None
+        if rounds != list(range(len(lines))):
+            raise RunError(f"{path}: rounds are missing or out of order; restore it or begin a new run")
+        return lines
 
     def _checkpoint(self, round: int) -> Path:
         return self.path / "checkpoints" / f"round-{round:05d}.safetensors"
@@ -87,12 +136,15 @@ class RunFolder:
 
 def create_run(path: Path, job: Job, facts: dict[str, Any]) -> RunFolder:
     """Makes a new run folder. Raises RunError when `path` already holds something: nothing is ever overwritten."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise RunError(f"{path} already exists and is not empty; choose another --out, or continue it with --resume {path}")
     with failing_clearly(path):
+        if path.exists() and not path.is_dir():
+            raise RunError(f"{path} is a file; choose another --out")
+        if path.exists() and any(path.iterdir()):
+            raise RunError(f"{path} already exists and is not empty; choose another --out, or continue it with --resume {path}")
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-    write_atomic(path / "job.toml", to_toml(job).encode())
-    write_json(path / "run.json", facts)
+    text = to_toml(job).encode()
+    write_atomic(path / "job.toml", text)
+    write_json(path / "run.json", facts | {"job_sha256": hashlib.sha256(text).hexdigest()})
     return RunFolder(path)
 
 
@@ -113,10 +165,3 @@ def _numbered(root: Path, stem: str) -> Iterator[Path]:
     while True:
         number += 1
         yield root / f"{stem}-{number:03d}"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise RunError(f"{path}: cannot be read ({e})") from None

@@ -1,6 +1,7 @@
 """Files that are whole or absent: written beside their place, synced, then renamed into it."""
 
 import contextlib
+import errno
 import json
 import os
 import tempfile
@@ -8,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fedtune.errors import EnvironmentProblem
+from fedtune.errors import EnvironmentProblem, UserError
+
+_NO_SUCH_PLACE = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -38,11 +41,13 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def failing_clearly(path: Path) -> Iterator[None]:
-    """Turns an OSError on `path` into an EnvironmentProblem of one line."""
+    """Turns an OSError on `path` into one line: a UserError for a path that cannot be, an EnvironmentProblem for the disk."""
     try:
         yield
     except OSError as e:
-        raise EnvironmentProblem(f"cannot write {path}: {e.strerror or e}; check that its folder exists and has room, or choose another place") from e
+        if e.errno in _NO_SUCH_PLACE:
+            raise UserError(f"cannot write {path}: {e.strerror}; choose another place") from e
+        raise EnvironmentProblem(f"cannot write {path}: {e.strerror or e}; free space, check permissions, or choose another place") from e
 
 
 def _sync_folder(folder: Path) -> None:

@@ -77,7 +77,7 @@ def describe(layout: Layout, section: AdapterSection) -> AdapterSpec:
     return AdapterSpec(section.method, section.rank, scale, linears, (*trainable, *head), frame)
 
 
-def target_linears(layout: Layout, targets: Sequence[str]) -> tuple[Linear, ...]:
+def target_linears(layout: Layout, targets: Sequence[str], method: str = "fed-sb") -> tuple[Linear, ...]:
     """The linears a job names: all of the blocks, or those whose name inside the block equals a target (globs allowed).
 
     Whole names are compared, never bare endings: "output.dense" does not mean "attention.output.dense".
@@ -85,7 +85,7 @@ def target_linears(layout: Layout, targets: Sequence[str]) -> tuple[Linear, ...]
     blocks = [linear for linear in layout.linears if linear.unit.startswith("block.")]
     known = sorted({linear.short for linear in blocks})
     if not known:
-        raise ModelError("adapter.method: this base has no linear layer inside its blocks; use method = \"bias\" or \"full\"")
+        raise ModelError(f'adapter.method = {method!r}: this base has no linear layer inside its blocks; use "bias" or "full"')
     for target in targets:
         if target != "all-linear" and not fnmatch.filter(known, target):
             raise ModelError(f"adapter.targets: {target!r} names no linear of this base; it has {', '.join(known)}")
@@ -96,7 +96,7 @@ _Tensors = tuple[tuple[Linear, ...], tuple[TensorSpec, ...], tuple[TensorSpec, .
 
 
 def _fed_sb(layout: Layout, section: AdapterSection) -> _Tensors:
-    linears = _with_rank(target_linears(layout, section.targets), section.rank)
+    linears = _with_rank(target_linears(layout, section.targets, section.method), section.rank)
     r = section.rank
     cores = tuple(TensorSpec(f"{x.name}.R", (r, r), x.unit) for x in linears)
     frame = tuple(t for x in linears for t in (TensorSpec(f"{x.name}.A", (r, x.inputs), x.unit), TensorSpec(f"{x.name}.B", (x.outputs, r), x.unit)))
@@ -104,7 +104,7 @@ def _fed_sb(layout: Layout, section: AdapterSection) -> _Tensors:
 
 
 def _lora(layout: Layout, section: AdapterSection) -> _Tensors:
-    linears = _with_rank(target_linears(layout, section.targets), section.rank)
+    linears = _with_rank(target_linears(layout, section.targets, section.method), section.rank)
     r = section.rank
     factors = tuple(t for x in linears for t in (TensorSpec(f"{x.name}.A", (r, x.inputs), x.unit), TensorSpec(f"{x.name}.B", (x.outputs, r), x.unit)))
     return linears, factors, ()

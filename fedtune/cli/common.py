@@ -16,8 +16,8 @@ JobArgument = Annotated[Path | None, typer.Argument(help="Job file (TOML). Witho
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Overrides a key of the job; repeatable.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 
-out = Console()
-err = Console(stderr=True)
+out = Console(emoji=False)
+err = Console(stderr=True, emoji=False)
 
 
 def shell(command: Callable[..., Any]) -> Callable[..., Any]:

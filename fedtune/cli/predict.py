@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,7 +21,7 @@ EXAMPLES = (
     'Examples:  fedtune predict runs/fed-sb-001 "what a fine day"   |   '
     "fedtune predict runs/fed-sb-001 --file reviews.csv --column text --out labels.csv   |   fedtune predict runs/head-001 --file photos/"
 )
-FILE_HELP = "Texts in .txt (one a line), .csv, .tsv or .jsonl; an image or a folder of images. Repeatable."
+FILE_HELP = "Texts in .txt (one a line), .csv, .tsv, .jsonl or .parquet; an image or a folder of images. Repeatable."
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 
 
@@ -31,7 +33,7 @@ def command(
     ] = None,
     files: Annotated[list[Path] | None, typer.Option("--file", help=FILE_HELP, show_default=False)] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Use the int8 graph.")] = False,
-    column: Annotated[str, typer.Option("--column", help="Column with the text, in .csv, .tsv and .jsonl.")] = "text",
+    column: Annotated[str, typer.Option("--column", help="Column with the text, in .csv, .tsv, .jsonl and .parquet.")] = "text",
     out_: Annotated[Path | None, typer.Option("--out", help="Write input, label and probability as .csv.", show_default=False)] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Inputs run at once.")] = 64,
     json_: JsonOption = False,
@@ -62,13 +64,14 @@ def gather(predictor: "Predictor", inputs: list[str], files: list[Path], column:
 
     if not predictor.reads_images:
         for text in inputs:  # a file's name is a text too, but nobody means it
-            if Path(text).suffix.lower() in (*TABLES, ".txt", *SUFFIXES) and Path(text).is_file():
+            if Path(text).suffix.lower() in (*TABLES, ".txt", *SUFFIXES) and os.path.isfile(text):
                 raise UserError(f"{text}: is a file; to label what it holds, give --file {text}")
         return [*inputs, *(text for path in files for text in _texts(path, column, SUFFIXES))]
-    found = [*inputs, *(str(image) for path in files for image in _images(path, SUFFIXES))]
-    for path in found:
-        if not Path(path).is_file():
-            raise UserError(f"{path}: no such file; this model labels images, give image files or a folder of them with --file")
+    given: list[str | Path] = [*inputs, *files]
+    found = [str(image) for path in given for image in _images(path, SUFFIXES)]
+    for image in found:
+        if not os.path.isfile(image):
+            raise UserError(f"{image}: no such file; this model labels images, give image files or a folder of them with --file")
     return found
 
 
@@ -90,12 +93,12 @@ def _texts(path: Path, column: str, images: tuple[str, ...]) -> list[str]:
     return lines
 
 
-def _images(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    if not path.is_dir():
-        if path.suffix.lower() not in suffixes and path.is_file():
+def _images(path: str | Path, suffixes: tuple[str, ...]) -> Sequence[str | Path]:
+    if not os.path.isdir(path):  # of os.path: typed text can be longer than a path may be
+        if Path(path).suffix.lower() not in suffixes and os.path.isfile(path):
             raise UserError(f"{path}: this model labels images ({', '.join(suffixes)}); give one or a folder of them")
         return [path]
-    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and not p.name.startswith("."))
+    found = sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in suffixes and not p.name.startswith("."))
     if not found:
         raise UserError(f"{path}: holds no image ({', '.join(suffixes)}); give a folder with at least one")
     return found

@@ -9,7 +9,7 @@ from fedtune.cli.common import JobArgument, SetOption, err, out, shell
 from fedtune.cli.progress import Board
 from fedtune.errors import UserError
 from fedtune.job import Job, load_job
-from fedtune.report.format import size
+from fedtune.report.format import number, size
 from fedtune.run import RunFolder, create_run, next_run_path, open_run
 
 EXAMPLES = "Examples:  fedtune simulate   |   fedtune simulate job.toml --set federation.rounds=2 --out runs/try   |   fedtune simulate --resume runs/try"
@@ -49,23 +49,25 @@ def _run(run: RunFolder | None, job: Job, path: Path | None) -> RunFolder:
         require_trainable(setup)
         _ = setup.spec  # what does not fit the base, and a base that cannot be opened, are said before anything is written
         base = setup.fresh_model()
+        _ = setup.encoder
         if run is None:
             run = create_run(path or next_run_path(Path("runs"), job.adapter.method), job, run_facts(setup))
         else:
             require_unchanged(setup, run)
         board.line(f"run folder: {run.path}")
-        progress = _Rounds(board, job.federation.rounds)
+        progress = Progress(board, job.federation.rounds)
         try:
             simulation = Simulation(setup, run, Watch(board.stage, board.advance, lambda reply: progress.reply(), progress.line), base)
-            simulation.rounds()
-            finish(simulation)
+            with run.locked():
+                simulation.rounds()
+                finish(simulation)
         except KeyboardInterrupt:
             err.print(f"stopped; continue with: fedtune simulate --resume {run.path}", markup=False, highlight=False, soft_wrap=True)
             raise
     return run
 
 
-class _Rounds:
+class Progress:
     """One step a client, one line a round."""
 
     def __init__(self, board: Board, rounds: int) -> None:
@@ -75,7 +77,9 @@ class _Rounds:
         self.board.advance(1, self.note)
 
     def line(self, line: dict[str, Any]) -> None:
-        measured = "not evaluated" if line["accuracy"] is None else f"accuracy {line['accuracy']:.3f}, loss {line['loss']:.3f} on {line['evaluated']:,} held-out"
+        measured = "not evaluated"
+        if line["evaluated"]:
+            measured = f"accuracy {number(line['accuracy'])}, loss {number(line['loss'])} on {line['evaluated']:,} held-out"
         refused = f"; {len(line['refused'])} refused" if line["refused"] else ""
         self.note = f"round {min(line['round'] + 1, self.rounds)}/{self.rounds}"
         self.board.line(f"round {line['round']}/{self.rounds}: {measured}; {size(line['total_bytes'])} so far, {line['seconds']:.1f} s{refused}")

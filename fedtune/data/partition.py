@@ -160,15 +160,15 @@ def _natural(examples: Examples, groups: _Groups, data: DataSection, seed: int) 
     """Each natural value's groups to clients of its own: one, or clients / values of them."""
     values, of_group = _natural_of_groups(examples, groups, data.by)
     if data.clients % len(values):
-        raise DataError(f"data.clients = {data.clients}: {data.by!r} has {len(values)} values ({_few(values)}); "
+        raise DataError(f"data.clients = {data.clients}: {data.by!r} has {_count(len(values), 'value')} ({_few(values)}); "
                         f"give a multiple of {len(values)}, or 0 for one client per value")
     each = max(1, data.clients // len(values))
     members = [np.flatnonzero(of_group == place) for place in range(len(values))]
     smallest = min(range(len(values)), key=lambda place: len(members[place]))
     fewest = len(members[smallest])
     if fewest < each:
-        raise DataError(f"data.clients = {data.clients}: {data.by} {values[smallest]!r} has {fewest} {_unit(examples)} "
-                        f"for its {each} clients; at most {fewest * len(values)} clients can be had")
+        raise DataError(f"data.clients = {data.clients}: {data.by} {values[smallest]!r} has {_count(fewest, _unit(examples))} "
+                        f"for its {each} clients; at most {_count(fewest * len(values), 'client')} can be had")
     parts: Parts = []
     for value, held in zip(values, members):
         parts += _deal(held, each, data.alpha, seeds.generator(seed, "partition", client=value))
@@ -224,14 +224,20 @@ def _none_empty(parts: Parts) -> Parts:
 
 
 def _enough(groups: int, clients: int, each: int, examples: Examples) -> None:
+    held = f"the data has {_count(groups, _unit(examples))}"
+    if groups < clients:
+        raise DataError(f"data.clients = {clients}: each needs one, {held}; at most {_count(groups, 'client')} can be had")
     if groups < clients * each:
-        need = f"{each} shards each need {clients * each}" if each > 1 else "each needs one"
-        held = f"the data has {groups} {_unit(examples)}"
-        raise DataError(f"data.clients = {clients}: {need}, {held}; at most {groups // each} clients can be had")
+        raise DataError(f"data.shards = {each}: {_count(clients, 'client')} with {each} shards each need {clients * each}, {held}; "
+                        f"at most {_count(groups // clients, 'shard')} each can be had")
 
 
 def _unit(examples: Examples) -> str:
-    return "groups" if examples.groups else "rows"
+    return "group" if examples.groups else "row"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' if number != 1 else ''}"
 
 
 def _numbered(clients: int) -> tuple[str, ...]:

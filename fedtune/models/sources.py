@@ -8,7 +8,8 @@ from pathlib import Path
 from fedtune import packages
 from fedtune.errors import EnvironmentProblem, ModelError
 
-WEIGHTS = ("*.safetensors",)
+WEIGHTS = "*.safetensors"
+_PICKLED = "*.pth"
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model"]
 
 
@@ -32,7 +33,7 @@ def locate(source: str) -> Source:
     """Finds the base a job names: `package:NAME`, `hf:NAME`, `hf:FOLDER` or a folder.
 
     Raises:
-        ModelError: no such folder or package, or no config in it.
+        ModelError: no such folder or package, or pickled weights in a folder of the user's own.
         EnvironmentProblem: a hub name that is not cached here and cannot be downloaded.
     """
     kind, colon, name = source.partition(":")
@@ -44,9 +45,12 @@ def locate(source: str) -> Source:
         folder = Path(source).expanduser()
     else:
         raise ModelError(f"model.source = {source!r}: no such folder; give a folder, hf:NAME or package:NAME")
-    suffixes = ("*.pth",) if (folder / "config.json").is_file() is False and list(folder.glob("*.pth")) else WEIGHTS
-    weights = tuple(sorted(p for pattern in suffixes for p in folder.glob(pattern)))
-    return Source(source, folder, weights)
+    weights, pickled = sorted(folder.glob(WEIGHTS)), sorted(folder.glob(_PICKLED))
+    if pickled and not weights and not (folder / "config.json").is_file():
+        if not colon or kind != "package":  # pinned by hash; a user's own pickle is never opened
+            raise ModelError(f"model.source = {source!r}: holds {pickled[0].name}, fedtune opens safetensors only; convert it with save_pretrained")
+        weights = pickled
+    return Source(source, folder, tuple(weights))
 
 
 def check_hash(source: Source, wanted: str) -> str:
@@ -66,6 +70,8 @@ def read_config(source: Source) -> dict:
         raise ModelError(f"model.source = {source.name!r}: {source.folder} has no config.json; give a folder saved by save_pretrained") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise ModelError(f"{path}: not valid JSON ({e}); the download may be broken") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{path}: holds a {type(config).__name__}, not an object of settings; give a folder saved by save_pretrained")
     if "auto_map" in config:
         raise ModelError(f"model.source = {source.name!r}: needs code of its own (auto_map in config.json), which fedtune never runs; use a base that transformers knows")
     return config

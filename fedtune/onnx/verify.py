@@ -10,7 +10,6 @@ import onnxruntime
 from fedtune.errors import ModelError
 from fedtune.types import Arrays
 
-LEAST_AGREEMENT = 0.5
 UNLABELLED = -1
 _ERRORS_ONLY = 3
 
@@ -77,12 +76,12 @@ def require_equal(found: Agreement, limit: float, name: str) -> None:
             "Raise the limit or leave ONNX out with export.onnx = false")
 
 
-def reason_against(found: Agreement) -> str:
+def reason_against(found: Agreement, least: float) -> str:
     """Why an int8 graph must not be used, "" where it may: NaN logits, or too few labels as the float model has them."""
     if not np.isfinite(found.max_difference):
         return "its logits are not finite"
-    if not found.label_agreement >= LEAST_AGREEMENT:
-        return f"it agrees with the float model on {found.label_agreement:.1%} of labels, at least {LEAST_AGREEMENT:.0%} are required"
+    if not found.label_agreement >= least:
+        return f"it agrees with the float model on {found.label_agreement:.1%} of labels, export.min-agreement asks for {least:.1%}"
     return ""
 
 

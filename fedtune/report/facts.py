@@ -112,7 +112,7 @@ def notices(s: Summary) -> list[str]:
     found = []
     if not s["complete"]:
         found.append(f"This run is unfinished: {count(rounds_done(s))} of {plural(rounds_planned(s), 'round')} done.")
-    broken = next((r["round"] for r in s["rounds"] if not all(v is None or is_number(v) for v in (r["train_loss"], r["loss"]))), None)
+    broken = next((r["round"] for r in s["rounds"] if _diverged(r)), None)
     if broken is not None:
         found.append(f"The loss is not a number from round {broken} on: training diverged. A lower federation.lr may help.")
     found += [
@@ -124,6 +124,11 @@ def notices(s: Summary) -> list[str]:
     if refused:
         found.append(f"{plural(refused, 'update')} refused; the rounds went on without {'it' if refused == 1 else 'them'}.")
     return found
+
+
+def _diverged(r: Round) -> bool:
+    """A loss was measured and is not a number: null (or NaN) although examples were evaluated or clients trained."""
+    return bool((r["evaluated"] and not is_number(r["loss"])) or (r["clients"] and not is_number(r["train_loss"])))
 
 
 def key_figures(s: Summary) -> list[Fact]:
@@ -161,21 +166,29 @@ def model(s: Summary) -> list[Fact]:
         Fact("base sha256", clean(base["sha256"]) or ABSENT),
         Fact("base licence", clean(base["licence"]) or "not stated"),
         Fact("task", s["task"]),
-        Fact("adapter", f"{clean(a['method'])}, rank {a['rank']}", f"{plural(a['modules'], 'module')}, frame from {clean(a['init'])}"),
+        Fact("adapter", f"{clean(a['method'])}, rank {a['rank']}" if a["modules"] else clean(a["method"]), _where(s)),
         Fact("trained", plural(a["trainable"], "number") + head),
         Fact("engine", clean(s["engine"])),
     ]
 
 
+def _where(s: Summary) -> str:
+    """Where the adapter sits, for methods that sit somewhere."""
+    a = s["adapter"]
+    if not a["modules"]:
+        return ""
+    return plural(a["modules"], "module") + (f", frame from {clean(a['init'])}" if s["communication"]["frame_bytes"] else "")
+
+
 def communication(s: Summary) -> list[Fact]:
     """Totals of what was sent."""
     c = s["communication"]
-    holders = sum(1 for client in c["clients"] if client["down"] > 0)
+    holders = sum(1 for client in c["clients"] if client["rounds"] > 0)
     return [
         Fact("one update", size(c["update_bytes"]), f"{plural(c['trainable_numbers'], 'number')} and their names"),
-        Fact("frame", size(c["frame_bytes"]), "frozen, sent to each client once"),
+        *([Fact("frame", size(c["frame_bytes"]), f"frozen, sent once to each of {plural(holders, 'client')}")] if c["frame_bytes"] else []),
         Fact("sent by clients", size(c["up"]), f"{percent(c['up'], c['up'] + c['down'])} of all bytes"),
-        Fact("received by clients", size(c["down"]), f"frame included, {plural(holders, 'client')}"),
+        Fact("received by clients", size(c["down"]), "frame included" if c["frame_bytes"] else ""),
         Fact("in all", size(c["up"] + c["down"]), plural(c["messages"], "message")),
     ]
 
@@ -214,7 +227,9 @@ def spread(s: Summary) -> str:
     if not rows:
         return "No client has been evaluated."
     text = f"From {number(rows[0][1])} to {number(rows[-1][1])} over {plural(len(rows), 'client')}"
-    text += f"; mean {number(s['final']['mean'])}, worst tenth {number(s['final']['worst_tenth'])}."
+    tenth = rows[: max(1, math.ceil(len(rows) / 10))]
+    few = plural(sum(n for *_, n in tenth), "held-out example")
+    text += f"; mean {number(s['final']['mean'])}, worst tenth {number(s['final']['worst_tenth'])} ({plural(len(tenth), 'client')} with {few} in all)."
     pairs = [(ours, head) for _, ours, head, _ in rows if head is not None]
     if pairs:
         better = sum(ours > head for ours, head in pairs)

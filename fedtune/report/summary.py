@@ -1,7 +1,7 @@
 """The shape of summary.json, which a run writes and the reports read.
 
-Numbers that were not measured are null; a loss that is not a number is NaN, as Python's json writes it. Bytes are those
-of serialised messages. Accuracies lie between 0 and 1; for a causal-lm, accuracy is that of the next token.
+Numbers that were not measured are null, and so is a loss that is not a number (then `evaluated` or `clients` says that it
+was measured). Bytes are those of serialised messages. Accuracies lie between 0 and 1; for a causal-lm, accuracy is that of the next token.
 """
 
 import json

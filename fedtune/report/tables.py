@@ -7,7 +7,7 @@ from fedtune.report.facts import Fact
 from fedtune.report.format import ABSENT, clean, count, duration, number, signed, size, small
 from fedtune.report.summary import Summary
 
-EXPORT_HEADER = ("kind", "file", "size", "largest difference", "label agreement", "accuracy")
+EXPORT_HEADER = ("kind", "file", "size", "largest difference", "label agreement", "accuracy", "on")
 EXPORTS = {"adapter": "native adapter", "float32": "ONNX, float32", "int8": "ONNX, int8", "peft": "PEFT folder"}
 
 
@@ -24,6 +24,7 @@ def exports(s: Summary) -> list[tuple[str, ...]]:
                 small(e.get("max_difference")),
                 number(e.get("label_agreement")),
                 number(e.get("accuracy")),
+                count(e["examples"]) if "examples" in e else ABSENT,
             )
         )
     return rows

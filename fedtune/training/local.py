@@ -78,7 +78,7 @@ def make_optimizer(parameters: Parameters, settings: FederationSection, round: i
     ]
     if settings.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=settings.momentum, weight_decay=settings.weight_decay)
-    return torch.optim.AdamW(groups, weight_decay=settings.weight_decay)  # without decay this is Adam
+    return torch.optim.AdamW(groups, weight_decay=settings.weight_decay)  # adam too: the two are one here
 
 
 def weight_gradients(

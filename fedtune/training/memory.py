@@ -36,7 +36,7 @@ def saved_bytes(model: TunableModel, spec: AdapterSpec, batch: int, side: int) -
         try:
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
                 _loss(model, batch, side)
-        except (RuntimeError, NotImplementedError):
+        except (RuntimeError, NotImplementedError, ValueError, TypeError):
             return None
     return sum(size for size, _ in seen.values())
 

@@ -208,7 +208,7 @@ def _write_onnx(trained: _Trained, folder: Path, stage: Stage, examples: int) ->
     stage(f"checking ONNX against torch on {len(index):,} of {len(held_out):,} held-out examples")
     found = verify.compare(graphs, _checks(trained.adapted(), setup, index), setup.job.simulation.threads)
     verify.require_equal(found["float32"], settings.max_difference, "ONNX float32")
-    if "int8" in found and (reason := verify.reason_against(found["int8"])):
+    if "int8" in found and (reason := verify.reason_against(found["int8"], settings.min_agreement)):
         left_out["int8"] = reason
         graphs.pop("int8").unlink()
     exports = {kind: _entry(path) | _figures(found[kind]) | {"examples": len(index), "of": len(held_out)} for kind, path in graphs.items()}

@@ -1,19 +1,21 @@
 """fedtune plan: what a job will train, send and need, before anything runs. Needs a base's config, not its weights."""
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import save
 
+from fedtune import packages
 from fedtune.adapters.spec import AdapterSpec, describe
-from fedtune.data.examples import load_dataset
+from fedtune.data.examples import PACKAGE_READERS, load_dataset
 from fedtune.data.partition import split
 from fedtune.errors import DataError, EnvironmentProblem, UserError
 from fedtune.job import Job
 from fedtune.models.base import layout
-from fedtune.models.load import sketch_model
-from fedtune.models.sources import locate
+from fedtune.models.load import load_encoder, sketch_model
+from fedtune.models.sources import check_hash, locate
 from fedtune.training.memory import saved_bytes
 from fedtune.training.worker import gradient_schema
 from fedtune.wire import Schema, encode
@@ -68,6 +70,10 @@ class Plan:
 def make_plan(job: Job) -> Plan:
     """Reads the base's config and, where it is there, the data. Raises UserErrors of one line."""
     source = locate(job.model.source)
+    if source.weights:
+        load_encoder(job.model, source)
+        if job.model.sha256:
+            check_hash(source, job.model.sha256)
     classes, clients, notes = _data(job)
     sketch = sketch_model(job.model, source, classes)
     spec = describe(layout(sketch), job.adapter)
@@ -102,16 +108,29 @@ def holders(clients: int, cohort: int, rounds: int) -> float:
 
 
 def _data(job: Job) -> tuple[int, int, list[str]]:
-    """(labels, clients, notes). Without the data, the job must say what they are."""
+    """(labels, clients, notes). Where the data is not there, the job must say what they are; data that is wrong is refused."""
     try:
         dataset = load_dataset(job.data, job.model, job.federation.seed)
         parts = split(dataset.examples, job.data, job.federation.seed)
         return max(1, len(dataset.label_names)), len(parts.clients), []
     except (UserError, EnvironmentProblem) as e:
+        if isinstance(e, UserError) and _there(job.data.source):
+            raise
         known = len(job.data.labels) or (1 if job.model.task == "causal-lm" else 0)
         if not known or not job.data.clients:
-            raise DataError(f"{e}; or name data.labels and data.clients in the job, and the plan needs no data") from None
+            raise type(e)(f"{e}; or name data.labels and data.clients in the job, and the plan needs no data") from None
         return known, job.data.clients, [f"the data was not read ({e}): labels and clients are taken from the job"]
+
+
+def _there(source: str) -> bool:
+    """Whether there is data to be wrong about; also for a name that can never be fetched."""
+    scheme, colon, name = source.partition(":")
+    if not colon or scheme != "package":
+        return Path(source).expanduser().exists()
+    try:
+        return name not in PACKAGE_READERS or packages.find(name).is_dir()
+    except DataError:
+        return False
 
 
 def _units(spec: AdapterSpec) -> tuple[Unit, ...]:

@@ -117,7 +117,8 @@ def run_facts(setup: Setup) -> dict[str, Any]:
 
 
 def require_unchanged(setup: Setup, run: RunFolder) -> None:
-    """Raises RunError when base or data are no longer those the run began with: going on would mix two runs."""
+    """Raises RunError when job, base or data are no longer those the run began with: going on would mix two runs."""
+    run.require_own_job()
     began = run.facts()
     if began["sha256"] != setup.sha256:
         raise RunError(f"{run.path}: began with a base of sha256 {began['sha256'][:12]}…, {setup.job.model.source} now has {setup.sha256[:12]}…; "

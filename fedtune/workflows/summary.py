@@ -5,6 +5,7 @@ from typing import Any
 
 from fedtune.bundle import open_bundle
 from fedtune.errors import RunError
+from fedtune.ledger import require_whole
 from fedtune.report.summary import Summary, check
 from fedtune.rounds import Traffic
 from fedtune.run import RunFolder
@@ -17,10 +18,11 @@ NO_PRIVACY = "Updates were sent as trained."
 def facts(run: RunFolder) -> dict[str, Any]:
     """All of a summary but the final scores, baselines and exports, of a run finished or not.
 
-    Raises RunError when not even round 0 is there.
+    Raises RunError when not even round 0 is there, or the ledger is not that of its rounds.
     """
     if not run.metrics() or run.newest() is None:
         raise RunError(f"{run.path}: no round is finished yet, not even the start; continue it with `fedtune simulate --resume {run.path}`")
+    require_whole(run.ledger, run.metrics()[-1]["round"])
     job, lines, started, manifest = run.job(), run.metrics(), run.facts(), open_bundle(run.bundle).manifest
     spec = manifest.spec
     return {
@@ -58,7 +60,7 @@ def communication(run: RunFolder, lines: list[dict[str, Any]]) -> dict[str, Any]
     names = sorted(traffic.down.keys() | traffic.up.keys())
     return {
         "trainable_numbers": spec.size, "update_bytes": len(update), "frame_bytes": bundle.frame_bytes,
-        "up": sum(traffic.up.values()), "down": sum(traffic.down.values()), "messages": 2 * sum(traffic.rounds.values()),
+        "up": sum(traffic.up.values()), "down": sum(traffic.down.values()), "messages": traffic.messages,
         "clients": [{"name": n, "up": traffic.up.get(n, 0), "down": traffic.down.get(n, 0), "rounds": traffic.rounds.get(n, 0)} for n in names],
     }
 
@@ -66,8 +68,8 @@ def communication(run: RunFolder, lines: list[dict[str, Any]]) -> dict[str, Any]
 def write_summary(run: RunFolder, summary: dict[str, Any]) -> None:
     """summary.json, and report.html where the job wants it."""
     summary = _finite(summary)
+    write_page(run, check(summary))  # first: a summary then means a page of the same run
     write_json(run.summary, summary)
-    write_page(run, check(summary))
 
 
 def write_page(run: RunFolder, summary: Summary) -> None:

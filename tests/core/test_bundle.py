@@ -55,7 +55,7 @@ def test_without_a_frame(tmp_path):
 ], ids=["value", "shape", "name", "type"])
 def test_another_frame_is_refused(other, folder):
     save_file(other, folder / "frame.safetensors")
-    with pytest.raises(RunError, match=r"frame\.safetensors: sha256 [0-9a-f]{12}…, the manifest says [0-9a-f]{12}…; make the bundle again"):
+    with pytest.raises(RunError, match=r"frame\.safetensors: sha256 [0-9a-f]{12}…, the manifest says [0-9a-f]{12}…; remove .*, and resuming the run makes it again"):
         _ = open_bundle(folder).frame
 
 
@@ -78,7 +78,7 @@ def test_no_manifest_is_no_bundle(folder):
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null"])
 def test_a_broken_manifest_is_one_line(text, folder):
     (folder / "manifest.json").write_text(text)
-    with pytest.raises(RunError, match=r"manifest\.json: \d+ fields are wrong, first .*; make the bundle again"):
+    with pytest.raises(RunError, match=r"manifest\.json: \d+ fields are wrong, first .*; remove .*, and resuming the run makes it again"):
         open_bundle(folder)
 
 

@@ -6,7 +6,7 @@ from contextlib import closing
 import pytest
 
 from fedtune.errors import RunError
-from fedtune.ledger import Ledger
+from fedtune.ledger import Ledger, require_whole
 
 FACTS = {"release": "updates", "clients": 3}
 
@@ -82,3 +82,17 @@ def test_a_ledger_cut_short_is_seen(ledger):
     ledger.path.write_bytes(ledger.path.read_bytes()[:5000])
     with pytest.raises(RunError, match="ledger"):
         Ledger(ledger.path).events()
+
+
+def test_a_ledger_that_lost_rounds_is_not_gone_on_with(tmp_path):
+    path = tmp_path / "ledger.sqlite"
+    with pytest.raises(RunError, match=r"ledger\.sqlite: is missing; restore it"):
+        require_whole(path, 1)
+    Ledger(path).record(1, {"release": "updates"})
+    require_whole(path, 1)
+    with pytest.raises(RunError, match="no event of round 2"):
+        require_whole(path, 2)
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute("UPDATE events SET facts = '{}'")
+    with pytest.raises(RunError, match="event 1 was changed or removed"):
+        require_whole(path, 1)

@@ -1,20 +1,24 @@
 """Run folders: never overwritten, and their parts as they were written."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from fedtune.algorithms import State
 from fedtune.checkpoint import Checkpoint
-from fedtune.errors import EnvironmentProblem, RunError
+from fedtune.errors import RunError, UserError
 from fedtune.job import Job, parse_job
 from fedtune.run import create_run, next_run_path, open_run
+
+FACTS = {"created": "now", "versions": {"fedtune": "1"}, "sha256": "00", "split": []}
 
 
 @pytest.fixture
 def run(tmp_path):
-    return create_run(tmp_path / "runs" / "one", parse_job("", ["federation.rounds=9"]), {"created": "now"})
+    return create_run(tmp_path / "runs" / "one", parse_job("", ["federation.rounds=9"]), FACTS)
 
 
 def at(round):
@@ -27,7 +31,7 @@ def rounds_on_disk(run):
 
 def test_the_job_is_kept_whole(run):
     again = open_run(run.path)
-    assert again.job() == parse_job("", ["federation.rounds=9"]) and again.facts() == {"created": "now"}
+    assert again.job() == parse_job("", ["federation.rounds=9"]) and {k: v for k, v in again.facts().items() if k != "job_sha256"} == FACTS
 
 
 def test_a_new_run_has_no_round(run):
@@ -59,7 +63,7 @@ def test_metrics_of_a_repeated_round_replace_it_and_what_came_after(run):
 @pytest.mark.parametrize("make", [lambda p: p.write_text("a file"), lambda p: (p.mkdir(), (p / "mine.txt").write_text("keep"))], ids=["file", "folder"])
 def test_nothing_is_ever_overwritten(make, tmp_path):
     make(tmp_path / "run")
-    with pytest.raises(RunError, match="already exists and is not empty; choose another --out, or continue it with --resume"):
+    with pytest.raises(RunError, match=r"is a file; choose another --out|already exists and is not empty; choose another --out, or continue it with --resume"):
         create_run(tmp_path / "run", Job(), {})
     assert {p.name for p in tmp_path.rglob("*")} <= {"run", "mine.txt"}
 
@@ -71,7 +75,7 @@ def test_an_empty_folder_may_be_used(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_said(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(EnvironmentProblem, match=r"cannot write .*: Not a directory"):
+    with pytest.raises(UserError, match=r"cannot write .*: Not a directory"):
         create_run(tmp_path / "file" / "run", Job(), {})
 
 
@@ -84,7 +88,7 @@ def test_a_folder_without_its_files_is_no_run(missing, run):
 
 def test_broken_facts_are_said(run):
     (run.path / "run.json").write_text("{")
-    with pytest.raises(RunError, match=r"run\.json: cannot be read"):
+    with pytest.raises(RunError, match=r"run\.json: damaged"):
         open_run(run.path).facts()
 
 
@@ -93,3 +97,26 @@ def test_numbers_of_runs_go_up(tmp_path):
     (tmp_path / "fed-sb-001").mkdir()
     (tmp_path / "fed-sb-002").write_text(json.dumps({}))
     assert next_run_path(tmp_path, "fed-sb") == tmp_path / "fed-sb-003"
+
+
+def test_a_changed_job_is_not_gone_on_with(run):
+    run.require_own_job()
+    path = run.path / "job.toml"
+    path.write_text(path.read_text().replace("rounds = 9", "rounds = 10"))
+    with pytest.raises(RunError, match=r"job\.toml: was changed since the run began; restore it"):
+        run.require_own_job()
+
+
+@pytest.mark.parametrize("text", ["{", '{"round": 1}\n', '{"round": 0}\n{"round": 2}\n', "[]\n", '{"loss": 1}\n'])
+def test_damaged_metrics_are_said(text, run):
+    (run.path / "metrics.jsonl").write_text(text)
+    with pytest.raises(RunError, match=r"metrics\.jsonl: .*; restore it or begin a new run"):
+        run.metrics()
+
+
+def test_a_run_is_held_by_one_process(run):
+    held = "import sys; from pathlib import Path; from fedtune.run import open_run\nwith open_run(Path(sys.argv[1])).locked(): pass"
+    with run.locked():
+        other = subprocess.run([sys.executable, "-c", held, str(run.path)], capture_output=True, text=True)
+        assert other.returncode and "another process is running it" in other.stderr
+    subprocess.run([sys.executable, "-c", held, str(run.path)], check=True)

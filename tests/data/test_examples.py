@@ -206,3 +206,10 @@ def test_sources_that_hold_no_images(tmp_path):
         load(str(tmp_path / "nowhere"), IMAGES)
     with pytest.raises(DataError, match="holds texts; give a folder of images"):
         load("package:vader-icwsm-2014", IMAGES)
+
+
+@pytest.mark.parametrize("value", ["NaN", "null"])
+def test_a_label_that_is_missing_is_no_class(tmp_path, value):
+    rows = f'{{"text":"a","label":1}}\n{{"text":"b","label":{value}}}\n{{"text":"c","label":0}}\n'
+    with pytest.raises(DataError, match="label of row 2 is empty; remove the row or fill it"):
+        load(table(tmp_path, rows, "a.jsonl"))

@@ -54,7 +54,7 @@ def test_line_separators_inside_json_strings_are_text(tmp_path):
     ("a.jsonl", "\n", "has no rows"),
     ("a.txt", "x", "suffix '.txt' is not known; known: .csv, .tsv, .jsonl, .parquet, or a folder of images"),
     ("a.csv", "text,label\na,1\nb,c,0\n", "row 2 (line 3) has 3 fields, the header has 2; quote fields that hold the delimiter"),
-    ("a.csv", 'text,label\n"two\nlines",1\nb\n', "row 2 (line 4) has 1 fields, the header has 2"),
+    ("a.csv", 'text,label\n"two\nlines",1\nb\n', "row 2 (line 4) has 1 field, the header has 2"),
     ("a.csv", 'text,label\na,1\n"never closed,0\nc,1\n', "line 4: broken quoting (unexpected end of data)"),
     ("a.tsv", 'text\tlabel\n"hello" he said\t1\n', "line 2: broken quoting ('\\t' expected after '\"'); write a quote"),
     ("a.csv", "text,label,text\na,1,b\n", "column 'text' stands 2 times; rename all but one"),
@@ -123,3 +123,9 @@ def test_a_column_of_lists(tmp_path):
 
 def test_missing_values_are_empty(tmp_path):
     assert texts(written(tmp_path / "a.jsonl", '{"text":"a","label":1}\n{"text":null}\n')) == [("a", "1"), ("", "")]
+
+
+def test_what_is_not_a_number_is_missing(tmp_path):
+    pq.write_table(pa.table({"text": ["a", "b", "c"], "label": [1.5, float("nan"), None]}), tmp_path / "a.parquet")
+    assert texts(tmp_path / "a.parquet") == [("a", "1.5"), ("b", ""), ("c", "")]
+    assert texts(written(tmp_path / "a.jsonl", '{"text":"a","label":NaN}\n{"text":"b","label":"nan"}\n')) == [("a", ""), ("b", "nan")]

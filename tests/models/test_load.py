@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from fedtune.errors import ModelError
 from fedtune.job import ModelSection
 from fedtune.models.base import layout
-from fedtune.models.load import load_model, sketch_model
+from fedtune.models.load import load_encoder, load_model, sketch_model
 from fedtune.models.sources import locate
 
 
@@ -75,3 +75,87 @@ def test_roberta_counts_its_positions_from_its_padding_place(tmp_path):
     RobertaConfig(vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8, max_position_embeddings=34).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="at most 32 tokens"):
         sketch_model(ModelSection(max_length=33), locate(str(tmp_path)), 2)
+
+
+def opened_with_a_line(section, message, *opens):
+    for open_ in opens:
+        with pytest.raises(ModelError, match=message) as caught:
+            open_(section, locate(section.source), 2)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def load(section, source, classes):
+    return load_model(section, source, classes, 0)
+
+
+def test_a_tokenizer_of_another_base_is_refused(altered):
+    section = altered(vocab_size=20)
+    with pytest.raises(ModelError, match=r"its tokenizer has 26 tokens, its config\.json names 20 \(vocab_size\)"):
+        load_encoder(section, locate(section.source))
+
+
+@pytest.mark.parametrize("base", ["tiny_bert", "tiny_llama", "tiny_gpt2", "minilm_folder"])
+def test_a_tokenizer_of_its_own_is_taken(base, request):
+    section = ModelSection(source=str(request.getfixturevalue(base)))
+    assert load_encoder(section, locate(section.source)).vocabulary > 0
+
+
+@pytest.mark.parametrize("kind, task", [("T5", "text-classification"), ("Bart", "text-classification"), ("Bart", "causal-lm")])
+def test_an_encoder_decoder_is_refused(kind, task, tmp_path):
+    import transformers
+
+    getattr(transformers, f"{kind}Config")().save_pretrained(tmp_path)
+    opened_with_a_line(ModelSection(source=str(tmp_path), task=task), f"{kind.lower()} is an encoder-decoder, which fedtune cannot train", sketch_model)
+
+
+@pytest.mark.parametrize("kind, refused", [("Bert", True), ("Roberta", True), ("XLNet", True), ("ModernBert", True), ("Qwen2", False), ("GPTNeoX", False)])
+def test_a_causal_lm_reads_in_one_direction(kind, refused, tmp_path):
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(num_hidden_layers=2)
+    config.save_pretrained(tmp_path)
+    section = ModelSection(source=str(tmp_path), task="causal-lm", max_length=16)
+    if refused:
+        opened_with_a_line(section, "reads a text in both directions", sketch_model)
+    else:
+        assert sketch_model(section, locate(section.source), 1) is not None
+
+
+@pytest.mark.parametrize("settings", [
+    {"hidden_size": "wide"}, {"num_hidden_layers": None}, {"num_attention_heads": 0}, {"model_type": 3}, {"model_type": "none"}, {"hidden_act": "none"},
+], ids=str)
+def test_a_config_of_wrong_values_is_one_line(altered, settings):
+    opened_with_a_line(altered(**settings), "model.source = ", sketch_model, load)
+
+
+def test_a_config_that_is_a_list_is_one_line(altered, tmp_path):
+    section = altered()
+    (tmp_path / "altered" / "config.json").write_text("[]")
+    opened_with_a_line(section, r"config\.json: holds a list, not an object of settings", sketch_model, load)
+
+
+def test_cut_weights_are_one_line(altered, tmp_path):
+    section, path = altered(), tmp_path / "altered" / "model.safetensors"
+    for kept in (0, 5, 500, path.stat().st_size - 4):
+        path.write_bytes(path.read_bytes()[:kept])
+        opened_with_a_line(section, "transformers cannot open it as AutoModel: ", load)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(altered, tmp_path, value):
+    section, path = altered(), tmp_path / "altered" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["encoder.layer.0.output.dense.weight"][0, 0] = value
+    save_file(tensors, path, {"format": "pt"})
+    opened_with_a_line(section, r"its weights encoder\.layer\.0\.output\.dense\.weight hold values that are not finite", load)
+
+
+def test_a_pickle_of_the_users_own_is_never_opened(tmp_path):
+    (tmp_path / "efficientnet-lite0.pth").write_bytes(b"never read")
+    for name in (str(tmp_path), f"hf:{tmp_path}"):
+        with pytest.raises(ModelError, match=r"holds efficientnet-lite0\.pth, fedtune opens safetensors only"):
+            locate(name)
+    (tmp_path / "config.json").write_text("{}")
+    assert not locate(str(tmp_path)).weights
+    (tmp_path / "efficientnet-lite0.safetensors").write_bytes(b"")
+    opened_with_a_line(ModelSection(source=str(tmp_path), task="image-classification"), "only package:efficientnet-lite0", load)

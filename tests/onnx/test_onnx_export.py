@@ -122,14 +122,14 @@ def test_not_a_number_is_never_close_enough(shifted: Path) -> None:
     x = np.array([[np.nan, 0, 0], [0, 0, 0]], np.float32)
     checks = [Check({"x": part}, np.ones(len(part), bool), part, np.zeros(len(part), np.int64)) for part in (x, x[1:])]
     found = compare({"a": shifted}, checks)["a"]
-    assert math.isnan(found.max_difference) and reason_against(found) == "its logits are not finite"
+    assert math.isnan(found.max_difference) and reason_against(found, 0.9) == "its logits are not finite"
     with pytest.raises(ModelError, match="differ from torch by nan"):
         require_equal(found, 1e9, "a")
 
 
-@pytest.mark.parametrize(("agreement", "usable"), [(0.49, False), (0.5, True), (math.nan, False)])
-def test_int8_needs_half_of_the_labels(agreement: float, usable: bool) -> None:
-    assert (reason_against(Agreement(0.3, agreement, math.nan)) == "") is usable
+@pytest.mark.parametrize(("agreement", "usable"), [(0.89, False), (0.9, True), (math.nan, False)])
+def test_int8_needs_the_share_of_labels_the_job_asks_for(agreement: float, usable: bool) -> None:
+    assert (reason_against(Agreement(0.3, agreement, math.nan), 0.9) == "") is usable
 
 
 def test_the_largest_difference_is_the_limit() -> None:

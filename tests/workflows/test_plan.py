@@ -7,9 +7,10 @@ import torch
 
 from fedtune.adapters import methods
 from fedtune.adapters.spec import describe
-from fedtune.errors import DataError
+from fedtune.errors import DataError, ModelError, UserError
 from fedtune.models.base import layout, summed_loss
 from fedtune.models.load import sketch_model
+from fedtune.models.sources import check_hash, locate
 from fedtune.training.memory import saved_bytes
 from fedtune.workflows.plan import holders, make_plan
 from fedtune.workflows.setup import data_free_frame, open_setup
@@ -54,8 +55,42 @@ def test_weights_are_not_needed(tiny_job, tiny_bert, tmp_path):
 def test_data_is_not_needed_when_the_job_says_what_it_is(tiny_job, tmp_path):
     known = make_plan(tiny_job(f"data.source={tmp_path}/none.csv", 'data.labels=["bad", "good"]'))
     assert known.clients == 6 and known.trainable == make_plan(tiny_job()).trainable and "was not read" in known.notes[0]
-    with pytest.raises(DataError, match=r"data\.labels"):
+    with pytest.raises(DataError, match=r"none\.csv: does not exist; .*; or name data\.labels and data\.clients"):
         make_plan(tiny_job(f"data.source={tmp_path}/none.csv"))
+
+
+def test_data_that_is_wrong_is_not_planned_around(tiny_job, tmp_path):
+    (tmp_path / "wrong.csv").write_text("text,label,domain\na,good,x\nb,bad,x\n")
+    with pytest.raises(DataError, match=r"data\.clients = 6: domain 'x' has 2 rows for its 6 clients; at most 2 clients can be had$"):
+        make_plan(tiny_job(f"data.source={tmp_path}/wrong.csv", 'data.labels=["bad", "good"]'))
+    with pytest.raises(UserError, match="package 'none' is not known"):
+        make_plan(tiny_job("data.source=package:none", 'data.labels=["bad", "good"]'))
+
+
+def test_data_that_was_not_fetched_is_planned_around(tiny_job, tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDTUNE_CACHE", str(tmp_path))
+    assert make_plan(tiny_job("data.source=package:vader-icwsm-2014", 'data.labels=["bad", "good"]')).clients == 6
+
+
+def test_a_plan_checks_the_hash_of_weights_that_are_there(tiny_job, tiny_bert):
+    right = check_hash(locate(str(tiny_bert)), "")
+    assert make_plan(tiny_job(f"model.sha256={right}")).weights
+    with pytest.raises(ModelError, match=r"model\.sha256 = aaaaaaaaaaaa"):
+        make_plan(tiny_job(f"model.sha256={'a' * 64}"))
+
+
+def test_a_base_without_linears_names_the_method(tiny_job, tiny_gpt2):
+    with pytest.raises(ModelError, match=r"adapter\.method = 'lora': this base has no linear layer inside its blocks; use \"bias\" or \"full\""):
+        make_plan(tiny_job(f"model.source={tiny_gpt2}", "model.task=causal-lm", "adapter.method=lora"))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ValueError, TypeError])
+def test_memory_of_a_base_that_needs_values_is_not_known(error, tiny_job, monkeypatch):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr("fedtune.training.memory._loss", fail)
+    assert make_plan(tiny_job()).device["activations"] is None
 
 
 @pytest.mark.parametrize("method", ["fed-sb", "lora", "bias", "full", "head"])

@@ -1,24 +1,32 @@
 """Whole simulations in seconds: every task, every method, every way to divide the data."""
 
+import io
 import json
 
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
 from fedtune.adapters.frames import from_gradients
 from fedtune.bundle import open_bundle
 from fedtune.cli.main import app
+from fedtune.cli.progress import Board
+from fedtune.cli.simulate import Progress
 from fedtune.ledger import Ledger
+from fedtune.report.facts import notices
 from fedtune.report.summary import check
+from fedtune.rounds import Traffic, round_line
 from fedtune.run import open_run
 from fedtune.training.evaluate import join
 from fedtune.training.local import weight_gradients
 from fedtune.training.worker import gradient_schema
+from fedtune.types import RoundReport
 from fedtune.wire import Schema, encode
 from fedtune.workflows.finish import finish
+from fedtune.workflows.summary import facts
 
 METHODS = ("fed-sb", "lora", "bias", "head", "full")
 
@@ -190,3 +198,22 @@ def test_the_command_leaves_a_run_folder_and_says_where(tiny_settings, tmp_path)
     assert run.job().federation.seed == 5 and check(json.loads(run.summary.read_text()))["complete"]
     again = CliRunner().invoke(app, ["report", str(tmp_path / "run"), "--json"])
     assert json.loads(again.output)["final"]["accuracy"] == run.metrics()[-1]["accuracy"]
+
+
+def test_messages_of_the_initialisation_are_counted(tiny_job, run_rounds, tmp_path):
+    simulation = run_rounds(tiny_job("adapter.init=gradient", "adapter.init-clients=3", "federation.rounds=2"), tmp_path / "run")
+    assert facts(simulation.run)["communication"]["messages"] == 2 * 3 + 2 * 2 * 2  # asked and answered: 3 for the frame, 2 in each round
+
+
+def test_a_loss_that_is_not_a_number_is_said(tiny_job, run_rounds, tmp_path):
+    simulation = run_rounds(tiny_job("federation.rounds=1"), tmp_path / "run")
+    summary = check(facts(simulation.run))
+    assert not any("not a number" in notice for notice in notices(summary))
+    report = RoundReport(1, ("a",), 1.0, {"loss": (float("nan"), 3.0), "accuracy": (1.0, 3.0)})
+    line = round_line(report, {"loss": (float("inf"), 4.0), "accuracy": (2.0, 4.0)}, Traffic(), 1.0)
+    assert line["loss"] is None and line["accuracy"] == 0.5 and line["evaluated"] == 4
+    summary["rounds"][-1] |= {"loss": line["loss"], "train_loss": line["train_loss"]}
+    assert any("The loss is not a number from round 1 on" in notice for notice in notices(summary))
+    shown = Console(file=io.StringIO(), width=200)
+    Progress(Board(shown), 1).line(line)
+    assert "accuracy 0.500, loss — on 4 held-out" in shown.file.getvalue()
