@@ -63,6 +63,14 @@ def _lead(s: Summary) -> str:
     )
 
 
+def _evaluated(s: Summary) -> str:
+    """The examples that the curves are measured on, said where the last point stands on more of them than the others."""
+    counts = [r["evaluated"] for r in s["rounds"] if r["evaluated"]]
+    if len(set(counts)) < 2:
+        return "held-out data"
+    return f"held-out data ({count(min(counts))} examples drawn by the seed, in the last round all {count(max(counts))})"
+
+
 def _learning(s: Summary) -> str:
     drawn = plots.learning(s)
     if not drawn:
@@ -70,7 +78,7 @@ def _learning(s: Summary) -> str:
     return html.section(
         "learning",
         "Learning",
-        html.paragraph("Measured on held-out data after each evaluated round; round 0 is the model before training."),
+        html.paragraph(f"Measured on {_evaluated(s)} after each evaluated round; round 0 is the model before training."),
         html.grid(*(html.figure(plot) for plot in drawn)),
         _rounds(s),
     )
