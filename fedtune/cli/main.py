@@ -1,12 +1,15 @@
 """The `fedtune` command."""
 
 import os
+import sys
 
+import click
 import typer
 
 from fedtune.cli import compare, export, fetch, init, plan, predict, report, simulate, validate
+from fedtune.cli.common import INTERRUPTED, err
 
-app = typer.Typer(name="fedtune", help="Federated fine-tuning with adapters of kilobytes.", no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(name="fedtune", help="Federated fine-tuning with adapters of kilobytes.", no_args_is_help=True, suggest_commands=False, pretty_exceptions_enable=False)
 for module in (init, validate, plan, fetch, simulate, report, compare, export, predict):
     app.command(name=module.__name__.rpartition(".")[2], epilog=module.EXAMPLES)(module.command)
 
@@ -14,4 +17,14 @@ for module in (init, validate, plan, fetch, simulate, report, compare, export, p
 def main() -> None:
     # OpenMP threads that spin while they wait make a busy machine several times slower; read when torch is first imported
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    app()
+    try:
+        sys.exit(app(prog_name="fedtune", standalone_mode=False))
+    except click.exceptions.NoArgsIsHelpError as e:
+        e.show()
+        sys.exit(e.exit_code)
+    except click.UsageError as e:  # a mistyped option or command, on one line like every other mistake
+        place = e.ctx.command_path if e.ctx else "fedtune"
+        err.print(f"fedtune: {e.format_message().rstrip('.')}; see `{place} --help`", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(e.exit_code)
+    except click.Abort:
+        sys.exit(INTERRUPTED)

@@ -2,12 +2,13 @@
 
 import re
 import shutil
+import sys
 
 import pytest
 from typer.testing import CliRunner
 
 from fedtune.cli import common
-from fedtune.cli.main import app
+from fedtune.cli.main import app, main
 
 COMMANDS = ("init", "validate", "plan", "fetch", "simulate", "report", "compare")
 BAD_JOB = "[federation]\nrounds = 0\nbogus = 1\n[privacy]\nepsilon = 8.0\n"
@@ -230,3 +231,17 @@ def test_predict_says_what_an_image_model_reads(place):
         with pytest.raises(UserError, match="no such file; this model labels images"):
             gather(images, [text], [], "text")
     assert ".parquet" in invoke(["predict", "--help"]).stdout
+
+
+@pytest.mark.parametrize("arguments, expected", [
+    (["simulat"], r"fedtune: No such command 'simulat'.*; see `fedtune --help`"),
+    (["simulate", "--sedd", "3"], r"fedtune: No such option '?--sedd'?.*; see `fedtune simulate --help`"),
+    (["simulate", "--seed", "x"], r"fedtune: Invalid value for '--seed': 'x' is not a valid integer; see `fedtune simulate --help`"),
+    (["predict"], r"fedtune: Missing argument 'RUN'; see `fedtune predict --help`"),
+])
+def test_a_mistyped_command_line_is_one_line(arguments, expected, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fedtune", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr()
+    assert ended.value.code == 2 and not said.out and len(said.err.splitlines()) == 1 and re.match(expected, said.err), said.err
