@@ -65,10 +65,8 @@ class Simulation:
     def rounds(self) -> None:
         """Runs what is left of the rounds on the job's engine."""
         job, done = self.setup.job, self.run.newest()
-        left = job.federation.rounds - (done.state.round if done else 0)
-        if done and not left:
+        if done and done.state.round >= job.federation.rounds:
             return
-        self.watch.stage("training", left * job.federation.cohort)
         server = make_server_app(self.coordinator, job.federation.deadline)
         if job.simulation.engine == "ray":
             run_ray(server, make_client_app(partial(answer_in, str(self.run.path))), job.simulation.workers)
@@ -99,6 +97,8 @@ class Simulation:
             self.watch.line(line)
 
         coordinator.on_reply, coordinator.on_round = self.watch.reply, on_round
+        left = job.federation.rounds - coordinator.state.round
+        self.watch.stage("training", left * job.federation.cohort)
         return coordinator
 
     def evaluate(self, round: int, arrays: Arrays) -> Metrics | None:
