@@ -1,5 +1,6 @@
 """Metrics as (sum, weight): merging is addition, division happens once at the end."""
 
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -27,9 +28,14 @@ def value(metrics: Metrics, name: str) -> float:
     return s / w if w > 0 else float("nan")
 
 
+def tenth(count: int) -> int:
+    """How many of `count` make the worst tenth: at least one."""
+    return max(1, math.ceil(count / 10))
+
+
 def worst_tenth(values: Iterable[float]) -> float:
     """Mean of the lowest 10 % (at least one value): how the worst-served clients fare. NaN when there are none."""
     ordered = np.sort(np.asarray(list(values), dtype=np.float64))
     if ordered.size == 0:
         return float("nan")
-    return float(ordered[: max(1, int(np.ceil(ordered.size / 10)))].mean())
+    return float(ordered[: tenth(ordered.size)].mean())

@@ -181,8 +181,9 @@ def start(
     else:
         state, traffic = found.state, Traffic(**found.counters)
         require_whole(run.ledger, state.round)
-        if len(run.metrics()) <= state.round:
-            raise RunError(f"{run.path / 'metrics.jsonl'}: {len(run.metrics())} rounds, the checkpoint stands after round {state.round}; restore it")
+        lines = len(run.metrics())
+        if lines <= state.round:
+            raise RunError(f"{run.path / 'metrics.jsonl'}: {lines} rounds, the checkpoint stands after round {state.round}; restore it")
     return Coordinator(job, schema, frame_digest, frame_bytes, algorithm, clients, run, evaluate, state, traffic)
 
 

@@ -84,7 +84,9 @@ class RunFolder:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Holds the run for this process. Raises RunError when another process holds it."""
-        with failing_clearly(self.path), (self.path / ".lock").open("w") as file:
+        with failing_clearly(self.path):
+            file = (self.path / ".lock").open("w")
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -28,6 +28,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from fedtune.errors import Refused, ShapeMismatch
 from fedtune.types import Arrays, Metrics, TensorSpec
 
+RECORD = "fedtune"
+"""Name of the record that carries a packet where the transport has named records."""
+
 MAGIC = b"FTP1"
 MAX_HEADER = 65536
 HEADER_STEP = 256
@@ -124,6 +127,15 @@ def decode(data: bytes, schema: Schema, *, kinds: Sequence[Kind], round: int | N
     _require(frame is None or header.frame == frame, "frame", f"{header.frame or 'none'}, this run has {frame or 'none'}")
     _require(round is None or header.round == round, "round", f"reply to round {header.round}, this is round {round}")
     return Packet(header, _tensors(header, body, schema))
+
+
+def packet_bytes(schema: Schema) -> tuple[int, int]:
+    """Bytes of a (model, update) packet of all tensors, serialised as a run does it; values do not change them."""
+    arrays = {t.name: np.zeros(t.shape, np.float32) for t in schema.tensors}
+    metrics = {"loss": (1.0, 1.0), "accuracy": (1.0, 1.0)}
+    model = encode("model", schema, arrays, round=1, frame="0" * 16)
+    update = encode("update", schema, arrays, round=1, frame="0" * 16, weight=1.0, metrics=metrics)
+    return len(model), len(update)
 
 
 def kind_of(data: bytes) -> Kind:

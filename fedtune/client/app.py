@@ -6,8 +6,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedtune.errors import FedtuneError, Refused
-
-RECORD = "fedtune"
+from fedtune.wire import RECORD
 
 
 def make_client_app(answer: Callable[[bytes, str], bytes]) -> ClientApp:

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from fedtune.metrics import worst_tenth
+from fedtune.metrics import tenth, worst_tenth
 from fedtune.report.format import ABSENT, clean, count, duration, number, percent, plural, size
 from fedtune.report.summary import Round, Summary
 
@@ -227,9 +227,9 @@ def spread(s: Summary) -> str:
     if not rows:
         return "No client has been evaluated."
     text = f"From {number(rows[0][1])} to {number(rows[-1][1])} over {plural(len(rows), 'client')}"
-    tenth = rows[: max(1, math.ceil(len(rows) / 10))]
-    few = plural(sum(n for *_, n in tenth), "held-out example")
-    text += f"; mean {number(s['final']['mean'])}, worst tenth {number(s['final']['worst_tenth'])} ({plural(len(tenth), 'client')} with {few} in all)."
+    worst = rows[: tenth(len(rows))]
+    few = plural(sum(n for *_, n in worst), "held-out example")
+    text += f"; mean {number(s['final']['mean'])}, worst tenth {number(s['final']['worst_tenth'])} ({plural(len(worst), 'client')} with {few} in all)."
     pairs = [(ours, head) for _, ours, head, _ in rows if head is not None]
     if pairs:
         better = sum(ours > head for ours, head in pairs)

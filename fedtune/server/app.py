@@ -9,8 +9,8 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from fedtune.errors import EnvironmentProblem
 from fedtune.rounds import Coordinator, Reply
+from fedtune.wire import RECORD
 
-RECORD = "fedtune"
 POLL_SECONDS = 0.02
 Exchange = Callable[[list[tuple[str, bytes]]], Iterator[Reply]]
 """Sends (client, packet) pairs and yields the replies as they come, until all are in or the deadline has passed."""

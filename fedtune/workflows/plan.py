@@ -18,7 +18,7 @@ from fedtune.models.load import load_encoder, sketch_model
 from fedtune.models.sources import check_hash, locate
 from fedtune.training.memory import saved_bytes
 from fedtune.training.worker import gradient_schema
-from fedtune.wire import Schema, encode
+from fedtune.wire import Schema, encode, packet_bytes
 
 NUMBER = 4
 """Bytes of a float32."""
@@ -78,8 +78,7 @@ def make_plan(job: Job) -> Plan:
     sketch = sketch_model(job.model, source, classes)
     spec = describe(layout(sketch), job.adapter)
     parameters = layout(sketch).size
-    zeros = {t.name: np.zeros(t.shape, np.float32) for t in spec.trainable}
-    model, update = packet_bytes(spec, zeros)
+    model, update = packet_bytes(spec.schema)
     frame = len(save({t.name: np.zeros(t.shape, np.float32) for t in spec.frame})) if spec.frame else 0
     init = _init_bytes(job, spec, clients)
     fed = job.federation
@@ -92,14 +91,6 @@ def make_plan(job: Job) -> Plan:
         model, update, frame, fed.rounds, cohort, clients, cohort * (model + update), first, init,
         fed.rounds * cohort * (model + update) + first * frame + init, _device(job, spec, sketch, parameters), "inf", tuple(notes),
     )
-
-
-def packet_bytes(spec: AdapterSpec, arrays: dict[str, np.ndarray]) -> tuple[int, int]:
-    """Bytes of a (model, update) packet, serialised as a run does it."""
-    metrics = {"loss": (1.0, 1.0), "accuracy": (1.0, 1.0)}
-    model = encode("model", spec.schema, arrays, round=1, frame="0" * 16)
-    update = encode("update", spec.schema, arrays, round=1, frame="0" * 16, weight=1.0, metrics=metrics)
-    return len(model), len(update)
 
 
 def holders(clients: int, cohort: int, rounds: int) -> float:

@@ -3,14 +3,14 @@
 import math
 from typing import Any
 
-from fedtune.bundle import open_bundle
+from fedtune.bundle import Bundle, open_bundle
 from fedtune.errors import RunError
 from fedtune.ledger import require_whole
 from fedtune.report.summary import Summary, check
 from fedtune.rounds import Traffic
 from fedtune.run import RunFolder
 from fedtune.storage import write_atomic, write_json
-from fedtune.wire import encode
+from fedtune.wire import packet_bytes
 
 NO_PRIVACY = "Updates were sent as trained."
 
@@ -20,11 +20,12 @@ def facts(run: RunFolder) -> dict[str, Any]:
 
     Raises RunError when not even round 0 is there, or the ledger is not that of its rounds.
     """
-    if not run.metrics() or run.newest() is None:
+    lines, checkpoint = run.metrics(), run.newest()
+    if not lines or checkpoint is None:
         raise RunError(f"{run.path}: no round is finished yet, not even the start; continue it with `fedtune simulate --resume {run.path}`")
-    require_whole(run.ledger, run.metrics()[-1]["round"])
-    job, lines, started, manifest = run.job(), run.metrics(), run.facts(), open_bundle(run.bundle).manifest
-    spec = manifest.spec
+    require_whole(run.ledger, lines[-1]["round"])
+    job, started, bundle = run.job(), run.facts(), open_bundle(run.bundle)
+    manifest, spec = bundle.manifest, bundle.manifest.spec
     return {
         "title": job.report.title or f"{job.adapter.method} on {job.data.source.rpartition(':')[2]}",
         "created": started["created"], "versions": started["versions"], "job": job.model_dump(mode="json", by_alias=True),
@@ -35,7 +36,7 @@ def facts(run: RunFolder) -> dict[str, Any]:
             "method": spec.method, "rank": spec.rank, "init": job.adapter.init, "trainable": spec.size, "head": spec.head_size,
             "modules": len(spec.linears),
         },
-        "split": started["split"], "rounds": per_round(lines), "communication": communication(run, lines),
+        "split": started["split"], "rounds": per_round(lines), "communication": communication(bundle, Traffic(**checkpoint.counters)),
         "privacy": {"unit": job.privacy.unit, "epsilon": "inf", "note": NO_PRIVACY},
         "complete": False, "wall_seconds": round(sum(line["seconds"] for line in lines), 3),
     }
@@ -50,16 +51,12 @@ def per_round(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def communication(run: RunFolder, lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """Totals and each client's bytes, from the newest checkpoint's counters."""
-    checkpoint, bundle = run.newest(), open_bundle(run.bundle)
-    assert checkpoint is not None, "facts() looked"
-    traffic, spec = Traffic(**checkpoint.counters), bundle.manifest.spec
-    metrics = {"loss": (1.0, 1.0), "accuracy": (1.0, 1.0)}
-    update = encode("update", spec.schema, checkpoint.state.arrays, round=1, frame=bundle.frame_digest, weight=1.0, metrics=metrics)
+def communication(bundle: Bundle, traffic: Traffic) -> dict[str, Any]:
+    """Totals and each client's bytes."""
+    spec = bundle.manifest.spec
     names = sorted(traffic.down.keys() | traffic.up.keys())
     return {
-        "trainable_numbers": spec.size, "update_bytes": len(update), "frame_bytes": bundle.frame_bytes,
+        "trainable_numbers": spec.size, "update_bytes": packet_bytes(spec.schema)[1], "frame_bytes": bundle.frame_bytes,
         "up": sum(traffic.up.values()), "down": sum(traffic.down.values()), "messages": traffic.messages,
         "clients": [{"name": n, "up": traffic.up.get(n, 0), "down": traffic.down.get(n, 0), "rounds": traffic.rounds.get(n, 0)} for n in names],
     }
