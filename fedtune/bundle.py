@@ -1,11 +1,16 @@
 """The bundle: an immutable folder made once from a job and a base. What devices receive; no code, no base weights.
 
-    manifest.json       what the base is (source, sha256), the task, the labels, what is trained, the frame's hash, versions
-    frame.safetensors   the frozen A and B (Fed-SB); absent for methods without a frame
+    manifest.json         what the base is (source, sha256), the task, the labels, what is trained, the others' hashes, versions
+    job.toml              the job, every key
+    frame.safetensors     the frozen A and B (Fed-SB); absent for methods without a frame
+    initial.safetensors   the model of round 0; stays with the coordinator
 
-The frame's digest is sent with every packet; a client that holds another frame is refused.
+A bundle is named by the sha256 of its manifest, which holds the hashes of the rest. The frame's digest is sent with every
+packet; a client that holds another frame is refused.
 """
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,15 +18,18 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load, load_file, save
 
 from fedtune.adapters.spec import AdapterSpec
-from fedtune.errors import RunError
+from fedtune.errors import FedtuneError, Refused, RunError
+from fedtune.job import Job, load_job, parse_job, to_toml
 from fedtune.storage import write_atomic, write_json
 from fedtune.trees import digest
 from fedtune.types import Arrays
 
 FORMAT = "1"
+SHIPPED = ("manifest.json", "job.toml", "frame.safetensors")
+"""The files a device receives, the manifest first."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,9 @@ class Manifest:
     task: str
     labels: tuple[str, ...]
     spec: AdapterSpec
+    job_sha256: str
     frame_sha256: str
+    initial_sha256: str
     versions: dict[str, str]
 
 
@@ -50,6 +60,11 @@ class Bundle:
     folder: Path
     manifest: Manifest
 
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of the manifest: the name of the bundle."""
+        return hashlib.sha256((self.folder / "manifest.json").read_bytes()).hexdigest()
+
     @property
     def frame_digest(self) -> str:
         """First 16 digits of the frame's sha256, as packets carry it."""
@@ -62,24 +77,76 @@ class Bundle:
         return path.stat().st_size if path.exists() else 0
 
     @cached_property
+    def job(self) -> Job:
+        path = self.folder / "job.toml"
+        self._require(path, hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else "", self.manifest.job_sha256)
+        return load_job(path)
+
+    @cached_property
     def frame(self) -> Arrays:
-        path = self.folder / "frame.safetensors"
+        return self._arrays("frame.safetensors", self.manifest.frame_sha256)
+
+    @cached_property
+    def initial(self) -> Arrays:
+        return self._arrays("initial.safetensors", self.manifest.initial_sha256)
+
+    def shipped(self) -> dict[str, bytes]:
+        """What a device receives, by file name."""
+        return {name: (self.folder / name).read_bytes() for name in SHIPPED if (self.folder / name).exists()}
+
+    def _arrays(self, name: str, sha256: str) -> Arrays:
+        path = self.folder / name
         try:
             arrays = load_file(path) if path.exists() else {}
         except (OSError, SafetensorError) as e:
-            raise RunError(f"{path}: not a frame ({e}); remove {self.folder}, and resuming the run makes it again") from None
-        if digest(arrays) != self.manifest.frame_sha256:
-            raise RunError(f"{path}: sha256 {digest(arrays)[:12]}…, the manifest says {self.manifest.frame_sha256[:12]}…; remove {self.folder}, and resuming the run makes it again")
+            raise RunError(f"{path}: cannot be read ({e}); {self._remedy}") from None
+        self._require(path, digest(arrays), sha256)
         return arrays
 
+    def _require(self, path: Path, found: str, expected: str) -> None:
+        if found != expected:
+            raise RunError(f"{path}: sha256 {found[:12] or 'of nothing'}…, the manifest says {expected[:12]}…; {self._remedy}")
 
-def write_bundle(folder: Path, frame: Arrays, **facts: Any) -> Bundle:
-    """Writes frame and manifest (last, so that a manifest means a whole bundle) and opens them."""
+    @property
+    def _remedy(self) -> str:
+        return f"remove {self.folder}, and it is made again"
+
+
+def write_bundle(folder: Path, job: Job, frame: Arrays, initial: Arrays, **facts: Any) -> Bundle:
+    """Writes the parts, the manifest last, so that a manifest means a whole bundle, and opens them."""
     folder.mkdir(parents=True, exist_ok=True)
-    if frame:
-        write_atomic(folder / "frame.safetensors", save(frame))
-    manifest = Manifest(format=FORMAT, frame_sha256=digest(frame), **facts)
+    text = to_toml(job).encode()
+    write_atomic(folder / "job.toml", text)
+    for name, arrays in (("frame", frame), ("initial", initial)):
+        if arrays:
+            write_atomic(folder / f"{name}.safetensors", save(arrays))
+    manifest = Manifest(
+        format=FORMAT, job_sha256=hashlib.sha256(text).hexdigest(), frame_sha256=digest(frame), initial_sha256=digest(initial), **facts)
     write_json(folder / "manifest.json", _MANIFEST.dump_python(manifest, mode="json"))
+    return Bundle(folder, manifest)
+
+
+def receive_bundle(folder: Path, name: str, files: Mapping[str, bytes]) -> Bundle:
+    """Writes a bundle that came from outside, after checking that it is whole and is the one called `name` (its sha256).
+
+    Raises Refused for anything else; nothing is written then.
+    """
+    if not files.keys() <= set(SHIPPED) or not files.keys() >= {"manifest.json", "job.toml"}:
+        raise Refused("bundle", f"holds {', '.join(map(repr, sorted(files)))[:200]}; {', '.join(SHIPPED)} are taken")
+    if hashlib.sha256(files["manifest.json"]).hexdigest() != name:
+        raise Refused("bundle", f"its manifest is not the one called {name[:12]}…")
+    try:
+        manifest = _MANIFEST.validate_json(files["manifest.json"])
+        parse_job(files["job.toml"].decode())
+        frame = load(files["frame.safetensors"]) if "frame.safetensors" in files else {}
+    except (FedtuneError, ValueError, SafetensorError) as e:
+        raise Refused("bundle", f"cannot be read by this fedtune: {str(e).splitlines()[0]}"[:300]) from None
+    if (manifest.format, manifest.job_sha256, manifest.frame_sha256) != (FORMAT, hashlib.sha256(files["job.toml"]).hexdigest(), digest(frame)):
+        raise Refused("bundle", "its format is another, or its parts are not those that the manifest names")
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in reversed(SHIPPED):
+        if part in files:
+            write_atomic(folder / part, files[part])
     return Bundle(folder, manifest)
 
 
@@ -91,7 +158,7 @@ def open_bundle(folder: Path) -> Bundle:
     except FileNotFoundError:
         raise RunError(f"{folder}: no manifest.json, so not a bundle") from None
     except ValidationError as e:
-        raise RunError(f"{path}: {e.error_count()} fields are wrong, first {e.errors()[0]['loc']}; remove {folder}, and resuming the run makes it again") from None
+        raise RunError(f"{path}: {e.error_count()} fields are wrong, first {e.errors()[0]['loc']}; remove {folder}, and it is made again") from None
     if manifest.format != FORMAT:
         raise RunError(f"{path}: bundle format {manifest.format}, this fedtune reads {FORMAT}")
     return Bundle(folder, manifest)

@@ -5,6 +5,7 @@ import platform
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -69,12 +70,12 @@ def open_setup(job: Job) -> Setup:
     return Setup(job, source, sha256, dataset, parts)
 
 
-def make_bundle(setup: Setup, run: RunFolder, frame: Arrays, model: TunableModel) -> Bundle:
-    """Writes the bundle of a run."""
+def make_bundle(setup: Setup, folder: Path, frame: Arrays, model: TunableModel, start: Arrays) -> Bundle:
+    """Writes a bundle; `start` holds what of the model of round 0 is not drawn or taken from the base."""
     kind, _, name = setup.job.model.source.partition(":")
     licence = packages.lookup(name).licence if kind == "package" else ""
     return write_bundle(
-        run.bundle, frame, source=setup.job.model.source, sha256=setup.sha256, licence=licence, parameters=layout(model).size,
+        folder, setup.job, frame, methods.initial(model, setup.spec, start, setup.job.federation.seed), source=setup.job.model.source, sha256=setup.sha256, licence=licence, parameters=layout(model).size,
         task=setup.job.model.task, labels=setup.dataset.label_names, spec=setup.spec, versions=versions(),
     )
 
@@ -90,11 +91,6 @@ def data_free_frame(setup: Setup, model: TunableModel) -> Arrays:
         return model.linear(linear.name).weight.detach().numpy()
 
     return frames.from_weights(setup.spec, weight)
-
-
-def initial_arrays(setup: Setup, model: TunableModel, start: Arrays) -> Arrays:
-    """The model of round 0."""
-    return methods.initial(model, setup.spec, start, setup.job.federation.seed)
 
 
 def versions() -> dict[str, str]:

@@ -28,7 +28,7 @@ from fedtune.training.worker import Worker, gradient_schema
 from fedtune.trees import digest
 from fedtune.types import Arrays, Metrics
 from fedtune.wire import Schema, decode, encode
-from fedtune.workflows.setup import Setup, data_free_frame, initial_arrays, make_bundle, open_setup
+from fedtune.workflows.setup import Setup, data_free_frame, make_bundle, open_setup
 
 
 @dataclass(frozen=True)
@@ -80,15 +80,14 @@ class Simulation:
         """Opens or makes the bundle (asking clients for gradients where the job says so) and stands at the newest checkpoint."""
         job = self.setup.job
         traffic = Traffic()
-        first: Arrays = {}
         if (self.run.bundle / "manifest.json").exists() and self.run.newest() is not None:
             bundle = open_bundle(self.run.bundle)
         else:
             frame, first, traffic = self._make_frame(exchange)
-            bundle = make_bundle(self.setup, self.run, frame, self.model)
+            bundle = make_bundle(self.setup, self.run.bundle, frame, self.model, first)
         coordinator = start(
             job, self.run, self.setup.spec.schema, bundle.frame_digest, bundle.frame_bytes, make_algorithm(job, self.setup.spec.schema),
-            self.setup.store.clients, lambda: initial_arrays(self.setup, self.model, first), self.evaluate, traffic,
+            self.setup.store.clients, lambda: bundle.initial, self.evaluate, traffic,
         )
         events = Events(self.run.path / "tensorboard")
 

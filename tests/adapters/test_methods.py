@@ -14,7 +14,7 @@ from fedtune.adapters.spec import describe, target_linears
 from fedtune.errors import ModelError, ShapeMismatch
 from fedtune.job import AdapterSection
 from fedtune.models.base import layout
-from fedtune.workflows.setup import data_free_frame, initial_arrays, open_setup
+from fedtune.workflows.setup import data_free_frame, open_setup
 
 BATCH = {"input_ids": torch.tensor([[2, 5, 7, 3], [2, 9, 3, 0]]), "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])}
 
@@ -88,7 +88,7 @@ def test_merged_equals_adapted(opened, changes):
 def test_round_0_is_the_base_and_only_the_adapter_trains(opened, method):
     setup, model, frame = opened(f"adapter.method={method}")
     plain = model(**BATCH)
-    arrays = initial_arrays(setup, model, {})
+    arrays = methods.initial(model, setup.spec, {}, 0)
     parameters = methods.attach(model, setup.spec, frame)
     methods.write(parameters, arrays)
     torch.testing.assert_close(model(**BATCH), plain)
