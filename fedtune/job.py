@@ -158,12 +158,10 @@ class ExportSection(_Section):
 
 
 class ServerSection(_Section):
-    """The coordinator service."""
+    """The coordinator service. Keys and certificates are not here: they lie in its folder (`fedtune provision`)."""
 
-    address: str = _key("127.0.0.1:9092", "address devices connect to", later=True)
-    tls: bool = _key(True, "use TLS", later=True)
-    keys: str = _key("", "folder of device keys", later=True)
-    storage: str = _key("", "state file", later=True)
+    address: str = _key("127.0.0.1:9092", "HOST:PORT that the coordinator listens on", min_length=1)
+    wait: float = _key(86_400.0, "seconds to wait for `min-replies` devices; then the run stops, and the same command continues it", gt=0.0, le=31_536_000.0)
 
 
 class SimulationSection(_Section):

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from fedtune.algorithms.base import Algorithm, State
+from fedtune.algorithms import Algorithm, State, fed_avg
 from fedtune.checkpoint import Checkpoint
 from fedtune.errors import EmptyCohort, Refused, RunError
 from fedtune.job import Job
@@ -28,6 +28,8 @@ class Reply:
     client: str
     payload: bytes | None
     error: str = ""
+    late: bool = False
+    """It answers a round that is over: counted, and not used."""
 
 
 @dataclass
@@ -38,6 +40,9 @@ class Traffic:
     down: dict[str, int] = field(default_factory=dict)
     rounds: dict[str, int] = field(default_factory=dict)
     messages: int = 0
+    late: int = 0
+    evaluation: int = 0
+    """Bytes of evaluation messages, both ways; a simulation has none, as it evaluates where the model is."""
 
     def sent(self, client: str, size: int) -> None:
         self.messages += 1
@@ -52,7 +57,22 @@ class Traffic:
         return sum(self.up.values()) + sum(self.down.values())
 
     def dump(self) -> dict:
-        return {"up": self.up, "down": self.down, "rounds": self.rounds, "messages": self.messages}
+        return {"up": self.up, "down": self.down, "rounds": self.rounds, "messages": self.messages,
+                "late": self.late, "evaluation": self.evaluation}
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What a caller may follow, in the thread that runs the rounds.
+
+    stage(text, total): work of `total` steps begins, of which advance(count) finishes some; total 0 is unknown.
+    reply: a client's answer came. line: a round is finished, as metrics.jsonl has it.
+    """
+
+    stage: Callable[[str, int], None] = lambda text, total: None
+    advance: Callable[[int], None] = lambda count: None
+    reply: Callable[[Reply], None] = lambda reply: None
+    line: Callable[[dict], None] = lambda line: None
 
 
 Evaluate = Callable[[int, Arrays], Metrics | None]
@@ -128,32 +148,42 @@ class Coordinator:
 
     def _accepted(self, replies: Iterable[Reply], refused: dict[str, str]) -> Iterator[Update]:
         seen: set[str] = set()
+        planned, center = frozenset(self._planned), norm(self.state.arrays)
         for reply in replies:
             self.on_reply(reply)
+            if reply.late:
+                self.traffic.late += 1
+                self.traffic.received(reply.client, len(reply.payload or b""))
+                continue
             try:
-                yield self._update(reply, seen)
+                yield self._update(reply, planned, seen, center)
                 seen.add(reply.client)
             except Refused as e:
                 refused.setdefault(reply.client, str(e))
 
-    def _update(self, reply: Reply, seen: set[str]) -> Update:
-        if reply.client not in self._planned:
+    def _update(self, reply: Reply, planned: frozenset[str], seen: set[str], center: float) -> Update:
+        if reply.client not in planned:
             raise Refused("client", "was not asked this round")
         if reply.payload is None:
             raise Refused("failed", reply.error or "no payload")
         self.traffic.received(reply.client, len(reply.payload))
         if reply.client in seen:
             raise Refused("duplicate", "a second reply to the same round")
-        packet = decode(reply.payload, self.schema, kinds=["update"], round=self.state.round + 1, frame=self.frame_digest)
-        self._within_limits(packet)
+        packet = decode(reply.payload, self.schema, kinds=["update"], round=self.state.round + 1, frame=self.frame_digest, copy=False)
+        self._within_limits(packet, center)
         return Update(reply.client, packet.header.round, packet.arrays, packet.header.weight, packet.metrics)
 
-    def _within_limits(self, packet: Packet) -> None:
+    def _within_limits(self, packet: Packet, center: float) -> None:
+        """`center`: the L2 norm of the model."""
         fed = self.job.federation
         if packet.header.tensors is not None:
             raise Refused("tensors", f"{len(packet.arrays)} of {len(self.schema.tensors)} tensors; all were assigned")
         if packet.header.weight > fed.max_weight:
             raise Refused("weight", f"{packet.header.weight:g} examples claimed, federation.max-weight is {fed.max_weight:g}")
+        # |u - m| is at most |u| + |m|, and both are known: only near the limit is every difference looked at. 2 % and 1e-12 are more
+        # than packet.norm and the rounding of the differences can be off.
+        if 1.02 * (packet.norm + center) + 1e-12 <= fed.max_norm:
+            return
         size = norm(subtract(packet.arrays, self.state.arrays))
         if not size <= fed.max_norm:
             raise Refused("norm", f"{size:.4g} from the model, federation.max-norm is {fed.max_norm:g}")
@@ -187,6 +217,12 @@ def start(
     return Coordinator(job, schema, frame_digest, frame_bytes, algorithm, clients, run, evaluate, state, traffic)
 
 
+def make_algorithm(job: Job, schema: Schema) -> Algorithm:
+    """The algorithm object that every engine runs."""
+    fed = job.federation
+    return fed_avg(seed=fed.seed, cohort=fed.cohort, units=schema.units, sampling=fed.sampling, weighting=fed.weighting)
+
+
 def round_line(report: RoundReport, held_out: Metrics | None, traffic: Traffic, seconds: float) -> dict:
     """One round as metrics.jsonl has it. Figures that were not measured are null."""
 
@@ -199,5 +235,5 @@ def round_line(report: RoundReport, held_out: Metrics | None, traffic: Traffic, 
         "loss": number(held_out, "loss"), "accuracy": number(held_out, "accuracy"),
         "evaluated": int(held_out["accuracy"][1]) if held_out else 0,
         "up": sum(traffic.up.values()), "down": sum(traffic.down.values()), "total_bytes": traffic.total,
-        "seconds": round(seconds, 3), "clients": list(report.clients), "refused": dict(report.refused),
+        "seconds": round(seconds, 3), "clients": list(report.clients), "refused": dict(report.refused), "late": traffic.late,
     }

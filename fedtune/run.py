@@ -12,7 +12,9 @@
 import contextlib
 import fcntl
 import hashlib
+import importlib.metadata
 import json
+import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,7 @@ from fedtune.storage import failing_clearly, write_atomic, write_json
 from fedtune.types import Arrays
 
 KEEP_CHECKPOINTS = 2
+PACKAGES = ("fedtune", "torch", "flwr", "transformers", "onnxruntime", "numpy", "safetensors", "pydantic")
 
 
 class Facts(TypedDict):
@@ -167,3 +170,14 @@ def _numbered(root: Path, stem: str) -> Iterator[Path]:
     while True:
         number += 1
         yield root / f"{stem}-{number:03d}"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the result depends on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -8,6 +8,11 @@ import numpy as np
 from fedtune.errors import EmptyCohort, ShapeMismatch
 from fedtune.metrics import merge
 from fedtune.types import Arrays, Metrics, Update
+from fedtune.wire import Pieces, layout
+
+WAITING, WAITING_BYTES, STRETCH = 8, 2**25, 2**13
+"""Updates that lie in one vector wait until there are so many, or so many bytes, and go into the running sum together, in stretches
+of so many numbers: eight float64 copies of a stretch fit a core's cache, and the sum is read and written once instead of eight times."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +29,8 @@ def weighted_mean(updates: Iterable[Update], reference: Arrays, *, equal: bool =
     """Mean of updates, each tensor over the updates that hold it: sum(w * u) / sum(w).
 
     A tensor that no update holds keeps the value of `reference`. Reads `updates` once and keeps one running sum, so memory
-    is that of two models whatever the cohort. Sums in float64 in the order given; two orders may differ in the last bits
-    before rounding to float32. Inputs are not changed.
+    is that of two models and at most WAITING_BYTES, or one update, whatever the cohort. Sums in float64; two orders may differ
+    in the last bits before rounding to float32. Inputs are not changed.
 
     Because the frame (A, B) is common and frozen, averaging cores this way is exact: sum p_i (B R_i A) = B (sum p_i R_i) A.
 
@@ -40,36 +45,72 @@ def weighted_mean(updates: Iterable[Update], reference: Arrays, *, equal: bool =
 
     Source: McMahan et al. 2017, arXiv:1602.05629v4, Algorithm 1; per tensor as in arXiv:2408.15600, section 3.
     """
-    sums: Arrays = {}
-    weights: dict[str, float] = {}
+    running: _Running | None = None
     clients: list[str] = []
     total = 0.0
     metrics: Metrics = {}
     for update in updates:
         weight = 1.0 if equal else update.weight
-        for name, array in update.arrays.items():
-            _check(update.client, name, array, reference)
-            sums[name] = weight * array.astype(np.float64) if name not in sums else _add(sums[name], weight, array)
-            weights[name] = weights.get(name, 0.0) + weight
+        running = running or _Running(reference, update.arrays)
+        running.add(weight, update)
         clients.append(update.client)
         total += weight
         metrics = merge([metrics, update.metrics])
-    if total <= 0:
+    if running is None or total <= 0:
         raise EmptyCohort(f"{len(clients)} updates with total weight {total}: nothing to average")
-    arrays = {
-        name: (sums[name] / weights[name]).astype(array.dtype) if weights.get(name, 0.0) > 0 else array
-        for name, array in reference.items()
-    }
-    return Mean(arrays, tuple(clients), total, metrics)
+    return Mean(running.means(), tuple(clients), total, metrics)
 
 
-def _add(running: np.ndarray, weight: float, array: np.ndarray) -> np.ndarray:
-    running += weight * array.astype(np.float64)
-    return running
+class _Running:
+    """sum(w * u) and sum(w), tensor by tensor."""
+
+    def __init__(self, reference: Arrays, first: Arrays) -> None:
+        """`first`: an update; the sum lies in memory in its order, because most come in the same."""
+        order = [name for name in dict.fromkeys([*first, *reference]) if name in reference]
+        self.reference = reference
+        self.sums = Pieces(np.zeros(sum(a.size for a in reference.values())), layout((name, reference[name].shape) for name in order))
+        self.weights = dict.fromkeys(reference, 0.0)
+        self.whole = 0.0  # weight of the updates that held everything
+        self.waiting: list[tuple[float, np.ndarray]] = []
+
+    def add(self, weight: float, update: Update) -> None:
+        """Adds one update: as one vector where it is one, else tensor by tensor."""
+        arrays = update.arrays
+        if isinstance(arrays, Pieces) and arrays.layout == self.sums.layout:  # names and shapes are those of the model, too
+            self.whole += weight
+            self.waiting.append((weight, arrays.vector))
+            if len(self.waiting) == WAITING or (len(self.waiting) + 1) * arrays.vector.nbytes > WAITING_BYTES:
+                self._add_waiting()
+            return
+        _check(update, self.reference)
+        for name, array in arrays.items():
+            self.sums[name] += weight * array.astype(np.float64)
+            self.weights[name] += weight
+
+    def means(self) -> Arrays:
+        """The means in the dtype of the reference; a tensor that no update of any weight holds is that of the reference."""
+        self._add_waiting()
+        weights = {name: self.whole + weight for name, weight in self.weights.items()}
+        return {
+            name: (self.sums[name] / weights[name]).astype(array.dtype) if weights[name] > 0 else array
+            for name, array in self.reference.items()
+        }
+
+    def _add_waiting(self) -> None:
+        weights, vectors = np.array([w for w, _ in self.waiting]), [v for _, v in self.waiting]
+        self.waiting = []
+        doubles = np.empty((len(vectors), STRETCH))
+        for start in range(0, self.sums.vector.size if vectors else 0, STRETCH):
+            part = self.sums.vector[start : start + STRETCH]
+            rows = doubles[:, : part.size]
+            for row, vector in zip(rows, vectors):
+                row[:] = vector[start : start + STRETCH]
+            part += weights @ rows
 
 
-def _check(client: str, name: str, array: np.ndarray, reference: Arrays) -> None:
-    if name not in reference:
-        raise ShapeMismatch(f"client {client!r}: tensor {name!r} is not part of the model")
-    if array.shape != reference[name].shape:
-        raise ShapeMismatch(f"client {client!r}, tensor {name!r}: shape {array.shape}, the model has {reference[name].shape}")
+def _check(update: Update, reference: Arrays) -> None:
+    for name, array in update.arrays.items():
+        if name not in reference:
+            raise ShapeMismatch(f"client {update.client!r}: tensor {name!r} is not part of the model")
+        if array.shape != reference[name].shape:
+            raise ShapeMismatch(f"client {update.client!r}, tensor {name!r}: shape {array.shape}, the model has {reference[name].shape}")

@@ -6,12 +6,13 @@ import sys
 import click
 import typer
 
-from fedtune.cli import compare, export, fetch, init, plan, predict, report, simulate, validate
+from fedtune.cli import client, compare, export, fetch, init, plan, predict, prepare, provision, report, server, simulate, status, validate
 from fedtune.cli.common import INTERRUPTED, err
 
 app = typer.Typer(name="fedtune", help="Federated fine-tuning with adapters of kilobytes.", no_args_is_help=True, suggest_commands=False, pretty_exceptions_enable=False)
-for module in (init, validate, plan, fetch, simulate, report, compare, export, predict):
+for module in (init, validate, plan, fetch, prepare, simulate, server, client, status, report, compare, export, predict):
     app.command(name=module.__name__.rpartition(".")[2], epilog=module.EXAMPLES)(module.command)
+app.add_typer(provision.app)
 
 
 def main() -> None:
@@ -28,3 +29,7 @@ def main() -> None:
         sys.exit(e.exit_code)
     except click.Abort:
         sys.exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

@@ -10,6 +10,7 @@ from fedtune.cli.progress import Board
 from fedtune.errors import UserError
 from fedtune.job import Job, load_job
 from fedtune.report.format import number, size
+from fedtune.rounds import Watch
 from fedtune.run import RunFolder, create_run, next_run_path, open_run
 
 EXAMPLES = "Examples:  fedtune simulate   |   fedtune simulate job.toml --set federation.rounds=2 --out runs/try   |   fedtune simulate --resume runs/try"
@@ -43,7 +44,7 @@ def _run(run: RunFolder | None, job: Job, path: Path | None) -> RunFolder:
         board.stage("opening the base and the data")
         from fedtune.workflows.finish import finish
         from fedtune.workflows.setup import open_setup, require_trainable, require_unchanged, run_facts
-        from fedtune.workflows.simulate import Simulation, Watch
+        from fedtune.workflows.simulate import Simulation
 
         setup = open_setup(job)
         require_trainable(setup)
@@ -77,12 +78,17 @@ class Progress:
         self.board.advance(1, self.note)
 
     def line(self, line: dict[str, Any]) -> None:
-        measured = "not evaluated"
-        if line["evaluated"]:
-            measured = f"accuracy {number(line['accuracy'])}, loss {number(line['loss'])} on {line['evaluated']:,} held-out"
-        refused = f"; {len(line['refused'])} refused" if line["refused"] else ""
         self.note = f"round {min(line['round'] + 1, self.rounds)}/{self.rounds}"
-        self.board.line(f"round {line['round']}/{self.rounds}: {measured}; {size(line['total_bytes'])} so far, {line['seconds']:.1f} s{refused}")
+        self.board.line(round_text(line, self.rounds))
+
+
+def round_text(line: dict[str, Any], rounds: int) -> str:
+    """One line of metrics.jsonl for people."""
+    measured = "not evaluated"
+    if line["evaluated"]:
+        measured = f"accuracy {number(line['accuracy'])}, loss {number(line['loss'])} on {line['evaluated']:,} held-out"
+    refused = f"; {len(line['refused'])} refused" if line["refused"] else ""
+    return f"round {line['round']}/{rounds}: {measured}; {size(line['total_bytes'])} so far, {line['seconds']:.1f} s{refused}"
 
 
 def _whole(run: RunFolder) -> bool:

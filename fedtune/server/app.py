@@ -1,114 +1,115 @@
-"""A Flower ServerApp whose strategy delegates every decision to our Coordinator. All that knows Flower on this side."""
+"""The coordinator's side of the transport: Flower messages around our packets, and the loop over rounds."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
-from flwr.serverapp.strategy import Result, Strategy
 
 from fedtune.errors import EnvironmentProblem
 from fedtune.rounds import Coordinator, Reply
+from fedtune.waits import LATE_SECONDS, SERIAL_POLL
 from fedtune.wire import RECORD
 
-POLL_SECONDS = 0.02
-Exchange = Callable[[list[tuple[str, bytes]]], Iterator[Reply]]
-"""Sends (client, packet) pairs and yields the replies as they come, until all are in or the deadline has passed."""
+Pairs = Sequence[tuple[str, bytes]]
+"""(client, packet)."""
+Ask = Callable[..., Iterator[Reply]]
+"""An `Exchange`."""
 
 
-class FedTuneStrategy(Strategy):
-    """Flower's view of a run: rounds 1..N of train messages, no evaluate messages (the coordinator evaluates).
+def round_robin(grid: Grid, clients: Sequence[str]) -> list[int]:
+    """Simulated nodes are interchangeable, so clients go round them; the message names the client it is for."""
+    nodes = sorted(grid.get_node_ids())
+    if clients and not nodes:
+        raise EnvironmentProblem("no node is connected, so nobody can be asked to train")
+    return [nodes[i % len(nodes)] for i in range(len(clients))]
 
-    `prepare` is called once with an exchange, may use it for what precedes round 1 (a gradient initialisation), and returns
-    the coordinator, which may stand at any round: unlike Flower's loop this one resumes, and reads replies as a stream.
+
+@dataclass
+class Exchange:
+    """Sends packets and yields the replies as they come, until all are in or the deadline has passed.
+
+    Attributes:
+        deadline: seconds.
+        route: the node of each client.
+        facts: further values that go with every packet.
+        poll: seconds between looks when nothing has come.
+        idle: called at every such look.
     """
 
-    def __init__(self, prepare: Callable[[Exchange], Coordinator], deadline: float) -> None:
-        self.prepare, self.deadline = prepare, deadline
-        self.coordinator: Coordinator | None = None
-        self._clients: dict[str, str] = {}
+    grid: Grid
+    deadline: float
+    route: Callable[[Grid, Sequence[str]], Sequence[int]] = round_robin
+    facts: Mapping[str, str] = field(default_factory=dict)
+    poll: float = SERIAL_POLL
+    idle: Callable[[], None] = lambda: None
+    _late: dict[str, tuple[str, float]] = field(default_factory=dict)
 
-    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
-        return self._messages(grid, self._run().plan(), server_round)
-
-    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        report = self._run().finish(to_reply(m, self._clients) for m in replies)
-        return None, MetricRecord({"clients": len(report.clients), "refused": len(report.refused)})
-
-    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
-        return []
-
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        return None
-
-    def summary(self) -> None:
-        pass
-
-    def start(self, grid: Grid, initial_arrays: ArrayRecord | None = None, num_rounds: int = 0, *args: object, **kwargs: object) -> Result:
-        """Runs what is left of the run. The model, the number of rounds and the deadline are the job's, not arguments."""
-        self.coordinator = self.prepare(lambda pairs: self._exchange(grid, pairs))
-        self.coordinator.begin()
-        while not self.coordinator.done:
-            number = self.coordinator.state.round + 1
-            messages = self.configure_train(number, ArrayRecord(), ConfigRecord(), grid)
-            self.aggregate_train(number, self._stream(grid, messages))
-        return Result()
-
-    def _run(self) -> Coordinator:
-        if self.coordinator is None:
-            raise RuntimeError("FedTuneStrategy.start makes the coordinator; call that")
-        return self.coordinator
-
-    def _exchange(self, grid: Grid, pairs: list[tuple[str, bytes]]) -> Iterator[Reply]:
-        for message in self._stream(grid, self._messages(grid, pairs, 0)):
-            yield to_reply(message, self._clients)
-
-    def _messages(self, grid: Grid, pairs: list[tuple[str, bytes]], round: int) -> list[Message]:
-        """One message a pair. Simulated nodes are interchangeable, so pairs go round the nodes and name the client they act for."""
-        nodes = sorted(grid.get_node_ids())
-        if pairs and not nodes:
-            raise EnvironmentProblem("no node is connected, so nobody can be asked to train")
-        return [
-            Message(RecordDict({RECORD: ConfigRecord({"packet": packet, "client": client})}), nodes[i % len(nodes)], "train",
-                    ttl=self.deadline, group_id=str(round))
-            for i, (client, packet) in enumerate(pairs)
-        ]
-
-    def _stream(self, grid: Grid, messages: Iterable[Message]) -> Iterator[Message]:
-        """Replies one by one until all came or the deadline passed. Remembers which message was for which client."""
-        messages = list(messages)
-        names = [str(m.content[RECORD]["client"]) for m in messages]
-        waiting = dict(zip(grid.push_messages(messages), names))
-        self._clients |= waiting
+    def __call__(self, pairs: Pairs, kind: str = "train", round: int = 0) -> Iterator[Reply]:
+        """Replies that come after their own exchange ended are yielded by a later one, marked late."""
+        waiting = self._send(pairs, kind, round)
         end = time.monotonic() + self.deadline
         while waiting and time.monotonic() < end:
-            arrived = list(grid.pull_messages(list(waiting)))
+            arrived = list(self.grid.pull_messages([*waiting, *self._late]))
             for message in arrived:
-                waiting.pop(message.metadata.reply_to_message_id, None)
-                yield message
+                number = message.metadata.reply_to_message_id
+                if number in waiting:
+                    yield to_reply(message, waiting.pop(number))
+                elif number in self._late:
+                    yield to_reply(message, self._late.pop(number)[0], late=True)
             if not arrived:
-                time.sleep(POLL_SECONDS)
+                self.idle()
+                time.sleep(min(self.poll, max(0.0, end - time.monotonic())))
+        self._forget()
+        self._late |= {number: (client, time.monotonic() + LATE_SECONDS) for number, client in waiting.items()}
+
+    def _send(self, pairs: Pairs, kind: str, round: int) -> dict[str, str]:
+        """Client by message id. A message that Flower would not store is answered by nobody and not waited for."""
+        nodes = self.route(self.grid, [client for client, _ in pairs])
+        messages = [
+            Message(RecordDict({RECORD: ConfigRecord({"packet": packet, "client": client, **self.facts})}), node, kind,
+                    ttl=self.deadline + LATE_SECONDS, group_id=str(round))
+            for (client, packet), node in zip(pairs, nodes)
+        ]
+        numbers = self.grid.push_messages(messages) if messages else []
+        return {number: client for number, (client, _) in zip(numbers, pairs) if number}
+
+    def _forget(self) -> None:
+        now = time.monotonic()
+        self._late = {number: known for number, known in self._late.items() if known[1] > now}
 
 
-def to_reply(message: Message, clients: dict[str, str]) -> Reply:
+def to_reply(message: Message, client: str, late: bool = False) -> Reply:
     """A Flower reply as ours: its payload, or why there is none. The client is the one the question went to."""
-    client = clients.get(message.metadata.reply_to_message_id, "unknown")
     if message.has_error():
-        return Reply(client, None, (message.error.reason or f"error code {message.error.code}").strip().splitlines()[-1][:200])
+        return Reply(client, None, (message.error.reason or f"error code {message.error.code}").strip().splitlines()[-1][:200], late)
     record = message.content.get(RECORD)
     packet = record.get("packet") if isinstance(record, ConfigRecord) else None
     if isinstance(packet, bytes):
-        return Reply(client, packet)
+        return Reply(client, packet, late=late)
     reason = record.get("refused") if isinstance(record, ConfigRecord) else None
-    return Reply(client, None, str(reason or "reply without a packet")[:200])
+    return Reply(client, None, str(reason or "reply without a packet")[:200], late)
 
 
-def make_server_app(prepare: Callable[[Exchange], Coordinator], deadline: float) -> ServerApp:
-    """A ServerApp that runs one job to its end."""
+def run_rounds(coordinator: Coordinator, exchange: Ask, gather: Callable[[Coordinator], None] = lambda coordinator: None) -> None:
+    """Runs what is left of the run. `gather` is called before each round and may change whom the coordinator can draw."""
+    gather(coordinator)
+    coordinator.begin()
+    while not coordinator.done:
+        gather(coordinator)
+        pairs = coordinator.plan()
+        coordinator.finish(exchange(pairs, round=coordinator.state.round + 1))
+
+
+def make_server_app(prepare: Callable[[Ask], Coordinator], deadline: float) -> ServerApp:
+    """A ServerApp that runs one simulated job to its end. `prepare` may use the exchange for what precedes round 1."""
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        FedTuneStrategy(prepare, deadline).start(grid)
+        exchange = Exchange(grid, deadline)
+        run_rounds(prepare(exchange), exchange)
 
     return app
+

@@ -29,14 +29,14 @@ from fedtune.onnx import verify
 from fedtune.onnx.export import export_graph
 from fedtune.onnx.predict import CARD, CARD_FILE, FLOAT32, FORMAT, INT8, ModelCard
 from fedtune.onnx.quantise import quantise
-from fedtune.run import RunFolder
+from fedtune.run import RunFolder, versions
 from fedtune.seeds import generator
 from fedtune.storage import failing_clearly, write_atomic, write_json
 from fedtune.training.batches import by_length
 from fedtune.training.local import ClientData, to_batch
 from fedtune.types import Arrays
 from fedtune.workflows.card import Exports, model_card, public_name
-from fedtune.workflows.setup import Setup, open_setup, versions
+from fedtune.workflows.setup import Setup, open_setup
 
 Stage = Callable[[str], None]
 

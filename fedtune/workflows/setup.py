@@ -1,7 +1,5 @@
 """From a job to the things a simulation works with: base, data, split, encoder, spec."""
 
-import importlib.metadata
-import platform
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -17,39 +15,32 @@ from fedtune.bundle import Bundle, write_bundle
 from fedtune.data import partition
 from fedtune.data.examples import Dataset, load_dataset
 from fedtune.data.partition import Split, split
-from fedtune.errors import DataError, ModelError, RunError
+from fedtune.errors import DataError, ModelError, RunError, UserError
 from fedtune.job import Job
 from fedtune.models.base import TunableModel, layout
 from fedtune.models.load import Encoder, load_encoder, load_model, sketch_model
 from fedtune.models.sources import Source, check_hash, locate
-from fedtune.run import RunFolder
+from fedtune.run import RunFolder, versions
 from fedtune.training.clients import ClientStore
 from fedtune.types import Arrays
 
-PACKAGES = ("fedtune", "torch", "flwr", "transformers", "onnxruntime", "numpy", "safetensors", "pydantic")
-
 
 @dataclass(frozen=True)
-class Setup:
-    """A job, opened: nothing has been trained or written yet. `fresh_model` loads another copy of the base."""
+class OpenBase:
+    """A job with its base found and checked, and the labels. `fresh_model` loads another copy of the base."""
 
     job: Job
     source: Source
     sha256: str
-    dataset: Dataset
-    split: Split
+    labels: tuple[str, ...]
 
     @property
     def classes(self) -> int:
-        return max(1, len(self.dataset.label_names))
+        return max(1, len(self.labels))
 
     @cached_property
     def encoder(self) -> Encoder:
         return load_encoder(self.job.model, self.source)
-
-    @cached_property
-    def store(self) -> ClientStore:
-        return ClientStore(self.dataset, self.split, self.encoder)
 
     @cached_property
     def spec(self) -> AdapterSpec:
@@ -57,6 +48,31 @@ class Setup:
 
     def fresh_model(self) -> TunableModel:
         return load_model(self.job.model, self.source, self.classes, self.job.federation.seed)
+
+
+@dataclass(frozen=True)
+class Setup(OpenBase):
+    """A job for a simulation, opened: the base, and everybody's data. Nothing has been trained or written yet."""
+
+    dataset: Dataset
+    split: Split
+
+    @cached_property
+    def store(self) -> ClientStore:
+        return ClientStore(self.dataset, self.split, self.encoder)
+
+
+def open_base(job: Job) -> OpenBase:
+    """Finds and checks the base. The labels are the job's, else those of its data, which must then be here. Raises UserErrors of one line."""
+    source = locate(job.model.source)
+    sha256 = check_hash(source, job.model.sha256) if source.weights else ""
+    labels = job.data.labels
+    if not labels and job.model.task != "causal-lm":
+        try:
+            labels = load_dataset(job.data, job.model, job.federation.seed).label_names
+        except UserError as e:
+            raise DataError(f"data.labels = []: name the labels in the job, in order, as its data cannot be read here for them ({e})") from None
+    return OpenBase(job, source, sha256, labels)
 
 
 def open_setup(job: Job) -> Setup:
@@ -67,20 +83,20 @@ def open_setup(job: Job) -> Setup:
     parts = split(dataset.examples, job.data, job.federation.seed)
     if not any(len(held_out) for held_out in parts.held_out):
         raise DataError(f"data.clients = {job.data.clients}: each client holds a single row or group, so nothing is left to evaluate on; lower it or give more data")
-    return Setup(job, source, sha256, dataset, parts)
+    return Setup(job, source, sha256, dataset.label_names, dataset, parts)
 
 
-def make_bundle(setup: Setup, folder: Path, frame: Arrays, model: TunableModel, start: Arrays) -> Bundle:
+def make_bundle(setup: OpenBase, folder: Path, frame: Arrays, model: TunableModel, start: Arrays) -> Bundle:
     """Writes a bundle; `start` holds what of the model of round 0 is not drawn or taken from the base."""
     kind, _, name = setup.job.model.source.partition(":")
     licence = packages.lookup(name).licence if kind == "package" else ""
     return write_bundle(
         folder, setup.job, frame, methods.initial(model, setup.spec, start, setup.job.federation.seed), source=setup.job.model.source, sha256=setup.sha256, licence=licence, parameters=layout(model).size,
-        task=setup.job.model.task, labels=setup.dataset.label_names, spec=setup.spec, versions=versions(),
+        task=setup.job.model.task, labels=setup.labels, spec=setup.spec, versions=versions(),
     )
 
 
-def data_free_frame(setup: Setup, model: TunableModel) -> Arrays:
+def data_free_frame(setup: OpenBase, model: TunableModel) -> Arrays:
     """The frame of init "weights" or "random"; empty for methods without one."""
     if setup.job.adapter.method != "fed-sb":
         return {}
@@ -91,17 +107,6 @@ def data_free_frame(setup: Setup, model: TunableModel) -> Arrays:
         return model.linear(linear.name).weight.detach().numpy()
 
     return frames.from_weights(setup.spec, weight)
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the result depends on."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def run_facts(setup: Setup) -> dict[str, Any]:
@@ -123,7 +128,7 @@ def require_unchanged(setup: Setup, run: RunFolder) -> None:
         raise RunError(f"{run.path}: {setup.job.data.source} no longer holds what it held when the run began; restore it or begin a new run")
 
 
-def require_trainable(setup: Setup) -> None:
+def require_trainable(setup: OpenBase) -> None:
     """Raises ModelError early for a base whose weights are not there."""
     if not setup.source.weights:
         raise ModelError(f"model.source = {setup.job.model.source!r}: no .safetensors weights in {setup.source.folder}; `fedtune plan` works without them, training does not")

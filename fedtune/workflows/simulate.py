@@ -1,6 +1,5 @@
 """fedtune simulate: one job, many clients, one machine, one run folder."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -9,18 +8,16 @@ import numpy as np
 import torch
 
 from fedtune.adapters import frames, methods
-from fedtune.algorithms import Algorithm, fed_avg
 from fedtune.bundle import open_bundle
 from fedtune.client.app import make_client_app
 from fedtune.errors import EmptyCohort, Refused
-from fedtune.job import Job
 from fedtune.ledger import Ledger
 from fedtune.models.base import TunableModel
 from fedtune.report.events import Events
-from fedtune.rounds import Coordinator, Reply, Traffic, start
+from fedtune.rounds import Coordinator, Traffic, Watch, make_algorithm, start
 from fedtune.run import RunFolder, open_run
 from fedtune.seeds import generator
-from fedtune.server.app import Exchange, make_server_app
+from fedtune.server.app import Ask, make_server_app
 from fedtune.simulation.engines import run_ray, run_serial
 from fedtune.training.evaluate import Scores, join, score
 from fedtune.training.local import ClientData
@@ -29,20 +26,6 @@ from fedtune.trees import digest
 from fedtune.types import Arrays, Metrics
 from fedtune.wire import Schema, decode, encode
 from fedtune.workflows.setup import Setup, data_free_frame, make_bundle, open_setup
-
-
-@dataclass(frozen=True)
-class Watch:
-    """What a caller may follow, in the thread that runs the rounds.
-
-    stage(text, total): work of `total` steps begins, of which advance(count) finishes some; total 0 is unknown.
-    reply: a client's answer came. line: a round is finished, as metrics.jsonl has it.
-    """
-
-    stage: Callable[[str, int], None] = lambda text, total: None
-    advance: Callable[[int], None] = lambda count: None
-    reply: Callable[[Reply], None] = lambda reply: None
-    line: Callable[[dict], None] = lambda line: None
 
 
 @dataclass
@@ -76,7 +59,7 @@ class Simulation:
     def answer(self, packet: bytes, client: str) -> bytes:
         return self.worker.handle(packet, client, self.setup.store.train(client))
 
-    def coordinator(self, exchange: Exchange) -> Coordinator:
+    def coordinator(self, exchange: Ask) -> Coordinator:
         """Opens or makes the bundle (asking clients for gradients where the job says so) and stands at the newest checkpoint."""
         job = self.setup.job
         traffic = Traffic()
@@ -138,7 +121,7 @@ class Simulation:
         bundle = open_bundle(self.run.bundle)
         return bundle.frame, bundle.frame_digest
 
-    def _make_frame(self, exchange: Exchange) -> tuple[Arrays, Arrays, Traffic]:
+    def _make_frame(self, exchange: Ask) -> tuple[Arrays, Arrays, Traffic]:
         job = self.setup.job
         if job.adapter.method != "fed-sb" or job.adapter.init != "gradient":
             self.watch.stage("making the frame", 0)
@@ -151,7 +134,7 @@ class Simulation:
         return frame, first, traffic
 
 
-def gather_gradients(setup: Setup, exchange: Exchange) -> tuple[Arrays, Traffic]:
+def gather_gradients(setup: Setup, exchange: Ask) -> tuple[Arrays, Traffic]:
     """The mean first-step gradient over drawn clients, weighted by examples, in one running sum; and what it cost in bytes."""
     job, schema = setup.job, gradient_schema(setup.spec)
     clients, traffic = setup.store.clients, Traffic()
@@ -175,12 +158,6 @@ def gather_gradients(setup: Setup, exchange: Exchange) -> tuple[Arrays, Traffic]
     if total <= 0:
         raise EmptyCohort("no client sent a usable gradient, so the frame cannot be made; raise adapter.init-clients or use init = \"weights\"")
     return {name: s / total for name, s in sums.items()}, traffic
-
-
-def make_algorithm(job: Job, schema: Schema) -> Algorithm:
-    """The algorithm object that every engine runs."""
-    fed = job.federation
-    return fed_avg(seed=fed.seed, cohort=fed.cohort, units=schema.units, sampling=fed.sampling, weighting=fed.weighting)
 
 
 @lru_cache(maxsize=1)

@@ -12,12 +12,12 @@ import fedtune
 
 ROOT = Path(fedtune.__file__).parent
 LAYERS = (  # from the bottom up; a module stands where its longest prefix here says
-    ("errors", "types", "seeds"),
-    ("trees", "metrics", "storage", "packages"),
-    ("job", "wire"),
+    ("errors", "types", "seeds", "waits"),
+    ("trees", "metrics", "storage", "packages", "address"),
+    ("job", "wire", "provision"),
     ("aggregation", "ledger", "adapters.spec", "data", "report"),
     ("algorithms", "adapters.frames", "bundle"),
-    ("checkpoint",),
+    ("checkpoint", "offer"),
     ("run",),
     ("rounds",),
     ("models",),
@@ -37,6 +37,9 @@ ONLY_IN = {  # a library, and the only parts of fedtune that may import it
     "onnxruntime": ("onnx", "edge"),
     "matplotlib": ("report",),
     "sklearn": ("workflows",),
+    "grpc": ("client", "training"),
+    "cryptography": ("provision",),
+    "prometheus_client": ("server",),
 }
 
 
@@ -114,9 +117,9 @@ def test_roles_do_not_import_each_other(role):
     assert reached.isdisjoint(set(ROLES) - {role})
 
 
-@pytest.mark.parametrize("role", ["server", "edge"])
-def test_server_and_edge_reach_no_torch(role):
-    for member in [name for name in MODULES if name.partition(".")[0] == role]:
+@pytest.mark.parametrize("role", ["server", "edge", "client", "workflows.serve", "workflows.status"])
+def test_service_device_and_edge_reach_no_torch(role):
+    for member in [name for name in MODULES if name == role or name.startswith(f"{role}.")]:
         for name in closure(member):
             assert libraries(name).isdisjoint(HEAVY), f"fedtune.{member} reaches fedtune.{name}, which imports torch"
 
@@ -130,6 +133,10 @@ def test_a_library_is_imported_only_where_it_belongs(library):
 @pytest.mark.parametrize("module, absent", [
     ("fedtune", ("torch", "transformers", "flwr", "onnxruntime", "pydantic")),
     ("fedtune.server.app", ("torch", "transformers", "onnxruntime")),
+    ("fedtune.workflows.serve", ("torch", "transformers", "onnxruntime", "ray")),
+    ("fedtune.client.device", ("torch", "transformers", "onnxruntime", "ray")),
+    ("fedtune.client.supernode_process", ("torch", "transformers", "flwr")),
+    ("fedtune.workflows.status", ("torch", "transformers", "flwr")),
     ("fedtune.edge", ("torch", "transformers", "flwr")),
     ("fedtune.cli.main", ("torch", "transformers", "flwr", "onnxruntime")),
 ])

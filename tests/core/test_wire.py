@@ -1,13 +1,17 @@
 """The wire: what goes in comes out; nothing else gets in."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.errors import Refused
+from fedtune.rounds import Coordinator
+from fedtune.trees import norm, subtract
 from fedtune.types import TensorSpec
-from fedtune.wire import Schema, decode, encode
+from fedtune.wire import Schema, decode, encode, layout, quick_norm
 
 SCHEMA = Schema((TensorSpec("a.R", (4, 4), "block.0"), TensorSpec("b.R", (4, 4), "block.1"), TensorSpec("head.bias", (2,), "head")))
 ARRAYS = {t.name: np.arange(t.size, dtype=np.float32).reshape(t.shape) / 7 for t in SCHEMA.tensors}
@@ -69,3 +73,69 @@ def test_mutated_packets_are_refused_or_still_well_formed(changes, cut):
         spec = next(t for t in SCHEMA.tensors if t.name == name)
         assert array.shape == spec.shape and array.dtype == np.float32 and np.isfinite(array).all()
     assert packet.header.weight >= 0
+
+
+def test_a_layout_is_runs_of_one_shape():
+    assert layout([("a", (2, 2)), ("b", (2, 2)), ("c", (4,)), ("d", (2, 2))]) == ((("a", "b"), (2, 2)), (("c",), (4,)), (("d",), (2, 2)))
+    assert layout([]) == ()
+
+
+@pytest.mark.parametrize("names", [["a.R", "b.R", "head.bias"], ["a.R", "head.bias"], []])
+def test_without_a_copy_the_same_comes_out(names):
+    data = encode("update", SCHEMA, {n: ARRAYS[n] for n in names}, round=1)
+    own, lent = decode(data, SCHEMA, kinds=["update"]), decode(data, SCHEMA, kinds=["update"], copy=False)
+    assert own.header == lent.header and own.norm == lent.norm and list(own.arrays) == list(lent.arrays) == names
+    assert own.arrays.vector.flags.writeable and not lent.arrays.vector.flags.writeable
+    for name in names:
+        np.testing.assert_array_equal(own.arrays[name], ARRAYS[name])
+        np.testing.assert_array_equal(lent.arrays[name], ARRAYS[name])
+
+
+def test_a_header_of_odd_length_is_no_obstacle():
+    (length,) = np.frombuffer(GOOD[4:8], "<u4")
+    data = GOOD[:4] + int(length + 1).to_bytes(4, "little") + GOOD[8 : 8 + length] + b" " + GOOD[8 + length :]
+    packet = decode(data, SCHEMA, kinds=["update"], copy=False)
+    assert all(np.array_equal(packet.arrays[n], a) for n, a in ARRAYS.items())
+
+
+@pytest.mark.parametrize("size", [0, 1, 17, 2**16 - 1, 2**16, 2**16 + 1, 200_000])
+@pytest.mark.parametrize("kind", ["normal", "equal", "one large"])
+def test_the_quick_norm_is_within_a_percent(size, kind):
+    vector = {
+        "normal": np.random.default_rng(size).standard_normal(size), "equal": np.full(size, 0.1), "one large": np.r_[np.full(size, 1e-3), 1e3][-size:],
+    }[kind].astype(np.float32) if size else np.zeros(0, np.float32)
+    np.testing.assert_allclose(quick_norm(vector), norm({"x": vector}), rtol=0.01)
+
+
+@pytest.mark.parametrize("place", [0, 5, 2**16 - 1, 2**16, 99_999])
+def test_one_bad_number_anywhere_is_found_and_a_huge_one_is_not_bad(place):
+    schema = Schema((TensorSpec("x", (100_000,), "x"),))
+    for number in (np.nan, np.inf, -np.inf, 3e38, 1e-45):
+        vector = np.ones(100_000, np.float32)
+        vector[place] = number
+        data = encode("update", schema, {"x": vector}, round=1)
+        if np.isfinite(vector).all():  # the slow twin
+            assert np.array_equal(decode(data, schema, kinds=["update"]).arrays["x"], vector)
+        else:
+            with pytest.raises(Refused, match="not-finite"):
+                decode(data, schema, kinds=["update"])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 2**32), st.floats(-18, 18), st.floats(-18, 18), st.floats(0.3, 3.0))
+def test_the_norm_limit_is_that_of_the_slow_twin(seed, update_size, model_size, near):
+    """Far below the limit a bound is enough; whatever is accepted or refused, summing every difference says the same."""
+    rng = np.random.default_rng(seed)
+    model, sent = ({n: (rng.standard_normal(a.shape) * 10.0**size).astype(np.float32) for n, a in ARRAYS.items()} for size in (model_size, update_size))
+    packet = decode(encode("update", SCHEMA, sent, round=1), SCHEMA, kinds=["update"], copy=False)
+    size = norm(subtract(sent, model))
+    for limit in (near * size, near * (norm(sent) + norm(model)), size, np.nextafter(size, 0)):
+        job = SimpleNamespace(federation=SimpleNamespace(max_norm=limit, max_weight=1.0))
+        coordinator = SimpleNamespace(job=job, schema=SCHEMA, state=SimpleNamespace(arrays=model))
+        try:
+            Coordinator._within_limits(coordinator, packet, norm(model))
+            accepted = True
+        except Refused as e:
+            assert e.reason == "norm"
+            accepted = False
+        assert accepted == (size <= limit)

@@ -1,0 +1,54 @@
+"""fedtune client: runs a device."""
+
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedtune.address import is_loopback, parse_address
+from fedtune.cli.common import INTERRUPTED, shell
+from fedtune.cli.journal import Journal
+from fedtune.errors import UserError
+
+EXAMPLES = (
+    "Examples:  fedtune client --server coordinator.example:9092 --dir keys/devices/device-001 --data reviews.csv"
+    "   |   fedtune client --server 127.0.0.1:9092 --insecure --name first --dir first --data reviews.csv"
+)
+
+
+@shell
+def command(
+    server: Annotated[str, typer.Option("--server", metavar="HOST:PORT", help="The coordinator.", show_default=False)],
+    folder: Annotated[Path, typer.Option("--dir", help="This device's folder: keys from `fedtune provision`, bundles, logs.", show_default=False)],
+    data: Annotated[Path, typer.Option("--data", help="This device's data: .csv, .tsv, .jsonl, .parquet, or a folder of images. It stays here.", show_default=False)],
+    base: Annotated[Path | None, typer.Option("--base", help="Folder of the base model (default: the one the job names, from the cache).", show_default=False)] = None,
+    policy: Annotated[Path | None, typer.Option("--policy", help="The owner's limits (default: policy.toml in --dir, if there is one).", show_default=False)] = None,
+    name: Annotated[str, typer.Option("--name", help="With --insecure: what to be called.", show_default=False)] = "",
+    insecure: Annotated[bool, typer.Option("--insecure", help="No TLS and no key; to 127.0.0.1 only, for trying out.")] = False,
+    threads: Annotated[int, typer.Option("--threads", min=0, max=1024, help="torch threads (0: all cores).")] = 0,
+    idle: Annotated[float, typer.Option("--idle", min=0, help="Seconds without work after which the model leaves memory (0: never).")] = 600.0,
+    log_json: Annotated[bool, typer.Option("--log-json", help="One JSON object a line on standard output, for log collectors.")] = False,
+) -> None:
+    """Joins a federation and trains when asked, until stopped. The data stay here; what leaves are the adapter's values and counts."""
+    from fedtune.offer import NAME
+
+    host, _ = parse_address(server)
+    if insecure and not is_loopback(host):
+        raise UserError(f"--insecure to {host}: only 127.0.0.1, ::1 and localhost can do without TLS; remove --insecure and give a provisioned --dir")
+    if name and not insecure:
+        raise UserError("--name: a device with a key is called as it was provisioned; remove --name")
+    if name and not NAME.fullmatch(name):
+        raise UserError(f"--name {name!r}: must be up to 64 letters, digits, dots, dashes or underscores, beginning with a letter or digit")
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    with Journal(log_json) as journal:
+        from fedtune.client.device import DeviceSettings, run_device
+
+        settings = DeviceSettings(server, folder, data, base, policy, name, insecure, threads, idle)
+        run_device(settings, lambda text: journal.event("device", text), stop)
+        journal.event("stopped", "stopped")
+    sys.exit(INTERRUPTED)

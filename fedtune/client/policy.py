@@ -1,0 +1,76 @@
+"""The device owner's policy: what jobs this device takes part in, whatever the coordinator asks for."""
+
+import math
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fedtune.bundle import Manifest
+from fedtune.errors import Refused, UserError
+from fedtune.job import Job, PrivacySection
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+FILE = "policy.toml"
+
+
+class Policy(BaseModel):
+    """policy.toml; an absent key allows everything. Unknown keys are errors, as a misspelt limit would not limit."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, alias_generator=lambda name: name.replace("_", "-"), allow_inf_nan=False)
+
+    allowed_bases: list[Digest] | None = None
+    allowed_tasks: list[Literal["text-classification", "image-classification", "causal-lm"]] | None = None
+    allowed_methods: list[str] | None = None
+    privacy_unit: Literal["example", "client"] | None = None
+    min_noise_multiplier: Annotated[float, Field(gt=0)] | None = None
+    max_epsilon: Annotated[float, Field(gt=0)] | None = None
+    max_rounds: Annotated[int, Field(ge=1)] | None = None
+
+    def check(self, manifest: Manifest, job: Job) -> None:
+        """Raises Refused, with the key that forbids it, for a job that asks for more than is allowed."""
+        _among("allowed-bases", self.allowed_bases, manifest.sha256, "a base of sha256")
+        _among("allowed-tasks", self.allowed_tasks, manifest.task, "the task")
+        _among("allowed-methods", self.allowed_methods, manifest.spec.method, "the method")
+        if self.privacy_unit is not None and job.privacy.unit != self.privacy_unit:
+            raise _forbidden("privacy-unit", f"the job protects {_shown(job.privacy.unit)}, this device wants {self.privacy_unit!r}")
+        if self.min_noise_multiplier is not None and job.privacy.noise_multiplier < self.min_noise_multiplier:
+            raise _forbidden("min-noise-multiplier", f"the job adds {job.privacy.noise_multiplier:g}, at least {self.min_noise_multiplier:g} is wanted")
+        if self.max_epsilon is not None and claimed_epsilon(job.privacy) > self.max_epsilon:
+            raise _forbidden("max-epsilon", f"the job's epsilon is {claimed_epsilon(job.privacy):g}, at most {self.max_epsilon:g} is allowed")
+        if self.max_rounds is not None and job.federation.rounds > self.max_rounds:
+            raise _forbidden("max-rounds", f"the job has {job.federation.rounds} rounds, at most {self.max_rounds} are allowed")
+
+
+def claimed_epsilon(privacy: PrivacySection) -> float:
+    """The epsilon that a job promises; infinite when it protects nothing or names none."""
+    return privacy.epsilon if privacy.unit != "none" and privacy.epsilon > 0 else math.inf
+
+
+def load_policy(path: Path) -> Policy:
+    """Raises UserError for a file that cannot be read or holds anything but known keys."""
+    try:
+        return Policy.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except ValidationError as e:
+        first = e.errors(include_input=False, include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        known = ", ".join(name.replace("_", "-") for name in Policy.model_fields)
+        remedy = f"known keys: {known}" if first["type"] == "extra_forbidden" else "mend it or remove the key"
+        raise UserError(f"{path}: {where}: {first['msg']}; {remedy}") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
+        raise UserError(f"{path}: cannot be read as a policy ({e}); mend it, or remove it to allow every job") from None
+
+
+def _among(key: str, allowed: Sequence[str] | None, found: str, what: str) -> None:
+    if allowed is not None and found not in allowed:
+        raise _forbidden(key, f"the job wants {what} {found[:16]}{'…' if len(found) > 16 else ''}, which is not in the list")
+
+
+def _forbidden(key: str, reason: str) -> Refused:
+    return Refused("policy", f"{key}: {reason}")
+
+
+def _shown(unit: str) -> str:
+    return "nobody" if unit == "none" else repr(unit)

@@ -1,0 +1,52 @@
+"""`python -m fedtune.client.supernode_process …`: Flower's flower-supernode command, with shorter sleeps.
+
+Flower's loop sleeps 3 s between questions to the coordinator and 0.5 s between looks for a reply. Here the first follows how
+long nothing has come (a tenth of it, within bounds), so that a device in a running job answers quickly and an idle one asks
+rarely; the second is a tenth of a second.
+"""
+
+import os
+import sys
+import time
+from importlib.metadata import version
+from types import ModuleType, SimpleNamespace
+
+from fedtune.errors import EnvironmentProblem
+from fedtune.waits import DEVICE_IDLE_POLL, DEVICE_POLL, DEVICE_REPLY_POLL, Pace
+
+FLOWER = "1.41"
+_IDLE = 1.0  # of Flower's sleeps, the longer ones are between questions
+
+
+def check_version() -> None:
+    """Raises EnvironmentProblem for another Flower than this was written for."""
+    found = version("flwr")
+    if not found.startswith(FLOWER + "."):
+        raise EnvironmentProblem(f"flwr {found} is installed; this fedtune is written for {FLOWER}.x, because it works inside Flower's SuperNode; install flwr=={FLOWER}.0")
+
+
+def shorten_sleeps(module: ModuleType, pace: Pace) -> None:
+    """Gives the module a `time` whose sleep is ours; everything else of it stays."""
+    def sleep(seconds: float) -> None:
+        if seconds < _IDLE:  # a message is being worked on
+            pace.active()
+            time.sleep(min(seconds, DEVICE_REPLY_POLL))
+        else:
+            time.sleep(min(seconds, pace.next()))
+
+    module.time = SimpleNamespace(**{name: getattr(time, name) for name in dir(time)} | {"sleep": sleep})  # type: ignore[attr-defined]
+
+
+def main() -> None:
+    check_version()
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    from flwr.supernode import start_client_internal
+    from flwr.supernode.cli import flower_supernode
+
+    shorten_sleeps(start_client_internal, Pace(DEVICE_POLL, DEVICE_IDLE_POLL))
+    sys.argv[0] = "flower-supernode"
+    flower_supernode()
+
+
+if __name__ == "__main__":
+    main()

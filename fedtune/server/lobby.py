@@ -1,0 +1,113 @@
+"""Who is here: devices are offered the job when they come, and may be drawn once they have said that they are ready."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedtune.bundle import Bundle
+from fedtune.errors import Refused
+from fedtune.offer import Answer, Offer
+from fedtune.server.superlink import SuperLink
+from fedtune.types import ClientInfo
+from fedtune.waits import ASK_AGAIN_SECONDS, OFFER_SECONDS
+from fedtune.wire import RECORD
+
+
+@dataclass
+class Guest:
+    """A device that came. `state` is "asked", or what it answered last."""
+
+    node: int
+    name: str
+    joined: str
+    state: str = "asked"
+    reason: str = ""
+    examples: int = 0
+    held_out: int = 0
+    online: bool = True
+    question: str = ""
+    shipped: bool = False
+    asked_at: float = 0.0
+
+
+class Lobby:
+    """The devices of one job.
+
+    `names` gives the devices that are let in, by node id; None lets all in, under the name that they give themselves.
+    """
+
+    def __init__(self, link: SuperLink, grid: Grid, bundle: Bundle, names: Callable[[], Mapping[int, str]] | None, changed: Callable[[Guest], None]) -> None:
+        self._link, self._grid, self._bundle, self._names, self._changed = link, grid, bundle, names, changed
+        self.guests: dict[int, Guest] = {}
+
+    def visit(self) -> None:
+        """Offers the job to devices that came or came back, and takes in their answers. Never waits."""
+        online, names = self._link.online(), None if self._names is None else self._names()
+        for node, joined in online.items():
+            if names is None or node in names:
+                self._greet(node, joined, f"node-{node:016x}"[:13] if names is None else names[node])
+        for guest in self.guests.values():
+            guest.online = guest.node in online and (names is None or guest.node in names)
+        self._hear()
+
+    def ready(self) -> tuple[ClientInfo, ...]:
+        """The devices that can be drawn now, by name."""
+        found = [ClientInfo(g.name, g.examples) for g in self.guests.values() if g.online and g.state == "ready"]
+        return tuple(sorted(found, key=lambda info: info.name))
+
+    def nodes(self, names: list[str]) -> list[int]:
+        """The node of each device."""
+        known = {g.name: g.node for g in self.guests.values() if g.state == "ready"}
+        return [known[name] for name in names]
+
+    def _greet(self, node: int, joined: str, name: str) -> None:
+        guest = self.guests.get(node)
+        if guest is None or guest.joined != joined:
+            guest = self.guests[node] = Guest(node, name if guest is None else guest.name, joined)
+            self._offer(guest, {})
+            self._changed(guest)
+        elif guest.state != "ready" and time.monotonic() - guest.asked_at > (OFFER_SECONDS if guest.question else ASK_AGAIN_SECONDS):
+            self._offer(guest, {})
+
+    def _offer(self, guest: Guest, files: Mapping[str, bytes]) -> None:
+        content = RecordDict({RECORD: ConfigRecord({**Offer(self._bundle.digest, files).dump()})})
+        sent = list(self._grid.push_messages([Message(content, guest.node, "query", ttl=OFFER_SECONDS, group_id="offer")]))
+        guest.shipped = bool(files)
+        guest.question, guest.asked_at = (sent[0] or "") if sent else "", time.monotonic()
+
+    def _hear(self) -> None:
+        asked = {g.question: g for g in self.guests.values() if g.question}
+        for message in self._grid.pull_messages(list(asked)) if asked else ():
+            guest = asked[message.metadata.reply_to_message_id]
+            guest.question = ""
+            answer = _answer(message)
+            if answer.state == "need" and not guest.shipped:
+                self._offer(guest, self._bundle.shipped())
+                continue
+            if answer.state == "need":
+                answer = Answer("refused", "asked for the bundle again after it was sent")
+            guest.state, guest.reason, guest.examples, guest.held_out = answer.state, answer.reason, answer.examples, answer.held_out
+            if self._names is None and answer.name:
+                guest.name = self._unique(answer.name, guest)
+            self._changed(guest)
+
+    def _unique(self, name: str, guest: Guest) -> str:
+        taken = {g.name for g in self.guests.values() if g is not guest and g.online}
+        return name if name not in taken else f"{name}-{guest.node:016x}"[:64]
+
+
+def _answer(message: Message) -> Answer:
+    """What a device answered; anything else is a refusal with its reason."""
+    if message.has_error():
+        return Answer("refused", message.error.reason or "no answer")
+    record = message.content.get(RECORD)
+    values = dict(record) if isinstance(record, ConfigRecord) else {}
+    if isinstance(values.get("refused"), str):
+        return Answer("refused", str(values["refused"]))
+    try:
+        return Answer.load(values)
+    except Refused as e:
+        return Answer("refused", str(e))

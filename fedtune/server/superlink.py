@@ -1,0 +1,279 @@
+"""Flower's SuperLink inside this process, with only its Fleet API open to the network. All that leans on Flower's internals here.
+
+Flower 1.41 serves three APIs on one port: Fleet (devices), Control (start and stop runs, register devices; open to anyone
+in the free version) and Runtime (run apps). Behind a door that lets only Fleet through, the other two cannot be reached from
+outside; what a coordinator needs of them is called in this process.
+"""
+
+import hashlib
+import io
+import logging
+import os
+import threading
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # Flower reads these at import
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+
+import uvicorn
+from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID, SubStatus
+from flwr.proto.task_pb2 import Task
+from flwr.server.superlink.linkstate import LinkState
+from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
+from flwr.supercore.fab import Fab
+from flwr.supercore.heartbeat import HeartbeatSender
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
+from flwr.superlink.config_loader import SuperLinkLifespanConfig
+from flwr.superlink.grid import HttpGrid
+from flwr.superlink.main import create_app
+from flwr.superlink.servicer.runtime import runtime_handlers
+
+from fedtune.errors import EnvironmentProblem, UserError
+
+FLOWER = "1.41"
+START_SECONDS = 30.0  # to bind the port
+STOP_SECONDS = 5.0  # for open requests to end
+DOOR = "/v1/fleet/"
+
+
+@dataclass(frozen=True)
+class Tls:
+    """PEM files of the server."""
+
+    ca: Path
+    certificate: Path
+    key: Path
+
+
+@dataclass
+class SuperLink:
+    """A running SuperLink. `body_limit` is the largest request a device may send, in bytes."""
+
+    state: LinkState
+    body_limit: int
+
+    def register(self, name: str, public_key: bytes) -> int:
+        """Lets the device with this key (PEM) in; its node id. Does nothing new for a key that is known."""
+        known = self.state.get_node_id_by_public_key(public_key)
+        return known if known is not None else self.state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, public_key, 0, name=name)
+
+    def unregister(self, node: int) -> None:
+        self.state.delete_node(NOOP_FLWR_AID, node)
+
+    def registered(self) -> dict[bytes, int]:
+        """Node ids by public key (PEM), of all that are let in."""
+        found = self.state.get_node_info(owner_aids=[NOOP_FLWR_AID])
+        return {bytes(node.public_key): node.node_id for node in found if node.status != "unregistered"}
+
+    def online(self) -> dict[int, str]:
+        """Devices whose heartbeat is fresh: node id -> when it last joined."""
+        return {node.node_id: node.last_activated_at for node in self.state.get_node_info(statuses=["online"])}
+
+    @contextmanager
+    def run(self) -> Iterator["LinkGrid"]:
+        """Opens a Flower run and its grid; ends it, with all its messages, on the way out. Runs a crash left open are ended first."""
+        self._end_all()
+        fab = _empty_app()
+        self.state.store_fab(fab)
+        number = self.state.create_run("fedtune/coordinator", "1.0.0", fab.hash_str, {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP)
+        run = self.state.get_run_info(run_ids=[number])[0]
+        task = int(run.primary_task_id or 0)
+        if not number or not self.state.claim_task(task) or not self.state.activate_task(task):
+            raise EnvironmentProblem("Flower would not open a run; its state file may be damaged, move it away and start again")
+        heartbeat = HeartbeatSender(lambda: self.state.acknowledge_task_heartbeat(task))
+        heartbeat.start()
+        TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = number, task, SUPERLINK_NODE_ID
+        try:
+            yield LinkGrid(self.state, run, Task(task_id=task, run_id=number, type=TaskType.SERVER_APP))
+            self.state.finish_task(task, SubStatus.COMPLETED, "")
+        finally:
+            heartbeat.stop()
+            self._end_all()
+
+    def _end_all(self) -> None:
+        for run in self.state.get_run_info():
+            self.state.stop_run(run.run_id)
+            self.state.cleanup_run(run.run_id)
+
+
+class LinkGrid(HttpGrid):
+    """Flower's own grid, whose calls go to the handlers in this process and not over HTTP."""
+
+    def __init__(self, state: LinkState, run: Run, task: Task) -> None:
+        super().__init__(token="in-process")
+        self._client = _Handlers(state, task)  # type: ignore[assignment]
+        self.set_run(run)
+
+
+class _Handlers:
+    """The calls that HttpGrid makes of a RuntimeHttpClient, by name."""
+
+    def __init__(self, state: LinkState, task: Task) -> None:
+        self._state, self._task = state, task
+
+    def GetNodes(self, request: Any) -> Any:
+        return runtime_handlers.get_nodes(request, self._state, self._task)
+
+    def PushMessages(self, request: Any) -> Any:
+        return runtime_handlers.push_messages(request, self._state, self._task)
+
+    def PullMessages(self, request: Any) -> Any:
+        return runtime_handlers.pull_messages(request, self._state, self._task)
+
+    def PushObject(self, request: Any) -> Any:
+        return runtime_handlers.push_object(request, self._state, self._task)
+
+    def PullObject(self, request: Any) -> Any:
+        return runtime_handlers.pull_object(request, self._state, self._task)
+
+    def ConfirmMessageReceived(self, request: Any) -> Any:
+        return runtime_handlers.confirm_message_received(request, self._state, self._task)
+
+    def close(self) -> None:
+        pass
+
+
+@contextmanager
+def superlink(host: str, port: int, state: Path, tls: Tls | None, body_limit: int) -> Iterator[SuperLink]:
+    """Serves until the block ends. Without `tls` nothing is encrypted and any device is let in.
+
+    Raises EnvironmentProblem when the port cannot be had, UserError when the certificate cannot be read.
+    """
+    check_version()
+    _quiet()
+    app = create_app(_config(host, port, state, tls), _NothingElse)  # type: ignore[arg-type]
+    link = SuperLink(app.state.linkstate_factory.state(), body_limit)
+    files: dict[str, Any] = {} if tls is None else {"ssl_certfile": str(tls.certificate), "ssl_keyfile": str(tls.key)}
+    config = uvicorn.Config(_Door(app, link), host=host, port=port, log_config=None, access_log=False, lifespan="on",
+                            timeout_graceful_shutdown=int(STOP_SECONDS), **files)
+    try:
+        config.load()
+    except (OSError, ValueError) as e:
+        raise UserError(f"{tls.certificate if tls else host}: cannot be used for TLS ({e}); make it again with `fedtune provision`") from None
+    with _serving(uvicorn.Server(config), host, port):
+        yield link
+
+
+@contextmanager
+def _serving(server: uvicorn.Server, host: str, port: int) -> Iterator[None]:
+    def serve() -> None:
+        with suppress(SystemExit):  # uvicorn's way of saying that the port is taken
+            server.run()
+
+    thread = threading.Thread(target=serve, name="superlink", daemon=True)
+    thread.start()
+    waited = threading.Event()
+    for _ in range(int(START_SECONDS / 0.05)):
+        if server.started or not thread.is_alive():
+            break
+        waited.wait(0.05)
+    if not server.started:
+        raise EnvironmentProblem(f"cannot listen on {host}:{port}; is another service there, or is the address not this machine's? give another --address")
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        thread.join(STOP_SECONDS + 1)
+
+
+class _Door:
+    """ASGI: lets requests of the Fleet API through, up to the body limit; all else is answered here."""
+
+    def __init__(self, app: Any, link: SuperLink) -> None:
+        self._app, self._link = app, link
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+        elif scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1008})
+        elif not scope["path"].startswith(DOOR):
+            await _answer(send, 404, b"not found")
+        elif _length(scope) > self._link.body_limit:
+            await _answer(send, 413, b"too large")
+        else:
+            await self._app(scope, self._limited(receive), send)
+
+    def _limited(self, receive: Any) -> Any:
+        """`receive`, for senders that give no or a wrong length: past the limit the request ends as if they had hung up."""
+        left = self._link.body_limit
+
+        async def counted() -> dict[str, Any]:
+            nonlocal left
+            message = await receive()
+            left -= len(message.get("body", b""))
+            return message if left >= 0 else {"type": "http.disconnect"}
+
+        return counted
+
+
+def _length(scope: dict[str, Any]) -> int:
+    value = dict(scope["headers"]).get(b"content-length", b"0")
+    return int(value) if value.isdigit() else 0
+
+
+async def _answer(send: Any, status: int, text: bytes) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain"), (b"connection", b"close")]})
+    await send({"type": "http.response.body", "body": text})
+
+
+class _NothingElse:
+    """In place of Flower's lifespan, which would also start its executor and old gRPC servers."""
+
+    def __init__(self, config: SuperLinkLifespanConfig, state_factory: object) -> None:
+        pass
+
+    def startup(self) -> None:
+        pass
+
+    def shutdown(self) -> None:
+        pass
+
+
+def _config(host: str, port: int, state: Path, tls: Tls | None) -> SuperLinkLifespanConfig:
+    return SuperLinkLifespanConfig(
+        control_address="", health_server_address=None, host=host, port=port, insecure=tls is None, certificates=None,
+        superexec_auth_secret=None, authn_plugin=NoOpControlAuthnPlugin(), event_log_plugin=None, fleet_event_log_plugin=None,
+        enable_event_log=False, artifact_provider=None, enable_supernode_auth=tls is not None, fleet_api_type="grpc-rere",
+        fleet_api_address=None, simulation=False, ssl_ca_certfile=None, ssl_certfile=None, ssl_keyfile=None,
+        database=str(state), isolation="process", runtime_dependency_install=False,
+    )
+
+
+def _empty_app() -> Fab:
+    """Flower wants an app bundle with each run. Ours names nothing that could be run: devices run what they have installed."""
+    text = ('[project]\nname = "coordinator"\nversion = "1.0.0"\n[tool.flwr.app]\npublisher = "fedtune"\n'
+            '[tool.flwr.app.components]\nserverapp = "none:app"\nclientapp = "none:app"\n[tool.flwr.app.config]\n')
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as z:
+        z.writestr(zipfile.ZipInfo("pyproject.toml"), text)  # ZipInfo: a fixed date, so that the hash is always the same
+    return Fab(hashlib.sha256(packed.getvalue()).hexdigest(), packed.getvalue(), {})
+
+
+def _quiet() -> None:
+    """Flower's and uvicorn's own lines go through logging like ours, without the handlers that they bring."""
+    for name in ("flwr", "uvicorn", "uvicorn.error", "alembic"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+        logger.setLevel(logging.WARNING)
+
+
+def check_version() -> None:
+    """Raises EnvironmentProblem for another Flower than this module was written for."""
+    found = version("flwr")
+    if not found.startswith(FLOWER + "."):
+        raise EnvironmentProblem(f"flwr {found} is installed; this fedtune is written for {FLOWER}.x, because it works inside Flower's SuperLink; install flwr=={FLOWER}.0")
+
+
+def names_of(registered: Mapping[bytes, int], devices: Mapping[str, bytes]) -> dict[int, str]:
+    """Node id -> device name, of the devices (name -> PEM) that are registered."""
+    return {registered[key]: name for name, key in devices.items() if key in registered}

@@ -1,0 +1,321 @@
+"""fedtune server: the coordinator service, its queue of jobs and the runs they become. Imports no torch.
+
+    HOME/ca.crt server.crt server.key devices/NAME.pub    from `fedtune provision`
+    HOME/jobs/001-METHOD-HASH/                            bundles, in the order they are run
+    HOME/runs/001-METHOD-HASH/                            their run folders
+    HOME/superlink.sqlite service.json                    Flower's state; what the service does now (`fedtune status`)
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fedtune.bundle import Bundle, open_bundle
+from fedtune.errors import EnvironmentProblem, Refused, RunError, UserError
+from fedtune.metrics import merge, value, worst_tenth
+from fedtune.provision import load_devices
+from fedtune.report.events import Events
+from fedtune.rounds import Coordinator, Reply, Watch, make_algorithm, start
+from fedtune.run import RunFolder, create_run, open_run, versions
+from fedtune.server.app import Exchange, run_rounds
+from fedtune.server.lobby import Guest, Lobby
+from fedtune.server.superlink import LinkGrid, SuperLink, Tls, superlink
+from fedtune.storage import failing_clearly, write_json
+from fedtune.types import Arrays, Metrics
+from fedtune.waits import GRID_POLL, LOBBY_POLL, QUEUE_POLL
+from fedtune.wire import Schema, decode, encode, packet_bytes
+from fedtune.workflows.summary import facts, write_summary
+
+REQUEST_ROOM = 2**20  # bytes a device's request may be larger than an update
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A job of the queue."""
+
+    name: str
+    bundle: Path
+    run: Path
+
+    @property
+    def finished(self) -> bool:
+        with contextlib.suppress(OSError, ValueError):
+            return bool(json.loads((self.run / "summary.json").read_text())["complete"])
+        return False
+
+
+@dataclass(frozen=True)
+class Home:
+    """The coordinator's folder."""
+
+    path: Path
+
+    @property
+    def tls(self) -> Tls:
+        return Tls(self.path / "ca.crt", self.path / "server.crt", self.path / "server.key")
+
+    @property
+    def devices(self) -> Path:
+        return self.path / "devices"
+
+    @property
+    def service(self) -> Path:
+        return self.path / "service.json"
+
+    def require_keys(self) -> None:
+        """Raises UserError when a file that TLS or device keys need is missing."""
+        for part in (self.tls.certificate, self.tls.key, self.devices):
+            if not part.exists():
+                raise UserError(f"{part}: is missing; give --dir the server folder that `fedtune provision` made, or --insecure on 127.0.0.1")
+
+    def entries(self) -> list[Entry]:
+        jobs = self.path / "jobs"
+        names = sorted(p.name for p in jobs.iterdir() if (p / "manifest.json").exists()) if jobs.exists() else []
+        return [Entry(name, jobs / name, self.path / "runs" / name) for name in names]
+
+    def find(self, job_sha256: str) -> Entry | None:
+        """The newest entry of the same job."""
+        same = [e for e in self.entries() if open_bundle(e.bundle).manifest.job_sha256 == job_sha256]
+        return same[-1] if same else None
+
+    def enqueue(self, bundle: Bundle) -> Entry:
+        """Copies a bundle to the end of the queue, whole or not at all."""
+        job = bundle.job
+        _ = bundle.frame, bundle.initial
+        if job.adapter.init == "gradient":
+            raise UserError('adapter.init = "gradient": a live run cannot ask its devices for gradients yet; use "weights" or "random"')
+        jobs = self.path / "jobs"
+        with failing_clearly(jobs):
+            jobs.mkdir(parents=True, exist_ok=True)
+            number = max([0, *(int(e.name[:3]) for e in self.entries())]) + 1
+            name = f"{number:03d}-{job.adapter.method}-{bundle.digest[:8]}"
+            beside = Path(tempfile.mkdtemp(dir=jobs, prefix=".new-"))
+            shutil.copytree(bundle.folder, beside, dirs_exist_ok=True)
+            beside.rename(jobs / name)
+        return Entry(name, jobs / name, self.path / "runs" / name)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[bool]:
+        """Whether this process is now the service of this folder; another may be."""
+        with failing_clearly(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / ".lock").open("a")
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
+
+
+class Roster:
+    """The devices that are let in: those whose .pub lies in the folder, looked at again whenever it changes."""
+
+    def __init__(self, link: SuperLink, folder: Path) -> None:
+        self._link, self._folder, self._seen = link, folder, -1
+        self._names: dict[int, str] = {}
+
+    def __call__(self) -> Mapping[int, str]:
+        now = self._folder.stat().st_mtime_ns
+        if now != self._seen:
+            keys = load_devices(self._folder)
+            self._names = {self._link.register(name, key): name for name, key in keys.items()}
+            for key, node in self._link.registered().items():
+                if key not in keys.values():
+                    self._link.unregister(node)
+            self._seen = now
+        return self._names
+
+
+@dataclass
+class Desk:
+    """What the service does now, for `fedtune status`: written to service.json, at most so often."""
+
+    path: Path
+    facts: dict[str, Any]
+    listen: Callable[[dict[str, Any]], None] = lambda facts: None
+    _written: float = 0.0
+
+    def note(self, **facts: Any) -> None:
+        self.facts |= facts
+        self.listen(self.facts)
+        write_json(self.path, self.facts | {"now": datetime.now(UTC).isoformat(timespec="seconds")})
+        self._written = time.monotonic()
+
+    def tick(self, **facts: Any) -> None:
+        """As `note`, when something is new or the file is some seconds old."""
+        if any(self.facts.get(k) != v for k, v in facts.items()) or time.monotonic() - self._written > DESK_SECONDS:
+            self.note(**facts)
+
+
+DESK_SECONDS = 5.0
+
+
+@dataclass
+class Live:
+    """One job being run with the devices that come."""
+
+    bundle: Bundle
+    run: RunFolder
+    link: SuperLink
+    grid: LinkGrid
+    roster: Roster | None
+    desk: Desk
+    watch: Watch
+    scores: dict[str, Metrics] = field(default_factory=dict)
+    _looked: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.job = self.bundle.job
+        self.schema = self.bundle.manifest.spec.schema
+        self.lobby = Lobby(self.link, self.grid, self.bundle, self.roster, self._changed)
+        self.exchange = Exchange(
+            self.grid, self.job.federation.deadline, lambda grid, names: self.lobby.nodes(list(names)),
+            {"job": self.bundle.digest}, GRID_POLL, self.look)
+        self.coordinator = start(
+            self.job, self.run, self.schema, self.bundle.frame_digest, self.bundle.frame_bytes, make_algorithm(self.job, self.schema),
+            (), lambda: self.bundle.initial, self.evaluate)
+        events = Events(self.run.path / "tensorboard")
+
+        def on_round(line: dict[str, Any]) -> None:
+            events.add(line)
+            self.desk.note(round=line["round"], line=line, deadline_at=None)
+            self.watch.line(line)
+
+        self.coordinator.on_reply, self.coordinator.on_round = self.watch.reply, on_round
+
+    def rounds(self) -> None:
+        left = self.job.federation.rounds - self.coordinator.state.round
+        self.watch.stage("training", left * self.job.federation.cohort)
+        run_rounds(self.coordinator, self.ask, self.gather)
+
+    def ask(self, pairs: list[tuple[str, bytes]], round: int) -> Iterator[Reply]:
+        self.desk.note(state="training", round=round - 1, deadline_at=time.time() + self.job.federation.deadline, asked=len(pairs))
+        yield from self.exchange(pairs, round=round)
+
+    def look(self) -> None:
+        """Sees to the lobby, now and then."""
+        if time.monotonic() - self._looked >= LOBBY_POLL:
+            self.lobby.visit()
+            self.desk.tick(devices=[_shown(g) for g in self.lobby.guests.values()])
+            self._looked = time.monotonic()
+
+    def gather(self, coordinator: Coordinator) -> None:
+        """Waits until `min-replies` devices are ready. Raises EnvironmentProblem after server.wait seconds."""
+        need, end = self.job.federation.min_replies, time.monotonic() + self.job.server.wait
+        self.look()
+        while len(ready := self.lobby.ready()) < need:
+            if time.monotonic() > end:
+                raise EnvironmentProblem(f"{len(ready)} of {need} devices were ready after server.wait = {self.job.server.wait:g} s; nothing is lost: the same command continues the run")
+            self.desk.tick(state="waiting", ready=len(ready), need=need)
+            time.sleep(LOBBY_POLL)
+            self.look()
+        coordinator.clients = ready
+
+    def evaluate(self, round: int, arrays: Arrays) -> Metrics | None:
+        """Held-out metrics over the devices that are ready, in the rounds the job evaluates. The data stay where they are."""
+        if round != self.job.federation.rounds and round % self.job.evaluation.every:
+            return None
+        packet = encode("model", self.schema, arrays, round=round, frame=self.bundle.frame_digest)
+        names = [info.name for info in self.lobby.ready()]
+        self.desk.note(state="evaluating")
+        self.coordinator.traffic.evaluation += len(packet) * len(names)
+        found: dict[str, Metrics] = {}
+        for reply in self.exchange([(name, packet) for name in names], kind="evaluate", round=round):
+            if reply.payload is None or reply.late:
+                continue
+            self.coordinator.traffic.evaluation += len(reply.payload)
+            with contextlib.suppress(Refused):
+                found[reply.client] = decode(reply.payload, Schema(()), kinds=["scores"], round=round, frame=self.bundle.frame_digest).metrics
+        self.scores = {name: found[name] for name in sorted(found) if found[name].get("accuracy", (0.0, 0.0))[1] > 0}
+        return merge(list(self.scores.values())) if self.scores else None
+
+    def finish(self) -> dict[str, Any]:
+        """Writes summary and page. The final scores are those of the last evaluation, made again if a crash lost them."""
+        if not self.scores:
+            self.look()
+            self.evaluate(self.job.federation.rounds, self.coordinator.state.arrays)
+        rows: list[dict[str, Any]] = [{"name": n, "accuracy": value(m, "accuracy"), "loss": value(m, "loss"), "examples": int(m["accuracy"][1])} for n, m in self.scores.items()]
+        merged, accuracies = merge(list(self.scores.values())), [row["accuracy"] for row in rows]
+        held = {g.name: g for g in self.lobby.guests.values()}
+        summary = facts(self.run) | {
+            "engine": "live",
+            "split": [{"name": n, "natural": None, "train": g.examples, "held_out": g.held_out, "labels": []} for n, g in sorted(held.items())],
+            "final": {
+                "accuracy": value(merged, "accuracy"), "loss": value(merged, "loss"), "clients": rows,
+                "mean": sum(accuracies) / len(accuracies) if rows else None, "worst_tenth": worst_tenth(accuracies),
+            },
+            "baselines": {}, "complete": True,
+        }
+        write_summary(self.run, summary)
+        return summary
+
+    def _changed(self, guest: Guest) -> None:
+        self.desk.note(devices=[_shown(g) for g in self.lobby.guests.values()])
+
+
+def serve(
+    home: Home, address: tuple[str, int], insecure: bool, stay: bool, watch: Callable[[Entry, RunFolder, Bundle], Watch],
+    listen: Callable[[dict[str, Any]], None] = lambda facts: None,
+) -> Iterator[tuple[Entry, dict[str, Any]]]:
+    """Runs the queue; yields each entry with its summary as it is finished. Ends with the queue, or with `stay` never."""
+    desk = Desk(home.service, {
+        "pid": os.getpid(), "address": f"{address[0]}:{address[1]}", "insecure": insecure, "state": "starting", "devices": [], "job": None,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"), "queue": []}, listen)
+    tls = None if insecure else home.tls
+    with superlink(*address, home.path / "superlink.sqlite", tls, REQUEST_ROOM) as link:
+        roster = None if insecure else Roster(link, home.devices)
+        if roster is not None:
+            roster()
+        while True:
+            waiting = [e for e in home.entries() if not e.finished]
+            if not waiting:
+                desk.note(state="idle", job=None, queue=[], devices=[])
+                if not stay:
+                    return
+                time.sleep(QUEUE_POLL)
+                continue
+            entry = waiting[0]
+            yield entry, _run(entry, link, roster, desk, watch, [e.name for e in waiting[1:]])
+
+
+def _run(
+    entry: Entry, link: SuperLink, roster: Roster | None, desk: Desk, watch: Callable[[Entry, RunFolder, Bundle], Watch], queue: list[str],
+) -> dict[str, Any]:
+    bundle = open_bundle(entry.bundle)
+    run = _open_run(entry, bundle)
+    link.body_limit = packet_bytes(bundle.manifest.spec.schema)[1] + REQUEST_ROOM
+    desk.note(state="waiting", job=entry.name, run=str(run.path), rounds=bundle.job.federation.rounds, round=None, line=None, queue=queue)
+    with run.locked(), link.run() as grid:
+        live = Live(bundle, run, link, grid, roster, desk, watch(entry, run, bundle))
+        live.rounds()
+        return live.finish()
+
+
+def _open_run(entry: Entry, bundle: Bundle) -> RunFolder:
+    """The entry's run folder, made or found. Raises RunError when it is another job's."""
+    if not (entry.run / "run.json").exists():
+        create_run(entry.run, bundle.job, {
+            "created": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions(), "sha256": bundle.manifest.sha256, "split": []})
+    run = open_run(entry.run)
+    run.require_own_job()
+    if not (run.bundle / "manifest.json").exists():
+        with failing_clearly(run.bundle):
+            shutil.copytree(entry.bundle, run.bundle, dirs_exist_ok=True)
+    if open_bundle(run.bundle).digest != bundle.digest:
+        raise RunError(f"{run.path}: was begun with another bundle; restore it, or remove {entry.bundle} from the queue")
+    return run
+
+
+def _shown(guest: Guest) -> dict[str, Any]:
+    return {"name": guest.name, "state": guest.state, "online": guest.online, "reason": guest.reason, "examples": guest.examples, "held_out": guest.held_out}

@@ -1,0 +1,72 @@
+"""What a coordinator's folder says the service is doing. Reads files alone: no torch, no Flower, no network."""
+
+import fcntl
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fedtune.errors import RunError
+from fedtune.report.format import duration, size
+from fedtune.run import RunFolder
+
+RECENT = 5  # rounds whose mean length is taken for those to come
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """Raises RunError when no service was ever started there, or its file is damaged."""
+    path = folder / "service.json"
+    try:
+        status = json.loads(path.read_bytes())
+        line, run = status.get("line"), status.get("run")
+        lines = RunFolder(Path(run)).metrics() if run and status["job"] and Path(run).exists() else []
+        devices = [dict(d) for d in status["devices"]]
+    except FileNotFoundError:
+        raise RunError(f"{folder}: no service was started in it; start one with `fedtune server JOB --dir {folder}`") from None
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise RunError(f"{path}: damaged ({e}); a running service writes it again within seconds") from None
+    for device in devices:
+        device["rounds"] = sum(device["name"] in x["clients"] for x in lines)
+        device["refusals"] = sum(device["name"] in x["refused"] for x in lines)
+    last = lines[-1] if lines else line
+    return status | {
+        "running": _running(folder), "devices": devices,
+        "accuracy": last and last["accuracy"], "loss": last and last["loss"], "bytes": last["total_bytes"] if last else 0, "late": last["late"] if last else 0,
+        "refused": sum(len(x["refused"]) for x in lines), "epsilon": "inf" if len(lines) > 1 else 0.0, "seconds_left": _left(lines, status),
+    }
+
+
+def lines(status: dict[str, Any]) -> Iterator[str]:
+    """The status for people."""
+    state = status["state"] if status["running"] else "stopped"
+    yield f"service: {state} on {status['address']}{' without TLS' if status['insecure'] else ''}" + (f" (process {status['pid']})" if status["running"] else "; the same command continues it")
+    if status["job"]:
+        yield f"job: {status['job']}, round {status['round'] if status['round'] is not None else 'not begun'} of {status['rounds']}; run folder {status['run']}"
+        if status["state"] == "waiting" and status["running"]:
+            yield f"waiting for devices: {status.get('ready', 0)} of {status.get('need', '?')} ready"
+        if status["accuracy"] is not None:
+            yield f"held-out: accuracy {status['accuracy']:.4f}" + (f", loss {status['loss']:.4f}" if status["loss"] is not None else "")
+        yield f"sent: {size(status['bytes'])}; updates refused: {status['refused']}, late: {status['late']}; privacy spent: epsilon {status['epsilon']}" + (" (unprotected)" if status["epsilon"] == "inf" else "")
+        if status["seconds_left"] is not None:
+            yield f"time left: about {duration(status['seconds_left'])}"
+    if status["queue"]:
+        yield f"queued: {', '.join(status['queue'])}"
+
+
+def _left(lines: list[dict[str, Any]], status: dict[str, Any]) -> float | None:
+    times = [x["seconds"] for x in lines if x["round"] > 0][-RECENT:]
+    if not times or not status.get("rounds"):
+        return None
+    return round(sum(times) / len(times) * (status["rounds"] - lines[-1]["round"]), 1)
+
+
+def _running(folder: Path) -> bool:
+    """Whether a service holds the folder now."""
+    try:
+        with (folder / ".lock").open("r") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False

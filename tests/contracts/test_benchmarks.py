@@ -1,0 +1,39 @@
+"""Every benchmark runs, and says what it measured in one line of JSON. Figures are not judged here: a test machine is no place for that."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+BENCHMARKS = sorted(FOLDER.glob("*.py"))
+
+
+def run(path, *options):
+    return subprocess.run([sys.executable, path, "--quick", *options], capture_output=True, text=True, timeout=300, check=True).stdout
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda p: p.stem)
+def test_a_quick_run_ends_with_its_targets(path):
+    found = json.loads(run(path, "--json").splitlines()[-1])
+    assert found["targets"]
+    for target in found["targets"]:
+        assert target.keys() == {"name", "value", "target", "met"}
+        assert target["name"] and target["target"] and type(target["met"]) is bool and math.isfinite(target["value"])
+
+
+def test_the_readme_has_a_section_and_the_command_for_each():
+    text = (FOLDER / "README.md").read_text(encoding="utf-8")
+    for path in BENCHMARKS:
+        assert f"## {path.stem}\n" in text and f"python benchmarks/{path.name}" in text
+
+
+def test_the_coordinator_takes_every_update_of_the_quick_run():
+    found = json.loads(run(FOLDER / "coordinator_scale.py", "--json").splitlines()[-1])
+    blocks = found["updates"] // found["block"]
+    assert {name: len(seconds) for name, seconds in found["seconds"].items()} == {"fedtune": blocks, "float32": blocks, "float64": blocks}
+    assert list(found["memory_mb"]) == [str(found["updates"] // 10), str(found["updates"])]
+    assert "throughput" in run(FOLDER / "coordinator_scale.py")

@@ -1,0 +1,168 @@
+"""Real processes on loopback: coordinators and devices started as people start them, with keys made by `fedtune provision`."""
+
+import contextlib
+import csv
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from fedtune import provision
+
+WAIT = 150.0  # seconds for anything to happen; these machines may be slow
+DOMAINS = ("books", "films", "meals")
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+class Process:
+    """A fedtune command with its output in a file. `kill` takes its children along, as a power cut would."""
+
+    def __init__(self, log: Path, *command: str, prefix: Sequence[str] = ()) -> None:
+        self.log = log
+        self._file = log.open("ab")
+        self.process = subprocess.Popen(
+            [*prefix, sys.executable, "-m", *command], stdin=subprocess.DEVNULL, stdout=self._file, stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "400"})
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    @property
+    def running(self) -> bool:
+        return self.process.poll() is None
+
+    def wait_for(self, text: str, times: int = 1) -> None:
+        """Until the output holds `text` so often. Fails with the output when the process ends first or time is up."""
+        until(lambda: self.text.count(text) >= times or not self.running, f"{text!r} in {self.log.name}", lambda: self.text)
+        assert self.text.count(text) >= times, f"ended with {self.process.returncode} before {text!r}:\n{self.text}"
+
+    def wait(self) -> int:
+        until(lambda: not self.running, f"the end of {self.log.name}", lambda: self.text)
+        return int(self.process.returncode)
+
+    def kill(self) -> None:
+        """SIGKILL to it and all below it."""
+        import psutil
+
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family = psutil.Process(self.process.pid).children(recursive=True)
+            self.process.kill()
+            for child in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
+        self.process.wait()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def stop(self) -> int:
+        """SIGTERM, as a service manager stops it."""
+        if self.running:
+            self.process.terminate()
+        return self.wait()
+
+
+def until(true: Callable[[], bool], what: str, say: Callable[[], str] = lambda: "", seconds: float = WAIT) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, f"no {what} within {seconds:.0f} s\n{say()}"
+        time.sleep(0.1)
+
+
+class Federation:
+    """One coordinator folder and device folders beside it, on a port of their own."""
+
+    def __init__(self, root: Path, names: Sequence[str] = DOMAINS, host: str = "127.0.0.1") -> None:
+        self.root, self.host, self.port = root, host, free_port()
+        self.keys = root / "keys"
+        provision.make(self.keys, [host], list(names))
+        self.home = self.keys / "server"
+        self.processes: list[Process] = []
+
+    @property
+    def address(self) -> str:
+        return f"{self.host}:{self.port}"
+
+    def start(self, *command: str, name: str, prefix: Sequence[str] = ()) -> Process:
+        process = Process(self.root / f"{name}.log", *command, prefix=prefix)
+        self.processes.append(process)
+        return process
+
+    def server(self, *arguments: str | Path, name: str = "server", prefix: Sequence[str] = ()) -> Process:
+        return self.start("fedtune.cli.main", "server", *map(str, arguments), "--dir", str(self.home), "--address", self.address, name=name, prefix=prefix)
+
+    def client(self, name: str, data: Path, *arguments: str | Path, prefix: Sequence[str] = ()) -> Process:
+        return self.start("fedtune.cli.main", "client", "--server", self.address, "--dir", str(self.keys / "devices" / name), "--data", str(data),
+                          *map(str, arguments), name=name, prefix=prefix)
+
+    def run(self, number: int = 1) -> Path:
+        (found,) = (self.home / "runs").glob(f"{number:03d}-*")
+        return found
+
+    def metrics(self, number: int = 1) -> list[dict]:
+        return [json.loads(line) for line in (self.run(number) / "metrics.jsonl").read_text().splitlines()]
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.close()
+
+
+@pytest.fixture
+def federation(tmp_path: Path) -> Iterator[Callable[..., Federation]]:
+    """federation(names) -> Federation; its processes end with the test."""
+    made: list[Federation] = []
+
+    def make(*args: object, **kwargs: object) -> Federation:
+        made.append(Federation(tmp_path / f"federation-{len(made)}", *args, **kwargs))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.fixture(scope="session")
+def domain_csv(tiny_csv: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The rows of `tiny_csv`, one file per domain."""
+    folder = tmp_path_factory.mktemp("domains")
+    rows = list(csv.DictReader(tiny_csv.read_text(encoding="utf-8").splitlines()))
+    for domain in DOMAINS:
+        with (folder / f"{domain}.csv").open("w", newline="", encoding="utf-8") as file:
+            out = csv.DictWriter(file, rows[0].keys())
+            out.writeheader()
+            out.writerows(row for row in rows if row["domain"] == domain)
+    return {domain: folder / f"{domain}.csv" for domain in DOMAINS}
+
+
+@pytest.fixture(scope="session")
+def live_settings(tiny_settings: tuple[str, ...]) -> tuple[str, ...]:
+    """The tiny job with one client per domain, all of them in every round, as three devices would run it."""
+    return (*tiny_settings, "data.clients=0", "data.id=id", 'data.labels=["bad", "good"]', "federation.cohort=3", "federation.min-replies=3", "federation.deadline=120.0")
+
+
+@pytest.fixture(scope="session")
+def make_bundle(live_settings: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """make_bundle("section.key=value", ...) -> folder of the live job's bundle with these keys changed."""
+    from fedtune.job import parse_job
+    from fedtune.workflows.prepare import prepare
+
+    def make(*changes: str) -> Path:
+        folder = tmp_path_factory.mktemp("bundle") / "bundle"
+        prepare(parse_job("", [*live_settings, *changes]), folder)
+        return folder
+
+    return make
+
