@@ -316,8 +316,10 @@ def _private_folder(place: Path) -> Path:
     fits = len(os.fsencode(place / f"{_PREFIX}12345678" / _SOCKET)) <= MAX_SOCKET and _PLAIN.fullmatch(str(place))
     if fits:
         place.mkdir(parents=True, exist_ok=True)
-        _sweep(place)
-    return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place if fits else None))
+    else:
+        place = Path(tempfile.gettempdir())
+    _sweep(place)
+    return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
 
 
 def _write_config(folder: Path, settings: TrainerSettings) -> Any:
@@ -336,10 +338,11 @@ def _write_config(folder: Path, settings: TrainerSettings) -> Any:
 
 
 def _sweep(place: Path) -> None:
-    """Removes the folders of trainers whose parent was killed: nobody locks their settings any more."""
+    """Removes this user's folders of trainers whose parent was killed: nobody locks their settings any more."""
     for config in place.glob(f"{_PREFIX}*/{_CONFIG}"):
         with contextlib.suppress(OSError), config.open() as file:
-            if time.time() - config.stat().st_mtime > START_SECONDS:  # not one that is being written
+            old = time.time() - config.stat().st_mtime > START_SECONDS  # not one that is being written
+            if old and config.parent.lstat().st_uid == os.getuid():
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(config.parent, ignore_errors=True)
 

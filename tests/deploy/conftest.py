@@ -84,28 +84,25 @@ def until(true: Callable[[], bool], what: str, say: Callable[[], str] = lambda: 
 class Federation:
     """One coordinator folder and device folders beside it, on a port of their own."""
 
-    def __init__(self, root: Path, names: Sequence[str] = DOMAINS, host: str = "127.0.0.1") -> None:
-        self.root, self.host, self.port = root, host, free_port()
+    def __init__(self, root: Path, names: Sequence[str] = DOMAINS, hosts: Sequence[str] = ("127.0.0.1",)) -> None:
+        self.root, self.host, self.port = root, hosts[0], free_port()
         self.keys = root / "keys"
-        provision.make(self.keys, [host], list(names))
+        provision.make(self.keys, list(hosts), list(names))
         self.home = self.keys / "server"
         self.processes: list[Process] = []
-
-    @property
-    def address(self) -> str:
-        return f"{self.host}:{self.port}"
 
     def start(self, *command: str, name: str, prefix: Sequence[str] = ()) -> Process:
         process = Process(self.root / f"{name}.log", *command, prefix=prefix)
         self.processes.append(process)
         return process
 
-    def server(self, *arguments: str | Path, name: str = "server", prefix: Sequence[str] = ()) -> Process:
-        return self.start("fedtune.cli.main", "server", *map(str, arguments), "--dir", str(self.home), "--address", self.address, name=name, prefix=prefix)
+    def server(self, *arguments: str | Path, name: str = "server", address: str = "", prefix: Sequence[str] = ()) -> Process:
+        return self.start("fedtune.cli.main", "server", *map(str, arguments), "--dir", str(self.home), "--address", f"{address or self.host}:{self.port}",
+                          name=name, prefix=prefix)
 
-    def client(self, name: str, data: Path, *arguments: str | Path, prefix: Sequence[str] = ()) -> Process:
-        return self.start("fedtune.cli.main", "client", "--server", self.address, "--dir", str(self.keys / "devices" / name), "--data", str(data),
-                          *map(str, arguments), name=name, prefix=prefix)
+    def client(self, name: str, data: Path, *arguments: str | Path, address: str = "", prefix: Sequence[str] = ()) -> Process:
+        return self.start("fedtune.cli.main", "client", "--server", f"{address or self.host}:{self.port}", "--dir", str(self.keys / "devices" / name),
+                          "--data", str(data), *map(str, arguments), name=name, prefix=prefix)
 
     def run(self, number: int = 1) -> Path:
         (found,) = (self.home / "runs").glob(f"{number:03d}-*")
