@@ -115,7 +115,10 @@ class Coordinator:
         self._began = time.monotonic()
         facts = {"release": "updates", "mechanism": "none", "unit": self.job.privacy.unit, "clients": len(assignments)}
         Ledger(self.run.ledger).record(self.state.round + 1, facts)
-        return [(a.client, self._packet(a.client, a.units)) for a in assignments]
+        packets = {units: self._packet(units) for units in {a.units for a in assignments}}  # one for all who train the same
+        for a in assignments:
+            self._count_sent(a.client, len(packets[a.units]))
+        return [(a.client, packets[a.units]) for a in assignments]
 
     def finish(self, replies: Iterable[Reply]) -> RoundReport:
         """Takes the replies as they come, refuses what is wrong, averages the rest, evaluates, and checkpoints.
@@ -137,14 +140,15 @@ class Coordinator:
         self._record(report)
         return report
 
-    def _packet(self, client: str, units: tuple[str, ...]) -> bytes:
+    def _packet(self, units: tuple[str, ...]) -> bytes:
         wanted = {t.name for t in self.schema.of_units(units)}
         arrays = {n: a for n, a in self.state.arrays.items() if n in wanted}
-        packet = encode("model", self.schema, arrays, round=self.state.round + 1, frame=self.frame_digest)
+        return encode("model", self.schema, arrays, round=self.state.round + 1, frame=self.frame_digest)
+
+    def _count_sent(self, client: str, size: int) -> None:
         first = self.frame_bytes if self.traffic.rounds.get(client, 0) == 0 else 0
-        self.traffic.sent(client, len(packet) + first)
+        self.traffic.sent(client, size + first)
         self.traffic.rounds[client] = self.traffic.rounds.get(client, 0) + 1
-        return packet
 
     def _accepted(self, replies: Iterable[Reply], refused: dict[str, str]) -> Iterator[Update]:
         seen: set[str] = set()

@@ -1,5 +1,6 @@
 """The coordinator's side of the transport: Flower messages around our packets, and the loop over rounds."""
 
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,6 +9,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from fedtune.errors import EnvironmentProblem
+from fedtune.offer import one_line
 from fedtune.rounds import Coordinator, Reply
 from fedtune.waits import LATE_SECONDS, SERIAL_POLL
 from fedtune.wire import RECORD
@@ -65,10 +67,13 @@ class Exchange:
         self._late |= {number: (client, time.monotonic() + LATE_SECONDS) for number, client in waiting.items()}
 
     def _send(self, pairs: Pairs, kind: str, round: int) -> dict[str, str]:
-        """Client by message id. A message that Flower would not store is answered by nobody and not waited for."""
+        """Client by message id. A message that Flower would not store is answered by nobody and not waited for.
+
+        Flower names what it stores by its hash; the salt keeps a device from announcing something else by the name of another's message.
+        """
         nodes = self.route(self.grid, [client for client, _ in pairs])
         messages = [
-            Message(RecordDict({RECORD: ConfigRecord({"packet": packet, "client": client, **self.facts})}), node, kind,
+            Message(RecordDict({RECORD: ConfigRecord({"packet": packet, "client": client, "salt": secrets.token_hex(16), **self.facts})}), node, kind,
                     ttl=self.deadline + LATE_SECONDS, group_id=str(round))
             for (client, packet), node in zip(pairs, nodes)
         ]
@@ -83,13 +88,18 @@ class Exchange:
 def to_reply(message: Message, client: str, late: bool = False) -> Reply:
     """A Flower reply as ours: its payload, or why there is none. The client is the one the question went to."""
     if message.has_error():
-        return Reply(client, None, (message.error.reason or f"error code {message.error.code}").strip().splitlines()[-1][:200], late)
+        return Reply(client, None, short(message.error.reason) or f"error code {message.error.code}", late)
     record = message.content.get(RECORD)
     packet = record.get("packet") if isinstance(record, ConfigRecord) else None
     if isinstance(packet, bytes):
         return Reply(client, packet, late=late)
     reason = record.get("refused") if isinstance(record, ConfigRecord) else None
-    return Reply(client, None, str(reason or "reply without a packet")[:200], late)
+    return Reply(client, None, short(str(reason or "")) or "reply without a packet", late)
+
+
+def short(text: str | None) -> str:
+    """The last line of what came from outside, as it may be shown: a traceback ends with what happened."""
+    return one_line(((text or "").strip().splitlines() or [""])[-1])[:200]
 
 
 def run_rounds(coordinator: Coordinator, exchange: Ask, gather: Callable[[Coordinator], None] = lambda coordinator: None) -> None:

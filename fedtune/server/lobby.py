@@ -1,5 +1,6 @@
 """Who is here: devices are offered the job when they come, and may be drawn once they have said that they are ready."""
 
+import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from flwr.serverapp import Grid
 from fedtune.bundle import Bundle
 from fedtune.errors import Refused
 from fedtune.offer import Answer, Offer
+from fedtune.server.app import short
 from fedtune.server.superlink import SuperLink
 from fedtune.types import ClientInfo
 from fedtune.waits import ASK_AGAIN_SECONDS, OFFER_SECONDS
@@ -42,6 +44,7 @@ class Lobby:
     def __init__(self, link: SuperLink, grid: Grid, bundle: Bundle, names: Callable[[], Mapping[int, str]] | None, changed: Callable[[Guest], None]) -> None:
         self._link, self._grid, self._bundle, self._names, self._changed = link, grid, bundle, names, changed
         self.guests: dict[int, Guest] = {}
+        self._salt = secrets.token_hex(16)
 
     def visit(self) -> None:
         """Offers the job to devices that came or came back, and takes in their answers. Never waits."""
@@ -73,10 +76,13 @@ class Lobby:
             self._offer(guest, {})
 
     def _offer(self, guest: Guest, files: Mapping[str, bytes]) -> None:
-        content = RecordDict({RECORD: ConfigRecord({**Offer(self._bundle.digest, files).dump()})})
+        """Flower stores equal offers once, under their hash; the salt is another when a device has spoilt that name."""
+        content = RecordDict({RECORD: ConfigRecord({**Offer(self._bundle.digest, files).dump(), "salt": self._salt})})
         sent = list(self._grid.push_messages([Message(content, guest.node, "query", ttl=OFFER_SECONDS, group_id="offer")]))
         guest.shipped = bool(files)
         guest.question, guest.asked_at = (sent[0] or "") if sent else "", time.monotonic()
+        if not guest.question:
+            self._salt = secrets.token_hex(16)
 
     def _hear(self) -> None:
         asked = {g.question: g for g in self.guests.values() if g.question}
@@ -102,11 +108,11 @@ class Lobby:
 def _answer(message: Message) -> Answer:
     """What a device answered; anything else is a refusal with its reason."""
     if message.has_error():
-        return Answer("refused", message.error.reason or "no answer")
+        return Answer("refused", short(message.error.reason) or "no answer")
     record = message.content.get(RECORD)
     values = dict(record) if isinstance(record, ConfigRecord) else {}
     if isinstance(values.get("refused"), str):
-        return Answer("refused", str(values["refused"]))
+        return Answer("refused", short(str(values["refused"])))
     try:
         return Answer.load(values)
     except Refused as e:

@@ -5,13 +5,15 @@ in the free version) and Runtime (run apps). Behind a door that lets only Fleet 
 outside; what a coordinator needs of them is called in this process.
 """
 
+import base64
 import hashlib
 import io
 import logging
 import os
 import threading
+import time
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -22,26 +24,36 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # Flower reads these at im
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 
 import uvicorn
+from flwr.app import Error, Message, Metadata, RecordDict
+from flwr.app.message import make_message
 from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID, SubStatus
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
+from flwr.proto.runtime_pb2 import PullAppMessagesRequest
 from flwr.proto.task_pb2 import Task
 from flwr.server.superlink.linkstate import LinkState
-from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, NOOP_FEDERATION_ID, TaskType
 from flwr.supercore.fab import Fab
 from flwr.supercore.heartbeat import HeartbeatSender
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
+from flwr.superlink.dependencies.linkstate import get_linkstate
 from flwr.superlink.grid import HttpGrid
 from flwr.superlink.main import create_app
 from flwr.superlink.servicer.runtime import runtime_handlers
 
 from fedtune.errors import EnvironmentProblem, UserError
+from fedtune.waits import LATE_SECONDS
 
+log = logging.getLogger(__name__)
 FLOWER = "1.41"
 START_SECONDS = 30.0  # to bind the port
 STOP_SECONDS = 5.0  # for open requests to end
 DOOR = "/v1/fleet/"
+MAX_OBJECTS = 8  # that a reply consists of; ours are three: message, records, and the record with the packet
 
 
 @dataclass(frozen=True)
@@ -55,17 +67,22 @@ class Tls:
 
 @dataclass
 class SuperLink:
-    """A running SuperLink. `body_limit` is the largest request a device may send, in bytes."""
+    """A running SuperLink. `body_limit` is the largest request a device may send, in bytes; `keys` are those let in, None: anybody is."""
 
     state: LinkState
     body_limit: int
+    keys: set[bytes] | None
 
     def register(self, name: str, public_key: bytes) -> int:
         """Lets the device with this key (PEM) in; its node id. Does nothing new for a key that is known."""
+        if self.keys is not None:
+            self.keys.add(public_key)
         known = self.state.get_node_id_by_public_key(public_key)
         return known if known is not None else self.state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, public_key, 0, name=name)
 
     def unregister(self, node: int) -> None:
+        if self.keys is not None:
+            self.keys -= {key for key, number in self.registered().items() if number == node}
         self.state.delete_node(NOOP_FLWR_AID, node)
 
     def registered(self) -> dict[bytes, int]:
@@ -104,13 +121,78 @@ class SuperLink:
             self.state.cleanup_run(run.run_id)
 
 
+@dataclass(frozen=True)
+class _Arriving:
+    """A reply that a device has announced: its parts come one after another."""
+
+    number: str
+    parts: tuple[str, ...]
+    since: float
+
+
 class LinkGrid(HttpGrid):
-    """Flower's own grid, whose calls go to the handlers in this process and not over HTTP."""
+    """Flower's own grid, whose calls go to the handlers in this process and not over HTTP.
+
+    Nothing that a device sends, or does not finish sending, makes a call wait or raise.
+    """
 
     def __init__(self, state: LinkState, run: Run, task: Task) -> None:
         super().__init__(token="in-process")
         self._client = _Handlers(state, task)  # type: ignore[assignment]
+        self._state, self._number, self._arriving = state, run.run_id, dict[str, _Arriving]()
         self.set_run(run)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """As Flower's; "" for messages that were not sent, because a device has announced other parts by the names of theirs."""
+        messages = list(messages)
+        try:
+            return super().push_messages(messages)
+        except ValueError as e:
+            log.warning("messages could not be sent: %s", e)
+            return [""] * len(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """The replies that are whole by now. One that is none, or did not arrive in LATE_SECONDS, becomes an error."""
+        asked = set(message_ids)
+        if new := asked - self._arriving.keys():
+            found = self._client.PullMessages(PullAppMessagesRequest(message_ids=new))  # type: ignore[union-attr]
+            for reply, tree in zip(found.messages_list, found.message_object_trees, strict=True):
+                parts = tuple(part.object_id for part in iterate_object_tree(tree))
+                self._arriving[reply.metadata.reply_to_message_id] = _Arriving(reply.metadata.message_id, parts, time.monotonic())
+        arrived: list[Message] = []
+        for question in list(self._arriving):
+            late = time.monotonic() - self._arriving[question].since > LATE_SECONDS
+            message = self._arrived(question, late) if question in asked else None
+            if message is not None or late:
+                reply = self._arriving.pop(question)
+                self._client.ConfirmMessageReceived(ConfirmMessageReceivedRequest(message_object_id=reply.number))  # type: ignore[union-attr]
+            if message is not None:
+                arrived.append(message)
+        return arrived
+
+    def _arrived(self, question: str, late: bool) -> Message | None:
+        """The reply, an error in its place, or None while parts are missing."""
+        reply, contents = self._arriving[question], dict[str, bytes]()
+        for part in reply.parts:
+            content = self._state.get_object(self._number, part)
+            if content is None:
+                return _no_reply(question, "its reply did not arrive whole")
+            if not content:
+                return _no_reply(question, "its reply did not arrive in time") if late else None
+            contents[part] = content
+        try:
+            message = inflate_object_from_contents(reply.number, contents)
+            if not isinstance(message, Message) or not (message.has_error() or isinstance(message.content, RecordDict)):
+                raise ValueError(f"is a {type(message).__name__}")
+        except Exception as e:  # whatever Flower's readers make of bytes from outside
+            return _no_reply(question, f"its reply is not a message ({type(e).__name__})")
+        message.metadata.__dict__.update(_message_id=reply.number, _reply_to_message_id=question)  # not what it says itself
+        return message
+
+
+def _no_reply(question: str, reason: str) -> Message:
+    facts = Metadata(0, "", SUPERLINK_NODE_ID, SUPERLINK_NODE_ID, question, "", time.time(), 0.0, "system")
+    return make_message(facts, error=Error(0, reason))
 
 
 class _Handlers:
@@ -150,7 +232,8 @@ def superlink(host: str, port: int, state: Path, tls: Tls | None, body_limit: in
     check_version()
     _quiet()
     app = create_app(_config(host, port, state, tls), _NothingElse)  # type: ignore[arg-type]
-    link = SuperLink(app.state.linkstate_factory.state(), body_limit)
+    link = SuperLink(app.state.linkstate_factory.state(), body_limit, None if tls is None else set())
+    app.dependency_overrides[get_linkstate] = lambda: _ForDevices(link.state)
     files: dict[str, Any] = {} if tls is None else {"ssl_certfile": str(tls.certificate), "ssl_keyfile": str(tls.key)}
     config = uvicorn.Config(_Door(app, link), host=host, port=port, log_config=None, access_log=False, lifespan="on",
                             timeout_graceful_shutdown=int(STOP_SECONDS), **files)
@@ -184,8 +267,28 @@ def _serving(server: uvicorn.Server, host: str, port: int) -> Iterator[None]:
         thread.join(STOP_SECONDS + 1)
 
 
+class _ForDevices:
+    """The state as requests of devices see it: what they may store are replies of few parts. Flower would also take
+    questions that say they come from the coordinator.
+    """
+
+    def __init__(self, state: LinkState) -> None:
+        self._state = state
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._state, name)
+
+    def store_message_and_object_tree(self, message: Message, tree: ObjectTree, session: str) -> tuple[bool, list[str]]:
+        if not message.metadata.reply_to_message_id or sum(1 for _ in iterate_object_tree(tree)) > MAX_OBJECTS:
+            return False, []
+        return self._state.store_message_and_object_tree(message, tree, session)
+
+
 class _Door:
-    """ASGI: lets requests of the Fleet API through, up to the body limit; all else is answered here."""
+    """ASGI: lets requests of the Fleet API through that name a key which is let in, up to the body limit; all else is answered here.
+
+    Flower reads a request whole before it looks at the key. Whether the key's owner signed it, Flower checks.
+    """
 
     def __init__(self, app: Any, link: SuperLink) -> None:
         self._app, self._link = app, link
@@ -197,13 +300,15 @@ class _Door:
             await send({"type": "websocket.close", "code": 1008})
         elif not scope["path"].startswith(DOOR):
             await _answer(send, 404, b"not found")
+        elif self._link.keys is not None and _key(scope) not in self._link.keys:
+            await _answer(send, 401, b"unknown key")
         elif _length(scope) > self._link.body_limit:
             await _answer(send, 413, b"too large")
         else:
-            await self._app(scope, self._limited(receive), send)
+            await self._app(scope, *self._limited(receive, send))
 
-    def _limited(self, receive: Any) -> Any:
-        """`receive`, for senders that give no or a wrong length: past the limit the request ends as if they had hung up."""
+    def _limited(self, receive: Any, send: Any) -> tuple[Any, Any]:
+        """Both, for senders that give no or a wrong length: past the limit the request ends as if they had hung up, and they are hung up on."""
         left = self._link.body_limit
 
         async def counted() -> dict[str, Any]:
@@ -212,12 +317,25 @@ class _Door:
             left -= len(message.get("body", b""))
             return message if left >= 0 else {"type": "http.disconnect"}
 
-        return counted
+        async def closing(message: dict[str, Any]) -> None:
+            if left < 0 and message["type"] == "http.response.start":
+                message |= {"status": 413, "headers": [*message["headers"], (b"connection", b"close")]}
+            await send(message)
+
+        return counted, closing
 
 
 def _length(scope: dict[str, Any]) -> int:
     value = dict(scope["headers"]).get(b"content-length", b"0")
-    return int(value) if value.isdigit() else 0
+    return int(value) if value.isdigit() and len(value) < 20 else 0
+
+
+def _key(scope: dict[str, Any]) -> bytes:
+    """The public key (PEM) that a request names; empty for none."""
+    try:
+        return base64.b64decode(dict(scope["headers"]).get(FLEET_HTTP_PUBLIC_KEY_HEADER.lower().encode(), b""), validate=True)
+    except ValueError:
+        return b""
 
 
 async def _answer(send: Any, status: int, text: bytes) -> None:

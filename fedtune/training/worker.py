@@ -1,5 +1,6 @@
 """A client's side of a round, bytes in and bytes out: the same for simulated and live clients."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -58,6 +59,8 @@ class Worker:
         write(self.parameters, packet.arrays)
         rng = generator(fed.seed, "local", round, client)
         metrics = train_locally(self.model, self.parameters, data, self.encoder, fed, round, rng)
+        if not all(math.isfinite(s) for s, _ in metrics.values()):
+            raise Refused("not-finite", "training diverged here: its loss is not a number; a lower federation.lr may help")
         return encode("update", self.spec.schema, read(self.parameters), round=round, frame=self.frame_digest or "", weight=float(len(data)), metrics=metrics)
 
     def _gradient(self, packet: Packet, client: str, data: ClientData) -> bytes:

@@ -109,7 +109,13 @@ class Federation:
         return found
 
     def metrics(self, number: int = 1) -> list[dict]:
-        return [json.loads(line) for line in (self.run(number) / "metrics.jsonl").read_text().splitlines()]
+        """A line per finished round of a run; none before it begins."""
+        found = list((self.home / "runs").glob(f"{number:03d}-*/metrics.jsonl"))
+        return [json.loads(line) for line in found[0].read_text().splitlines()] if found else []
+
+    def service(self) -> dict:
+        """What the service says that it does."""
+        return json.loads((self.home / "service.json").read_text())
 
     def close(self) -> None:
         for process in self.processes:
