@@ -205,7 +205,7 @@ def _executing(node: SuperNode, app: object, over: threading.Event) -> None:
 
 def _explain(said: str, settings: DeviceSettings) -> None:
     """Raises UserError when the SuperNode's last words name something that trying again will not mend."""
-    if "could not be activated" in said or "No SuperNode found" in said or "activat" in said.lower():
+    if "Failed to activate" in said:
         raise UserError(f"{settings.server}: the coordinator does not know this device's key {settings.folder / 'device.key'}; "
                         "put the device's .pub file into the coordinator's devices folder, or use the key that was provisioned")
     if "Unable to parse the private key" in said:

@@ -32,8 +32,9 @@ class Policy(BaseModel):
     def check(self, manifest: Manifest, job: Job) -> None:
         """Raises Refused, with the key that forbids it, for a job that asks for more than is allowed."""
         _among("allowed-bases", self.allowed_bases, manifest.sha256, "a base of sha256")
-        _among("allowed-tasks", self.allowed_tasks, manifest.task, "the task")
-        _among("allowed-methods", self.allowed_methods, manifest.spec.method, "the method")
+        for task, method in ((manifest.task, manifest.spec.method), (job.model.task, job.adapter.method)):  # a manifest can say other than its job
+            _among("allowed-tasks", self.allowed_tasks, task, "the task")
+            _among("allowed-methods", self.allowed_methods, method, "the method")
         if self.privacy_unit is not None and job.privacy.unit != self.privacy_unit:
             raise _forbidden("privacy-unit", f"the job protects {_shown(job.privacy.unit)}, this device wants {self.privacy_unit!r}")
         if self.min_noise_multiplier is not None and job.privacy.noise_multiplier < self.min_noise_multiplier:

@@ -268,8 +268,11 @@ def _serving(server: uvicorn.Server, host: str, port: int) -> Iterator[None]:
 
 
 class _ForDevices:
-    """The state as requests of devices see it: what they may store are replies of few parts. Flower would also take
-    questions that say they come from the coordinator.
+    """The state as requests of devices see it.
+
+    What they may store are replies of few parts; Flower would also take questions that say they come from the coordinator.
+    A device that comes again before its last heartbeat has run out (it was killed and started) is let in at once; Flower
+    would turn it away until then.
     """
 
     def __init__(self, state: LinkState) -> None:
@@ -277,6 +280,10 @@ class _ForDevices:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._state, name)
+
+    def activate_node(self, node_id: int, heartbeat_interval: float) -> bool:
+        self._state.deactivate_node(node_id)
+        return self._state.activate_node(node_id, heartbeat_interval)
 
     def store_message_and_object_tree(self, message: Message, tree: ObjectTree, session: str) -> tuple[bool, list[str]]:
         if not message.metadata.reply_to_message_id or sum(1 for _ in iterate_object_tree(tree)) > MAX_OBJECTS:

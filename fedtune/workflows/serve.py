@@ -295,7 +295,8 @@ def _run(
     bundle = open_bundle(entry.bundle)
     run = _open_run(entry, bundle)
     link.body_limit = packet_bytes(bundle.manifest.spec.schema)[1] + REQUEST_ROOM
-    desk.note(state="waiting", job=entry.name, run=str(run.path), rounds=bundle.job.federation.rounds, round=None, line=None, queue=queue)
+    desk.note(state="waiting", job=entry.name, run=str(run.path), rounds=bundle.job.federation.rounds, round=None, line=None, queue=queue,
+              ready=0, need=bundle.job.federation.min_replies)
     with run.locked(), link.run() as grid:
         live = Live(bundle, run, link, grid, roster, desk, watch(entry, run, bundle))
         live.rounds()

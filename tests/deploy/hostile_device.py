@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import numpy as np
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.app import Array, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
@@ -366,7 +367,7 @@ def victor(server: str, folder: Path, bundle: Bundle, turns: Turns) -> None:
         for answer in visit:
             question = raw.wait()
             assert raw.reply(question, answer)
-        time.sleep(4 * BATCH)
+        time.sleep(BATCH)
     raw.again()
     offer = raw.wait().content
     for number, name in enumerate((offer[RECORD].object_id, offer.object_id)):  # the next offer would consist of parts of these names
@@ -375,8 +376,6 @@ def victor(server: str, folder: Path, bundle: Bundle, turns: Turns) -> None:
         raw.again()
         print(f"{raw.name}: announced a part by another name: {raw.send(raw.head(raw.wait(), root), tree, {})}", flush=True)
     raw.again()
-    time.sleep(1)
-    print(f"{raw.name}: done", flush=True)
 
 
 def main(server: str, devices: str, bundle: str, gate: str) -> None:
@@ -387,7 +386,12 @@ def main(server: str, devices: str, bundle: str, gate: str) -> None:
             break
         time.sleep(BATCH)
     roles = {"mallory": mallory, "trudy": trudy, "oscar": trudy, "victor": victor}
-    threads = [threading.Thread(target=role, args=(server, Path(devices) / name, open_bundle(Path(bundle)), turns)) for name, role in roles.items()]
+
+    def play(name: str) -> None:
+        with contextlib.suppress(httpx.TransportError):  # the coordinator is done
+            roles[name](server, Path(devices) / name, open_bundle(Path(bundle)), turns)
+
+    threads = [threading.Thread(target=play, args=(name,)) for name in roles]
     for thread in threads:
         thread.start()
     for thread in threads:
