@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.errors import RunError
+from fedtune.waits import LEDGER_SECONDS
 
 _GENESIS = "0" * 64
 
@@ -63,7 +64,7 @@ class Ledger:
             yield Event(sequence, round, json.loads(text), chain)
 
     def _connect(self) -> sqlite3.Connection:
-        db = sqlite3.connect(self.path, timeout=30)
+        db = sqlite3.connect(self.path, timeout=LEDGER_SECONDS)
         db.execute("PRAGMA synchronous = FULL")
         return db
 

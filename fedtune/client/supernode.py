@@ -33,10 +33,9 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
 from fedtune.client.supernode_process import check_version
-from fedtune.waits import TASK_IDLE_POLL, TASK_POLL, Pace
+from fedtune.waits import SUPERNODE_STOP, TASK_IDLE_POLL, TASK_POLL, Pace
 
 log = logging.getLogger(__name__)
-STOP_SECONDS = 10.0  # for the SuperNode to say goodbye; then it is killed
 ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 
 
@@ -84,7 +83,7 @@ class SuperNode:
         if not self.exited:
             self._process.terminate()
             try:
-                self._process.wait(STOP_SECONDS)
+                self._process.wait(SUPERNODE_STOP)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()

@@ -28,12 +28,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fedtune.errors import DataError, EnvironmentProblem, FedtuneError, JobError, ModelError, Refused, RunError, UserError
 from fedtune.storage import failing_clearly
+from fedtune.waits import TRAINER_DEATH as DEATH_SECONDS
+from fedtune.waits import TRAINER_HEALTH as HEALTH_SECONDS
+from fedtune.waits import TRAINER_POLL as POLL_SECONDS
+from fedtune.waits import TRAINER_START as START_SECONDS
+from fedtune.waits import TRAINER_STOP as STOP_SECONDS
 
-START_SECONDS = 120.0  # from start to a healthy process: a few seconds of imports, more from a cold disk or on a busy machine
-HEALTH_SECONDS = 10.0  # an idle trainer answers in milliseconds; one that takes longer hangs
-STOP_SECONDS = 5.0  # from SIGTERM to SIGKILL
-DEATH_SECONDS = 5.0  # from a lost connection to the end of the process that was behind it; then it is killed
-POLL_SECONDS = 0.02  # between looks at a process that starts
 MAX_SOCKET = 107  # bytes of a socket's path, of the 108 with its closing zero
 MAX_LOG = 2**20  # bytes from which a log is begun anew at a start
 MAX_MESSAGE = 512 * 2**20

@@ -32,6 +32,7 @@ from flwr.proto.runtime_pb2 import PullAppMessagesRequest
 from flwr.proto.task_pb2 import Task
 from flwr.server.superlink.linkstate import LinkState
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, NOOP_FEDERATION_ID, TaskType
+from flwr.supercore.error import ApiErrorCode
 from flwr.supercore.fab import Fab
 from flwr.supercore.heartbeat import HeartbeatSender
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
@@ -46,13 +47,13 @@ from flwr.superlink.main import create_app
 from flwr.superlink.servicer.runtime import runtime_handlers
 
 from fedtune.errors import EnvironmentProblem, UserError
-from fedtune.waits import LATE_SECONDS
+from fedtune.waits import LATE_SECONDS, SUPERLINK_POLL, SUPERLINK_START, SUPERLINK_STOP
 
 log = logging.getLogger(__name__)
 FLOWER = "1.41"
-START_SECONDS = 30.0  # to bind the port
-STOP_SECONDS = 5.0  # for open requests to end
 DOOR = "/v1/fleet/"
+UNKNOWN = 412, b'{"code": %d, "detail": "Failed to activate SuperNode."}' % ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED
+"""As Flower tells a SuperNode whose key it does not know; at a 401 it would end without a word."""
 MAX_OBJECTS = 8  # that a reply consists of; ours are three: message, records, and the record with the packet
 
 
@@ -236,7 +237,7 @@ def superlink(host: str, port: int, state: Path, tls: Tls | None, body_limit: in
     app.dependency_overrides[get_linkstate] = lambda: _ForDevices(link.state)
     files: dict[str, Any] = {} if tls is None else {"ssl_certfile": str(tls.certificate), "ssl_keyfile": str(tls.key)}
     config = uvicorn.Config(_Door(app, link), host=host, port=port, log_config=None, access_log=False, lifespan="on",
-                            timeout_graceful_shutdown=int(STOP_SECONDS), **files)
+                            timeout_graceful_shutdown=int(SUPERLINK_STOP), **files)
     try:
         config.load()
     except (OSError, ValueError) as e:
@@ -254,17 +255,17 @@ def _serving(server: uvicorn.Server, host: str, port: int) -> Iterator[None]:
     thread = threading.Thread(target=serve, name="superlink", daemon=True)
     thread.start()
     waited = threading.Event()
-    for _ in range(int(START_SECONDS / 0.05)):
+    for _ in range(int(SUPERLINK_START / SUPERLINK_POLL)):
         if server.started or not thread.is_alive():
             break
-        waited.wait(0.05)
+        waited.wait(SUPERLINK_POLL)
     if not server.started:
         raise EnvironmentProblem(f"cannot listen on {host}:{port}; is another service there, or is the address not this machine's? give another --address")
     try:
         yield
     finally:
         server.should_exit = True
-        thread.join(STOP_SECONDS + 1)
+        thread.join(SUPERLINK_STOP + 1)
 
 
 class _ForDevices:
@@ -308,7 +309,7 @@ class _Door:
         elif not scope["path"].startswith(DOOR):
             await _answer(send, 404, b"not found")
         elif self._link.keys is not None and _key(scope) not in self._link.keys:
-            await _answer(send, 401, b"unknown key")
+            await _answer(send, *(UNKNOWN if scope["path"] == DOOR + "activate-node" else (401, b"unknown key")))
         elif _length(scope) > self._link.body_limit:
             await _answer(send, 413, b"too large")
         else:

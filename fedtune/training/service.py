@@ -35,6 +35,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from fedtune.bundle import open_bundle
 from fedtune.errors import ContractError, FedtuneError
+from fedtune.waits import TRAINER_CHECK as CHECK_SECONDS
+from fedtune.waits import TRAINER_CLOSE as CLOSE_SECONDS
 
 if TYPE_CHECKING:
     from fedtune.training.device import Device
@@ -45,8 +47,6 @@ MAX_MESSAGE = 512 * 2**20
 OPTIONS = (("grpc.max_send_message_length", MAX_MESSAGE), ("grpc.max_receive_message_length", MAX_MESSAGE))
 ANSWERING = 4  # threads that take requests: one waits for the work, the others answer health
 MAX_DETAILS = 2000  # characters of a message; a status travels in a header, which has room for 64 KiB when percent-encoded
-CHECK_SECONDS = 0.5  # how often the parent and the time without a request are looked at
-CLOSE_SECONDS = 1.0  # a request that comes in the instant of idle exit is given this long, then its caller tries again
 _PR_SET_PDEATHSIG = 1
 
 

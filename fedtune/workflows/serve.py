@@ -31,7 +31,7 @@ from fedtune.server.lobby import Guest, Lobby
 from fedtune.server.superlink import LinkGrid, SuperLink, Tls, superlink
 from fedtune.storage import failing_clearly, write_json
 from fedtune.types import Arrays, Metrics
-from fedtune.waits import GRID_POLL, LOBBY_POLL, QUEUE_POLL
+from fedtune.waits import DESK_SECONDS, GRID_POLL, LOBBY_POLL, QUEUE_POLL
 from fedtune.wire import Schema, decode, encode, packet_bytes
 from fedtune.workflows.summary import facts, write_summary
 
@@ -156,9 +156,6 @@ class Desk:
         """As `note`, when something is new or the file is some seconds old."""
         if any(self.facts.get(k) != v for k, v in facts.items()) or time.monotonic() - self._written > DESK_SECONDS:
             self.note(**facts)
-
-
-DESK_SECONDS = 5.0
 
 
 @dataclass
