@@ -42,7 +42,8 @@ class Traffic:
     messages: int = 0
     late: int = 0
     evaluation: int = 0
-    """Bytes of evaluation messages, both ways; a simulation has none, as it evaluates where the model is."""
+    offers: int = 0
+    """Bytes beside the rounds, live only: of evaluation, both ways, and of job offers and bundles without the frame."""
 
     def sent(self, client: str, size: int) -> None:
         self.messages += 1
@@ -58,7 +59,7 @@ class Traffic:
 
     def dump(self) -> dict:
         return {"up": self.up, "down": self.down, "rounds": self.rounds, "messages": self.messages,
-                "late": self.late, "evaluation": self.evaluation}
+                "late": self.late, "evaluation": self.evaluation, "offers": self.offers}
 
 
 @dataclass(frozen=True)

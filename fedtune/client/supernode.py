@@ -69,7 +69,7 @@ class SuperNode:
         with self._log.open("wb") as output:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_die_with_parent,
-                env=os.environ | {"FLWR_HOME": str(settings.folder / "flwr")})
+                env=os.environ | {"FLWR_HOME": str(settings.folder / "flwr"), "FLWR_LOG_LEVEL": "WARNING"})
 
     @property
     def exited(self) -> bool:

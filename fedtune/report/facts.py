@@ -184,12 +184,14 @@ def communication(s: Summary) -> list[Fact]:
     """Totals of what was sent."""
     c = s["communication"]
     holders = sum(1 for client in c["clients"] if client["rounds"] > 0)
+    beside = c.get("evaluation", 0) + c.get("offers", 0)
     return [
         Fact("one update", size(c["update_bytes"]), f"{plural(c['trainable_numbers'], 'number')} and their names"),
         *([Fact("frame", size(c["frame_bytes"]), f"frozen, sent once to each of {plural(holders, 'client')}")] if c["frame_bytes"] else []),
         Fact("sent by clients", size(c["up"]), f"{percent(c['up'], c['up'] + c['down'])} of all bytes"),
         Fact("received by clients", size(c["down"]), "frame included" if c["frame_bytes"] else ""),
         Fact("in all", size(c["up"] + c["down"]), plural(c["messages"], "message")),
+        *([Fact("beside the rounds", size(beside), "evaluation on the devices, job offers and bundles")] if beside else []),
     ]
 
 

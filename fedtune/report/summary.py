@@ -129,7 +129,10 @@ class ClientTraffic(TypedDict):
 
 
 class Communication(TypedDict):
-    """All that was sent. `frame_bytes` is the frozen frame, which each client receives once; it is part of `down`."""
+    """All that was sent. `frame_bytes` is the frozen frame, which each client receives once; it is part of `down`.
+
+    `evaluation` and `offers` come on top in live runs: evaluation both ways, and job offers and bundles without the frame.
+    """
 
     trainable_numbers: int
     update_bytes: int
@@ -137,6 +140,8 @@ class Communication(TypedDict):
     up: int
     down: int
     messages: int
+    evaluation: NotRequired[int]
+    offers: NotRequired[int]
     clients: list[ClientTraffic]
 
 

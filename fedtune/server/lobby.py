@@ -41,8 +41,10 @@ class Lobby:
     `names` gives the devices that are let in, by node id; None lets all in, under the name that they give themselves.
     """
 
-    def __init__(self, link: SuperLink, grid: Grid, bundle: Bundle, names: Callable[[], Mapping[int, str]] | None, changed: Callable[[Guest], None]) -> None:
+    def __init__(self, link: SuperLink, grid: Grid, bundle: Bundle, names: Callable[[], Mapping[int, str]] | None, changed: Callable[[Guest], None],
+                 sent: Callable[[int], None] = lambda size: None) -> None:
         self._link, self._grid, self._bundle, self._names, self._changed = link, grid, bundle, names, changed
+        self._sent = sent
         self.guests: dict[int, Guest] = {}
         self._salt = secrets.token_hex(16)
 
@@ -80,6 +82,7 @@ class Lobby:
         content = RecordDict({RECORD: ConfigRecord({**Offer(self._bundle.digest, files).dump(), "salt": self._salt})})
         sent = list(self._grid.push_messages([Message(content, guest.node, "query", ttl=OFFER_SECONDS, group_id="offer")]))
         guest.shipped = bool(files)
+        self._sent(64 + sum(map(len, files.values())) - (self._bundle.frame_bytes if files else 0))  # the frame counts in its first round
         guest.question, guest.asked_at = (sent[0] or "") if sent else "", time.monotonic()
         if not guest.question:
             self._salt = secrets.token_hex(16)

@@ -9,7 +9,9 @@
 import contextlib
 import fcntl
 import json
+import logging
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -20,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.bundle import Bundle, open_bundle
-from fedtune.errors import EnvironmentProblem, Refused, RunError, UserError
+from fedtune.errors import EnvironmentProblem, FedtuneError, Refused, RunError, UserError
 from fedtune.metrics import merge, value, worst_tenth
 from fedtune.provision import load_devices
 from fedtune.report.events import Events
@@ -35,6 +37,8 @@ from fedtune.waits import DESK_SECONDS, GRID_POLL, LOBBY_POLL, QUEUE_POLL
 from fedtune.wire import Schema, decode, encode, packet_bytes
 from fedtune.workflows.summary import facts, write_summary
 
+log = logging.getLogger(__name__)
+_NAMED = re.compile(r"\d{3,}-")
 REQUEST_ROOM = 2**20  # bytes a device's request may be larger than an update
 
 
@@ -79,8 +83,8 @@ class Home:
 
     def entries(self) -> list[Entry]:
         jobs = self.path / "jobs"
-        names = sorted(p.name for p in jobs.iterdir() if (p / "manifest.json").exists()) if jobs.exists() else []
-        return [Entry(name, jobs / name, self.path / "runs" / name) for name in names]
+        names = [p.name for p in jobs.iterdir() if _NAMED.match(p.name) and (p / "manifest.json").exists()] if jobs.exists() else []
+        return [Entry(name, jobs / name, self.path / "runs" / name) for name in sorted(names, key=_number)]
 
     def find(self, job_sha256: str) -> Entry | None:
         """The newest entry of the same job."""
@@ -96,7 +100,7 @@ class Home:
         jobs = self.path / "jobs"
         with failing_clearly(jobs):
             jobs.mkdir(parents=True, exist_ok=True)
-            number = max([0, *(int(e.name[:3]) for e in self.entries())]) + 1
+            number = max([0, *(_number(e.name) for e in self.entries())]) + 1
             name = f"{number:03d}-{job.adapter.method}-{bundle.digest[:8]}"
             beside = Path(tempfile.mkdtemp(dir=jobs, prefix=".new-"))
             shutil.copytree(bundle.folder, beside, dirs_exist_ok=True)
@@ -122,18 +126,27 @@ class Roster:
     """The devices that are let in: those whose .pub lies in the folder, looked at again whenever it changes."""
 
     def __init__(self, link: SuperLink, folder: Path) -> None:
-        self._link, self._folder, self._seen = link, folder, -1
+        self._link, self._folder, self._seen, self._trouble = link, folder, -1, ""
         self._names: dict[int, str] = {}
 
     def __call__(self) -> Mapping[int, str]:
-        now = self._folder.stat().st_mtime_ns
-        if now != self._seen:
-            keys = load_devices(self._folder)
+        """Raises UserError for a folder that cannot be read the first time; later the devices stay as they were."""
+        try:
+            now = self._folder.stat().st_mtime_ns
+            keys = load_devices(self._folder) if now != self._seen else None
+        except (OSError, FedtuneError) as e:
+            if self._seen == -1:
+                raise
+            now, keys = self._seen, None
+            if str(e) != self._trouble:
+                log.warning("%s; the devices stay as they were", e)
+            self._trouble = str(e)
+        if keys is not None:
             self._names = {self._link.register(name, key): name for name, key in keys.items()}
             for key, node in self._link.registered().items():
                 if key not in keys.values():
                     self._link.unregister(node)
-            self._seen = now
+            self._seen, self._trouble = now, ""
         return self._names
 
 
@@ -175,7 +188,7 @@ class Live:
     def __post_init__(self) -> None:
         self.job = self.bundle.job
         self.schema = self.bundle.manifest.spec.schema
-        self.lobby = Lobby(self.link, self.grid, self.bundle, self.roster, self._changed)
+        self.lobby = Lobby(self.link, self.grid, self.bundle, self.roster, self._changed, self._sent)
         self.exchange = Exchange(
             self.grid, self.job.federation.deadline, lambda grid, names: self.lobby.nodes(list(names)),
             {"job": self.bundle.digest}, GRID_POLL, self.look)
@@ -257,6 +270,9 @@ class Live:
         write_summary(self.run, summary)
         return summary
 
+    def _sent(self, size: int) -> None:
+        self.coordinator.traffic.offers += size
+
     def _changed(self, guest: Guest) -> None:
         self.desk.note(devices=[_shown(g) for g in self.lobby.guests.values()])
 
@@ -313,6 +329,10 @@ def _open_run(entry: Entry, bundle: Bundle) -> RunFolder:
     if open_bundle(run.bundle).digest != bundle.digest:
         raise RunError(f"{run.path}: was begun with another bundle; restore it, or remove {entry.bundle} from the queue")
     return run
+
+
+def _number(name: str) -> int:
+    return int(name.partition("-")[0])
 
 
 def _shown(guest: Guest) -> dict[str, Any]:

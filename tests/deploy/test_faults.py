@@ -5,17 +5,19 @@ test gives it another job.
 """
 
 import contextlib
+import csv
 import json
 import os
 import signal
 import subprocess
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
-from conftest import DOMAINS, Federation, Process, until
+from conftest import DOMAINS, Federation, Process, free_port, until
 
 from fedtune.job import parse_job
 from fedtune.ledger import Ledger
@@ -38,6 +40,7 @@ class Standing(Federation):
         self.runs.mkdir()
         self.own_disk = _may("mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(self.runs))
         self.devices: dict[str, Process] = {}
+        self.scrape = free_port()
         self.begin()
         for name in DOMAINS:
             self.join(name)
@@ -45,7 +48,7 @@ class Standing(Federation):
     def begin(self) -> None:
         """Starts the service, again."""
         (self.root / "server.log").unlink(missing_ok=True)
-        self.service_process = self.server("--stay", address="0.0.0.0" if self.own_networks else "")
+        self.service_process = self.server("--stay", "--log-json", "--metrics", f"127.0.0.1:{self.scrape}", address="0.0.0.0" if self.own_networks else "")
         self.service_process.wait_for("listening on")
 
     def join(self, name: str) -> None:
@@ -202,6 +205,35 @@ def test_a_full_disk_stops_clearly_and_the_run_continues_when_there_is_room(stan
     standing.begin()
     standing.finish(number)
     assert [line["round"] for line in standing.metrics(number)] == [0, 1, 2, 3, 4, 5]
+
+
+def test_what_can_be_seen_and_what_cannot(standing, domain_csv):
+    """After the tests above: status, metrics and logs say what happened, and nothing of the data or the keys."""
+    done = standing.jobs
+    asked = standing.start("fedtune.cli.main", "status", "--dir", str(standing.home), "--json", name="status")
+    assert asked.wait() == 0, asked.text
+    status = json.loads(asked.text)
+    assert status["running"] and {d["name"] for d in status["devices"]} <= set(DOMAINS) and status["queue"] == []
+
+    scraped = urllib.request.urlopen(f"http://127.0.0.1:{standing.scrape}/metrics", timeout=10).read().decode()
+    values = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in scraped.splitlines() if not line.startswith("#")}
+    assert values['fedtune_state{state="idle"}'] == 1 and values["fedtune_queued_jobs"] == 0
+    last = standing.metrics(done)
+    assert values['fedtune_score{metric="accuracy"}'] == last[-1]["accuracy"] and values['fedtune_bytes{direction="up"}'] == last[-1]["up"]
+    assert values['fedtune_updates_total{result="accepted"}'] >= 1 and values["fedtune_epsilon"] == float("inf")
+
+    lines = [json.loads(line) for line in standing.service_process.text.splitlines()]
+    assert {"listening", "run", "device", "round", "finished"} <= {line["event"] for line in lines}
+    assert all({"time", "level", "event", "text"} <= line.keys() for line in lines)
+    assert [line["round"] for line in lines if line["event"] == "round"][-1] == last[-1]["round"]
+
+    texts = {row["text"] for path in domain_csv.values() for row in csv.DictReader(path.read_text().splitlines())}
+    secrets = {line for key in standing.keys.glob("**/*.key") for line in key.read_text().splitlines() if len(line) > 40}
+    kept = [p for p in standing.home.rglob("*") if p.is_file() and p.name not in ("server.key",)]
+    kept += [standing.root / "server.log", *(process.log for process in standing.devices.values()), *standing.keys.glob("devices/*/**/*.log")]
+    for path in kept:
+        held = path.read_bytes().decode(errors="replace")
+        assert not [t for t in texts if t in held] and not [s for s in secrets if s in held], path
 
 
 def test_ctrl_c_ends_everything_and_loses_nothing(standing, make_bundle):
