@@ -107,7 +107,7 @@ def _prepare(text: str, folder: Path, journal: Journal) -> Bundle:
     (folder / "job.toml").write_text(text)
     journal.stage("preparing the bundle")
     done = subprocess.run(
-        [sys.executable, "-m", "fedtune.cli.main", "prepare", str(folder / "job.toml"), "-o", str(folder / "bundle"), "--json"],
+        [sys.executable, "-P", "-m", "fedtune.cli.main", "prepare", str(folder / "job.toml"), "-o", str(folder / "bundle"), "--json"],
         stdin=subprocess.DEVNULL, capture_output=True, text=True, env=os.environ | {"COLUMNS": "10000"})
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1].removeprefix("fedtune: ")

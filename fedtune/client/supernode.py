@@ -64,7 +64,7 @@ class SuperNode:
         self.port = _free_port()
         identity = ["--insecure"] if settings.ca is None else [
             "--root-certificates", str(settings.ca), "--auth-supernode-private-key", str(settings.key)]
-        command = [sys.executable, "-m", "fedtune.client.supernode_process", "--superlink", settings.server, *identity, "--isolation", "process",
+        command = [sys.executable, "-P", "-m", "fedtune.client.supernode_process", "--superlink", settings.server, *identity, "--isolation", "process",
                    "--host", "127.0.0.1", "--port", str(self.port), "--superexec-auth-secret-file", str(secret)]
         with self._log.open("wb") as output:
             self._process = subprocess.Popen(

@@ -7,18 +7,14 @@ from dataclasses import dataclass, field
 from fedtune.adapters.methods import Parameters, attach, read, write
 from fedtune.adapters.spec import AdapterSpec
 from fedtune.errors import Refused
+from fedtune.gradient_init import gradient_schema
 from fedtune.job import Job
 from fedtune.models.base import TunableModel
 from fedtune.models.load import Encoder
 from fedtune.seeds import generator
 from fedtune.training.local import ClientData, train_locally, weight_gradients
-from fedtune.types import Arrays, TensorSpec
+from fedtune.types import Arrays
 from fedtune.wire import Packet, Schema, decode, encode, kind_of
-
-
-def gradient_schema(spec: AdapterSpec) -> Schema:
-    """The tensors of a gradient init: one weight gradient [outputs, inputs] per adapted linear."""
-    return Schema(tuple(TensorSpec(x.name, (x.outputs, x.inputs), x.unit) for x in spec.linears))
 
 
 @dataclass

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedtune.bundle import Bundle
-from fedtune.errors import RunError, UserError
+from fedtune.errors import RunError
 from fedtune.job import Job
 from fedtune.storage import failing_clearly
 from fedtune.workflows.setup import data_free_frame, make_bundle, open_base, require_trainable
@@ -13,10 +13,8 @@ from fedtune.workflows.setup import data_free_frame, make_bundle, open_base, req
 def prepare(job: Job, folder: Path, stage: Callable[[str], None] = lambda text: None) -> Bundle:
     """Makes the bundle in `folder`, which must be new or empty.
 
-    Raises UserErrors: a job that a live run cannot take, a base that is not here, a folder that holds something.
+    Raises UserErrors: a base that is not here, a folder that holds something.
     """
-    if job.adapter.init == "gradient":
-        raise UserError('adapter.init = "gradient": a live run cannot ask its devices for gradients yet; use "weights" or "random"')
     with failing_clearly(folder):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise RunError(f"{folder} already exists and is not empty; choose another -o")
@@ -26,5 +24,7 @@ def prepare(job: Job, folder: Path, stage: Callable[[str], None] = lambda text: 
     _ = base.spec
     model = base.fresh_model()
     _ = base.encoder  # a tokenizer that is not this base's is found here and not on every device
+    if job.adapter.init == "gradient":  # the coordinator makes the frame, once devices have sent gradients
+        return make_bundle(base, folder, {}, model, {})
     stage("making the frame")
     return make_bundle(base, folder, data_free_frame(base, model), model, {})

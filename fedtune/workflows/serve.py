@@ -16,17 +16,19 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fedtune.bundle import Bundle, open_bundle
+from fedtune.adapters.frames import from_gradients
+from fedtune.bundle import Bundle, open_bundle, write_bundle
 from fedtune.errors import EnvironmentProblem, FedtuneError, Refused, RunError, UserError
+from fedtune.gradient_init import gather_gradients, gradient_schema
 from fedtune.metrics import merge, value, worst_tenth
 from fedtune.provision import load_devices
 from fedtune.report.events import Events
-from fedtune.rounds import Coordinator, Reply, Watch, make_algorithm, start
+from fedtune.rounds import Coordinator, Reply, Traffic, Watch, make_algorithm, start
 from fedtune.run import RunFolder, create_run, open_run, versions
 from fedtune.server.app import Exchange, run_rounds
 from fedtune.server.lobby import Guest, Lobby
@@ -95,8 +97,6 @@ class Home:
         """Copies a bundle to the end of the queue, whole or not at all."""
         job = bundle.job
         _ = bundle.frame, bundle.initial
-        if job.adapter.init == "gradient":
-            raise UserError('adapter.init = "gradient": a live run cannot ask its devices for gradients yet; use "weights" or "random"')
         jobs = self.path / "jobs"
         with failing_clearly(jobs):
             jobs.mkdir(parents=True, exist_ok=True)
@@ -182,6 +182,7 @@ class Live:
     roster: Roster | None
     desk: Desk
     watch: Watch
+    traffic: Traffic = field(default_factory=Traffic)
     scores: dict[str, Metrics] = field(default_factory=dict)
     _looked: float = 0.0
 
@@ -194,7 +195,8 @@ class Live:
             {"job": self.bundle.digest}, GRID_POLL, self.look)
         self.coordinator = start(
             self.job, self.run, self.schema, self.bundle.frame_digest, self.bundle.frame_bytes, make_algorithm(self.job, self.schema),
-            (), lambda: self.bundle.initial, self.evaluate)
+            (), lambda: self.bundle.initial, self.evaluate, self.traffic)
+        self.traffic = self.coordinator.traffic  # of the checkpoint, on a run that continues
         events = Events(self.run.path / "tensorboard")
 
         def on_round(line: dict[str, Any]) -> None:
@@ -203,6 +205,18 @@ class Live:
             self.watch.line(line)
 
         self.coordinator.on_reply, self.coordinator.on_round = self.watch.reply, on_round
+
+    def gradient_bundle(self) -> Bundle:
+        """Asks devices for the first step's gradients and makes the run's bundle, with the frame that they give."""
+        spec, manifest = self.bundle.manifest.spec, self.bundle.manifest
+        self.watch.stage(f"asking {self.job.adapter.init_clients} devices for the gradient of the first step", 0)
+        self.gather(self.coordinator)
+        gradients, traffic = gather_gradients(self.job, spec, self.run, self.coordinator.clients, self.exchange)
+        frame, first = from_gradients(spec, gradients, self.job.adapter.init_step)
+        self.traffic = replace(traffic, offers=self.traffic.offers)
+        return write_bundle(
+            self.run.bundle, self.job, frame, self.bundle.initial | first, source=manifest.source, sha256=manifest.sha256, licence=manifest.licence,
+            parameters=manifest.parameters, task=manifest.task, labels=manifest.labels, spec=spec, versions=manifest.versions)
 
     def rounds(self) -> None:
         left = self.job.federation.rounds - self.coordinator.state.round
@@ -271,7 +285,7 @@ class Live:
         return summary
 
     def _sent(self, size: int) -> None:
-        self.coordinator.traffic.offers += size
+        self.traffic.offers += size
 
     def _changed(self, guest: Guest) -> None:
         self.desk.note(devices=[_shown(g) for g in self.lobby.guests.values()])
@@ -307,11 +321,20 @@ def _run(
 ) -> dict[str, Any]:
     bundle = open_bundle(entry.bundle)
     run = _open_run(entry, bundle)
-    link.body_limit = packet_bytes(bundle.manifest.spec.schema)[1] + REQUEST_ROOM
+    spec = bundle.manifest.spec
+    asks = gradient_schema(spec) if bundle.job.adapter.init == "gradient" else Schema(())
+    link.body_limit = max(packet_bytes(spec.schema)[1], 4 * sum(t.size for t in asks.tensors)) + REQUEST_ROOM
     desk.note(state="waiting", job=entry.name, run=str(run.path), rounds=bundle.job.federation.rounds, round=None, line=None, queue=queue,
               ready=0, need=bundle.job.federation.min_replies)
     with run.locked(), link.run() as grid:
-        live = Live(bundle, run, link, grid, roster, desk, watch(entry, run, bundle))
+        watching, traffic = watch(entry, run, bundle), Traffic()
+        if bundle.job.adapter.init == "gradient":
+            if run.newest() is None:
+                asking = Live(bundle, run, link, grid, roster, desk, watching)
+                asking.gradient_bundle()
+                traffic = asking.traffic
+            bundle = open_bundle(run.bundle)
+        live = Live(bundle, run, link, grid, roster, desk, watching, traffic)
         live.rounds()
         return live.finish()
 
@@ -323,6 +346,8 @@ def _open_run(entry: Entry, bundle: Bundle) -> RunFolder:
             "created": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions(), "sha256": bundle.manifest.sha256, "split": []})
     run = open_run(entry.run)
     run.require_own_job()
+    if bundle.job.adapter.init == "gradient":  # its bundle is made with the devices
+        return run
     if not (run.bundle / "manifest.json").exists():
         with failing_clearly(run.bundle):
             shutil.copytree(entry.bundle, run.bundle, dirs_exist_ok=True)

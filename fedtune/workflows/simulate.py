@@ -10,8 +10,7 @@ import torch
 from fedtune.adapters import frames, methods
 from fedtune.bundle import open_bundle
 from fedtune.client.app import make_client_app
-from fedtune.errors import EmptyCohort, Refused
-from fedtune.ledger import Ledger
+from fedtune.gradient_init import gather_gradients
 from fedtune.models.base import TunableModel
 from fedtune.report.events import Events
 from fedtune.rounds import Coordinator, Traffic, Watch, make_algorithm, start
@@ -21,10 +20,9 @@ from fedtune.server.app import Ask, make_server_app
 from fedtune.simulation.engines import run_ray, run_serial
 from fedtune.training.evaluate import Scores, join, score
 from fedtune.training.local import ClientData
-from fedtune.training.worker import Worker, gradient_schema
+from fedtune.training.worker import Worker
 from fedtune.trees import digest
 from fedtune.types import Arrays, Metrics
-from fedtune.wire import Schema, decode, encode
 from fedtune.workflows.setup import Setup, data_free_frame, make_bundle, open_setup
 
 
@@ -127,37 +125,9 @@ class Simulation:
             self.watch.stage("making the frame", 0)
             return data_free_frame(self.setup, self.model), {}, Traffic()
         self.watch.stage(f"asking {job.adapter.init_clients} clients for the gradient of the first step", 0)
-        facts = {"release": "gradients", "mechanism": "none", "unit": job.privacy.unit, "clients": job.adapter.init_clients}
-        Ledger(self.run.ledger).record(0, facts)
-        gradients, traffic = gather_gradients(self.setup, exchange)
+        gradients, traffic = gather_gradients(job, self.setup.spec, self.run, self.setup.store.clients, exchange)
         frame, first = frames.from_gradients(self.setup.spec, gradients, job.adapter.init_step)
         return frame, first, traffic
-
-
-def gather_gradients(setup: Setup, exchange: Ask) -> tuple[Arrays, Traffic]:
-    """The mean first-step gradient over drawn clients, weighted by examples, in one running sum; and what it cost in bytes."""
-    job, schema = setup.job, gradient_schema(setup.spec)
-    clients, traffic = setup.store.clients, Traffic()
-    rng = generator(job.federation.seed, "init-clients")
-    drawn = rng.choice(len(clients), size=min(job.adapter.init_clients, len(clients)), replace=False)
-    request = encode("gradient-request", Schema(()), {}, round=0)
-    for i in drawn:
-        traffic.sent(clients[i].name, len(request))
-    total, sums = 0.0, {t.name: np.zeros(t.shape) for t in schema.tensors}
-    for reply in exchange([(clients[i].name, request) for i in sorted(drawn)]):
-        if reply.payload is None:
-            continue
-        traffic.received(reply.client, len(reply.payload))
-        try:
-            packet = decode(reply.payload, schema, kinds=["gradient"], round=0)
-        except Refused:
-            continue
-        total += packet.header.weight
-        for name, array in packet.arrays.items():
-            sums[name] += packet.header.weight * array
-    if total <= 0:
-        raise EmptyCohort("no client sent a usable gradient, so the frame cannot be made; raise adapter.init-clients or use init = \"weights\"")
-    return {name: s / total for name, s in sums.items()}, traffic
 
 
 @lru_cache(maxsize=1)

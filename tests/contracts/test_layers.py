@@ -20,6 +20,7 @@ LAYERS = (  # from the bottom up; a module stands where its longest prefix here 
     ("checkpoint", "offer"),
     ("run",),
     ("rounds",),
+    ("gradient_init",),
     ("models",),
     ("adapters",),
     ("training", "onnx"),

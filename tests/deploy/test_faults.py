@@ -172,6 +172,17 @@ def test_devices_that_die_or_hang_cost_their_round_and_come_back(standing, make_
     assert sorted(standing.last(number)["clients"]) == sorted(DOMAINS)
 
 
+def test_a_frame_from_gradients_is_made_with_the_devices(standing, live_settings, make_bundle, run_rounds, tmp_path):
+    changes = ("adapter.init=gradient", "adapter.init-clients=3", "adapter.init-step=0.1", "federation.rounds=2", "federation.seed=6")
+    number = standing.give(make_bundle(*changes))
+    standing.finish(number)
+    run = open_run(standing.run(number))
+    simulated = run_rounds(parse_job("", [*live_settings, *changes]), tmp_path / "simulated").run
+    same_model(run, simulated)
+    assert run.newest().counters["up"] == simulated.newest().counters["up"] and run.newest().counters["down"] == simulated.newest().counters["down"]
+    assert [(e.round, e.facts, e.chain) for e in Ledger(run.ledger).events()] == [(e.round, e.facts, e.chain) for e in Ledger(simulated.ledger).events()]
+
+
 def test_a_third_of_the_devices_lose_their_network_each_round(standing, make_bundle):
     if not standing.own_networks:
         pytest.skip("networks of one's own take the right to make them")
