@@ -7,6 +7,9 @@ import numpy as np
 
 from fedtune.types import Metrics
 
+LARGEST_LOSS = 1e6
+"""Cross-entropy of a prediction: about 10 at its worst in a sane model; a diverging one may be far above that for a while."""
+
 
 def merge(parts: Iterable[Metrics]) -> Metrics:
     """Sum of sums over sum of weights, name by name.
@@ -20,6 +23,17 @@ def merge(parts: Iterable[Metrics]) -> Metrics:
             s0, w0 = total.get(name, (0.0, 0.0))
             total[name] = (s0 + s, w0 + w)
     return total
+
+
+def plausible(metrics: Metrics, most: float) -> bool:
+    """Whether metrics from outside can be what they say: loss and accuracy alone, over the same number of predictions, at most
+    `most`, none of them more than right, no loss below 0 or above LARGEST_LOSS a prediction."""
+    weights = {w for _, w in metrics.values()}
+    loss, accuracy = (metrics.get(name, (0.0, 0.0))[0] for name in ("loss", "accuracy"))
+    if not metrics.keys() <= {"loss", "accuracy"} or len(weights) > 1 or not all(0 <= w <= most for w in weights):
+        return False
+    count = max(weights, default=0.0)
+    return 0 <= accuracy <= count * (1 + 1e-6) and 0 <= loss <= LARGEST_LOSS * count
 
 
 def value(metrics: Metrics, name: str) -> float:

@@ -14,7 +14,7 @@ from fedtune.checkpoint import Checkpoint
 from fedtune.errors import EmptyCohort, Refused, RunError
 from fedtune.job import Job
 from fedtune.ledger import Ledger, require_whole
-from fedtune.metrics import value
+from fedtune.metrics import plausible, value
 from fedtune.run import RunFolder
 from fedtune.trees import norm, subtract
 from fedtune.types import Arrays, ClientInfo, Metrics, RoundReport, Update
@@ -185,6 +185,8 @@ class Coordinator:
             raise Refused("tensors", f"{len(packet.arrays)} of {len(self.schema.tensors)} tensors; all were assigned")
         if packet.header.weight > fed.max_weight:
             raise Refused("weight", f"{packet.header.weight:g} examples claimed, federation.max-weight is {fed.max_weight:g}")
+        if not plausible(packet.metrics, most_predictions(self.job) * fed.local_epochs):
+            raise Refused("metrics", "not the sums of loss and right predictions over one number of predictions")
         # |u - m| is at most |u| + |m|, and both are known: only near the limit is every difference looked at. 2 % and 1e-12 are more
         # than packet.norm and the rounding of the differences can be off.
         if 1.02 * (packet.norm + center) + 1e-12 <= fed.max_norm:
@@ -220,6 +222,11 @@ def start(
         if lines <= state.round:
             raise RunError(f"{run.path / 'metrics.jsonl'}: {lines} rounds, the checkpoint stands after round {state.round}; restore it")
     return Coordinator(job, schema, frame_digest, frame_bytes, algorithm, clients, run, evaluate, state, traffic)
+
+
+def most_predictions(job: Job) -> float:
+    """The largest number of predictions a client may claim for one pass over its data."""
+    return job.federation.max_weight * (job.model.max_length if job.model.task == "causal-lm" else 1)
 
 
 def make_algorithm(job: Job, schema: Schema) -> Algorithm:

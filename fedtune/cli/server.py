@@ -128,6 +128,9 @@ def _serve(home: Any, where: tuple[str, int], insecure: bool, stay: bool, scrape
     seen: dict[str, Any] = {}
 
     def listen(facts: dict[str, Any]) -> None:
+        if not seen:  # the first facts come when the port is open
+            text = f"listening on {where[0]}:{where[1]}" + (" without TLS" if insecure else "")
+            journal.event("listening", text, address=f"{where[0]}:{where[1]}", insecure=insecure)
         if exporter:
             exporter.update(facts)
         _tell(facts, seen, journal)
@@ -148,8 +151,6 @@ def _serve(home: Any, where: tuple[str, int], insecure: bool, stay: bool, scrape
 
         return Watch(journal.stage, journal.advance, reply, line)
 
-    text = f"listening on {where[0]}:{where[1]}" + (" without TLS" if insecure else "")
-    journal.event("listening", text, address=f"{where[0]}:{where[1]}", insecure=insecure)
     for entry, summary in serve(home, where, insecure, stay, watch, listen):
         journal.event("finished", f"finished {entry.name}: accuracy {_figure(summary['final']['accuracy'])}; report: {entry.run / 'report.html'}", run=str(entry.run))
 

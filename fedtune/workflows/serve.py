@@ -25,10 +25,10 @@ from fedtune.adapters.frames import from_gradients
 from fedtune.bundle import Bundle, open_bundle, write_bundle
 from fedtune.errors import EnvironmentProblem, FedtuneError, Refused, RunError, UserError
 from fedtune.gradient_init import gather_gradients, gradient_schema
-from fedtune.metrics import merge, value, worst_tenth
+from fedtune.metrics import merge, plausible, value, worst_tenth
 from fedtune.provision import load_devices
 from fedtune.report.events import Events
-from fedtune.rounds import Coordinator, Reply, Traffic, Watch, make_algorithm, start
+from fedtune.rounds import Coordinator, Reply, Traffic, Watch, make_algorithm, most_predictions, start
 from fedtune.run import RunFolder, create_run, open_run, versions
 from fedtune.server.app import Exchange, run_rounds
 from fedtune.server.lobby import Guest, Lobby
@@ -260,7 +260,11 @@ class Live:
                 continue
             self.coordinator.traffic.evaluation += len(reply.payload)
             with contextlib.suppress(Refused):
-                found[reply.client] = decode(reply.payload, Schema(()), kinds=["scores"], round=round, frame=self.bundle.frame_digest).metrics
+                scores = decode(reply.payload, Schema(()), kinds=["scores"], round=round, frame=self.bundle.frame_digest).metrics
+                if plausible(scores, most_predictions(self.job)):
+                    found[reply.client] = scores
+                else:
+                    log.warning("%s: scores that cannot be are left out", reply.client)
         self.scores = {name: found[name] for name in sorted(found) if found[name].get("accuracy", (0.0, 0.0))[1] > 0}
         return merge(list(self.scores.values())) if self.scores else None
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.errors import Refused
+from fedtune.job import Job
 from fedtune.rounds import Coordinator
 from fedtune.trees import norm, subtract
 from fedtune.types import TensorSpec
@@ -130,7 +131,7 @@ def test_the_norm_limit_is_that_of_the_slow_twin(seed, update_size, model_size, 
     packet = decode(encode("update", SCHEMA, sent, round=1), SCHEMA, kinds=["update"], copy=False)
     size = norm(subtract(sent, model))
     for limit in (near * size, near * (norm(sent) + norm(model)), size, np.nextafter(size, 0)):
-        job = SimpleNamespace(federation=SimpleNamespace(max_norm=limit, max_weight=1.0))
+        job = SimpleNamespace(federation=SimpleNamespace(max_norm=limit, max_weight=1.0, local_epochs=1), model=Job().model)
         coordinator = SimpleNamespace(job=job, schema=SCHEMA, state=SimpleNamespace(arrays=model))
         try:
             Coordinator._within_limits(coordinator, packet, norm(model))
