@@ -31,7 +31,7 @@ def write_atomic(path: Path, data: bytes) -> None:
         except BaseException:
             os.unlink(name)
             raise
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -50,7 +50,8 @@ def failing_clearly(path: Path) -> Iterator[None]:
         raise EnvironmentProblem(f"cannot write {path}: {e.strerror or e}; free space, check permissions, or choose another place") from e
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Makes what was renamed into the folder, or made in it, outlast a crash."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)

@@ -37,6 +37,7 @@ SUPERLINK_POLL = 0.05  # between looks at a port that is being bound
 SERIAL_POLL = 0.02  # the coordinator of a simulation looks for replies
 GRID_POLL = 0.05  # a live coordinator looks for replies (Flower's own grid: 3)
 LOBBY_POLL = 0.25  # the coordinator looks for devices, and into their answers
+ROSTER_POLL = 1.0  # the coordinator looks for device keys that were added or taken away
 QUEUE_POLL = 1.0  # an idle coordinator looks for jobs
 OFFER_SECONDS = 300.0  # a device answers an offer: it may have to load a base
 ASK_AGAIN_SECONDS = 60.0  # a device that refused is asked again

@@ -35,7 +35,7 @@ from fedtune.server.lobby import Guest, Lobby
 from fedtune.server.superlink import LinkGrid, SuperLink, Tls, superlink
 from fedtune.storage import failing_clearly, write_json
 from fedtune.types import Arrays, Metrics
-from fedtune.waits import DESK_SECONDS, GRID_POLL, LOBBY_POLL, QUEUE_POLL
+from fedtune.waits import DESK_SECONDS, GRID_POLL, LOBBY_POLL, QUEUE_POLL, ROSTER_POLL
 from fedtune.wire import Schema, decode, encode, packet_bytes
 from fedtune.workflows.summary import facts, write_summary
 
@@ -126,16 +126,20 @@ class Roster:
     """The devices that are let in: those whose .pub lies in the folder, looked at again whenever it changes."""
 
     def __init__(self, link: SuperLink, folder: Path) -> None:
-        self._link, self._folder, self._seen, self._trouble = link, folder, -1, ""
+        self._link, self._folder, self._trouble, self._looked = link, folder, "", -ROSTER_POLL
+        self._seen: tuple[tuple[str, int, int], ...] | None = None
         self._names: dict[int, str] = {}
 
     def __call__(self) -> Mapping[int, str]:
         """Raises UserError for a folder that cannot be read the first time; later the devices stay as they were."""
+        if time.monotonic() - self._looked < ROSTER_POLL:
+            return self._names
+        self._looked = time.monotonic()
         try:
-            now = self._folder.stat().st_mtime_ns
+            now = self._state()
             keys = load_devices(self._folder) if now != self._seen else None
         except (OSError, FedtuneError) as e:
-            if self._seen == -1:
+            if self._seen is None:
                 raise
             now, keys = self._seen, None
             if str(e) != self._trouble:
@@ -148,6 +152,12 @@ class Roster:
                     self._link.unregister(node)
             self._seen, self._trouble = now, ""
         return self._names
+
+    def _state(self) -> tuple[tuple[str, int, int], ...]:
+        """Changes with every file that comes, goes, or is written over."""
+        with os.scandir(self._folder) as found:
+            files = [(f.name, f.stat()) for f in found if f.name.endswith(".pub")]
+        return tuple(sorted((name, s.st_mtime_ns, s.st_size) for name, s in files))
 
 
 @dataclass

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 import typer
@@ -214,7 +215,7 @@ def test_a_disk_that_cannot_be_written_is_one_line(place, monkeypatch):
     def denied(*arguments, **options):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(library.Path, "mkdir", denied)
+    monkeypatch.setattr(Path, "mkdir", denied)
     check_refused(place, MAKE, r"cannot write keys: Permission denied; free space, check permissions, or choose another place", code=3)
 
 
@@ -222,7 +223,8 @@ def test_a_machine_without_cryptography_is_one_line(place, monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "cryptography"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "cryptography", None)
-    monkeypatch.delitem(sys.modules, "fedtune.provision")
+    for name in [name for name in sys.modules if name == "fedtune.provision" or name.startswith("fedtune.provision.")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr("fedtune.provision")
     check_refused(place, MAKE, r"fedtune provision needs the package cryptography; install fedtune\[server\]", code=3)
 

@@ -10,6 +10,7 @@ import subprocess
 from argparse import Namespace
 from concurrent import futures
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import grpc
 import pytest
@@ -21,9 +22,9 @@ from flwr.supernode.cli.flower_supernode import _try_setup_client_authentication
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune import provision
 from fedtune.errors import EnvironmentProblem, UserError
 from fedtune.provision import check_host, device_names, inspect, load_devices, make, renew, sans
+from fedtune.provision.certificates import issue_ca, issue_server
 
 NOW = datetime.now(UTC).replace(microsecond=0)
 DAY = timedelta(days=1)
@@ -211,8 +212,8 @@ def test_permissions_do_not_depend_on_the_umask(umask, tmp_path, monkeypatch):
             opened.append(mode)
         return real_open(path, flags, mode, **more)
 
-    monkeypatch.setattr(provision.os, "fsync", recording)
-    monkeypatch.setattr(provision.os, "open", opening)
+    monkeypatch.setattr(os, "fsync", recording)
+    monkeypatch.setattr(os, "open", opening)
     old = os.umask(umask)
     try:
         make(tmp_path / "deep" / "keys", HOSTS, TWO)
@@ -309,7 +310,7 @@ def crash_after(count, monkeypatch):
         left[0] -= 1
         real(*arguments)
 
-    monkeypatch.setattr(provision.os, "replace", replace)
+    monkeypatch.setattr(os, "replace", replace)
 
 
 @pytest.mark.parametrize("count", range(11))
@@ -365,7 +366,7 @@ def test_a_full_disk_leaves_no_part(root, monkeypatch):
     def full(fd):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(provision.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     refused(r"cannot write .*device\.key: No space left on device; free space", make, root, (), ("new",), error=EnvironmentProblem)
     assert content(root) == before
 
@@ -471,7 +472,7 @@ def test_a_stolen_device_gets_other_keys(count, root, monkeypatch):
     assert changed == {"devices/device-002/device.key", "server/devices/device-002.pub"}
     assert [item.name for item in report.made] == ["device-002"]
     assert report.todo == (
-        f"copy {root}/server/devices to the coordinator and restart it, so that it refuses the old key of device-002",
+        f"copy {root}/server/devices to the coordinator, so that it refuses the old key of device-002",
         f"copy {root}/devices/device-002 to device-002, and to no other device")
 
 
@@ -656,8 +657,8 @@ def test_names_of_a_certificate_are_each_host_once_and_always_this_machine(hosts
 @given(st.lists(HOST, min_size=1, max_size=6))
 def test_a_certificate_says_names_and_addresses_apart(hosts):
     ca_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
-    ca = provision._issue_ca(ca_key, 10, NOW)
-    cert = provision._issue_server(ca_key, ca, key.public_key(), sans(hosts), 5, NOW)
+    ca = issue_ca(ca_key, 10, NOW)
+    cert = issue_server(ca_key, ca, key.public_key(), sans(hosts), 5, NOW)
     names = x509.load_der_x509_certificate(cert.public_bytes(serialization.Encoding.DER)).extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     addresses = set(names.get_values_for_type(x509.IPAddress))
     assert {str(address) for address in addresses} | set(names.get_values_for_type(x509.DNSName)) == set(sans(hosts))
@@ -840,7 +841,7 @@ def test_a_root_that_cannot_be_written(tmp_path, monkeypatch):
     def denied(*arguments, **options):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(provision.Path, "mkdir", denied)
+    monkeypatch.setattr(Path, "mkdir", denied)
     refused(r"cannot write .*keys: Permission denied; free space, check permissions", make, tmp_path / "keys", HOSTS, TWO, error=EnvironmentProblem)
 
 
@@ -854,7 +855,7 @@ def test_a_file_that_cannot_be_read(root, monkeypatch):
     def denied(*arguments, **options):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(provision.Path, "open", denied)
+    monkeypatch.setattr(Path, "open", denied)
     refused(r"cannot read .*ca\.crt: Permission denied; check permissions", inspect, root, error=EnvironmentProblem)
 
 
