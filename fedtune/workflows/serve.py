@@ -147,8 +147,9 @@ class Roster:
             self._trouble = str(e)
         if keys is not None:
             self._names = {self._link.register(name, key): name for name, key in keys.items()}
+            allowed = set(keys.values())
             for key, node in self._link.registered().items():
-                if key not in keys.values():
+                if key not in allowed:
                     self._link.unregister(node)
             self._seen, self._trouble = now, ""
         return self._names
