@@ -3,6 +3,8 @@
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -42,13 +44,22 @@ def command(
         raise UserError("--name: a device with a key is called as it was provisioned; remove --name")
     if name and not NAME.fullmatch(name):
         raise UserError(f"--name {name!r}: must be up to 64 letters, digits, dots, dashes or underscores, beginning with a letter or digit")
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    with Journal(log_json) as journal:
+    with _stopping() as stop, Journal(log_json) as journal:
         from fedtune.client.device import DeviceSettings, run_device
 
         settings = DeviceSettings(server, folder, data, base, policy, name, insecure, threads, idle)
         run_device(settings, lambda text: journal.event("device", text), stop)
         journal.event("stopped", "stopped")
     sys.exit(INTERRUPTED)
+
+
+@contextmanager
+def _stopping() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set, also where a script started this process with SIGINT ignored."""
+    stop = threading.Event()
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -17,17 +17,18 @@ class Journal(AbstractContextManager["Journal"]):
     def __init__(self, as_json: bool) -> None:
         self._json = as_json
         self._board = None if as_json else Board(out)
-        handler = _Handler(self)
-        handler.setLevel(logging.WARNING)
-        logging.getLogger().handlers[:] = [handler]
-        logging.captureWarnings(True)
+        self._before: list[logging.Handler] = []
 
     def __enter__(self) -> "Journal":
+        root, handler = logging.getLogger(), _Handler(self)
+        handler.setLevel(logging.WARNING)
+        self._before, root.handlers[:] = root.handlers[:], [handler]
         if self._board:
             self._board.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
+        logging.getLogger().handlers[:] = self._before
         if self._board:
             self._board.__exit__(*error)
 

@@ -51,7 +51,7 @@ def command(
     home = Home(folder)
     if not insecure:
         home.require_keys()
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # a service manager's way to say Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a service manager's way to say Ctrl-C
     with home.locked() as mine, Journal(log_json) as journal:
         if source is not None and not _queued(home, source, set_, journal, mine):
             return

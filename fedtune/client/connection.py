@@ -16,7 +16,8 @@ class Unreachable(Exception):
 def look(address: str, ca: Path | None) -> None:
     """Connects, and with `ca` shakes hands, then hangs up.
 
-    Raises Unreachable when nobody answers, UserError when somebody does who cannot be trusted: that will not mend itself.
+    Raises Unreachable when nobody answers, or only the time is wrong; UserError when somebody does who cannot be trusted:
+    that will not mend itself.
     """
     host, port = parse_address(address)
     try:
@@ -26,6 +27,8 @@ def look(address: str, ca: Path | None) -> None:
                 with _context(ca).wrap_socket(plain, server_hostname=host):
                     pass
     except ssl.SSLCertVerificationError as e:
+        if trouble := _in_time(address, e):
+            raise Unreachable(trouble) from None
         raise UserError(_untrusted(address, ca, e)) from None
     except ssl.SSLError as e:
         if e.reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE"):
@@ -44,12 +47,17 @@ def _context(ca: Path) -> ssl.SSLContext:
     return context
 
 
+def _in_time(address: str, error: ssl.SSLCertVerificationError) -> str:
+    """What will mend itself: a certificate that is renewed, a clock that is set."""
+    if "expired" in error.verify_message:
+        return f"{address}: its certificate has expired; renew it on the coordinator with `fedtune provision renew`"
+    if "not yet valid" in error.verify_message:
+        return f"{address}: its certificate is not valid yet; check this device's clock"
+    return ""
+
+
 def _untrusted(address: str, ca: Path | None, error: ssl.SSLCertVerificationError) -> str:
     message = error.verify_message.rstrip(".")
-    if "expired" in message:
-        return f"{address}: its certificate has expired; renew it on the coordinator with `fedtune provision renew`"
-    if "not yet valid" in message:
-        return f"{address}: its certificate is not valid yet; check this device's clock"
     if "mismatch" in message or "not valid for" in message:
         return f"{address}: its certificate is for other hosts ({message}); connect under a name it holds, or provision it with --host"
     return f"{address}: its certificate was not signed by the authority in {ca} ({message}); copy the ca.crt that belongs to this coordinator"

@@ -77,8 +77,11 @@ class Work:
         except Refused as e:
             self.say(f"refused job {offer.job[:12]}: {e}")
             return Answer("refused", str(e), self.settings.name)
-        except UserError as e:  # its text may hold what the data holds: the owner sees it, the coordinator does not
-            self.fatal = e
+        except FedtuneError as e:  # its text may hold what the data holds: the owner sees it, the coordinator does not
+            if isinstance(e, UserError):
+                self.fatal = e
+            else:
+                self.say(f"cannot take job {offer.job[:12]} now: {e}")
             return Answer("refused", _outward(e), self.settings.name)
         self.say(f"ready for job {offer.job[:12]}: {self._facts['examples']} examples to train on, {self._facts['held_out']} held out")
         return Answer("ready", "", self.settings.name, self._facts["examples"], self._facts["held_out"])
@@ -159,7 +162,7 @@ def run_device(settings: DeviceSettings, say: Say, stop: threading.Event) -> Non
                 look(settings.server, None if settings.insecure else settings.folder / "ca.crt")
             except Unreachable as e:
                 wait = next(waits)
-                say(f"no coordinator at {e}; trying again in {wait:.0f} s")
+                say(f"cannot join {e}; trying again in {wait:.0f} s")
                 stop.wait(wait)
                 continue
             if _serve(settings, work, stop) > STEADY_SECONDS:

@@ -13,8 +13,9 @@ A CA is renewed with its own key and name, so certificates it signed before and 
 Private keys are 0600 from their first byte and lie in folders of 0700, whatever the umask.
 """
 
+from fedtune.provision.certificates import days_left
 from fedtune.provision.federation import inspect, load_devices, make, renew
 from fedtune.provision.layout import Item, Report
 from fedtune.provision.names import check_host, device_names, names_in_short, sans
 
-__all__ = ["Item", "Report", "check_host", "device_names", "inspect", "load_devices", "make", "names_in_short", "renew", "sans"]
+__all__ = ["Item", "Report", "check_host", "days_left", "device_names", "inspect", "load_devices", "make", "names_in_short", "renew", "sans"]

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
@@ -91,6 +91,12 @@ def read_cert(path: Path) -> x509.Certificate | None:
         return x509.load_pem_x509_certificate(data)
     except ValueError:
         raise UserError(f"{path}: not a certificate in PEM form; {ANEW}") from None
+
+
+def days_left(path: Path, now: datetime | None = None) -> float | None:
+    """Days until the certificate expires, below 0 when it has; None where there is none."""
+    cert = read_cert(path)
+    return None if cert is None else (cert.not_valid_after_utc - (now or datetime.now(UTC))).total_seconds() / 86_400
 
 
 def read_key(path: Path) -> Key | None:

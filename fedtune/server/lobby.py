@@ -51,6 +51,8 @@ class Lobby:
     def visit(self) -> None:
         """Offers the job to devices that came or came back, and takes in their answers. Never waits."""
         online, names = self._link.online(), None if self._names is None else self._names()
+        if names is not None:
+            self.guests = {node: guest for node, guest in self.guests.items() if node in names}
         for node, joined in online.items():
             if names is None or node in names:
                 self._greet(node, joined, f"node-{node:016x}"[:13] if names is None else names[node])

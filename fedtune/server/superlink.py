@@ -45,6 +45,7 @@ from flwr.superlink.dependencies.linkstate import get_linkstate
 from flwr.superlink.grid import HttpGrid
 from flwr.superlink.main import create_app
 from flwr.superlink.servicer.runtime import runtime_handlers
+from sqlalchemy.exc import SQLAlchemyError
 
 from fedtune.errors import EnvironmentProblem, UserError
 from fedtune.waits import LATE_SECONDS, SUPERLINK_POLL, SUPERLINK_START, SUPERLINK_STOP
@@ -243,7 +244,11 @@ def superlink(host: str, port: int, state: Path, tls: Tls | None, body_limit: in
     except (OSError, ValueError) as e:
         raise UserError(f"{tls.certificate if tls else host}: cannot be used for TLS ({e}); make it again with `fedtune provision`") from None
     with _serving(uvicorn.Server(config), host, port):
-        yield link
+        try:
+            yield link
+        except SQLAlchemyError as e:
+            reason = " ".join(str(getattr(e, "orig", None) or e).split())[:200]
+            raise EnvironmentProblem(f"{state}: Flower's state cannot be kept ({reason}); free space, check permissions; the same command continues") from None
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from fedtune.bundle import Bundle, open_bundle, write_bundle
 from fedtune.errors import EnvironmentProblem, FedtuneError, Refused, RunError, UserError
 from fedtune.gradient_init import gather_gradients, gradient_schema
 from fedtune.metrics import merge, plausible, value, worst_tenth
-from fedtune.provision import load_devices
+from fedtune.provision import days_left, load_devices
 from fedtune.report.events import Events
 from fedtune.rounds import Coordinator, Reply, Traffic, Watch, make_algorithm, most_predictions, start
 from fedtune.run import RunFolder, create_run, open_run, versions
@@ -41,6 +41,7 @@ from fedtune.workflows.summary import facts, write_summary
 
 log = logging.getLogger(__name__)
 _NAMED = re.compile(r"\d{3,}-")
+EXPIRY_DAYS = 30  # of the certificate, from which a warning is given at the start
 REQUEST_ROOM = 2**20  # bytes a device's request may be larger than an update
 
 
@@ -319,16 +320,26 @@ def serve(
         roster = None if insecure else Roster(link, home.devices)
         if roster is not None:
             roster()
+        _warn_of_expiry(home, insecure)
         while True:
             waiting = [e for e in home.entries() if not e.finished]
             if not waiting:
                 desk.note(state="idle", job=None, queue=[], devices=[])
                 if not stay:
                     return
+                if roster is not None:
+                    roster()
                 time.sleep(QUEUE_POLL)
                 continue
             entry = waiting[0]
             yield entry, _run(entry, link, roster, desk, watch, [e.name for e in waiting[1:]])
+
+
+def _warn_of_expiry(home: Home, insecure: bool) -> None:
+    left = None if insecure else days_left(home.tls.certificate)
+    if left is not None and left < EXPIRY_DAYS:
+        what = f"expires in {left:.0f} days" if left > 0 else "has expired: devices refuse it"
+        log.warning("%s: %s; renew it with `fedtune provision renew`", home.tls.certificate, what)
 
 
 def _run(

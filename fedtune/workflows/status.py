@@ -39,7 +39,7 @@ def read(folder: Path) -> dict[str, Any]:
 def lines(status: dict[str, Any]) -> Iterator[str]:
     """The status for people."""
     state = status["state"] if status["running"] else "stopped"
-    yield f"service: {state} on {status['address']}{' without TLS' if status['insecure'] else ''}" + (f" (process {status['pid']})" if status["running"] else "; the same command continues it")
+    yield f"service: {state} on {status['address']}{' without TLS' if status['insecure'] else ''}" + (f" (process {status['pid']})" if status["running"] else "; the same command continues it" if status["job"] else "")
     if status["job"]:
         yield f"job: {status['job']}, round {status['round'] if status['round'] is not None else 'not begun'} of {status['rounds']}; run folder {status['run']}"
         if status["state"] == "waiting" and status["running"]:

