@@ -156,7 +156,7 @@ def open_bundle(folder: Path) -> Bundle:
     try:
         manifest = _MANIFEST.validate_json(path.read_bytes())
     except FileNotFoundError:
-        raise RunError(f"{folder}: no manifest.json, so not a bundle") from None
+        raise RunError(f"{folder}: no manifest.json, so not a bundle; `fedtune prepare JOB -o BUNDLE` makes one") from None
     except ValidationError as e:
         raise RunError(f"{path}: {e.error_count()} fields are wrong, first {e.errors()[0]['loc']}; remove {folder}, and it is made again") from None
     if manifest.format != FORMAT:

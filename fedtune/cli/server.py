@@ -3,6 +3,7 @@
 import hashlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -53,6 +54,8 @@ def command(
         home.require_keys()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a service manager's way to say Ctrl-C
     with home.locked() as mine, Journal(log_json) as journal:
+        if mine:
+            _require_free(where)
         if source is not None and not _queued(home, source, set_, journal, mine):
             return
         if not mine:
@@ -64,6 +67,17 @@ def command(
         except KeyboardInterrupt:
             journal.event("stopped", "stopped; the same command continues")
             sys.exit(INTERRUPTED)
+
+
+def _require_free(where: tuple[str, int]) -> None:
+    """Raises EnvironmentProblem, before any work is done, when the service could not listen there."""
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(*where, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[:1]:
+            with socket.socket(family, kind, protocol) as s:
+                s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                s.bind(address)
+    except OSError as e:
+        raise EnvironmentProblem(f"cannot listen on {where[0]}:{where[1]} ({e.strerror or e}); is another service there, or is the address not this machine's? give another --address") from None
 
 
 def _listens(source: Path | None, set_: list[str] | None) -> str:
@@ -151,6 +165,9 @@ def _serve(home: Any, where: tuple[str, int], insecure: bool, stay: bool, scrape
 
         return Watch(journal.stage, journal.advance, reply, line)
 
+    if not stay and not any(not e.finished for e in home.entries()):
+        journal.event("idle", "nothing is queued; give a job, or --stay to wait for one")
+        return
     for entry, summary in serve(home, where, insecure, stay, watch, listen):
         journal.event("finished", f"finished {entry.name}: accuracy {_figure(summary['final']['accuracy'])}; report: {entry.run / 'report.html'}", run=str(entry.run))
 

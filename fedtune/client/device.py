@@ -191,7 +191,8 @@ def _serve(settings: DeviceSettings, work: Work, stop: threading.Event) -> float
             lived += WATCH_POLL
         if node.exited:
             _explain(node.said(), settings)
-            log.warning("the SuperNode ended: %s", (node.said().strip().splitlines() or ["it said nothing"])[-1])
+            last = [line for line in node.said().splitlines() if "ERROR" in line or "WARNING" in line]
+            work.say(f"the connection ended{': ' + last[-1].split(':', 1)[-1].strip() if last else ''}")
     finally:
         over.set()
         node.stop()

@@ -58,8 +58,9 @@ def load_policy(path: Path) -> Policy:
         first = e.errors(include_input=False, include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
         known = ", ".join(name.replace("_", "-") for name in Policy.model_fields)
-        remedy = f"known keys: {known}" if first["type"] == "extra_forbidden" else "mend it or remove the key"
-        raise UserError(f"{path}: {where}: {first['msg']}; {remedy}") from None
+        if first["type"] == "extra_forbidden":
+            raise UserError(f"{path}: {where}: unknown key; known keys: {known}") from None
+        raise UserError(f"{path}: {where}: {first['msg']}; mend it or remove the key") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
         raise UserError(f"{path}: cannot be read as a policy ({e}); mend it, or remove it to allow every job") from None
 

@@ -8,7 +8,18 @@ from pathlib import Path
 
 from fedtune.errors import UserError
 from fedtune.provision.certificates import parse_pub, public_pem
-from fedtune.provision.files import exists, held, is_folder, listed, make_folder, read, require_no_file, require_plain, write
+from fedtune.provision.files import (
+    exists,
+    held,
+    is_folder,
+    listed,
+    make_folder,
+    read,
+    require_no_file,
+    require_plain,
+    require_unused,
+    write,
+)
 from fedtune.provision.found import ca_item, device_item, read_ca, server_items
 from fedtune.provision.layout import Item, Layout, Report
 from fedtune.provision.names import NAME, NO_HOST, check_names, refuse_twins, require_known, sans
@@ -29,7 +40,7 @@ def make(
     when there is a server certificate. `force` makes everything new, and devices not in `names` are removed with the old CA.
 
     Raises:
-        UserError: a host, name or number of days that cannot be; a file in the way that is damaged, a link, of another CA, or for
+        UserError: `force` while a coordinator or device runs with these keys; a host, name or number of days that cannot be; a file in the way that is damaged, a link, of another CA, or for
             other hosts; the CA's key is not here and something is to be signed. Nothing is written then.
         EnvironmentProblem: the folder cannot be written or read. What was written is finished by calling again.
     """
@@ -47,6 +58,7 @@ def make(
         require_plain(root, layout.files([*names, *removed]))
         plan = Plan()
         if force:
+            require_unused([layout.server_crt.parent, *(layout.devices / name for name in known)])
             ca = plan_new_ca(plan, layout, ca_days, now)
         else:
             refuse_twins(names, known)

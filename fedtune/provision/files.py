@@ -137,3 +137,13 @@ def write(file: File) -> None:
             part.unlink(missing_ok=True)
             raise
         sync_folder(file.path.parent)
+
+
+def require_unused(folders: Iterable[Path]) -> None:
+    """Raises UserError when a running coordinator or device holds one of these folders: new keys would shut all of them out."""
+    for folder in folders:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), (folder / ".lock").open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{folder}: is in use by a running fedtune; stop it first, new keys would shut every device out") from None

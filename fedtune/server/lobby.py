@@ -94,6 +94,9 @@ class Lobby:
         for message in self._grid.pull_messages(list(asked)) if asked else ():
             guest = asked[message.metadata.reply_to_message_id]
             guest.question = ""
+            if message.has_error():  # it left before it answered
+                guest.reason = short(message.error.reason)
+                continue
             answer = _answer(message)
             if answer.state == "need" and not guest.shipped:
                 self._offer(guest, self._bundle.shipped())
@@ -112,8 +115,6 @@ class Lobby:
 
 def _answer(message: Message) -> Answer:
     """What a device answered; anything else is a refusal with its reason."""
-    if message.has_error():
-        return Answer("refused", short(message.error.reason) or "no answer")
     record = message.content.get(RECORD)
     values = dict(record) if isinstance(record, ConfigRecord) else {}
     if isinstance(values.get("refused"), str):

@@ -395,7 +395,7 @@ def _quiet() -> None:
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
-        logger.setLevel(logging.WARNING)
+        logger.setLevel(logging.CRITICAL if name.startswith("uvicorn") else logging.WARNING)
 
 
 def check_version() -> None:

@@ -33,7 +33,7 @@ from fedtune.run import RunFolder, create_run, open_run, versions
 from fedtune.server.app import Exchange, run_rounds
 from fedtune.server.lobby import Guest, Lobby
 from fedtune.server.superlink import LinkGrid, SuperLink, Tls, superlink
-from fedtune.storage import failing_clearly, write_json
+from fedtune.storage import failing_clearly, write_atomic, write_json
 from fedtune.types import Arrays, Metrics
 from fedtune.waits import DESK_SECONDS, GRID_POLL, LOBBY_POLL, QUEUE_POLL, ROSTER_POLL
 from fedtune.wire import Schema, decode, encode, packet_bytes
@@ -41,6 +41,7 @@ from fedtune.workflows.summary import facts, write_summary
 
 log = logging.getLogger(__name__)
 _NAMED = re.compile(r"\d{3,}-")
+DONE = "done"  # marks a bundle of the queue that was run
 EXPIRY_DAYS = 30  # of the certificate, from which a warning is given at the start
 REQUEST_ROOM = 2**20  # bytes a device's request may be larger than an update
 
@@ -55,6 +56,9 @@ class Entry:
 
     @property
     def finished(self) -> bool:
+        """It was run to its end; also when its run folder was taken away since."""
+        if (self.bundle / DONE).exists():
+            return True
         with contextlib.suppress(OSError, ValueError):
             return bool(json.loads((self.run / "summary.json").read_text())["complete"])
         return False
@@ -147,11 +151,13 @@ class Roster:
                 log.warning("%s; the devices stay as they were", e)
             self._trouble = str(e)
         if keys is not None:
+            before = self._names
             self._names = {self._link.register(name, key): name for name, key in keys.items()}
             allowed = set(keys.values())
             for key, node in self._link.registered().items():
                 if key not in allowed:
                     self._link.unregister(node)
+                    log.warning("device %s is no longer let in: its key is not in %s", before.get(node, f"node {node}"), self._folder)
             self._seen, self._trouble = now, ""
         return self._names
 
@@ -197,6 +203,7 @@ class Live:
     traffic: Traffic = field(default_factory=Traffic)
     scores: dict[str, Metrics] = field(default_factory=dict)
     _looked: float = 0.0
+    _began: bool = False
 
     def __post_init__(self) -> None:
         self.job = self.bundle.job
@@ -231,8 +238,6 @@ class Live:
             parameters=manifest.parameters, task=manifest.task, labels=manifest.labels, spec=spec, versions=manifest.versions)
 
     def rounds(self) -> None:
-        left = self.job.federation.rounds - self.coordinator.state.round
-        self.watch.stage("training", left * self.job.federation.cohort)
         run_rounds(self.coordinator, self.ask, self.gather)
 
     def ask(self, pairs: list[tuple[str, bytes]], round: int) -> Iterator[Reply]:
@@ -250,13 +255,17 @@ class Live:
         """Waits until `min-replies` devices are ready. Raises EnvironmentProblem after server.wait seconds."""
         need, end = self.job.federation.min_replies, time.monotonic() + self.job.server.wait
         self.look()
+        waited = not self._began
         while len(ready := self.lobby.ready()) < need:
+            waited = True
             if time.monotonic() > end:
                 raise EnvironmentProblem(f"{len(ready)} of {need} devices were ready after server.wait = {self.job.server.wait:g} s; nothing is lost: the same command continues the run")
             self.desk.tick(state="waiting", ready=len(ready), need=need)
             time.sleep(LOBBY_POLL)
             self.look()
-        coordinator.clients = ready
+        if waited:
+            self.watch.stage("training", (self.job.federation.rounds - coordinator.state.round) * self.job.federation.cohort)
+        self._began, coordinator.clients = True, ready
 
     def evaluate(self, round: int, arrays: Arrays) -> Metrics | None:
         """Held-out metrics over the devices that are ready, in the rounds the job evaluates. The data stay where they are."""
@@ -332,7 +341,9 @@ def serve(
                 time.sleep(QUEUE_POLL)
                 continue
             entry = waiting[0]
-            yield entry, _run(entry, link, roster, desk, watch, [e.name for e in waiting[1:]])
+            summary = _run(entry, link, roster, desk, watch, [e.name for e in waiting[1:]])
+            write_atomic(entry.bundle / DONE, b"")
+            yield entry, summary
 
 
 def _warn_of_expiry(home: Home, insecure: bool) -> None:

@@ -902,3 +902,14 @@ def test_a_missing_server_certificate_needs_the_ca_key(root):
     (root / "server" / "server.crt").unlink()
     check_refused(root, r"ca/ca\.key: is not here \(kept offline\?\), and a server certificate needs it")
     check_refused(root, r"server/server\.crt: is missing; say with --host what a new one is for", call=renew)
+
+
+def test_new_keys_are_not_made_under_a_running_service(tmp_path):
+    make(tmp_path, ["127.0.0.1"], ["one"])
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with (tmp_path / "server" / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="is in use by a running fedtune; stop it first"):
+            make(tmp_path, ["127.0.0.1"], ["one"], force=True)
+        make(tmp_path, [], ["two"])  # enrolling goes on
+    assert all(p.read_bytes() == data for p, data in before.items())
