@@ -159,7 +159,7 @@ def test_keys(service, domain_csv, tmp_path):
     copy.wait_for("connecting to")
     (home / "devices" / "gamma.pub").unlink()
     assert "does not know this device's key" in ended(gamma, 2)
-    service.coordinator.wait_for("device gamma offline")
+    service.coordinator.wait_for("device gamma is no longer let in")
     assert delta.running and copy.running
     family = [p for d in (delta, copy) for p in psutil.Process(d.process.pid).children(recursive=True)]
     for process in (delta, copy):

@@ -186,16 +186,16 @@ def test_a_frame_from_gradients_is_made_with_the_devices(standing, live_settings
 def test_a_third_of_the_devices_lose_their_network_each_round(standing, make_bundle):
     if not standing.own_networks:
         pytest.skip("networks of one's own take the right to make them")
-    number = standing.give(make_bundle("federation.rounds=6", "federation.deadline=10.0", "federation.min-replies=2", "evaluation.every=6", "federation.seed=3"))
+    number = standing.give(make_bundle("federation.rounds=3", "federation.deadline=8.0", "federation.min-replies=2", "evaluation.every=3", "federation.seed=3"))
     until(lambda: standing.last(number)["round"] >= 0, "the start", standing.said)
-    while (done := standing.last(number)["round"]) < 6:
+    while (done := standing.last(number)["round"]) < 3:
         cut = DOMAINS[done % len(DOMAINS)]
         standing.cut(cut, "down")
         until(lambda done=done: standing.last(number)["round"] > done, f"round {done + 1}", standing.said)
         standing.cut(cut, "up")
     standing.finish(number)
     lines = standing.metrics(number)
-    assert [line["round"] for line in lines] == list(range(7))
+    assert [line["round"] for line in lines] == list(range(4))
     assert any(line["refused"] for line in lines) and {name for line in lines for name in line["clients"]} == set(DOMAINS)
 
 
