@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from fedtune.bundle import Bundle
@@ -94,7 +95,7 @@ class Lobby:
         for message in self._grid.pull_messages(list(asked)) if asked else ():
             guest = asked[message.metadata.reply_to_message_id]
             guest.question = ""
-            if message.has_error():  # it left before it answered
+            if message.has_error() and message.error.code == ErrorCode.NODE_UNAVAILABLE:  # it left before it answered
                 guest.reason = short(message.error.reason)
                 continue
             answer = _answer(message)
@@ -115,6 +116,8 @@ class Lobby:
 
 def _answer(message: Message) -> Answer:
     """What a device answered; anything else is a refusal with its reason."""
+    if message.has_error():
+        return Answer("refused", short(message.error.reason) or "no answer")
     record = message.content.get(RECORD)
     values = dict(record) if isinstance(record, ConfigRecord) else {}
     if isinstance(values.get("refused"), str):
