@@ -263,7 +263,7 @@ def test_errors_come_back_as_their_classes(bundle, tiny_csv, trainer_of, tmp_pat
 def test_errors_of_base_and_bundle_come_back_as_their_classes(bundle, trainer_of, tmp_path):
     with pytest.raises(ModelError, match=rf"^--base {tmp_path}/none: does not exist; "):
         trainer_of(bundle, base=tmp_path / "none").open(OPEN)
-    with pytest.raises(RunError, match=r": no manifest\.json, so not a bundle$"):
+    with pytest.raises(RunError, match=r": no manifest\.json, so not a bundle; `fedtune prepare JOB -o BUNDLE` makes one$"):
         trainer_of(type("Nothing", (), {"folder": tmp_path})).open(OPEN)
 
 
