@@ -32,7 +32,7 @@ from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVers
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
-from fedtune.client.supernode_process import check_version
+from fedtune.flower import check_version
 from fedtune.waits import SUPERNODE_STOP, TASK_IDLE_POLL, TASK_POLL, Pace
 
 log = logging.getLogger(__name__)

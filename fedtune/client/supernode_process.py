@@ -8,21 +8,12 @@ rarely; the second is a tenth of a second.
 import os
 import sys
 import time
-from importlib.metadata import version
 from types import ModuleType, SimpleNamespace
 
-from fedtune.errors import EnvironmentProblem
+from fedtune.flower import check_version
 from fedtune.waits import DEVICE_IDLE_POLL, DEVICE_POLL, DEVICE_REPLY_POLL, Pace
 
-FLOWER = "1.41"
 _IDLE = 1.0  # of Flower's sleeps, the longer ones are between questions
-
-
-def check_version() -> None:
-    """Raises EnvironmentProblem for another Flower than this was written for."""
-    found = version("flwr")
-    if not found.startswith(FLOWER + "."):
-        raise EnvironmentProblem(f"flwr {found} is installed; this fedtune is written for {FLOWER}.x, because it works inside Flower's SuperNode; install flwr=={FLOWER}.0")
 
 
 def shorten_sleeps(module: ModuleType, pace: Pace) -> None:

@@ -16,7 +16,6 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +47,10 @@ from flwr.superlink.servicer.runtime import runtime_handlers
 from sqlalchemy.exc import SQLAlchemyError
 
 from fedtune.errors import EnvironmentProblem, UserError
+from fedtune.flower import check_version
 from fedtune.waits import LATE_SECONDS, SUPERLINK_POLL, SUPERLINK_START, SUPERLINK_STOP
 
 log = logging.getLogger(__name__)
-FLOWER = "1.41"
 DOOR = "/v1/fleet/"
 UNKNOWN = 412, b'{"code": %d, "detail": "Failed to activate SuperNode."}' % ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED
 """As Flower tells a SuperNode whose key it does not know; at a 401 it would end without a word."""
@@ -396,13 +395,6 @@ def _quiet() -> None:
         logger.handlers.clear()
         logger.propagate = True
         logger.setLevel(logging.CRITICAL if name.startswith("uvicorn") else logging.WARNING)
-
-
-def check_version() -> None:
-    """Raises EnvironmentProblem for another Flower than this module was written for."""
-    found = version("flwr")
-    if not found.startswith(FLOWER + "."):
-        raise EnvironmentProblem(f"flwr {found} is installed; this fedtune is written for {FLOWER}.x, because it works inside Flower's SuperLink; install flwr=={FLOWER}.0")
 
 
 def names_of(registered: Mapping[bytes, int], devices: Mapping[str, bytes]) -> dict[int, str]:

@@ -7,7 +7,6 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # Flower reads it at import
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's coming default; without it Ray warns
@@ -19,8 +18,8 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedtune.errors import EnvironmentProblem
+from fedtune.flower import check_version
 
-FLOWER = "1.41"
 RUN_ID = 1
 
 
@@ -81,14 +80,14 @@ class SerialGrid(Grid):
 
 def run_serial(server: ServerApp, client: ClientApp) -> None:
     """One after another in this process: the slow obvious twin of the other engines."""
-    _check_version()
+    check_version()
     TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = RUN_ID, RUN_ID, RUN_ID
     server(SerialGrid(client, 1), Context(run_id=RUN_ID, node_id=0, node_config={}, state=RecordDict(), run_config={}))
 
 
 def run_ray(server: ServerApp, client: ClientApp, workers: int) -> None:
     """Through Flower's own simulation engine, with `workers` client processes at once."""
-    _check_version()
+    check_version()
     try:
         import ray  # noqa: F401
         from flwr.simulation import run_simulation
@@ -151,9 +150,3 @@ def _errors_only(logger: str) -> Iterator[None]:
         yield
     finally:
         found.setLevel(level)
-
-
-def _check_version() -> None:
-    found = version("flwr")
-    if not found.startswith(FLOWER + "."):
-        raise EnvironmentProblem(f"flwr {found} is installed; this fedtune is written for {FLOWER}.x, because it sets fields inside Flower; install flwr=={FLOWER}.0")

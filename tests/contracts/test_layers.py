@@ -13,7 +13,7 @@ import fedtune
 ROOT = Path(fedtune.__file__).parent
 LAYERS = (  # from the bottom up; a module stands where its longest prefix here says
     ("errors", "types", "seeds", "waits"),
-    ("trees", "metrics", "storage", "packages", "address"),
+    ("trees", "metrics", "storage", "packages", "address", "flower"),
     ("job", "wire", "provision"),
     ("aggregation", "ledger", "adapters.spec", "data", "report"),
     ("algorithms", "adapters.frames", "bundle"),
@@ -136,6 +136,7 @@ def test_a_library_is_imported_only_where_it_belongs(library):
     ("fedtune.server.app", ("torch", "transformers", "onnxruntime")),
     ("fedtune.workflows.serve", ("torch", "transformers", "onnxruntime", "ray")),
     ("fedtune.client.device", ("torch", "transformers", "onnxruntime", "ray")),
+    ("fedtune.flower", ("torch", "transformers", "flwr")),
     ("fedtune.client.supernode_process", ("torch", "transformers", "flwr")),
     ("fedtune.workflows.status", ("torch", "transformers", "flwr")),
     ("fedtune.edge", ("torch", "transformers", "flwr")),
