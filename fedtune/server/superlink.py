@@ -13,7 +13,7 @@ import os
 import threading
 import time
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +61,6 @@ MAX_OBJECTS = 8  # that a reply consists of; ours are three: message, records, a
 class Tls:
     """PEM files of the server."""
 
-    ca: Path
     certificate: Path
     key: Path
 
@@ -395,8 +394,3 @@ def _quiet() -> None:
         logger.handlers.clear()
         logger.propagate = True
         logger.setLevel(logging.CRITICAL if name.startswith("uvicorn") else logging.WARNING)
-
-
-def names_of(registered: Mapping[bytes, int], devices: Mapping[str, bytes]) -> dict[int, str]:
-    """Node id -> device name, of the devices (name -> PEM) that are registered."""
-    return {registered[key]: name for name, key in devices.items() if key in registered}

@@ -72,7 +72,7 @@ class Home:
 
     @property
     def tls(self) -> Tls:
-        return Tls(self.path / "ca.crt", self.path / "server.crt", self.path / "server.key")
+        return Tls(self.path / "server.crt", self.path / "server.key")
 
     @property
     def devices(self) -> Path:
