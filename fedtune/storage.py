@@ -11,22 +11,23 @@ from typing import Any
 
 from fedtune.errors import EnvironmentProblem, UserError
 
+PART = ".part"  # ends the name of a file that is being written
 _NO_SUCH_PLACE = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Puts `data` at `path` so that a crash at any instant leaves the old file or the new one.
+def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Puts `data` at `path` so that a crash at any instant leaves the old file or the new one, never with more rights than `mode`.
 
     Raises EnvironmentProblem when the disk is full or the folder cannot be written; the old file is then intact.
     """
     with failing_clearly(path):
-        fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART)  # 0600
         try:
             with os.fdopen(fd, "wb") as f:
+                os.fchmod(f.fileno(), mode)
                 f.write(data)
                 f.flush()
                 os.fsync(f.fileno())
-            os.chmod(name, 0o644)
             os.replace(name, path)
         except BaseException:
             os.unlink(name)

@@ -1,7 +1,7 @@
 """Makes and reads keys and certificates: x509, PEM and OpenSSH, and nothing of where they belong."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -100,28 +100,24 @@ def days_left(path: Path, now: datetime | None = None) -> float | None:
 
 
 def read_key(path: Path) -> Key | None:
-    data = read(path)
-    if data is None:
-        return None
-    try:
-        key = serialization.load_pem_private_key(data, None)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        key = None
-    if not isinstance(key, Key):
-        raise UserError(f"{path}: not an EC private key in PEM form without a passphrase; {ANEW}")
-    return key
+    return _read_private(path, serialization.load_pem_private_key, f"PEM form without a passphrase; {ANEW}")
 
 
 def read_device_key(path: Path) -> Key | None:
+    mend = f"restore it, or `fedtune provision renew --device {path.parent.name}`"
+    return _read_private(path, serialization.load_ssh_private_key, f"OpenSSH form without a passphrase; {mend}")
+
+
+def _read_private(path: Path, load: Callable[[bytes, None], object], form: str) -> Key | None:
     data = read(path)
     if data is None:
         return None
     try:
-        key = serialization.load_ssh_private_key(data, None)
+        key = load(data, None)
     except (ValueError, TypeError, UnsupportedAlgorithm):
         key = None
     if not isinstance(key, Key):
-        raise UserError(f"{path}: not an EC private key in OpenSSH form without a passphrase; restore it, or `fedtune provision renew --device {path.parent.name}`")
+        raise UserError(f"{path}: not an EC private key in {form}")
     return key
 
 

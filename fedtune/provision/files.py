@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedtune.errors import EnvironmentProblem, UserError
-from fedtune.storage import failing_clearly, sync_folder
+from fedtune.storage import PART, failing_clearly, sync_folder, write_atomic
 
 _LARGEST = 64 * 1024  # bytes of a key or certificate file
 
@@ -123,20 +123,10 @@ def make_folder(path: Path) -> None:
 
 def write(file: File) -> None:
     """Whole or absent, and at no instant with more rights than it ends with."""
-    part = file.path.with_name(f".{file.path.name}.part")
     with failing_clearly(file.path):
-        part.unlink(missing_ok=True)  # of a call that was killed
-        try:
-            with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as f:
-                os.fchmod(f.fileno(), 0o600 if file.secret else 0o644)
-                f.write(file.data)
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(part, file.path)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
-        sync_folder(file.path.parent)
+        for part in file.path.parent.glob(f".{file.path.name}*{PART}"):  # of a call that was killed
+            part.unlink()
+    write_atomic(file.path, file.data, 0o600 if file.secret else 0o644)
 
 
 def require_unused(folders: Iterable[Path]) -> None:
