@@ -10,7 +10,6 @@
 """
 
 import contextlib
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -26,7 +25,7 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 from fedtune.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedtune.errors import RunError
 from fedtune.job import Job, load_job, to_toml
-from fedtune.storage import failing_clearly, write_atomic, write_json
+from fedtune.storage import failing_clearly, lock, write_atomic, write_json
 from fedtune.types import Arrays
 
 KEEP_CHECKPOINTS = 2
@@ -87,13 +86,9 @@ class RunFolder:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Holds the run for this process. Raises RunError when another process holds it."""
-        with failing_clearly(self.path):
-            file = (self.path / ".lock").open("w")
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunError(f"{self.path}: another process is running it; wait for that one or stop it") from None
+        with lock(self.path / ".lock") as mine:
+            if not mine:
+                raise RunError(f"{self.path}: another process is running it; wait for that one or stop it")
             yield
 
     def save(self, checkpoint: Checkpoint) -> None:

@@ -1,7 +1,6 @@
 """A device in a live federation: joins, takes jobs that its owner's policy allows, and lets the trainer do the work."""
 
 import contextlib
-import fcntl
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from fedtune.client.supernode import NodeSettings, SuperNode, execute
 from fedtune.client.trainer import Trainer, TrainerSettings
 from fedtune.errors import DataError, FedtuneError, ModelError, Refused, RunError, UserError
 from fedtune.offer import Answer, Offer
-from fedtune.storage import failing_clearly
+from fedtune.storage import failing_clearly, lock
 from fedtune.waits import GOODBYE_SECONDS, OFFER_SECONDS, STEADY_SECONDS, WATCH_POLL, backoff
 
 log = logging.getLogger(__name__)
@@ -229,12 +228,9 @@ def _alone(folder: Path) -> Iterator[None]:
     """Two clients with one key would take each other's messages."""
     with failing_clearly(folder):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(f"{folder}: another client runs with this folder; stop it, or give this one a folder and key of its own") from None
+    with lock(folder / ".lock") as mine:
+        if not mine:
+            raise RunError(f"{folder}: another client runs with this folder; stop it, or give this one a folder and key of its own")
         yield
 
 

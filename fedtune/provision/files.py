@@ -1,7 +1,6 @@
 """Private files and folders: checked before anything is written, locked, read, written whole or not at all."""
 
 import contextlib
-import fcntl
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
@@ -9,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedtune.errors import EnvironmentProblem, UserError
-from fedtune.storage import PART, failing_clearly, sync_folder, write_atomic
+from fedtune.storage import PART, failing_clearly, is_held, lock, sync_folder, write_atomic
 
 _LARGEST = 64 * 1024  # bytes of a key or certificate file
 
@@ -95,18 +94,10 @@ def _require_kind(path: Path, test: Callable[[int], bool], word: str) -> None:
 @contextlib.contextmanager
 def held(root: Path) -> Iterator[None]:
     """Keeps a second call out meanwhile. Raises UserError when one is at work."""
-    with failing_clearly(root):
-        fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{root}: another `fedtune provision` is at work here; wait for it") from None
-        except OSError:
-            pass  # some network file systems lock no folders; what is lost is only the guard against two people at once
+    with lock(root) as mine:
+        if not mine:
+            raise UserError(f"{root}: another `fedtune provision` is at work here; wait for it")
         yield
-    finally:
-        os.close(fd)
 
 
 def make_folder(path: Path) -> None:
@@ -132,8 +123,5 @@ def write(file: File) -> None:
 def require_unused(folders: Iterable[Path]) -> None:
     """Raises UserError when a running coordinator or device holds one of these folders: new keys would shut all of them out."""
     for folder in folders:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError), (folder / ".lock").open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{folder}: is in use by a running fedtune; stop it first, new keys would shut every device out") from None
+        if is_held(folder / ".lock"):
+            raise UserError(f"{folder}: is in use by a running fedtune; stop it first, new keys would shut every device out")

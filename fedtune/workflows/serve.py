@@ -7,7 +7,6 @@
 """
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -33,7 +32,7 @@ from fedtune.run import RunFolder, create_run, open_run, versions
 from fedtune.server.app import Exchange, run_rounds
 from fedtune.server.lobby import Guest, Lobby
 from fedtune.server.superlink import LinkGrid, SuperLink, Tls, superlink
-from fedtune.storage import failing_clearly, write_atomic, write_json
+from fedtune.storage import failing_clearly, lock, write_atomic, write_json
 from fedtune.types import Arrays, Metrics
 from fedtune.waits import DESK_SECONDS, GRID_POLL, LOBBY_POLL, QUEUE_POLL, ROSTER_POLL
 from fedtune.wire import Schema, decode, encode, packet_bytes
@@ -112,19 +111,11 @@ class Home:
             beside.rename(jobs / name)
         return Entry(name, jobs / name, self.path / "runs" / name)
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[bool]:
+    def locked(self) -> contextlib.AbstractContextManager[bool]:
         """Whether this process is now the service of this folder; another may be."""
         with failing_clearly(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / ".lock").open("a")
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-            else:
-                yield True
+        return lock(self.path / ".lock")
 
 
 class Roster:

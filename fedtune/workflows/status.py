@@ -1,7 +1,6 @@
 """What a coordinator's folder says the service is doing. Reads files alone: no torch, no Flower, no network."""
 
 import contextlib
-import fcntl
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from fedtune.errors import RunError
 from fedtune.report.format import duration, size
 from fedtune.run import RunFolder
+from fedtune.storage import is_held
 
 RECENT = 5  # rounds whose mean length is taken for those to come
 
@@ -34,7 +34,9 @@ def read(folder: Path) -> dict[str, Any]:
         device["rounds"] = sum(device["name"] in x["clients"] for x in lines)
         device["refusals"] = sum(device["name"] in x["refused"] for x in lines)
     last = lines[-1] if lines else line
-    running = _running(folder)
+    running = False
+    with contextlib.suppress(OSError):
+        running = is_held(folder / ".lock")
     if not running:
         status |= {"state": "stopped", "deadline_at": None}
         devices = [device | {"online": False} for device in devices]
@@ -79,15 +81,3 @@ def _left(lines: list[dict[str, Any]], status: dict[str, Any]) -> float | None:
     if not times or not status.get("rounds"):
         return None
     return round(sum(times) / len(times) * (status["rounds"] - lines[-1]["round"]), 1)
-
-
-def _running(folder: Path) -> bool:
-    """Whether a service holds the folder now."""
-    try:
-        with (folder / ".lock").open("r") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
