@@ -229,6 +229,11 @@ def most_predictions(job: Job) -> float:
     return job.federation.max_weight * (job.model.max_length if job.model.task == "causal-lm" else 1)
 
 
+def evaluated(job: Job, round: int) -> bool:
+    """Whether the model after so many rounds is scored on held-out data; the last always is."""
+    return round == job.federation.rounds or round % job.evaluation.every == 0
+
+
 def make_algorithm(job: Job, schema: Schema) -> Algorithm:
     """The algorithm object that every engine runs."""
     fed = job.federation

@@ -14,6 +14,7 @@ from fedtune.training.local import train_locally
 from fedtune.types import Metrics
 from fedtune.workflows.setup import Setup
 from fedtune.workflows.simulate import Simulation
+from fedtune.workflows.summary import client_row
 
 
 def majority(setup: Setup, labels: np.ndarray) -> dict[str, float]:
@@ -83,10 +84,5 @@ def drawn_clients(setup: Setup) -> list[int]:
 
 def per_client(setup: Setup, scores: Scores, owner: np.ndarray) -> list[dict[str, Any]]:
     """Held-out accuracy and loss of each client that has held-out examples."""
-    rows = []
-    for place, name in enumerate(setup.split.clients):
-        index = np.flatnonzero(owner == place)
-        if len(index):
-            metrics = scores.metrics(index)
-            rows.append({"name": name, "accuracy": value(metrics, "accuracy"), "loss": value(metrics, "loss"), "examples": len(index)})
-    return rows
+    places = {name: np.flatnonzero(owner == place) for place, name in enumerate(setup.split.clients)}
+    return [client_row(name, scores.metrics(index), len(index)) for name, index in places.items() if len(index)]

@@ -2,12 +2,11 @@
 
 from typing import Any
 
-from fedtune.metrics import value, worst_tenth
 from fedtune.training.evaluate import Scores
 from fedtune.workflows import baselines
 from fedtune.workflows.export import export_run
 from fedtune.workflows.simulate import Simulation
-from fedtune.workflows.summary import facts, write_summary
+from fedtune.workflows.summary import facts, final_of, write_summary
 
 
 def finish(simulation: Simulation) -> dict[str, Any]:
@@ -21,7 +20,7 @@ def finish(simulation: Simulation) -> dict[str, Any]:
     watch.stage("scoring the final model on all held-out data", 0)
     scores = simulation.scores(checkpoint.state.arrays)
     summary = facts(run) | {
-        "final": final(simulation, scores),
+        "final": final_of(scores.metrics(), baselines.per_client(simulation.setup, scores, simulation.held_out[1])),
         "baselines": measure(simulation, scores, checkpoint.counters["rounds"]),
         "complete": checkpoint.state.round >= simulation.setup.job.federation.rounds,
     }
@@ -29,16 +28,6 @@ def finish(simulation: Simulation) -> dict[str, Any]:
     summary["export"] = export_run(run, simulation.setup, lambda text: watch.stage(text, 0))
     write_summary(run, summary)
     return summary
-
-
-def final(simulation: Simulation, scores: Scores) -> dict[str, Any]:
-    """The last evaluation over all held-out examples, and its spread over clients."""
-    metrics, clients = scores.metrics(), baselines.per_client(simulation.setup, scores, simulation.held_out[1])
-    accuracies = [c["accuracy"] for c in clients]
-    return {
-        "accuracy": value(metrics, "accuracy"), "loss": value(metrics, "loss"), "clients": clients,
-        "mean": sum(accuracies) / len(accuracies) if accuracies else None, "worst_tenth": worst_tenth(accuracies),
-    }
 
 
 def measure(simulation: Simulation, scores: Scores, took_part: dict[str, int]) -> dict[str, Any]:

@@ -24,10 +24,9 @@ from fedtune.adapters.frames import from_gradients
 from fedtune.bundle import Bundle, open_bundle, write_bundle
 from fedtune.errors import EnvironmentProblem, FedtuneError, Refused, RunError, UserError
 from fedtune.gradient_init import gather_gradients, gradient_schema
-from fedtune.metrics import merge, plausible, value, worst_tenth
+from fedtune.metrics import merge, plausible
 from fedtune.provision import days_left, load_devices
-from fedtune.report.events import Events
-from fedtune.rounds import Coordinator, Reply, Traffic, Watch, make_algorithm, most_predictions, start
+from fedtune.rounds import Coordinator, Reply, Traffic, Watch, evaluated, make_algorithm, most_predictions, start
 from fedtune.run import RunFolder, create_run, open_run, versions
 from fedtune.server.app import Exchange, run_rounds
 from fedtune.server.lobby import Guest, Lobby
@@ -36,7 +35,7 @@ from fedtune.storage import failing_clearly, lock, write_atomic, write_json
 from fedtune.types import Arrays, Metrics
 from fedtune.waits import DESK_SECONDS, GRID_POLL, LOBBY_POLL, QUEUE_POLL, ROSTER_POLL
 from fedtune.wire import Schema, decode, encode, packet_bytes
-from fedtune.workflows.summary import facts, write_summary
+from fedtune.workflows.summary import client_row, facts, final_of, follow, write_summary
 
 log = logging.getLogger(__name__)
 _NAMED = re.compile(r"\d{3,}-")
@@ -207,14 +206,7 @@ class Live:
             self.job, self.run, self.schema, self.bundle.frame_digest, self.bundle.frame_bytes, make_algorithm(self.job, self.schema),
             (), lambda: self.bundle.initial, self.evaluate, self.traffic)
         self.traffic = self.coordinator.traffic  # of the checkpoint, on a run that continues
-        events = Events(self.run.path / "tensorboard")
-
-        def on_round(line: dict[str, Any]) -> None:
-            events.add(line)
-            self.desk.note(round=line["round"], line=line, deadline_at=None)
-            self.watch.line(line)
-
-        self.coordinator.on_reply, self.coordinator.on_round = self.watch.reply, on_round
+        follow(self.coordinator, replace(self.watch, line=self._noted))
 
     def gradient_bundle(self) -> Bundle:
         """Asks devices for the first step's gradients and makes the run's bundle, with the frame that they give."""
@@ -260,7 +252,7 @@ class Live:
 
     def evaluate(self, round: int, arrays: Arrays) -> Metrics | None:
         """Held-out metrics over the devices that are ready, in the rounds the job evaluates. The data stay where they are."""
-        if round != self.job.federation.rounds and round % self.job.evaluation.every:
+        if not evaluated(self.job, round):
             return None
         packet = encode("model", self.schema, arrays, round=round, frame=self.bundle.frame_digest)
         names = [info.name for info in self.lobby.ready()]
@@ -285,20 +277,19 @@ class Live:
         if not self.scores:
             self.look()
             self.evaluate(self.job.federation.rounds, self.coordinator.state.arrays)
-        rows: list[dict[str, Any]] = [{"name": n, "accuracy": value(m, "accuracy"), "loss": value(m, "loss"), "examples": int(m["accuracy"][1])} for n, m in self.scores.items()]
-        merged, accuracies = merge(list(self.scores.values())), [row["accuracy"] for row in rows]
         held = {g.name: g for g in self.lobby.guests.values()}
         summary = facts(self.run) | {
             "engine": "live",
             "split": [{"name": n, "natural": None, "train": g.examples, "held_out": g.held_out, "labels": []} for n, g in sorted(held.items())],
-            "final": {
-                "accuracy": value(merged, "accuracy"), "loss": value(merged, "loss"), "clients": rows,
-                "mean": sum(accuracies) / len(accuracies) if rows else None, "worst_tenth": worst_tenth(accuracies),
-            },
+            "final": final_of(merge(self.scores.values()), [client_row(n, m, int(m["accuracy"][1])) for n, m in self.scores.items()]),
             "baselines": {}, "complete": True,
         }
         write_summary(self.run, summary)
         return summary
+
+    def _noted(self, line: dict[str, Any]) -> None:
+        self.desk.note(round=line["round"], line=line, deadline_at=None)
+        self.watch.line(line)
 
     def _sent(self, size: int) -> None:
         self.traffic.offers += size

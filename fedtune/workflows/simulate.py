@@ -12,8 +12,7 @@ from fedtune.bundle import open_bundle
 from fedtune.client.app import make_client_app
 from fedtune.gradient_init import gather_gradients
 from fedtune.models.base import TunableModel
-from fedtune.report.events import Events
-from fedtune.rounds import Coordinator, Traffic, Watch, make_algorithm, start
+from fedtune.rounds import Coordinator, Traffic, Watch, evaluated, make_algorithm, start
 from fedtune.run import RunFolder, open_run
 from fedtune.seeds import generator
 from fedtune.server.app import Ask, make_server_app
@@ -24,6 +23,7 @@ from fedtune.training.worker import Worker
 from fedtune.trees import digest
 from fedtune.types import Arrays, Metrics
 from fedtune.workflows.setup import Setup, data_free_frame, make_bundle, open_setup
+from fedtune.workflows.summary import follow
 
 
 @dataclass
@@ -70,24 +70,18 @@ class Simulation:
             job, self.run, self.setup.spec.schema, bundle.frame_digest, bundle.frame_bytes, make_algorithm(job, self.setup.spec.schema),
             self.setup.store.clients, lambda: bundle.initial, self.evaluate, traffic,
         )
-        events = Events(self.run.path / "tensorboard")
-
-        def on_round(line: dict) -> None:
-            events.add(line)
-            self.watch.line(line)
-
-        coordinator.on_reply, coordinator.on_round = self.watch.reply, on_round
+        follow(coordinator, self.watch)
         left = job.federation.rounds - coordinator.state.round
         self.watch.stage("training", left * job.federation.cohort)
         return coordinator
 
     def evaluate(self, round: int, arrays: Arrays) -> Metrics | None:
         """Held-out metrics over all clients, in the rounds the job evaluates."""
-        settings = self.setup.job.evaluation
-        last = round == self.setup.job.federation.rounds
-        if not last and round % settings.every:
+        job = self.setup.job
+        if not evaluated(job, round):
             return None
-        index = None if last or not settings.max_examples else self._sample(settings.max_examples)
+        most = job.evaluation.max_examples if round != job.federation.rounds else 0
+        index = self._sample(most) if most else None
         return self.scores(arrays, index).metrics()
 
     def scores(self, arrays: Arrays, index: np.ndarray | None = None) -> Scores:

@@ -6,10 +6,13 @@ from typing import Any
 from fedtune.bundle import Bundle, open_bundle
 from fedtune.errors import RunError
 from fedtune.ledger import require_whole
+from fedtune.metrics import value, worst_tenth
+from fedtune.report.events import Events
 from fedtune.report.summary import Summary, check
-from fedtune.rounds import Traffic
+from fedtune.rounds import Coordinator, Traffic, Watch
 from fedtune.run import RunFolder
 from fedtune.storage import write_atomic, write_json
+from fedtune.types import Metrics
 from fedtune.wire import packet_bytes
 
 NO_PRIVACY = "Updates were sent as trained."
@@ -61,6 +64,31 @@ def communication(bundle: Bundle, traffic: Traffic) -> dict[str, Any]:
         "evaluation": traffic.evaluation, "offers": traffic.offers,
         "clients": [{"name": n, "up": traffic.up.get(n, 0), "down": traffic.down.get(n, 0), "rounds": traffic.rounds.get(n, 0)} for n in names],
     }
+
+
+def client_row(name: str, metrics: Metrics, examples: int) -> dict[str, Any]:
+    """A client's held-out scores."""
+    return {"name": name, "accuracy": value(metrics, "accuracy"), "loss": value(metrics, "loss"), "examples": examples}
+
+
+def final_of(metrics: Metrics, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The last evaluation: all held-out examples as one, and the spread over clients."""
+    accuracies = [row["accuracy"] for row in rows]
+    return {
+        "accuracy": value(metrics, "accuracy"), "loss": value(metrics, "loss"), "clients": rows,
+        "mean": sum(accuracies) / len(accuracies) if rows else None, "worst_tenth": worst_tenth(accuracies),
+    }
+
+
+def follow(coordinator: Coordinator, watch: Watch) -> None:
+    """Shows every finished round in TensorBoard and to the watch, and the watch every reply."""
+    events = Events(coordinator.run.path / "tensorboard")
+
+    def on_round(line: dict[str, Any]) -> None:
+        events.add(line)
+        watch.line(line)
+
+    coordinator.on_reply, coordinator.on_round = watch.reply, on_round
 
 
 def write_summary(run: RunFolder, summary: dict[str, Any]) -> None:
