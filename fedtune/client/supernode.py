@@ -6,11 +6,9 @@ takes the reply. Flower's own executor would unpack the app bundle that came fro
 process' path and import from it. Ours lives in this process, never unpacks that bundle, and calls the app it was given.
 """
 
-import ctypes
 import logging
 import os
 import secrets
-import signal
 import socket
 import subprocess
 import sys
@@ -64,11 +62,11 @@ class SuperNode:
         self.port = _free_port()
         identity = ["--insecure"] if settings.ca is None else [
             "--root-certificates", str(settings.ca), "--auth-supernode-private-key", str(settings.key)]
-        command = [sys.executable, "-P", "-m", "fedtune.client.supernode_process", "--superlink", settings.server, *identity, "--isolation", "process",
+        command = [sys.executable, "-P", "-m", "fedtune.client.supernode_process", str(os.getpid()), "--superlink", settings.server, *identity, "--isolation", "process",
                    "--host", "127.0.0.1", "--port", str(self.port), "--superexec-auth-secret-file", str(secret)]
         with self._log.open("wb") as output:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_die_with_parent,
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
                 env=os.environ | {"FLWR_HOME": str(settings.folder / "flwr"), "FLWR_LOG_LEVEL": "WARNING"})
 
     @property
@@ -152,10 +150,3 @@ def _free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
-
-
-def _die_with_parent() -> None:
-    """Linux: the child is told to end when the device process is gone, however it went."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-

@@ -1,4 +1,4 @@
-"""`python -m fedtune.client.supernode_process …`: Flower's flower-supernode command, with shorter sleeps.
+"""`python -m fedtune.client.supernode_process PARENT …`: Flower's flower-supernode command, with shorter sleeps, ended with its parent.
 
 Flower's loop sleeps 3 s between questions to the coordinator and 0.5 s between looks for a reply. Here the first follows how
 long nothing has come (a tenth of it, within bounds), so that a device in a running job answers quickly and an idle one asks
@@ -6,10 +6,12 @@ rarely; the second is a tenth of a second.
 """
 
 import os
+import signal
 import sys
 import time
 from types import ModuleType, SimpleNamespace
 
+from fedtune.child import end_with_parent
 from fedtune.flower import check_version
 from fedtune.waits import DEVICE_IDLE_POLL, DEVICE_POLL, DEVICE_REPLY_POLL, Pace
 
@@ -29,6 +31,7 @@ def shorten_sleeps(module: ModuleType, pace: Pace) -> None:
 
 
 def main() -> None:
+    end_with_parent(int(sys.argv.pop(1)), signal.SIGTERM)
     check_version()
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     from flwr.supernode import start_client_internal

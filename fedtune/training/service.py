@@ -15,7 +15,6 @@ trailing metadata "error"; any other is "bug", with type and message, and its tr
 The process ends after `idle_seconds` without a request, with its parent, and at once on SIGTERM: it holds nothing to save.
 """
 
-import ctypes
 import json
 import logging
 import os
@@ -34,6 +33,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from fedtune.bundle import open_bundle
+from fedtune.child import end_with_parent, require_parent
 from fedtune.errors import ContractError, FedtuneError
 from fedtune.waits import TRAINER_CHECK as CHECK_SECONDS
 from fedtune.waits import TRAINER_CLOSE as CLOSE_SECONDS
@@ -47,7 +47,6 @@ MAX_MESSAGE = 512 * 2**20
 OPTIONS = (("grpc.max_send_message_length", MAX_MESSAGE), ("grpc.max_receive_message_length", MAX_MESSAGE))
 ANSWERING = 4  # threads that take requests: one waits for the work, the others answer health
 MAX_DETAILS = 2000  # characters of a message; a status travels in a header, which has room for 64 KiB when percent-encoded
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -148,27 +147,15 @@ def serve(config: Config) -> None:
     server.start()
     while not config.idle_seconds or trainer.idle() < config.idle_seconds:
         time.sleep(CHECK_SECONDS)
-        _require_parent(config.parent)
+        require_parent(config.parent)
     server.stop(CLOSE_SECONDS).wait()
-
-
-def _die_with(parent: int) -> None:
-    """Lets the system kill this process when the thread that started it ends, even while it hangs; Linux only."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    _require_parent(parent)  # it may have ended before
-
-
-def _require_parent(parent: int) -> None:
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 def main(arguments: list[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent decides what it means
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s")  # warnings to stderr; gRPC would swallow its own
     config = Config(**_read(Path(arguments[0])))
-    _die_with(config.parent)
+    end_with_parent(config.parent, signal.SIGKILL)
     # OpenMP threads that spin while they wait make a busy machine several times slower; read when torch is first imported
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     serve(config)

@@ -12,7 +12,7 @@ import fedtune
 
 ROOT = Path(fedtune.__file__).parent
 LAYERS = (  # from the bottom up; a module stands where its longest prefix here says
-    ("errors", "types", "seeds", "waits"),
+    ("errors", "types", "seeds", "waits", "child"),
     ("trees", "metrics", "storage", "packages", "address", "flower"),
     ("job", "wire", "provision"),
     ("aggregation", "ledger", "adapters.spec", "data", "report"),

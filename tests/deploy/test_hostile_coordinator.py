@@ -140,7 +140,7 @@ def test_only_installed_code_runs_on_a_device(hostile, federation, make_bundle, 
 def test_the_control_flower_alone_does_run_the_app(hostile, federation, tmp_path):
     """So that the test above would see it."""
     live: Federation = federation([])
-    live.start("fedtune.client.supernode_process", "--insecure", "--superlink", f"127.0.0.1:{hostile.port}", "--port", str(free_port()), name="stock",
+    live.start("fedtune.client.supernode_process", str(os.getpid()), "--insecure", "--superlink", f"127.0.0.1:{hostile.port}", "--port", str(free_port()), name="stock",
                prefix=("env", f"FLWR_HOME={tmp_path / 'flwr'}", f"PATH={Path(sys.executable).parent}:{os.environ['PATH']}"))
     hostile.tell("train", RecordDict({RECORD: ConfigRecord({"packet": b"x"})}))
     assert (tmp_path / "marks" / "evil").exists()
