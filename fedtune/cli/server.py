@@ -45,7 +45,8 @@ def command(
 
     if source is None and set_:
         raise UserError("--set changes a job file; give one")
-    where = parse_address(address or _listens(source, set_))
+    bundle, job = _read(source, set_)
+    where = parse_address(address or job.server.address)
     if insecure and not is_loopback(where[0]):
         raise UserError(f"--insecure on {where[0]}: only 127.0.0.1, ::1 and localhost can do without TLS; remove --insecure and make keys with `fedtune provision`")
     scrape = parse_address(metrics) if metrics else None
@@ -56,7 +57,7 @@ def command(
     with home.locked() as mine, Journal(log_json) as journal:
         if mine:
             _require_free(where)
-        if source is not None and not _queued(home, source, set_, journal, mine):
+        if source is not None and not _queued(home, bundle, job, journal, mine):
             return
         if not mine:
             if source is None:
@@ -80,11 +81,16 @@ def _require_free(where: tuple[str, int]) -> None:
         raise EnvironmentProblem(f"cannot listen on {where[0]}:{where[1]} ({e.strerror or e}); is another service there, or is the address not this machine's? give another --address") from None
 
 
-def _listens(source: Path | None, set_: list[str] | None) -> str:
-    """The job's address."""
+def _read(source: Path | None, set_: list[str] | None) -> tuple[Bundle | None, Job]:
+    """The bundle, where one was given, and the job."""
     if source is None:
-        return Job().server.address
-    return (open_bundle(_bundle_in(source)).job if source.is_dir() else load_job(source, set_ or ())).server.address
+        return None, Job()
+    if not source.is_dir():
+        return None, load_job(source, set_ or ())
+    if set_:
+        raise UserError(f"--set cannot change {source}: a bundle is made from its job; use `fedtune prepare JOB --set …`")
+    bundle = open_bundle(_bundle_in(source))
+    return bundle, bundle.job
 
 
 def _bundle_in(folder: Path) -> Path:
@@ -92,14 +98,9 @@ def _bundle_in(folder: Path) -> Path:
     return folder / "bundle" if (folder / "bundle" / "manifest.json").exists() else folder
 
 
-def _queued(home: Any, source: Path, set_: list[str] | None, journal: Journal, mine: bool) -> bool:
+def _queued(home: Any, bundle: Bundle | None, job: Job, journal: Journal, mine: bool) -> bool:
     """Puts the job into the queue, unless it is there. False when there is nothing left to do."""
-    if source.is_dir():
-        if set_:
-            raise UserError(f"--set cannot change {source}: a bundle is made from its job; use `fedtune prepare JOB --set …`")
-        bundle, text = open_bundle(_bundle_in(source)), to_toml(open_bundle(_bundle_in(source)).job)
-    else:
-        bundle, text = None, to_toml(load_job(source, set_ or ()))
+    text = to_toml(job)
     entry = home.find(hashlib.sha256(text.encode()).hexdigest())
     if entry is not None and bundle is not None and open_bundle(entry.bundle).digest != bundle.digest:
         entry = None

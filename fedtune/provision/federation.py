@@ -40,8 +40,9 @@ def make(
     when there is a server certificate. `force` makes everything new, and devices not in `names` are removed with the old CA.
 
     Raises:
-        UserError: `force` while a coordinator or device runs with these keys; a host, name or number of days that cannot be; a file in the way that is damaged, a link, of another CA, or for
-            other hosts; the CA's key is not here and something is to be signed. Nothing is written then.
+        UserError: `force` while a coordinator or device runs with these keys; a host, name or number of days that cannot be; a file
+            in the way that is damaged, a link, of another CA, or for other hosts; the CA's key is not here and something is to be
+            signed. Nothing is written then.
         EnvironmentProblem: the folder cannot be written or read. What was written is finished by calling again.
     """
     now = _moment(now)

@@ -58,7 +58,7 @@ class Lobby:
             if names is None or node in names:
                 self._greet(node, joined, f"node-{node:016x}"[:13] if names is None else names[node])
         for guest in self.guests.values():
-            guest.online = guest.node in online and (names is None or guest.node in names)
+            guest.online = guest.node in online
         self._hear()
 
     def ready(self) -> tuple[ClientInfo, ...]:

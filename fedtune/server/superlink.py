@@ -257,11 +257,10 @@ def _serving(server: uvicorn.Server, host: str, port: int) -> Iterator[None]:
 
     thread = threading.Thread(target=serve, name="superlink", daemon=True)
     thread.start()
-    waited = threading.Event()
     for _ in range(int(SUPERLINK_START / SUPERLINK_POLL)):
         if server.started or not thread.is_alive():
             break
-        waited.wait(SUPERLINK_POLL)
+        time.sleep(SUPERLINK_POLL)
     if not server.started:
         raise EnvironmentProblem(f"cannot listen on {host}:{port}; is another service there, or is the address not this machine's? give another --address")
     try:

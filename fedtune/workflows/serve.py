@@ -231,7 +231,7 @@ class Live:
         """Sees to the lobby, now and then."""
         if time.monotonic() - self._looked >= LOBBY_POLL:
             self.lobby.visit()
-            self.desk.tick(devices=[_shown(g) for g in self.lobby.guests.values()])
+            self.desk.tick(devices=_shown(self.lobby))
             self._looked = time.monotonic()
 
     def gather(self, coordinator: Coordinator) -> None:
@@ -295,7 +295,7 @@ class Live:
         self.traffic.offers += size
 
     def _changed(self, guest: Guest) -> None:
-        self.desk.note(devices=[_shown(g) for g in self.lobby.guests.values()])
+        self.desk.note(devices=_shown(self.lobby))
 
 
 def serve(
@@ -379,5 +379,5 @@ def _number(name: str) -> int:
     return int(name.partition("-")[0])
 
 
-def _shown(guest: Guest) -> dict[str, Any]:
-    return {"name": guest.name, "state": guest.state, "online": guest.online, "reason": guest.reason, "examples": guest.examples, "held_out": guest.held_out}
+def _shown(lobby: Lobby) -> list[dict[str, Any]]:
+    return [{"name": g.name, "state": g.state, "online": g.online, "reason": g.reason, "examples": g.examples, "held_out": g.held_out} for g in lobby.guests.values()]
