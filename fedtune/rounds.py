@@ -30,6 +30,9 @@ class Reply:
     error: str = ""
     late: bool = False
     """It answers a round that is over: counted, and not used."""
+    packet: Packet | None = None
+    size: int = 0
+    """From an engine in this process: what the payload would have held, as read, and how long it would have been."""
 
 
 @dataclass
@@ -67,13 +70,14 @@ class Watch:
     """What a caller may follow, in the thread that runs the rounds.
 
     stage(text, total): work of `total` steps begins, of which advance(count) finishes some; total 0 is unknown.
-    reply: a client's answer came. line: a round is finished, as metrics.jsonl has it.
+    reply: a client's answer came. line: a round is finished, as metrics.jsonl has it. note: one line worth knowing.
     """
 
     stage: Callable[[str, int], None] = lambda text, total: None
     advance: Callable[[int], None] = lambda count: None
     reply: Callable[[Reply], None] = lambda reply: None
     line: Callable[[dict], None] = lambda line: None
+    note: Callable[[str], None] = lambda text: None
 
 
 Evaluate = Callable[[int, Arrays], Metrics | None]
@@ -169,12 +173,14 @@ class Coordinator:
     def _update(self, reply: Reply, planned: frozenset[str], seen: set[str], center: float) -> Update:
         if reply.client not in planned:
             raise Refused("client", "was not asked this round")
-        if reply.payload is None:
+        if reply.payload is None and reply.packet is None:
             raise Refused("failed", reply.error or "no payload")
-        self.traffic.received(reply.client, len(reply.payload))
+        self.traffic.received(reply.client, reply.size or len(reply.payload or b""))
         if reply.client in seen:
             raise Refused("duplicate", "a second reply to the same round")
-        packet = decode(reply.payload, self.schema, kinds=["update"], round=self.state.round + 1, frame=self.frame_digest, copy=False)
+        packet = reply.packet
+        if packet is None:
+            packet = decode(reply.payload or b"", self.schema, kinds=["update"], round=self.state.round + 1, frame=self.frame_digest, copy=False)
         self._within_limits(packet, center)
         return Update(reply.client, packet.header.round, packet.arrays, packet.header.weight, packet.metrics)
 

@@ -138,15 +138,26 @@ def encode(kind: Kind, schema: Schema, arrays: Arrays, *, round: int, frame: str
         kind=kind, schema_digest=schema.digest, frame=frame, round=round, weight=float(weight),
         tensors=None if len(chosen) == len(schema.tensors) else chosen,
         metrics={name: [float(s), float(w)] for name, (s, w) in (metrics or {}).items()},
-    ).model_dump_json(exclude_defaults=True).encode()
-    header += b" " * (-len(header) % HEADER_STEP)
-    parts = [MAGIC, struct.pack("<I", len(header)), header]
+    )
+    text = _text(header)
+    parts = [MAGIC, struct.pack("<I", len(text)), text]
     for i in chosen:
         spec, array = schema.tensors[i], arrays[schema.tensors[i].name]
         if array.shape != spec.shape:
             raise ShapeMismatch(f"tensor {spec.name!r}: shape {array.shape}, schema says {spec.shape}")
         parts.append(np.ascontiguousarray(array, dtype="<f4").tobytes())
     return b"".join(parts)
+
+
+def packed_size(header: Header, schema: Schema) -> int:
+    """Bytes of a packet of all tensors with this header, as `encode` makes it."""
+    return 8 + len(_text(header)) + 4 * schema.size
+
+
+def _text(header: Header) -> bytes:
+    """A header as it travels, filled up with spaces, so that sizes do not depend on digits."""
+    text = header.model_dump_json(exclude_defaults=True).encode()
+    return text + b" " * (-len(text) % HEADER_STEP)
 
 
 def decode(data: bytes, schema: Schema, *, kinds: Sequence[Kind], round: int | None = None, frame: str | None = None, copy: bool = True) -> Packet:

@@ -55,11 +55,10 @@ def layout(model: TunableModel) -> Layout:
 
 
 class _Units:
-    """Blocks found by structure: the ModuleList (or Sequential) of like children that holds the most parameters."""
+    """Places names of a body's modules and parameters in its blocks."""
 
     def __init__(self, body: nn.Module) -> None:
-        lists = {name: m for name, m in body.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential)) and _alike(m)}
-        self.prefix = max(lists, key=lambda name: sum(p.numel() for p in lists[name].parameters()), default="")
+        self.prefix = block_list(body)
 
     def _split(self, name: str) -> tuple[str, str] | None:
         start = f"{self.prefix}."
@@ -75,6 +74,12 @@ class _Units:
     def short(self, name: str) -> str:
         split = self._split(name)
         return split[1] if split else name
+
+
+def block_list(body: nn.Module) -> str:
+    """Name of the list of blocks, found by structure: the ModuleList (or Sequential) of like children that holds the most parameters. "" without one."""
+    lists = {name: m for name, m in body.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential)) and _alike(m)}
+    return max(lists, key=lambda name: sum(p.numel() for p in lists[name].parameters()), default="")
 
 
 def _alike(modules: nn.Module) -> bool:

@@ -9,7 +9,7 @@ import torch
 from fedtune.models.base import TunableModel, summed_loss
 from fedtune.models.load import Encoder
 from fedtune.training.batches import by_length
-from fedtune.training.local import ClientData, to_batch
+from fedtune.training.local import ClientData, device_of, to_batch
 from fedtune.types import Metrics
 
 
@@ -31,8 +31,8 @@ def score(model: TunableModel, data: ClientData, encoder: Encoder, batch_size: i
     out = np.zeros((3, len(data)))
     with torch.inference_mode():
         for index in by_length(data.lengths, batch_size) if len(data) else ():
-            batch, labels = to_batch(data, index, encoder)
-            out[:, index] = torch.stack(summed_loss(model(**batch), batch, labels, model.task)).double().numpy()
+            batch, labels = to_batch(data, index, encoder, device_of(model))
+            out[:, index] = torch.stack(summed_loss(model(**batch), batch, labels, model.task)).double().cpu().numpy()
             if progress:
                 progress(len(index))
     return Scores(*out)
@@ -43,7 +43,7 @@ def features(model: TunableModel, data: ClientData, encoder: Encoder, batch_size
     parts: list[tuple[np.ndarray, np.ndarray]] = []
     with torch.inference_mode():
         for index in by_length(data.lengths, batch_size):
-            parts.append((index, model.features(**to_batch(data, index, encoder)[0]).numpy()))
+            parts.append((index, model.features(**to_batch(data, index, encoder, device_of(model))[0]).cpu().numpy()))
             if progress:
                 progress(len(index))
     out = np.empty((len(data), parts[0][1].shape[1]), np.float32)

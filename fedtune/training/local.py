@@ -31,10 +31,15 @@ class ClientData:
         return [next(iter(e.values())).shape[0] for e in self.encoded]
 
 
-def to_batch(data: ClientData, index: np.ndarray, encoder: Encoder) -> tuple[dict[str, Tensor], Tensor]:
+def to_batch(data: ClientData, index: np.ndarray, encoder: Encoder, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], Tensor]:
     """The chosen examples, padded to the longest of them, with their labels."""
     arrays = encoder.collate([data.encoded[i] for i in index])
-    return {k: torch.from_numpy(v) for k, v in arrays.items()}, torch.from_numpy(data.labels[index])
+    return {k: torch.from_numpy(v).to(device) for k, v in arrays.items()}, torch.from_numpy(data.labels[index]).to(device)
+
+
+def device_of(model: torch.nn.Module) -> torch.device:
+    """Where a model's numbers lie."""
+    return next(model.parameters()).device
 
 
 def train_locally(
@@ -49,9 +54,9 @@ def train_locally(
         loss and accuracy as seen before each step, summed over predictions.
     """
     optimizer = make_optimizer(parameters, settings, round)
-    totals = torch.zeros(3, dtype=torch.float64)
+    totals, device = torch.zeros(3, dtype=torch.float64), device_of(model)
     for index in local_batches(data.lengths, settings.batch_size, settings.local_epochs, settings.local_steps, rng):
-        totals += step(model, optimizer, *to_batch(data, index, encoder))
+        totals += step(model, optimizer, *to_batch(data, index, encoder, device)).cpu()
     loss, correct, count = totals.tolist()
     return {"loss": (loss, count), "accuracy": (correct, count)}
 

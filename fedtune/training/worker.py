@@ -22,6 +22,7 @@ class Worker:
     """Holds one base in memory and answers packets for any client's data.
 
     `frame` is asked once, when the first model arrives: it returns the frame's arrays and the first 16 digits of its hash.
+    `device`: where the model is moved to then.
     """
 
     job: Job
@@ -29,6 +30,7 @@ class Worker:
     model: TunableModel
     encoder: Encoder
     frame: Callable[[], tuple[Arrays, str]]
+    device: str = "cpu"
     parameters: Parameters = field(default_factory=dict)
     frame_digest: str | None = None
 
@@ -48,6 +50,7 @@ class Worker:
         if self.frame_digest is None:
             arrays, digest = self.frame()
             self.parameters = attach(self.model, self.spec, arrays)
+            self.model.to(self.device)
             self.frame_digest = digest
 
     def _train(self, packet: Packet, client: str, data: ClientData) -> bytes:

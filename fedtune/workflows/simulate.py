@@ -10,20 +10,29 @@ import torch
 from fedtune.adapters import frames, methods
 from fedtune.bundle import open_bundle
 from fedtune.client.app import make_client_app
+from fedtune.errors import EnvironmentProblem
 from fedtune.gradient_init import gather_gradients
 from fedtune.models.base import TunableModel
 from fedtune.rounds import Coordinator, Traffic, Watch, evaluated, make_algorithm, start
 from fedtune.run import RunFolder, open_run
 from fedtune.seeds import generator
-from fedtune.server.app import Ask, make_server_app
+from fedtune.server.app import Ask, make_server_app, run_rounds
 from fedtune.simulation.engines import run_ray, run_serial
+from fedtune.simulation.vectorised import Together, memory_for
+from fedtune.training.cohort import CohortTrainer
 from fedtune.training.evaluate import Scores, join, score
+from fedtune.training.features import FeatureStore
 from fedtune.training.local import ClientData
+from fedtune.training.stacked import NotStackable
+from fedtune.training.together import open_trainer
 from fedtune.training.worker import Worker
 from fedtune.trees import digest
 from fedtune.types import Arrays, Metrics
 from fedtune.workflows.setup import Setup, data_free_frame, make_bundle, open_setup
 from fedtune.workflows.summary import follow
+
+TRIAL = 6
+"""Examples with which the vectorised engine is tried on a base."""
 
 
 @dataclass
@@ -41,21 +50,48 @@ class Simulation:
         if threads:
             torch.set_num_threads(threads)
         self.model: TunableModel = self.base or self.setup.fresh_model()
-        self.worker = Worker(self.setup.job, self.setup.spec, self.model, self.setup.encoder, self._frame)
+        device = self.setup.job.simulation.device
+        if device == "cuda" and not torch.cuda.is_available():
+            raise EnvironmentProblem('simulation.device = "cuda": this torch finds no such device; use "cpu"')
+        self.worker = Worker(self.setup.job, self.setup.spec, self.model, self.setup.encoder, self._frame, device)
+        limit = memory_for(self.setup.job.simulation) // 2 if self.setup.job.simulation.features != "none" else 0
+        self.features = FeatureStore(limit, self.run.path if self.setup.job.simulation.features == "disk" else None)
 
     def rounds(self) -> None:
         """Runs what is left of the rounds on the job's engine."""
         job, done = self.setup.job, self.run.newest()
         if done and done.state.round >= job.federation.rounds:
             return
+        engine = job.simulation.engine
+        if engine == "vectorised":
+            exchange = Together(self.worker, job.simulation, self._trainer, self.setup.store.train)
+            try:
+                run_rounds(self.coordinator(exchange), exchange)
+            finally:
+                self.features.close()
+            return
         server = make_server_app(self.coordinator, job.federation.deadline)
-        if job.simulation.engine == "ray":
+        if engine == "ray":
             run_ray(server, make_client_app(partial(answer_in, str(self.run.path))), job.simulation.workers)
         else:
             run_serial(server, make_client_app(self.answer))
 
     def answer(self, packet: bytes, client: str) -> bytes:
         return self.worker.handle(packet, client, self.setup.store.train(client))
+
+    def _trainer(self) -> CohortTrainer | None:
+        """What trains clients together; None, with a word to whoever watches, where this base does not allow it."""
+        setup, split = self.setup, self.setup.split
+        largest = max(range(len(split.clients)), key=lambda i: len(split.train[i]))
+        data = setup.store.train(split.clients[largest])
+        sample = ClientData(data.encoded[:TRIAL], data.labels[:TRIAL])
+        start = open_bundle(self.run.bundle).initial
+        try:
+            return open_trainer(
+                self.model, self.worker.parameters, setup.spec, setup.encoder, setup.job.federation, start, sample, self.features)
+        except NotStackable as e:
+            self.watch.note(f"clients are trained one after another, as this base does not let them be trained together: {e}")
+            return None
 
     def coordinator(self, exchange: Ask) -> Coordinator:
         """Opens or makes the bundle (asking clients for gradients where the job says so) and stands at the newest checkpoint."""

@@ -48,7 +48,7 @@ def plain_fed_avg(job):
 
 
 def test_serial_twice_is_byte_equal(tiny_job, run_rounds, tmp_path):
-    one, two = (run_rounds(tiny_job(), tmp_path / name).run for name in ("one", "two"))
+    one, two = (run_rounds(tiny_job("simulation.engine=serial"), tmp_path / name).run for name in ("one", "two"))
     for file in ("round-00000", "round-00002", "round-00003"):
         paths = [run.path / "checkpoints" / f"{file}.safetensors" for run in (one, two)]
         assert paths[0].read_bytes() == paths[1].read_bytes()
@@ -62,12 +62,34 @@ def test_another_seed_is_another_model(tiny_job, run_rounds, tmp_path):
 
 @pytest.mark.parametrize("changes", [(), ("adapter.method=lora",), ("adapter.method=bias",), ("federation.local-epochs=3", "adapter.alpha=8.0")])
 def test_serial_is_the_plain_loop(changes, tiny_job, run_rounds, tmp_path):
-    job = tiny_job("federation.cohort=3", *changes)
+    job = tiny_job("federation.cohort=3", "simulation.engine=serial", *changes)
     found = run_rounds(job, tmp_path / "run").run.newest().state.arrays
     expected = plain_fed_avg(job)
     assert found.keys() == expected.keys()
     for name in expected:
         np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=2e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("changes", [
+    (), ("simulation.block=1",), ("simulation.block=2",), ("federation.cohort=5", "simulation.block=3"), ("federation.cohort=1",),
+    ("adapter.method=lora",), ("adapter.method=bias", "federation.optimizer=sgd"), ("adapter.method=head",), ("adapter.method=full", "federation.lr=1e-3"), ("adapter.train-head=false",),
+    ("federation.local-epochs=3", "adapter.alpha=8.0", "federation.head-lr=1e-3", "federation.lr-decay=0.5", "federation.weight-decay=0.1"),
+    ("federation.optimizer=sgd", "federation.momentum=0.9", "federation.weight-decay=0.1", "federation.lr=0.1"),
+    ("federation.local-steps=2", "federation.batch-size=3", "federation.sampling=poisson", "federation.weighting=equal"),
+    ("adapter.method=head", "simulation.features=disk"), ("adapter.method=head", "simulation.features=none"), ("model.pooling=first",),
+], ids=" ".join)
+def test_vectorised_is_serial(changes, tiny_job, run_rounds, tmp_path):
+    runs = {e: run_rounds(tiny_job(*changes, f"simulation.engine={e}"), tmp_path / e).run for e in ("serial", "vectorised")}
+    serial, vectorised = (runs[e].newest() for e in ("serial", "vectorised"))
+    for name in serial.state.arrays:
+        np.testing.assert_allclose(vectorised.state.arrays[name], serial.state.arrays[name], rtol=0, atol=2e-5, err_msg=name)
+    assert serial.counters == vectorised.counters  # bytes and messages too
+    for one, other in zip(runs["serial"].metrics(), runs["vectorised"].metrics(), strict=True):
+        assert one.keys() == other.keys()
+        for key in one.keys() - {"seconds"}:
+            assert one[key] == (pytest.approx(other[key], abs=1e-4) if isinstance(one[key], float) else other[key]), key
+    assert runs["serial"].ledger.read_bytes() == runs["vectorised"].ledger.read_bytes()
+    assert not list(runs["vectorised"].path.glob("features*"))
 
 
 @pytest.mark.slow  # Ray takes half a minute to start

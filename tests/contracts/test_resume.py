@@ -13,6 +13,7 @@ from fedtune.ledger import Ledger
 from fedtune.run import RunFolder, open_run
 
 GRADIENT = ("adapter.init=gradient", "adapter.init-clients=2", "adapter.init-examples=8", "adapter.init-step=0.01")
+SERIAL = ("simulation.engine=serial",)
 SELDOM = ("evaluation.every=2",)
 
 
@@ -103,7 +104,8 @@ INSTANTS = {
     "some gradients came": ("fedtune.training.worker:Worker", "handle", False, "", 1, GRADIENT),
     "all gradients came, no frame yet": ("fedtune.adapters.frames", "from_gradients", True, "", 1, GRADIENT),
     "the ledger says round 2 goes out": ("fedtune.ledger:Ledger", "record", False, "2, {", 1, ()),
-    "one of round 2's clients answered": ("fedtune.training.worker:Worker", "handle", False, "", 3, ()),
+    "round 2's clients are trained": ("fedtune.training.cohort:CohortTrainer", "train", False, "", 2, ()),
+    "one of round 2's clients answered": ("fedtune.training.worker:Worker", "handle", False, "", 3, SERIAL),
     "round 2 is in metrics, not in a checkpoint": ("fedtune.run:RunFolder", "append_metrics", False, "'round': 2", 1, ()),
     "round 2's checkpoint is written, not in its place": ("os", "replace", True, "round-00002", 1, ()),
     "round 3's checkpoint is there, the old one too": ("fedtune.run", "save_checkpoint", False, "round-00003", 1, ()),
@@ -127,7 +129,7 @@ def test_killed_again_and_again(start, never_stopped, tiny_settings, tmp_path):
     folder, log = tmp_path / "run", tmp_path / "log"
     arguments = simulate(tiny_settings, (), folder)
     for _ in range(2):
-        assert start(fedtune_killed, arguments, log, "fedtune.training.worker:Worker", "handle", True, "", 3) == -signal.SIGKILL
+        assert start(fedtune_killed, arguments, log, "fedtune.training.cohort:CohortTrainer", "train", True, "", 2) == -signal.SIGKILL
         arguments = ["simulate", "--resume", folder]
     assert len(open_run(folder).metrics()) == 3
     assert start(fedtune, arguments, log) == 0

@@ -1,0 +1,67 @@
+"""Optimizers over many models at once: row k of every [K, P] array is one model. Plain functions on plain tensors, in place.
+
+The formulas and their order of operations are those of torch.optim (tests compare), so that a cohort trained together ends where
+clients trained one by one end.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedtune.job import FederationSection
+
+BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
+"""torch.optim.AdamW's own, which the serial engine uses."""
+
+
+@dataclass
+class Moments:
+    """What an optimizer keeps between steps: none, one or two arrays like the models."""
+
+    first: Tensor | None = None
+    second: Tensor | None = None
+
+
+def start(models: Tensor, settings: FederationSection) -> Moments:
+    """State before step 1."""
+    if settings.optimizer == "sgd":
+        return Moments(torch.zeros_like(models) if settings.momentum else None)
+    return Moments(torch.zeros_like(models), torch.zeros_like(models))
+
+
+def update(models: Tensor, gradients: Tensor, moments: Moments, rates: Tensor, count: int, settings: FederationSection) -> None:
+    """Step `count` (from 1) of the first len(models) rows. `gradients` is overwritten.
+
+    Args:
+        models, gradients: [K, P].
+        rates: learning rates, broadcast against [K, P].
+    """
+    k = len(models)
+    if settings.optimizer == "sgd":
+        _sgd(models, gradients, None if moments.first is None else moments.first[:k], rates, count, settings)
+    else:
+        assert moments.first is not None and moments.second is not None
+        _adamw(models, gradients, moments.first[:k], moments.second[:k], rates, count, settings)
+
+
+def _sgd(models: Tensor, g: Tensor, momentum: Tensor | None, rates: Tensor, count: int, settings: FederationSection) -> None:
+    if settings.weight_decay:
+        g.add_(models, alpha=settings.weight_decay)
+    if momentum is not None:
+        g = momentum.copy_(g) if count == 1 else momentum.mul_(settings.momentum).add_(g)
+    models.addcmul_(g, rates.expand_as(g), value=-1)
+
+
+def _adamw(models: Tensor, g: Tensor, first: Tensor, second: Tensor, rates: Tensor, count: int, settings: FederationSection) -> None:
+    """Loshchilov and Hutter 2019, arXiv:1711.05101, Algorithm 2, with a schedule of 1."""
+    if settings.weight_decay:
+        models.mul_(1 - rates * settings.weight_decay)
+    first.lerp_(g, 1 - BETA1)
+    second.mul_(BETA2).addcmul_(g, g, value=1 - BETA2)
+    denominator = torch.sqrt(second, out=g).div_(math.sqrt(1 - BETA2**count)).add_(EPS)
+    models.addcdiv_((first * rates), denominator, value=-1 / (1 - BETA1**count))
+
+
+__all__ = ["Moments", "start", "update"]
