@@ -17,8 +17,8 @@ from fedtune.run import RunFolder, open_run
 from fedtune.seeds import generator
 from fedtune.server.app import Ask, make_server_app
 from fedtune.simulation.engines import run_ray, run_serial
-from fedtune.training.evaluate import Scores, join, score
-from fedtune.training.local import ClientData
+from fedtune.training.clients import CACHE_BYTES, Stream
+from fedtune.training.evaluate import Scores, score
 from fedtune.training.worker import Worker
 from fedtune.trees import digest
 from fedtune.types import Arrays, Metrics
@@ -80,18 +80,14 @@ class Simulation:
         job = self.setup.job
         if not evaluated(job, round):
             return None
-        most = job.evaluation.max_examples if round != job.federation.rounds else 0
-        index = self._sample(most) if most else None
-        return self.scores(arrays, index).metrics()
+        return self.scores(arrays, whole=round == job.federation.rounds or not job.evaluation.max_examples).metrics()
 
-    def scores(self, arrays: Arrays, index: np.ndarray | None = None) -> Scores:
-        """Held-out scores per example of `held_out[0]`, of the given places or of all."""
-        key = digest(arrays) if index is None else ""
+    def scores(self, arrays: Arrays, whole: bool = True) -> Scores:
+        """Held-out scores per example of `held_out`, or of the sample for the rounds between."""
+        key = digest(arrays) if whole else ""
         if key and key in self._scored:
             return self._scored[key]
-        data, _ = self.held_out
-        if index is not None:
-            data = ClientData([data.encoded[i] for i in index], data.labels[index])
+        data = self.held_out if whole else self._sample
         self.worker.open()
         methods.write(self.worker.parameters, arrays)
         scores = score(self.model, data, self.setup.encoder, self.setup.job.evaluation.batch_size)
@@ -99,15 +95,17 @@ class Simulation:
         return scores
 
     @cached_property
-    def held_out(self) -> tuple[ClientData, np.ndarray]:
-        """All clients' held-out examples, and whose each is (place in split.clients)."""
-        parts = [self.setup.store.held_out(c) for c in self.setup.split.clients]
-        return join(parts), np.repeat(np.arange(len(parts)), [len(p) for p in parts])
+    def held_out(self) -> Stream:
+        """All clients' held-out examples in the order of split.held_out.rows, kept only where every evaluation takes them all."""
+        keep = 0 if self.setup.job.evaluation.max_examples else CACHE_BYTES
+        return self.setup.store.stream(self.setup.split.held_out.rows, keep)
 
-    def _sample(self, count: int) -> np.ndarray:
-        total = len(self.held_out[0])
-        rng = generator(self.setup.job.federation.seed, "evaluation")
-        return np.sort(rng.choice(total, size=min(count, total), replace=False))
+    @cached_property
+    def _sample(self) -> Stream:
+        """`evaluation.max-examples` of them, drawn by the seed."""
+        rows, rng = self.setup.split.held_out.rows, generator(self.setup.job.federation.seed, "evaluation")
+        drawn = rng.choice(len(rows), size=min(self.setup.job.evaluation.max_examples, len(rows)), replace=False)
+        return self.setup.store.stream(rows[np.sort(drawn)], CACHE_BYTES)
 
     def _frame(self) -> tuple[Arrays, str]:
         bundle = open_bundle(self.run.bundle)
