@@ -40,9 +40,10 @@ class Size:
     clients: tuple[int, int] = (1_000, 100_000)
     cohort: int = 100
     ways: tuple[str, ...] = tuple(WAYS)
+    page: bool = True
 
 
-QUICK = Size(rows=6_000, clients=(100, 2_000), cohort=10, ways=("natural",))
+QUICK = Size(rows=6_000, clients=(100, 2_000), cohort=10, ways=("natural",), page=False)
 
 
 def main() -> None:
@@ -69,7 +70,7 @@ def measure(size: Size) -> list[dict[str, Any]]:
         for way in size.ways:
             for clients in size.clients:
                 keys = [*WAYS[way], *([f"data.by=user{clients}"] if way == "natural" else [f"data.clients={clients}"])]
-                keys += [f"federation.cohort={size.cohort}", f"evaluation.max-examples={size.rows // 300}"]
+                keys += [f"federation.cohort={size.cohort}", f"evaluation.max-examples={size.rows // 300}", f"report.html={str(size.page).lower()}"]
                 found.append({"way": way, "clients": clients} | fresh.apply(case, [folder, keys]))
     return found
 
@@ -115,7 +116,7 @@ def case(folder: Path, keys: list[str]) -> dict[str, Any]:
         simulation.rounds()
         marks["peak_before_end_mb"] = peak()
         finish(simulation)
-        files = sum(path.stat().st_size for path in (run.path / "run.json", run.summary, run.page)) / 1e6
+        files = sum(path.stat().st_size for path in (run.path / "run.json", run.summary, run.page) if path.exists()) / 1e6
         written = len(run.metrics()[-1]["clients"])
     marks["all_s"] = time.perf_counter() - began
     return {key: round(value, 2) for key, value in (marks | {"peak_mb": peak(), "files_mb": files, "answered": written}).items()}
