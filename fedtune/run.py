@@ -17,7 +17,7 @@ import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
@@ -40,6 +40,8 @@ class Facts(TypedDict):
     sha256: str
     job_sha256: str
     split: list[dict[str, Any]]
+    split_sha256: NotRequired[str]
+    population: NotRequired[dict[str, Any]]
 
 
 _FACTS = TypeAdapter(Facts)

@@ -103,6 +103,10 @@ class ImageEncoder:
         """One {"pixels": float32 [3, size, size]} per path. Raises DataError that names the file."""
         return [{"pixels": self._pixels(path)} for path in paths]
 
+    def lengths(self, paths: Sequence[str]) -> list[int]:
+        """What orders examples into batches of about equal length: the same for every image."""
+        return [self.size] * len(paths)
+
     def collate(self, encoded: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """{"pixels": float32 [n, 3, size, size]}. Raises ContractError for no images."""
         if not encoded:

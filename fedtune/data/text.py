@@ -13,6 +13,7 @@ from fedtune.errors import ContractError, ModelError
 
 _TOKENIZER = "tokenizer.json"
 _CONFIG = "tokenizer_config.json"
+_AT_ONCE = 1024  # texts tokenized together for their lengths alone: a text's encoding is kilobytes while it lives
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,11 @@ class TextEncoder:
     def encode(self, texts: Sequence[str]) -> list[dict[str, np.ndarray]]:
         """One {"input_ids": int64 [length]} per text, length at most max_length; with "token_type_ids" if needed."""
         return [self._arrays(encoding) for encoding in self.tokenizer.encode_batch(list(texts))]
+
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text as `encode` gives it."""
+        starts = range(0, len(texts), _AT_ONCE)
+        return [len(encoding.ids) for start in starts for encoding in self.tokenizer.encode_batch(list(texts[start : start + _AT_ONCE]))]
 
     def collate(self, encoded: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """Pads to the longest of the batch.

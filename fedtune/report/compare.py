@@ -120,7 +120,7 @@ def cautions(summaries: Sequence[Summary]) -> list[str]:
         ("The runs have different tasks or labels: their accuracies mean different things.", lambda s: (s["task"], s["labels"])),
         (
             "The runs have different held-out data or clients: differences may come from the data.",
-            lambda s: [(c["name"], c["train"], c["held_out"], c["labels"]) for c in s["split"]],
+            lambda s: (s.get("population"), [(c["name"], c["train"], c["held_out"], c["labels"]) for c in s["split"]]),
         ),
         ("The runs start from different base models.", lambda s: s["base"]["sha256"]),
         ("Not all runs are finished.", lambda s: s["complete"]),

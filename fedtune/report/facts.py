@@ -1,12 +1,13 @@
 """What a summary says, in words and figures, once: the page and the terminal both show these."""
 
 import math
+import operator
 from dataclasses import dataclass
 from typing import Any
 
 from fedtune.metrics import tenth, worst_tenth
 from fedtune.report.format import ABSENT, clean, count, duration, number, percent, plural, size
-from fedtune.report.summary import Round, Summary
+from fedtune.report.summary import Against, Round, Summary
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def rivals(s: Summary) -> list[Rival]:
         found.append(Rival("head", "base + head", given["head"]["accuracy"], ours, "frozen base, everybody's data pooled"))
     if "local" in given:
         local = given["local"]
-        who = f"{count(len(local['clients']))} of {plural(local['of'], 'client')}"
+        who = f"{count(local.get('trained', len(local['clients'])))} of {plural(local['of'], 'client')}"
         found.append(Rival("local", "alone", local["accuracy"], local["federated"], f"{who}, own data only"))
     return found
 
@@ -143,16 +144,22 @@ def key_figures(s: Summary) -> list[Fact]:
     return [
         *figures,
         Fact("rounds", count(rounds_done(s)), f"in {duration(s['wall_seconds'])}"),
-        Fact("clients", count(len(s["split"])), cohort),
+        Fact("clients", count(clients(s)), cohort),
         Fact("numbers trained", count(c["trainable_numbers"]), f"{percent(c['trainable_numbers'], s['base']['parameters'])} of the base"),
         Fact("one update", size(c["update_bytes"]), "each way, per client and round"),
         Fact("sent in all", size(total), f"in {plural(c['messages'], 'message')}"),
     ]
 
 
+def clients(s: Summary) -> int:
+    """All of them, listed or not."""
+    return s["population"]["clients"] if "population" in s else len(s["split"])
+
+
 def _measured(s: Summary) -> str:
     if "final" in s:
-        return f"on {plural(sum(c['examples'] for c in s['final']['clients']), 'example')}"
+        listed = sum(c["examples"] for c in s["final"]["clients"])
+        return f"on {plural(s['final']['whole']['examples'] if 'whole' in s['final'] else listed, 'example')}"
     last = last_evaluated(s)
     return f"last measured, after round {last['round']}" if last else "not measured yet"
 
@@ -183,7 +190,7 @@ def _where(s: Summary) -> str:
 def communication(s: Summary) -> list[Fact]:
     """Totals of what was sent."""
     c = s["communication"]
-    holders = sum(1 for client in c["clients"] if client["rounds"] > 0)
+    holders = c.get("took_part", sum(1 for client in c["clients"] if client["rounds"] > 0))
     beside = c.get("evaluation", 0) + c.get("offers", 0)
     return [
         Fact("one update", size(c["update_bytes"]), f"{plural(c['trainable_numbers'], 'number')} and their names"),
@@ -211,7 +218,7 @@ def privacy(s: Summary) -> str:
 
 
 def scores(s: Summary) -> list[tuple[str, float, float | None, int]]:
-    """(client, accuracy, accuracy of base + head or None, examples), worst first; clients without a figure are left out."""
+    """(client, accuracy, accuracy of base + head or None, examples) of those listed, worst first; clients without a figure are left out."""
     if "final" not in s:
         return []
     head = {c["name"]: c["accuracy"] for c in s.get("baselines", {}).get("head", {}).get("clients", [])}
@@ -228,15 +235,34 @@ def spread(s: Summary) -> str:
     rows = scores(s)
     if not rows:
         return "No client has been evaluated."
-    text = f"From {number(rows[0][1])} to {number(rows[-1][1])} over {plural(len(rows), 'client')}"
-    worst = rows[: tenth(len(rows))]
-    few = plural(sum(n for *_, n in worst), "held-out example")
-    text += f"; mean {number(s['final']['mean'])}, worst tenth {number(s['final']['worst_tenth'])} ({plural(len(worst), 'client')} with {few} in all)."
-    pairs = [(ours, head) for _, ours, head, _ in rows if head is not None]
-    if pairs:
-        better = sum(ours > head for ours, head in pairs)
-        equal = sum(ours == head for ours, head in pairs)
-        text += f" Better than base + head on {count(better)} of {plural(len(pairs), 'client')}"
-        text += f", equal on {count(equal)}" if equal else ""
-        text += f"; the worst tenth of base + head is {number(worst_tenth(head for _, head in pairs))}."
+    listed = sum(n for *_, n in rows[: tenth(len(rows))])
+    measured, few = (s["final"]["whole"]["clients"], s["final"]["whole"]["worst_examples"]) if "whole" in s["final"] else (len(rows), listed)
+    text = f"From {number(rows[0][1])} to {number(rows[-1][1])} over {plural(measured, 'client')}"
+    text += f"; mean {number(s['final']['mean'])}, worst tenth {number(s['final']['worst_tenth'])} "
+    text += f"({plural(tenth(measured), 'client')} with {plural(few, 'held-out example')} in all)."
+    found = against(s)
+    if found["clients"]:
+        text += f" Better than base + head on {count(found['better'])} of {plural(found['clients'], 'client')}"
+        text += f", equal on {count(found['equal'])}" if found["equal"] else ""
+        text += f"; the worst tenth of base + head is {number(found['worst_tenth'])}."
     return text
+
+
+def against(s: Summary) -> Against:
+    """The clients beside base + head."""
+    head = s.get("baselines", {}).get("head")
+    if head is not None and "whole" in head:
+        return head["whole"]
+    pairs = [(ours, theirs) for _, ours, theirs, _ in scores(s) if theirs is not None]
+    better, equal = (sum(test(ours, theirs) for ours, theirs in pairs) for test in (operator.gt, operator.eq))
+    return {"clients": len(pairs), "better": better, "equal": equal, "worst_tenth": worst_tenth(theirs for _, theirs in pairs)}
+
+
+def listed(s: Summary) -> str:
+    """What the lists of clients leave out, in a sentence; empty where they have everybody."""
+    shown = []
+    if "whole" in s.get("final", {}):
+        shown.append(f"{count(len(s['final']['clients']))} of {plural(s['final']['whole']['clients'], 'client')} by their accuracy, spread evenly from worst to best")
+    if "population" in s:
+        shown.append(f"{count(len(s['split']))} of {plural(clients(s), 'client')} by what they hold, evenly spaced")
+    return f"Listed and drawn: {'; '.join(shown)}. Figures in sentences are of all." if shown else ""

@@ -4,7 +4,7 @@ import re
 
 from fedtune.report import facts, html, plots, plots_clients, tables
 from fedtune.report.facts import Fact
-from fedtune.report.format import ABSENT, clean, count, number, plural, size
+from fedtune.report.format import ABSENT, clean, count, number, percent, plural, size
 from fedtune.report.summary import Summary
 
 GLOSSARY = {
@@ -111,6 +111,7 @@ def _clients(s: Summary) -> str:
         "clients",
         "The clients",
         html.paragraph(facts.spread(s)),
+        html.paragraph(facts.listed(s)),
         html.grid(html.figure(plots_clients.distribution(s)), html.figure(plots_clients.split(s))),
         html.details(
             "Each client's accuracy as a table", html.table("Clients", ("client", "federated", "base + head", "held-out examples"), rows)
@@ -125,17 +126,29 @@ def _split(s: Summary) -> str:
         (c["name"], c["natural"] or ABSENT, count(c["train"]), count(c["held_out"]), *map(count, c["labels"][: len(labels)]))
         for c in s["split"]
     ]
-    return html.table("Split", ("client", "natural value", "training", "held-out", *labels), rows, (0, 1))
+    return _population(s) + html.table("Split", ("client", "natural value", "training", "held-out", *labels), rows, (0, 1))
+
+
+def _population(s: Summary) -> str:
+    """Sizes of all clients, where the split lists only some of them."""
+    if "population" not in s:
+        return ""
+    p = s["population"]
+    names = {0.0: "least", 0.5: "median", 1.0: "most"}
+    rows = [("training", *map(count, p["train_quantiles"])), ("held-out", *map(count, p["held_out_quantiles"]))]
+    header = (f"examples of each of {plural(p['clients'], 'client')}", *(names.get(q, percent(q, 1)) for q in p["quantiles"]))
+    return html.table("Sizes of all clients", header, rows)
 
 
 def _communication(s: Summary) -> str:
     rows = [(c["name"], size(c["up"]), size(c["down"]), count(c["rounds"])) for c in s["communication"]["clients"]]
+    taken = s["communication"].get("took_part", 0)
     return html.section(
         "communication",
         "Communication",
         html.paragraph("Counted from serialised messages, the frame included."),
         html.table("Communication", ("what", "bytes"), [(Fact(f.name, "", f.note), f.value) for f in facts.communication(s)]),
-        html.details("Every client", html.table("Bytes of each client", ("client", "sent", "received", "rounds"), rows)),
+        html.details(f"{count(len(rows))} of {plural(taken, 'client')} that took part" if taken else "Every client", html.table("Bytes of each client", ("client", "sent", "received", "rounds"), rows)),
     )
 
 

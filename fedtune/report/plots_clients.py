@@ -9,7 +9,7 @@ from fedtune.metrics import worst_tenth
 from fedtune.report import facts
 from fedtune.report.format import clean, count, number, percent, plural, short
 from fedtune.report.plots import DASHES, Key, Plot
-from fedtune.report.summary import SplitClient, Summary
+from fedtune.report.summary import Population, SplitClient, Summary
 from fedtune.report.svg import Artist, Axes, MaxNLocator, Path, PathPatch, colour, drawing, figure, to_svg
 
 ROWS, COLUMNS, LABELS, SHADES = 36, 120, 8, 8
@@ -23,10 +23,10 @@ def distribution(s: Summary, prefix: str = "run") -> Plot | None:
         return None
     title, key = f"{facts.metric(s).capitalize()} of each client", f"{prefix}-clients"
     has_head = any(facts.is_number(head) for _, _, head, _ in rows)
-    marks = (
-        ("worst tenth", worst_tenth(a for _, a, _, _ in rows), "dotted"),
-        ("mean over clients", float(np.mean([a for _, a, _, _ in rows])), "solid"),
-    )
+    worst, mean = worst_tenth(a for _, a, _, _ in rows), float(np.mean([a for _, a, _, _ in rows]))
+    if "whole" in s["final"]:
+        worst, mean = (all_ if all_ is not None else listed for all_, listed in ((s["final"]["worst_tenth"], worst), (s["final"]["mean"], mean)))
+    marks = (("worst tenth", worst, "dotted"), ("mean over clients", mean, "solid"))
     with drawing(key):
         made, (axes,) = figure(64 + 17 * len(rows) if len(rows) <= ROWS else 270)
         (_dots if len(rows) <= ROWS else _histogram)(axes, rows)
@@ -37,7 +37,8 @@ def distribution(s: Summary, prefix: str = "run") -> Plot | None:
         text = to_svg(made, key, title, facts.spread(s))
     mark = "dot" if len(rows) <= ROWS else "block"
     legend = [Key("fed", mark, "federated")] + ([Key("head", "ring" if mark == "dot" else "solid", "base + head")] if has_head else [])
-    return Plot(key, title, text, (*legend, *(Key("ink", dash, name, number(value)) for name, value, dash in reversed(marks))))
+    drawn = f"{count(len(rows))} of {plural(s['final']['whole']['clients'], 'client')}, evenly from worst to best." if "whole" in s["final"] else ""
+    return Plot(key, title, text, (*legend, *(Key("ink", dash, name, number(value)) for name, value, dash in reversed(marks))), drawn)
 
 
 def _dots(axes: Axes, rows: Sequence[tuple[str, float, float | None, int]]) -> None:
@@ -95,7 +96,7 @@ def split(s: Summary, prefix: str = "run") -> Plot | None:
     drawn = _bars if len(clients) <= ROWS and len(labels) <= LABELS else _map
     key, title = f"{prefix}-split", "Who holds how much of what" if labels else "Who holds how much"
     with drawing(key):
-        return drawn(key, title, clients, labels)
+        return drawn(key, title, clients, labels, describe(s, clients, labels))
 
 
 def _parts(clients: Sequence[SplitClient], labels: Sequence[str]) -> tuple[np.ndarray, list[Key]]:
@@ -111,8 +112,10 @@ def _groups(clients: Sequence[SplitClient]) -> list[tuple[str, int]]:
     return groups if any(name for name, _ in groups) and len(groups) < len(clients) else []
 
 
-def describe(clients: Sequence[SplitClient], labels: Sequence[str]) -> str:
-    """The split in words."""
+def describe(s: Summary, clients: Sequence[SplitClient], labels: Sequence[str]) -> str:
+    """The split in words; `clients` are those listed."""
+    if "population" in s:
+        return _describe_many(s["population"], len(clients), labels)
     sizes = [c["train"] + c["held_out"] for c in clients]
     text = f"{plural(sum(sizes), 'example')} over {plural(len(clients), 'client')}, from {count(min(sizes))} to {count(max(sizes))} each"
     groups = _groups(clients)
@@ -122,7 +125,14 @@ def describe(clients: Sequence[SplitClient], labels: Sequence[str]) -> str:
     return text + (f"; {plural(len(labels), 'label')}." if labels else ".")
 
 
-def _bars(key: str, title: str, clients: Sequence[SplitClient], labels: Sequence[str]) -> Plot:
+def _describe_many(all_: Population, listed: int, labels: Sequence[str]) -> str:
+    least, *_, most = all_["train_quantiles"]
+    text = f"{plural(all_['train'] + all_['held_out'], 'example')} over {plural(all_['clients'], 'client')}, from {count(least)} to {count(most)} to train on"
+    text += f"; {plural(len(labels), 'label')}" if labels else ""
+    return f"{text}. Drawn: {count(listed)} of the clients, evenly spaced."
+
+
+def _bars(key: str, title: str, clients: Sequence[SplitClient], labels: Sequence[str], words: str) -> Plot:
     values, legend = _parts(clients, labels)
     heights, ticks = list(_slots(clients)), []
     made, (axes,) = figure(64 + 17 * len(heights))
@@ -146,7 +156,7 @@ def _bars(key: str, title: str, clients: Sequence[SplitClient], labels: Sequence
     axes.set_xlabel("examples")
     totals = values.sum(axis=0)
     legend = [Key(k.variable, k.mark, k.name, count(int(n))) for k, n in zip(legend, totals, strict=True)]
-    return Plot(key, title, to_svg(made, key, title, describe(clients, labels)), tuple(legend), describe(clients, labels))
+    return Plot(key, title, to_svg(made, key, title, words), tuple(legend), words)
 
 
 def _slots(clients: Sequence[SplitClient]) -> Iterator[tuple[int | None, str]]:
@@ -166,7 +176,7 @@ def _name(patches: Iterable[Artist], prefix: str) -> None:
         patch.set_gid(f"{prefix}-{i}")
 
 
-def _map(key: str, title: str, clients: Sequence[SplitClient], labels: Sequence[str]) -> Plot:
+def _map(key: str, title: str, clients: Sequence[SplitClient], labels: Sequence[str], words: str) -> Plot:
     values, _ = _parts(clients, labels)
     each = -(-len(clients) // COLUMNS)
     starts = np.arange(0, len(clients), each)
@@ -183,7 +193,7 @@ def _map(key: str, title: str, clients: Sequence[SplitClient], labels: Sequence[
     _group_axis(axes[-1], clients, 1 / each)
     per = "" if each == 1 else f" Each column is {each} clients, averaged."
     legend = (Key("fed", "shade", "share of a client's examples", f"0 to {percent(most, 1)}"),) if names else ()
-    return Plot(key, title, to_svg(made, key, title, describe(clients, labels)), legend, describe(clients, labels) + per)
+    return Plot(key, title, to_svg(made, key, title, words), legend, words + per)
 
 
 def _rows(pooled: np.ndarray, labels: Sequence[str]) -> tuple[np.ndarray, list[str]]:

@@ -14,6 +14,8 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 from fedtune.errors import RunError
 
 FILE = "summary.json"
+LISTED = 1000
+"""Most clients that one list of a summary names. Of more it names so many, chosen evenly, beside figures of all."""
 
 
 class Base(TypedDict):
@@ -46,6 +48,22 @@ class SplitClient(TypedDict):
     labels: list[int]
 
 
+class Population(TypedDict):
+    """All clients, where `split` lists only some: examples of each side and per label, and at `quantiles` a client's examples.
+
+    `sha256` is that of who holds what.
+    """
+
+    clients: int
+    train: int
+    held_out: int
+    labels: list[int]
+    quantiles: list[float]
+    train_quantiles: list[int]
+    held_out_quantiles: list[int]
+    sha256: str
+
+
 class Round(TypedDict):
     """One round; round 0 is the model before training. `up` and `down` are of this round, `total_bytes` runs on."""
 
@@ -71,6 +89,15 @@ class ClientScore(TypedDict):
     examples: int
 
 
+class Measured(TypedDict):
+    """All clients with a result, where `clients` lists only some, evenly from worst to best: how many, their held-out examples,
+    and those of the worst tenth."""
+
+    clients: int
+    examples: int
+    worst_examples: int
+
+
 class Final(TypedDict):
     """The last evaluation, over all held-out data; `mean` and `worst_tenth` are over clients."""
 
@@ -79,6 +106,7 @@ class Final(TypedDict):
     mean: float | None
     worst_tenth: float | None
     clients: list[ClientScore]
+    whole: NotRequired[Measured]
 
 
 class Majority(TypedDict):
@@ -87,12 +115,23 @@ class Majority(TypedDict):
     accuracy: float
 
 
+class Against(TypedDict):
+    """All clients, where `clients` lists only some: on how many of `clients` the federated model is better or equal, and the
+    baseline's worst tenth."""
+
+    clients: int
+    better: int
+    equal: int
+    worst_tenth: float | None
+
+
 class Head(TypedDict):
     """The frozen base with a head trained on everybody's pooled data."""
 
     accuracy: float
     loss: NotRequired[float | None]
     clients: list[ClientScore]
+    whole: NotRequired[Against]
 
 
 class LocalClient(TypedDict):
@@ -105,12 +144,13 @@ class LocalClient(TypedDict):
 
 
 class Local(TypedDict):
-    """Clients that trained alone: `clients` of the `of` in the run; both accuracies are over these clients."""
+    """Clients that trained alone: `trained` (without it, all in `clients`) of the `of` in the run; both accuracies are over them."""
 
     clients: list[LocalClient]
     accuracy: float
     federated: float
     of: int
+    trained: NotRequired[int]
 
 
 class Baselines(TypedDict, total=False):
@@ -132,6 +172,7 @@ class Communication(TypedDict):
     """All that was sent. `frame_bytes` is the frozen frame, which each client receives once; it is part of `down`.
 
     `evaluation` and `offers` come on top in live runs: evaluation both ways, and job offers and bundles without the frame.
+    `took_part` counts the clients of all rounds where `clients` lists only some, evenly from least to most bytes.
     """
 
     trainable_numbers: int
@@ -143,6 +184,7 @@ class Communication(TypedDict):
     evaluation: NotRequired[int]
     offers: NotRequired[int]
     clients: list[ClientTraffic]
+    took_part: NotRequired[int]
 
 
 class Exported(TypedDict, total=False):
@@ -181,6 +223,7 @@ class Summary(TypedDict):
     labels: list[str]
     metric: str
     split: list[SplitClient]
+    population: NotRequired[Population]
     rounds: list[Round]
     final: NotRequired[Final]
     baselines: NotRequired[Baselines]
@@ -189,6 +232,11 @@ class Summary(TypedDict):
     privacy: Privacy
     complete: bool
     wall_seconds: float
+
+
+def few(count: int, most: int = LISTED) -> list[int]:
+    """Places of those of `count` that are listed: all, or `most` of them, evenly spaced, the first and the last among them."""
+    return list(range(count)) if count <= most else [round(i * (count - 1) / (most - 1)) for i in range(most)]
 
 
 def load_summary(path: Path) -> Summary:

@@ -25,8 +25,12 @@ class ClientData:
     def __len__(self) -> int:
         return len(self.encoded)
 
+    def take(self, index: np.ndarray) -> "ClientData":
+        """The examples at these places, in this order."""
+        return ClientData([self.encoded[i] for i in index], self.labels[index])
+
     @property
-    def lengths(self) -> list[int]:
+    def lengths(self) -> Sequence[int]:
         """Size of each example's first input: tokens for a text, the same for every image."""
         return [next(iter(e.values())).shape[0] for e in self.encoded]
 

@@ -62,7 +62,7 @@ def _front_matter(manifest: Manifest, name: str, data: str, accuracy: float | No
 def _facts(setup: Setup, manifest: Manifest, round: int, last: dict[str, Any], baselines: dict[str, Any]) -> list[tuple[str, str]]:
     """Rows of name and value; an empty value is left out. `last` is the last line of metrics.jsonl."""
     spec, split, fed = manifest.spec, setup.split, setup.job.federation
-    train, held_out = (count(sum(len(x) for x in part)) for part in (split.train, split.held_out))
+    train, held_out = (count(len(part.rows)) for part in (split.train, split.held_out))
     where = "next tokens" if manifest.task == "causal-lm" else "held-out examples of all clients"
     measured = last.get("accuracy") is not None
     return [

@@ -189,7 +189,7 @@ def _head(trained: _Trained) -> Arrays:
 
 def _write_onnx(trained: _Trained, folder: Path, stage: Stage, examples: int) -> Exports:
     setup, manifest, settings = trained.setup, trained.bundle.manifest, trained.setup.job.export
-    held_out = np.sort(np.concatenate(setup.split.held_out))
+    held_out = np.sort(setup.split.held_out.rows)
     if not len(held_out):
         return {"float32": {"note": "no held-out example to check a graph on"}}
     folder.mkdir()

@@ -2,7 +2,11 @@
 
 from typing import Any
 
-from fedtune.training.evaluate import Scores
+import numpy as np
+
+from fedtune.data.partition import Split
+from fedtune.metrics import tenth
+from fedtune.training.evaluate import Scores, by_client
 from fedtune.workflows import baselines
 from fedtune.workflows.export import export_run
 from fedtune.workflows.simulate import Simulation
@@ -20,7 +24,7 @@ def finish(simulation: Simulation) -> dict[str, Any]:
     watch.stage("scoring the final model on all held-out data", 0)
     scores = simulation.scores(checkpoint.state.arrays)
     summary = facts(run) | {
-        "final": final_of(scores.metrics(), baselines.per_client(simulation.setup, scores, simulation.held_out[1])),
+        "final": final(simulation.setup.split, scores),
         "baselines": measure(simulation, scores, checkpoint.counters["rounds"]),
         "complete": checkpoint.state.round >= simulation.setup.job.federation.rounds,
     }
@@ -30,15 +34,27 @@ def finish(simulation: Simulation) -> dict[str, Any]:
     return summary
 
 
+def final(split: Split, scores: Scores) -> dict[str, Any]:
+    """The last evaluation over all held-out examples, and its spread over clients."""
+    clients = by_client(scores, split.held_out)
+    listed = baselines.listed(clients)
+    found = final_of(scores.metrics(), baselines.rows(split.clients, clients, listed), clients.accuracy.tolist())
+    if len(listed) < len(clients):
+        ranked = clients.ranked()
+        worst = ranked[: tenth(len(ranked))]
+        found["whole"] = {"clients": len(ranked), "examples": int(clients.examples.sum()), "worst_examples": int(clients.examples[worst].sum())}
+    return found
+
+
 def measure(simulation: Simulation, scores: Scores, took_part: dict[str, int]) -> dict[str, Any]:
     """The baselines of the job. `scores` are the federated model's; `took_part`: rounds by client."""
     setup, found = simulation.setup, {}
     classify, wanted = setup.job.model.task != "causal-lm", setup.job.evaluation.baselines
     if classify:
-        found["majority"] = baselines.majority(setup, simulation.held_out[0].labels)
+        found["majority"] = baselines.majority(setup)
     if "local" in wanted:
         found["local"] = baselines.clients_alone(simulation, scores, took_part)
-    several = len({label for place in setup.split.train for label in setup.dataset.examples.labels[place].tolist()}) > 1
+    several = len(np.unique(setup.dataset.examples.labels[setup.split.train.rows])) > 1
     if "head" in wanted and classify and several:  # one label leaves nothing to fit
-        found["head"] = baselines.head_on_frozen_base(simulation)
+        found["head"] = baselines.head_on_frozen_base(simulation, scores)
     return found

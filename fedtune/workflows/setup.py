@@ -12,7 +12,7 @@ from fedtune import packages
 from fedtune.adapters import frames, methods
 from fedtune.adapters.spec import AdapterSpec, Linear, describe
 from fedtune.bundle import Bundle, write_bundle
-from fedtune.data import partition
+from fedtune.data import holdings
 from fedtune.data.examples import Dataset, load_dataset
 from fedtune.data.partition import Split, split
 from fedtune.errors import DataError, ModelError, RunError, UserError
@@ -20,7 +20,8 @@ from fedtune.job import Job
 from fedtune.models.base import TunableModel, layout
 from fedtune.models.load import Encoder, load_encoder, load_model, sketch_model
 from fedtune.models.sources import Source, check_hash, locate
-from fedtune.run import RunFolder, versions
+from fedtune.report.summary import few
+from fedtune.run import Facts, RunFolder, versions
 from fedtune.training.clients import ClientStore
 from fedtune.types import Arrays
 
@@ -81,7 +82,7 @@ def open_setup(job: Job) -> Setup:
     sha256 = check_hash(source, job.model.sha256) if source.weights else ""
     dataset = load_dataset(job.data, job.model, job.federation.seed)
     parts = split(dataset.examples, job.data, job.federation.seed)
-    if not any(len(held_out) for held_out in parts.held_out):
+    if not len(parts.held_out.rows):
         raise DataError(f"data.clients = {job.data.clients}: each client holds a single row or group, so nothing is left to evaluate on; lower it or give more data")
     return Setup(job, source, sha256, dataset.label_names, dataset, parts)
 
@@ -110,11 +111,21 @@ def data_free_frame(setup: OpenBase, model: TunableModel) -> Arrays:
 
 
 def run_facts(setup: Setup) -> dict[str, Any]:
-    """What run.json keeps: when and with what the run began, the hash of the base, and who holds how much of what."""
+    """What run.json keeps: when and with what the run began, the hashes of base and data, and who holds how much of what.
+
+    Of many clients only some are listed, with figures of all beside them.
+    """
+    clients, data = len(setup.split.clients), data_digest(setup)
+    listed = few(clients)
+    population = {"population": holdings.population(setup.split, setup.dataset) | {"sha256": data}} if len(listed) < clients else {}
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions(), "sha256": setup.sha256,
-        "split": partition.describe(setup.split, setup.dataset),
+        "split": holdings.describe(setup.split, setup.dataset, listed), "split_sha256": data, **population,
     }
+
+
+def data_digest(setup: Setup) -> str:
+    return holdings.digest(setup.split, setup.dataset, inputs=setup.job.model.task != "image-classification")
 
 
 def require_unchanged(setup: Setup, run: RunFolder) -> None:
@@ -124,8 +135,15 @@ def require_unchanged(setup: Setup, run: RunFolder) -> None:
     if began["sha256"] != setup.sha256:
         raise RunError(f"{run.path}: began with a base of sha256 {began['sha256'][:12]}…, {setup.job.model.source} now has {setup.sha256[:12]}…; "
                        "restore that base or begin a new run")
-    if began["split"] != partition.describe(setup.split, setup.dataset):
+    if not _same_data(setup, began):
         raise RunError(f"{run.path}: {setup.job.data.source} no longer holds what it held when the run began; restore it or begin a new run")
+
+
+def _same_data(setup: Setup, began: Facts) -> bool:
+    """By digest; a run of an older version has only the list of what each client held."""
+    if "split_sha256" in began:
+        return began["split_sha256"] == data_digest(setup)
+    return began["split"] == holdings.describe(setup.split, setup.dataset)
 
 
 def require_trainable(setup: OpenBase) -> None:

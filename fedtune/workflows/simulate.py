@@ -19,10 +19,10 @@ from fedtune.seeds import generator
 from fedtune.server.app import Ask, make_server_app, run_rounds
 from fedtune.simulation.engines import run_ray, run_serial
 from fedtune.simulation.vectorised import Together, memory_for
+from fedtune.training.clients import CACHE_BYTES, Stream
 from fedtune.training.cohort import CohortTrainer
-from fedtune.training.evaluate import Scores, join, score
+from fedtune.training.evaluate import Scores, score
 from fedtune.training.features import FeatureStore
-from fedtune.training.local import ClientData
 from fedtune.training.stacked import NotStackable
 from fedtune.training.together import open_trainer
 from fedtune.training.worker import Worker
@@ -81,11 +81,9 @@ class Simulation:
 
     def _trainer(self) -> CohortTrainer | None:
         """What trains clients together; None, with a word to whoever watches, where this base does not allow it."""
-        setup, split = self.setup, self.setup.split
-        largest = max(range(len(split.clients)), key=lambda i: len(split.train[i]))
-        data = setup.store.train(split.clients[largest])
-        sample = ClientData(data.encoded[:TRIAL], data.labels[:TRIAL])
-        start = open_bundle(self.run.bundle).initial
+        setup, start = self.setup, open_bundle(self.run.bundle).initial
+        rows = setup.split.train.rows[:TRIAL]
+        sample = setup.store.stream(rows).take(np.arange(len(rows)))
         try:
             return open_trainer(
                 self.model, self.worker.parameters, setup.spec, setup.encoder, setup.job.federation, start, sample, self.features)
@@ -116,18 +114,14 @@ class Simulation:
         job = self.setup.job
         if not evaluated(job, round):
             return None
-        most = job.evaluation.max_examples if round != job.federation.rounds else 0
-        index = self._sample(most) if most else None
-        return self.scores(arrays, index).metrics()
+        return self.scores(arrays, whole=round == job.federation.rounds or not job.evaluation.max_examples).metrics()
 
-    def scores(self, arrays: Arrays, index: np.ndarray | None = None) -> Scores:
-        """Held-out scores per example of `held_out[0]`, of the given places or of all."""
-        key = digest(arrays) if index is None else ""
+    def scores(self, arrays: Arrays, whole: bool = True) -> Scores:
+        """Held-out scores per example of `held_out`, or of the sample for the rounds between."""
+        key = digest(arrays) if whole else ""
         if key and key in self._scored:
             return self._scored[key]
-        data, _ = self.held_out
-        if index is not None:
-            data = ClientData([data.encoded[i] for i in index], data.labels[index])
+        data = self.held_out if whole else self._sample
         self.worker.open()
         methods.write(self.worker.parameters, arrays)
         scores = score(self.model, data, self.setup.encoder, self.setup.job.evaluation.batch_size)
@@ -135,15 +129,17 @@ class Simulation:
         return scores
 
     @cached_property
-    def held_out(self) -> tuple[ClientData, np.ndarray]:
-        """All clients' held-out examples, and whose each is (place in split.clients)."""
-        parts = [self.setup.store.held_out(c) for c in self.setup.split.clients]
-        return join(parts), np.repeat(np.arange(len(parts)), [len(p) for p in parts])
+    def held_out(self) -> Stream:
+        """All clients' held-out examples in the order of split.held_out.rows, kept only where every evaluation takes them all."""
+        keep = 0 if self.setup.job.evaluation.max_examples else CACHE_BYTES
+        return self.setup.store.stream(self.setup.split.held_out.rows, keep)
 
-    def _sample(self, count: int) -> np.ndarray:
-        total = len(self.held_out[0])
-        rng = generator(self.setup.job.federation.seed, "evaluation")
-        return np.sort(rng.choice(total, size=min(count, total), replace=False))
+    @cached_property
+    def _sample(self) -> Stream:
+        """`evaluation.max-examples` of them, drawn by the seed."""
+        rows, rng = self.setup.split.held_out.rows, generator(self.setup.job.federation.seed, "evaluation")
+        drawn = rng.choice(len(rows), size=min(self.setup.job.evaluation.max_examples, len(rows)), replace=False)
+        return self.setup.store.stream(rows[np.sort(drawn)], CACHE_BYTES)
 
     def _frame(self) -> tuple[Arrays, str]:
         bundle = open_bundle(self.run.bundle)

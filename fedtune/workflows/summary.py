@@ -1,6 +1,7 @@
 """What a run folder says of itself, as summary.json and the page. Reads the folder alone: no torch, no data, no base."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from fedtune.bundle import Bundle, open_bundle
@@ -8,7 +9,7 @@ from fedtune.errors import RunError
 from fedtune.ledger import require_whole
 from fedtune.metrics import value, worst_tenth
 from fedtune.report.events import Events
-from fedtune.report.summary import Summary, check
+from fedtune.report.summary import Summary, check, few
 from fedtune.rounds import Coordinator, Traffic, Watch
 from fedtune.run import RunFolder
 from fedtune.storage import write_atomic, write_json
@@ -39,7 +40,7 @@ def facts(run: RunFolder) -> dict[str, Any]:
             "method": spec.method, "rank": spec.rank, "init": job.adapter.init, "trainable": spec.size, "head": spec.head_size,
             "modules": len(spec.linears),
         },
-        "split": started["split"], "rounds": per_round(lines), "communication": communication(bundle, Traffic(**checkpoint.counters)),
+        "split": started["split"], **({"population": started["population"]} if "population" in started else {}), "rounds": per_round(lines), "communication": communication(bundle, Traffic(**checkpoint.counters)),
         "privacy": {"unit": job.privacy.unit, "epsilon": "inf", "note": NO_PRIVACY},
         "complete": False, "wall_seconds": round(sum(line["seconds"] for line in lines), 3),
     }
@@ -55,14 +56,16 @@ def per_round(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def communication(bundle: Bundle, traffic: Traffic) -> dict[str, Any]:
-    """Totals and each client's bytes."""
+    """Totals and the bytes of each client that was asked; of many, of an even choice from least to most."""
     spec = bundle.manifest.spec
-    names = sorted(traffic.down.keys() | traffic.up.keys())
+    asked = sorted(traffic.down.keys() | traffic.up.keys(), key=lambda n: (traffic.up.get(n, 0) + traffic.down.get(n, 0), n))
+    names = sorted(asked[i] for i in few(len(asked)))
     return {
         "trainable_numbers": spec.size, "update_bytes": packet_bytes(spec.schema)[1], "frame_bytes": bundle.frame_bytes,
         "up": sum(traffic.up.values()), "down": sum(traffic.down.values()), "messages": traffic.messages,
         "evaluation": traffic.evaluation, "offers": traffic.offers,
         "clients": [{"name": n, "up": traffic.up.get(n, 0), "down": traffic.down.get(n, 0), "rounds": traffic.rounds.get(n, 0)} for n in names],
+        **({"took_part": sum(rounds > 0 for rounds in traffic.rounds.values())} if len(names) < len(asked) else {}),
     }
 
 
@@ -71,12 +74,12 @@ def client_row(name: str, metrics: Metrics, examples: int) -> dict[str, Any]:
     return {"name": name, "accuracy": value(metrics, "accuracy"), "loss": value(metrics, "loss"), "examples": examples}
 
 
-def final_of(metrics: Metrics, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The last evaluation: all held-out examples as one, and the spread over clients."""
-    accuracies = [row["accuracy"] for row in rows]
+def final_of(metrics: Metrics, rows: list[dict[str, Any]], all_: Sequence[float] | None = None) -> dict[str, Any]:
+    """The last evaluation: all held-out examples as one, and the spread over clients. `all_`: accuracies of all, where `rows` lists some."""
+    accuracies = [row["accuracy"] for row in rows] if all_ is None else all_
     return {
         "accuracy": value(metrics, "accuracy"), "loss": value(metrics, "loss"), "clients": rows,
-        "mean": sum(accuracies) / len(accuracies) if rows else None, "worst_tenth": worst_tenth(accuracies),
+        "mean": sum(accuracies) / len(accuracies) if accuracies else None, "worst_tenth": worst_tenth(accuracies),
     }
 
 

@@ -4,11 +4,14 @@ import re
 
 import numpy as np
 import pytest
+import slow_partition
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.data.examples import Dataset, Examples, load_dataset
-from fedtune.data.partition import Split, describe, split
+from fedtune.data.holdings import describe
+from fedtune.data.partition import Split, split
+from fedtune.data.slices import Names, Slices
 from fedtune.errors import DataError
 from fedtune.job import DataSection, ModelSection
 
@@ -78,6 +81,25 @@ def test_what_every_split_keeps(case, seed):
         groups, kept = len({keys[row] for row in (*train, *held)}), len({keys[row] for row in held})
         assert kept == min(max(1, round(data.held_out * groups)), groups - 1)
     assert same(found, split(made, data, seed))
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases(), st.integers(0, 2**63 - 1))
+def test_the_slow_obvious_way_deals_the_same(case, seed):
+    made, data = case
+    found = split(made, data, seed)
+    assert [(train.tolist(), held.tolist()) for train, held in zip(found.train, found.held_out)] == slow_partition.split(made, data, seed)
+
+
+@pytest.mark.parametrize("keys", [
+    {"partition": "iid", "clients": 900}, {"partition": "dirichlet", "clients": 900, "alpha": 0.05}, {"partition": "shards", "clients": 900},
+    {"partition": "natural", "clients": 0}, {"partition": "natural", "clients": 1000, "alpha": 0.1}, {"partition": "natural", "clients": 1000, "alpha": 0.0},
+], ids=str)
+def test_many_clients_are_dealt_as_the_slow_way_does(keys):
+    rng = np.random.default_rng(0)
+    made = examples(rng.integers(0, 7, 6000), natural=[f"user {row % 500}" for row in range(6000)])
+    found = split(made, section(**keys), 3)
+    assert [(train.tolist(), held.tolist()) for train, held in zip(found.train, found.held_out)] == slow_partition.split(made, section(**keys), 3)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -177,9 +199,36 @@ def test_what_cannot_be_dealt_is_one_clear_line(made, keys, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("names", "expected"), [
+    (Names(("a", "b-01", "c")), ("a", "b-01", "c")),
+    (Names(("client",), 3, 3), ("client-000", "client-001", "client-002")),
+    (Names(("x", "x-00"), 2), ("x-00", "x-01", "x-00-00", "x-00-01")),
+])
+def test_names_are_made_and_found_by_place(names, expected):
+    assert names == expected == tuple(names) and names[-1] == expected[-1] and names[1:] == expected[1:]
+    assert [names.place(name) for name in expected] == list(range(len(expected)))
+    for wrong in ("", "d", "client-3", "client-0000", "client-003", "x-1", "x-02", "x--1", "-01"):
+        with pytest.raises(KeyError):
+            names.place(wrong)
+
+
+def test_names_widen_with_their_number():
+    names = Names(("client",), 100_000, 3)
+    assert (names[7], names[99_999], names.place("client-00042")) == ("client-00007", "client-99999", 42)
+
+
+def test_slices_are_views_of_one_array():
+    parts = [np.array([4, 1]), np.array([], dtype=np.int64), np.array([0])]
+    found = Slices.of(parts)
+    assert [part.tolist() for part in found] == [[4, 1], [], [0]] and found.sizes.tolist() == [2, 0, 1]
+    assert found[-1].base is found.rows and [len(part) for part in found[:2]] == [2, 0]
+    with pytest.raises(IndexError):
+        found[3]
+
+
 def test_describe():
     made = examples([0, 0, 1, 1], natural=["x", "x", "y", "y"])
-    found = Split(("p", "q"), (np.array([0, 2]), np.array([3])), (np.array([1]), np.array([], dtype=np.int64)))
+    found = Split(Names(("p", "q")), Slices.of([np.array([0, 2]), np.array([3])]), Slices.of([np.array([1]), np.array([])]))
     assert describe(found, Dataset(made, ("no", "yes", "maybe"), "here")) == [
         {"name": "p", "natural": "", "train": 2, "held_out": 1, "labels": [1, 1, 0]},
         {"name": "q", "natural": "y", "train": 1, "held_out": 0, "labels": [0, 1, 0]},

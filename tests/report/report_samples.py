@@ -206,6 +206,27 @@ def diverged() -> dict[str, Any]:
     return made
 
 
+def crowd() -> dict[str, Any]:
+    """100,000 clients, of whom the lists hold an even choice."""
+    made = sample(clients=40)
+    made["population"] = {
+        "clients": 100_000,
+        "train": 240_000,
+        "held_out": 60_000,
+        "labels": [80_000] * 3,
+        "quantiles": [0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0],
+        "train_quantiles": [1, 1, 1, 2, 3, 5, 77],
+        "held_out_quantiles": [0, 0, 0, 1, 1, 2, 19],
+        "sha256": hashlib.sha256(b"crowd").hexdigest(),
+    }
+    made["final"]["whole"] = {"clients": 55_000, "examples": 60_000, "worst_examples": 5_501}
+    made["final"].update(mean=0.8125, worst_tenth=0.125)
+    made["baselines"]["head"]["whole"] = {"clients": 55_000, "better": 30_000, "equal": 20_000, "worst_tenth": 0.0625}
+    made["baselines"]["local"]["trained"], made["baselines"]["local"]["of"] = 4_321, 100_000
+    made["communication"]["took_part"] = 12_345
+    return made
+
+
 def hostile() -> dict[str, Any]:
     """Strings that try to leave their place: markup, templates, terminal codes, mathtext, other scripts."""
     bad = [
@@ -248,6 +269,7 @@ CASES = {
     "refused": refused,
     "diverged": diverged,
     "hostile": hostile,
+    "crowd": crowd,
     "images": lambda: sample(clients=60, labels=tuple(f"flower-{i}" for i in range(37)), naturals=("",), task="image-classification"),
     "causal-many": lambda: sample(clients=130, labels=(), naturals=tuple(f"book {i}" for i in range(20)), task="causal-lm"),
 }

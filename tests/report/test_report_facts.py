@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from report_samples import CASES, diverged, refused, sample, unfinished
+from report_samples import CASES, crowd, diverged, refused, rendered, sample, unfinished
 
 from fedtune.errors import ContractError, RunError
 from fedtune.report import compare, facts, format, summary
@@ -110,3 +110,30 @@ def test_comparison_words() -> None:
     assert compare.cautions([unfinished()]) == ["No run is finished."]
     with pytest.raises(ContractError, match="at least one run"):
         compare.headline([])
+
+
+def test_of_a_crowd_the_sentences_are_about_all() -> None:
+    s = crowd()
+    assert facts.spread(s).endswith(
+        "over 55,000 clients; mean 0.812, worst tenth 0.125 (5,500 clients with 5,501 held-out examples in all). "
+        "Better than base + head on 30,000 of 55,000 clients, equal on 20,000; the worst tenth of base + head is 0.062.")
+    assert facts.listed(s).startswith("Listed and drawn: 40 of 55,000 clients by their accuracy") and "40 of 100,000 clients" in facts.listed(s)
+    figures = {f.name: f for f in facts.key_figures(s)}
+    assert figures["clients"].value == "100,000" and figures["held-out accuracy"].note == "on 60,000 examples"
+    assert any(f.note == "frozen, sent once to each of 12,345 clients" for f in facts.communication(s))
+    assert any(r.note == "4,321 of 100,000 clients, own data only" for r in facts.rivals(s))
+    assert facts.listed(sample()) == ""
+
+
+def test_the_page_of_a_crowd_says_what_it_leaves_out() -> None:
+    page = rendered("crowd")
+    for words in ("300,000 examples over 100,000 clients, from 1 to 77 to train on", "Drawn: 40 of the clients, evenly spaced",
+                  "40 of 55,000 clients, evenly from worst to best", "40 of 12,345 clients that took part", "median"):
+        assert words in page, words
+
+
+def test_crowds_with_other_data_are_said_to_differ() -> None:
+    one, other = crowd(), crowd()
+    assert not any("held-out data" in line for line in compare.cautions([one, crowd()]))
+    other["population"]["sha256"] = "0" * 64
+    assert any("different held-out data or clients" in line for line in compare.cautions([one, other]))

@@ -20,7 +20,6 @@ from fedtune.report.facts import notices
 from fedtune.report.summary import check
 from fedtune.rounds import Traffic, round_line
 from fedtune.run import open_run
-from fedtune.training.evaluate import join
 from fedtune.training.local import weight_gradients
 from fedtune.training.worker import gradient_schema
 from fedtune.types import RoundReport
@@ -125,7 +124,8 @@ def test_gradient_init_averages_the_clients_gradients(tiny_job, run_rounds, tmp_
     job = tiny_job("adapter.init=gradient", "adapter.init-clients=6", "adapter.init-examples=1000")
     simulation = run_rounds(job, tmp_path / "run")
     setup = simulation.setup
-    data, model = join([setup.store.train(c) for c in setup.split.clients]), setup.fresh_model()
+    rows, model = setup.split.train.rows, setup.fresh_model()
+    data = setup.store.stream(rows).take(np.arange(len(rows)))
     gradients = weight_gradients(model, [x.name for x in setup.spec.linears], data, setup.encoder, np.arange(len(data)), 16)
     frame, _ = from_gradients(setup.spec, gradients, 0.0)
     found = open_bundle(simulation.run.bundle).frame
