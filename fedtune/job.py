@@ -176,7 +176,7 @@ class DeviceClass(_Section):
     memory_mb: int = _key(0, "memory for training in MB; with less than `fedtune plan` computes, none of the class can take part (0: no limit)", ge=0, le=1_000_000_000)
     up_kbps: float = _key(0.0, "kilobits a second that a device sends (0: takes no time)", ge=0.0, le=1e9)
     down_kbps: float = _key(0.0, "kilobits a second that a device receives (0: takes no time)", ge=0.0, le=1e9)
-    available: float = _key(1.0, "chance that a client of the class can be drawn in a round", gt=0.0, le=1.0)
+    available: float = _key(1.0, "chance that a client of the class can be drawn in a round; cohorts are drawn among those that can", gt=0.0, le=1.0)
     drop_out: float = _key(0.0, "chance that a client that was asked never answers", ge=0.0, le=1.0)
 
 
