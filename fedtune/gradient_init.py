@@ -20,6 +20,13 @@ def gradient_schema(spec: AdapterSpec) -> Schema:
     return Schema(tuple(TensorSpec(x.name, (x.outputs, x.inputs), x.unit) for x in spec.linears))
 
 
+def gradient_bytes(spec: AdapterSpec) -> tuple[int, int]:
+    """Sizes of a gradient request and of its answer."""
+    schema = gradient_schema(spec)
+    answer = encode("gradient", schema, {t.name: np.zeros(t.shape, np.float32) for t in schema.tensors}, round=0, weight=1.0)
+    return len(encode("gradient-request", Schema(()), {}, round=0)), len(answer)
+
+
 def gather_gradients(
     job: Job, spec: AdapterSpec, run: RunFolder, clients: Sequence[ClientInfo], exchange: Callable[..., Iterator[Reply]],
 ) -> tuple[Arrays, Traffic]:

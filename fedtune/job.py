@@ -8,7 +8,7 @@ keys carry `later` and such values `available` in their field below.
 import difflib
 import re
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -17,8 +17,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from fedtune.errors import JobError
 
 
-def _key(default: Any, description: str, *, later: bool = False, available: tuple[str, ...] | None = None, **limits: Any) -> Any:
-    extra: dict[str, Any] = {"later": later}
+def _key(
+    default: Any, description: str, *, later: bool = False, available: tuple[str, ...] | None = None, example: Any = None, **limits: Any,
+) -> Any:
+    """A key of a section; one whose default is ... must be given, and needs an example."""
+    extra: dict[str, Any] = {"later": later, "example": default if example is None else example}
     if available is not None:
         extra["available"] = list(available)
     return Field(default=default, description=description, json_schema_extra=extra, **limits)
@@ -164,8 +167,21 @@ class ServerSection(_Section):
     wait: float = _key(86_400.0, "seconds to wait for `min-replies` devices; then the run stops, and the same command continues it", gt=0.0, le=31_536_000.0)
 
 
+class DeviceClass(_Section):
+    """A kind of device that simulated clients are spread over, to see what a real fleet would cost in time, bytes and lost replies."""
+
+    name: str = _key(..., "what the report calls the class", example="phone", min_length=1, max_length=40)
+    share: float = _key(1.0, "relative number of clients: a class of share 3 has three times the clients of one of share 1", gt=0.0, le=1e9)
+    speed: float = _key(0.0, "training examples a second (0: training takes no time)", example=20.0, ge=0.0, le=1e9)
+    memory_mb: int = _key(0, "memory for training in MB; with less than `fedtune plan` computes, none of the class can take part (0: no limit)", ge=0, le=1_000_000_000)
+    up_kbps: float = _key(0.0, "kilobits a second that a device sends (0: takes no time)", ge=0.0, le=1e9)
+    down_kbps: float = _key(0.0, "kilobits a second that a device receives (0: takes no time)", ge=0.0, le=1e9)
+    available: float = _key(1.0, "chance that a client of the class can be drawn in a round; cohorts are drawn among those that can", gt=0.0, le=1.0)
+    drop_out: float = _key(0.0, "chance that a client that was asked never answers", ge=0.0, le=1.0)
+
+
 class SimulationSection(_Section):
-    """How a simulation runs its clients."""
+    """How a simulation runs its clients; `fedtune server` reads none of it."""
 
     engine: Literal["vectorised", "serial", "ray"] = _key(
         "vectorised", "vectorised (the cohort trained together), serial (one client after another) or ray (Flower's engine, also on several machines)")
@@ -176,6 +192,8 @@ class SimulationSection(_Section):
     device: Literal["cpu", "cuda"] = _key("cpu", "where the base runs: cpu or cuda")
     workers: int = _key(0, "ray: client processes at once (0: one per core)", ge=0, le=4096)
     threads: int = _key(0, "torch threads (0: all cores; ray: 1 per worker)", ge=0, le=1024)
+    devices: tuple[DeviceClass, ...] = _key(
+        (), "classes of devices; simulated seconds, and the federation.deadline in them, are then counted beside bytes (none: no such effects)")
 
 
 class ReportSection(_Section):
@@ -236,11 +254,37 @@ def _disagreements(job: Job) -> Iterator[str]:
         yield 'adapter.targets = []: names no linear, so nothing would be adapted; use ["all-linear"] or name some'
     if adapter.method == "head" and not adapter.train_head:
         yield 'adapter.train-head = false: method = "head" trains nothing but the head; set it to true or choose another method'
-    for section in type(job).model_fields:
-        for key, value in getattr(job, section):
+    named = [device.name for device in job.simulation.devices]
+    for place, name in enumerate(named):
+        if name in named[:place]:
+            yield f"simulation.devices.{place}.name = {toml_value(name)}: stands twice; give each class its own name"
+    for where, section in _sections(job):
+        for key, value in section:
             texts = value if isinstance(value, tuple) else (value,)
             if any(isinstance(text, str) and _CONTROL.search(text) for text in texts):
-                yield f"{section}.{key.replace('_', '-')} = {toml_value(value)}: holds a control character; remove it"
+                yield f"{where}.{key.replace('_', '-')} = {toml_value(value)}: holds a control character; remove it"
+
+
+def _sections(job: Job) -> Iterator[tuple[str, _Section]]:
+    """Every section with its name, and every table in a list of tables with its place there."""
+    for name in type(job).model_fields:
+        section = getattr(job, name)
+        yield name, section
+        for key, tables in _tables(section):
+            yield from ((f"{name}.{key}.{place}", table) for place, table in enumerate(tables))
+
+
+def _tables(section: _Section) -> Iterator[tuple[str, tuple[_Section, ...]]]:
+    """The keys of a section that hold lists of tables."""
+    for name, field in type(section).model_fields.items():
+        if _table_of(field) is not None:
+            yield name.replace("_", "-"), getattr(section, name)
+
+
+def _table_of(field: Any) -> type[_Section] | None:
+    """The section that a list of tables is made of; None for every other field."""
+    inner = get_args(field.annotation)[:1]
+    return inner[0] if inner and isinstance(inner[0], type) and issubclass(inner[0], _Section) else None
 
 
 _SUGGEST = 0.6
@@ -317,6 +361,9 @@ def _apply(raw: dict[str, Any], override: str) -> list[str]:
     if not isinstance(table, dict):
         return [f"{section} = {_shown(table)}: is a section, write [{section}] above its keys"]
     key = key.strip().replace("_", "-")
+    listed, deeper, _ = key.partition(".")
+    if deeper and (field := _field((section, listed))) is not None and _table_of(field):
+        return [f"--set {_one_line(override)}: one key of a table cannot be set; give the whole list: --set '{section}.{listed}={_example(field)}'"]
     table.pop(key.replace("-", "_"), None)  # the file may spell it so
     table[key] = value
     return []
@@ -326,7 +373,7 @@ def _unavailable(raw: dict[str, Any]) -> Iterator[str]:
     """A line for each key or value given whose feature is not built yet; works on unchecked values too."""
     for section, values in raw.items():
         for key, value in values.items() if isinstance(values, dict) else ():
-            field = _field(section, key)
+            field = _field((section, key))
             if field is None or value == field.default:
                 continue
             if field.json_schema_extra["later"]:
@@ -366,11 +413,16 @@ def _describe(error: ValidationError) -> Iterator[str]:
         elif e["type"] == "extra_forbidden":
             yield f"{where}: unknown {'key' if len(e['loc']) > 1 else 'section'}; {_nearest(e['loc'])}"
         elif e["type"] in ("model_type", "model_attributes_type", "dict_type"):
-            yield f"{where} = {_shown(value)}: is a section, write [{where}] above its keys"
+            yield f"{where} = {_shown(value)}: is a {_kind(e['loc'])} above its keys"
         elif e["type"] == "literal_error":
             yield f"{where} = {_shown(value)}: must be {_choices(e['loc'], ctx['expected'])}"
+        elif e["type"] == "missing":
+            field = _field(e["loc"])
+            yield f"{where}: is missing; give {field.description}, such as {toml_value(field.json_schema_extra['example'])}"
+        elif e["type"] == "tuple_type" and _table_of(_field(e["loc"])):
+            yield f"{where} = {_shown(value)}: must be a list of tables; write [[{where}]] above the keys of each, or --set '{where}={_example(_field(e['loc']))}'"
         elif e["type"] == "tuple_type":
-            example = toml_value(_field(str(e["loc"][0]), str(e["loc"][1])).default or ("a", "b"))
+            example = toml_value(_field(e["loc"]).default or ("a", "b"))
             yield f"{where} = {_shown(value)}: must be a list, such as {example}; quote it after --set: --set '{where}={example}'"
         else:
             yield f"{where} = {_shown(value)}: {_plain(e['msg'])}; {_remedy(e['loc'])}"
@@ -378,7 +430,7 @@ def _describe(error: ValidationError) -> Iterator[str]:
 
 def _choices(loc: tuple[Any, ...], expected: str) -> str:
     """What a key takes; of those that are planned, only what is built."""
-    available = _field(str(loc[0]), str(loc[1])).json_schema_extra.get("available")
+    available = _field(loc).json_schema_extra.get("available")
     return _or(available) if available else expected.replace("'", '"')
 
 
@@ -391,23 +443,55 @@ def _plain(message: str) -> str:
 def _remedy(loc: tuple[Any, ...]) -> str:
     if len(loc) < 2:
         return "see `fedtune init`"
-    field = _field(str(loc[0]), str(loc[1]))
-    return f"default is {toml_value(field.default)} ({field.description})" if field else "see `fedtune init`"
+    field = _field(loc)
+    if field is None:
+        return "see `fedtune init`"
+    if field.is_required():
+        return f"give {field.description}, such as {toml_value(field.json_schema_extra['example'])}"
+    return f"default is {toml_value(field.default)} ({field.description})"
 
 
-def _field(section: str, key: str) -> Any:
-    model = Job.model_fields[section].default if section in Job.model_fields else None
-    return None if model is None else type(model).model_fields.get(key.replace("-", "_"))
+def _model(loc: Sequence[Any]) -> type[_Section] | None:
+    """The section, or the table in a list of tables, that holds the key at this place."""
+    if str(loc[0]) not in Job.model_fields:
+        return None
+    model = type(Job.model_fields[str(loc[0])].default)
+    field = model.model_fields.get(str(loc[1]).replace("-", "_")) if len(loc) > 3 else None
+    return model if field is None or _table_of(field) is None else _table_of(field)
+
+
+def _field(loc: Sequence[Any]) -> Any:
+    """The field at (section, key), (section, key, place) or (section, key, place, key of the table); None where there is none."""
+    model, table = _model(loc[:2]), _model(loc)
+    if model is None or table is None:
+        return None
+    return table.model_fields.get(str(loc[1] if table is model else loc[3]).replace("-", "_"))
+
+
+def _kind(loc: Sequence[Any]) -> str:
+    if len(loc) == 3 and (field := _field(loc)) is not None and _table_of(field):
+        return f"table, write [[{loc[0]}.{str(loc[1]).replace('_', '-')}]]"
+    return f"section, write [{_one_line(str(loc[0]))}]"
+
+
+def _example(field: Any) -> str:
+    """A list of one inline table, with its first keys."""
+    keys = [f"{name.replace('_', '-')} = {toml_value(f.json_schema_extra['example'])}" for name, f in _fields(_table_of(field)).items()]
+    return "[{" + ", ".join(keys[:3]) + "}]"
+
+
+def _fields(section: type[_Section] | None) -> dict[str, Any]:
+    return {} if section is None else dict(section.model_fields)
 
 
 def _nearest(loc: tuple[Any, ...]) -> str:
     if len(loc) == 1:
         known = list(Job.model_fields)
-        home = [s for s in known if _field(s, str(loc[0]))]
+        home = [s for s in known if _field((s, str(loc[0])))]
         if home:
             return f"{loc[0]} belongs under [{home[0]}]"
     else:
-        known = [name.replace("_", "-") for name in type(Job.model_fields[str(loc[0])].default).model_fields]
+        known = [name.replace("_", "-") for name in model.model_fields] if (model := _model(loc)) else []
     if str(loc[-1]).replace("_", "-") in known:
         return "it stands twice, with - and with _; remove one"
     close = difflib.get_close_matches(str(loc[-1]).replace("_", "-"), known, n=1, cutoff=_SUGGEST)
@@ -415,7 +499,11 @@ def _nearest(loc: tuple[Any, ...]) -> str:
 
 
 def to_toml(job: Job, comments: bool = False) -> str:
-    """The whole job as TOML, every key written; with `comments`, one line above each key says what it is."""
+    """The whole job as TOML, every key written; with `comments`, one line above each key says what it is.
+
+    A list of tables follows its section as [[section.key]]; an empty one is left out, or is an example in comments, since
+    TOML takes no table for a key that was given a value.
+    """
     lines: list[str] = []
     for section in type(job).model_fields:
         values = getattr(job, section)
@@ -423,17 +511,35 @@ def to_toml(job: Job, comments: bool = False) -> str:
             lines.append(f"# {(type(values).__doc__ or '').strip().splitlines()[0]}")
         lines.append(f"[{section}]")
         for name, field in type(values).model_fields.items():
-            key, text = name.replace("_", "-"), toml_value(getattr(values, name))
+            key, later = name.replace("_", "-"), field.json_schema_extra["later"]
+            if _table_of(field) is not None:
+                continue
             if comments:
-                note = " (not available yet)" if field.json_schema_extra["later"] else ""
-                lines.append(f"# {field.description}{note}")
-            lines.append(f"# {key} = {text}" if comments and field.json_schema_extra["later"] else f"{key} = {text}")
+                lines.append(f"# {field.description}{' (not available yet)' if later else ''}")
+            lines.append(f"{'# ' if comments and later else ''}{key} = {toml_value(getattr(values, name))}")
         lines.append("")
+        for key, tables in _tables(values):
+            lines += _table_lines(f"{section}.{key}", _field((section, key)), tables, comments)
     return "\n".join(lines)
 
 
+def _table_lines(name: str, field: Any, tables: tuple[_Section, ...], comments: bool) -> Iterator[str]:
+    if comments:
+        yield f"# {field.description}"
+        if not tables:
+            yield f"# [[{name}]]"
+            for key, inner in _fields(_table_of(field)).items():
+                yield f"# {key.replace('_', '-')} = {toml_value(inner.json_schema_extra['example'] if inner.is_required() else inner.default)}  # {inner.description}"
+            yield ""
+    for table in tables:
+        yield f"[[{name}]]"
+        for key, inner in type(table).model_fields.items():
+            yield f"{key.replace('_', '-')} = {toml_value(getattr(table, key))}" + (f"  # {inner.description}" if comments else "")
+        yield ""
+
+
 def toml_value(value: Any) -> str:
-    """One value as TOML text: booleans, numbers, strings, and lists of strings."""
+    """One value as TOML text: booleans, numbers, strings, and lists of these."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, (int, float)):

@@ -100,6 +100,8 @@ class Coordinator:
     traffic: Traffic
     on_round: Callable[[dict], None] = lambda line: None
     on_reply: Callable[[Reply], None] = lambda reply: None
+    more: Callable[[RoundReport], dict] = lambda report: {}
+    """What a round's line says besides, or in another way, where the clients are simulated."""
     _planned: tuple[str, ...] = ()
     _began: float = 0.0
 
@@ -204,7 +206,7 @@ class Coordinator:
     def _record(self, report: RoundReport) -> None:
         """Metrics line, then checkpoint: a crash between them repeats the round, which rewrites the same line."""
         held_out = self.evaluate(report.round, self.state.arrays)
-        line = round_line(report, held_out, self.traffic, time.monotonic() - self._began)
+        line = round_line(report, held_out, self.traffic, time.monotonic() - self._began) | self.more(report)
         self.run.append_metrics(line)
         self.run.save(Checkpoint(self.state, self.traffic.dump()))
         self.on_round(line)

@@ -28,7 +28,7 @@ def command(
         raise UserError(f"{len(runs)} run given: a comparison needs at least 2; add another run folder, or use `fedtune report {runs[0]}`")
     summaries = [_named(load_summary(run), run) for run in runs]
     if json_:
-        out.print_json(json.dumps([dict(zip(compare.HEADER, row, strict=True)) for row in compare.rows(summaries)]))
+        out.print_json(json.dumps([dict(zip(compare.header(summaries), row, strict=True)) for row in compare.rows(summaries)]))
     else:
         compare.table(summaries, out)
     if out_:

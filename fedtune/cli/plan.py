@@ -10,7 +10,7 @@ from fedtune.cli.common import JobArgument, JsonOption, SetOption, out, shell
 from fedtune.job import load_job
 
 if TYPE_CHECKING:
-    from fedtune.workflows.plan import Plan
+    from fedtune.workflows.plan import DeviceTime, Plan
 
 EXAMPLES = "Examples:  fedtune plan   |   fedtune plan job.toml --set adapter.rank=64   |   fedtune plan --set model.source=./llama --set model.task=causal-lm --json"
 
@@ -52,8 +52,19 @@ def _show(plan: "Plan", console: Console) -> None:
     ]
     console.print(table(("", "figure", ""), rows, words=(0, 2)))
     console.print(table(("unit", "numbers", "bytes"), [(u.name, count(u.numbers), size(u.bytes)) for u in plan.units]))
+    if plan.devices:
+        console.print(Text("A round of one client, in simulated time", style="bold"))
+        header = ("device class", "clients", "receiving", "training", "sending", "in all", "frame, once")
+        console.print(table(header, [_device(d) for d in plan.devices]))
     for note in plan.notes:
         console.print(Text(f"! {note}", style="yellow"))
+
+
+def _device(d: "DeviceTime") -> tuple[str, ...]:
+    from fedtune.report.format import ABSENT, clean, count, duration
+
+    times = [duration(seconds) for seconds in (d.down, d.train, d.up, d.seconds, d.frame)]
+    return clean(d.name), count(d.clients), *(times if d.able else [ABSENT, ABSENT, ABSENT, "too little memory", ABSENT])
 
 
 def _size(value: int | None) -> str:

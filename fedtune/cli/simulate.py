@@ -9,7 +9,7 @@ from fedtune.cli.common import JobArgument, SetOption, err, out, shell
 from fedtune.cli.progress import Board
 from fedtune.errors import UserError
 from fedtune.job import Job, load_job
-from fedtune.report.format import number, size
+from fedtune.report.format import duration, number, size
 from fedtune.rounds import Watch
 from fedtune.run import RunFolder, create_run, next_run_path, open_run
 
@@ -43,6 +43,7 @@ def _run(run: RunFolder | None, job: Job, path: Path | None) -> RunFolder:
     with Board(out) as board:
         board.stage("opening the base and the data")
         from fedtune.workflows.finish import finish
+        from fedtune.workflows.fleet import make_fleet
         from fedtune.workflows.setup import open_setup, require_trainable, require_unchanged, run_facts
         from fedtune.workflows.simulate import Simulation
 
@@ -51,6 +52,7 @@ def _run(run: RunFolder | None, job: Job, path: Path | None) -> RunFolder:
         _ = setup.spec  # what does not fit the base, and a base that cannot be opened, are said before anything is written
         base = setup.fresh_model()
         _ = setup.encoder
+        make_fleet(setup)  # devices none of which could train
         if run is None:
             run = create_run(path or next_run_path(Path("runs"), job.adapter.method), job, run_facts(setup))
         else:
@@ -88,7 +90,14 @@ def round_text(line: dict[str, Any], rounds: int) -> str:
     if line["evaluated"]:
         measured = f"accuracy {number(line['accuracy'])}, loss {number(line['loss'])} on {line['evaluated']:,} held-out"
     refused = f"; {len(line['refused'])} refused" if line["refused"] else ""
-    return f"round {line['round']}/{rounds}: {measured}; {size(line['total_bytes'])} so far, {line['seconds']:.1f} s{refused}"
+    lost = _lost(line) if line.get("simulated_seconds") else ""
+    return f"round {line['round']}/{rounds}: {measured}; {size(line['total_bytes'])} so far, {line['seconds']:.1f} s{lost}{refused}"
+
+
+def _lost(line: dict[str, Any]) -> str:
+    """What devices did to a round."""
+    dropped, late = (f", {len(line[key])} {what}" if line[key] else "" for key, what in (("dropped", "dropped out"), ("stragglers", "past the deadline")))
+    return f" ({duration(line['simulated_seconds'])} simulated{dropped}{late})"
 
 
 def _whole(run: RunFolder) -> bool:

@@ -7,9 +7,11 @@ from rich.text import Text
 
 from fedtune.errors import ContractError
 from fedtune.report import facts, tables, terminal
-from fedtune.report.format import ABSENT, clean, count, number, plural, size, unique
+from fedtune.report.format import ABSENT, clean, count, duration, number, plural, size, unique
 from fedtune.report.summary import Summary
 
+CLOCK = "simulated time"
+"""A further column where any of the runs has device classes."""
 HEADER = ("run", "accuracy", "worst tenth", "loss", "rounds", "sent in all", "one update", "numbers trained")
 COLOURS = ("fed", "head", "local", "c3", "c1", "majority", "c4", "c5")
 DASHES = ("solid", "dashed", "dashdot", "dotted")
@@ -20,7 +22,7 @@ def table(summaries: Sequence[Summary], console: Console) -> None:
     console.print(Text(headline(summaries), style="bold cyan"))
     for caution in cautions(summaries):
         console.print(Text(f"! {caution}", style="yellow"))
-    console.print(terminal.table(HEADER, rows(summaries)))
+    console.print(terminal.table(header(summaries), rows(summaries)))
     changed = differences(summaries)
     if changed:
         console.print(Text("Settings that differ", style="bold"))
@@ -48,13 +50,14 @@ def render(summaries: Sequence[Summary]) -> str:
         for unit, against, axis, note in (
             ("rounds", "rounds", "round", ""),
             ("bytes", "bytes sent", "total_bytes", "Both directions, all clients, frames included."),
+            ("time", "simulated time", "simulated_clock", "Of the runs with classes of devices."),
         )
     ]
     lead = f'<p class="headline">{html.text(headline(summaries))}</p>{html.bullets(cautions(summaries), "notices")}'
     changed = differences(summaries)
     body = "\n".join(
         (
-            html.section("final", "Final figures", html.table("Final figures", HEADER, rows(summaries))),
+            html.section("final", "Final figures", html.table("Final figures", header(summaries), rows(summaries))),
             html.section(
                 "learning",
                 "Learning",
@@ -97,8 +100,13 @@ def _sent(s: Summary) -> int:
     return s["communication"]["up"] + s["communication"]["down"]
 
 
+def header(summaries: Sequence[Summary]) -> tuple[str, ...]:
+    return (*HEADER, CLOCK) if any(facts.clock(s) is not None for s in summaries) else HEADER
+
+
 def rows(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
-    """Final figures, one row per run under HEADER."""
+    """Final figures, one row per run under `header`."""
+    timed = len(header(summaries)) > len(HEADER)
     return [
         (
             name,
@@ -109,6 +117,7 @@ def rows(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
             size(_sent(s)),
             size(s["communication"]["update_bytes"]),
             count(s["communication"]["trainable_numbers"]),
+            *([duration(facts.clock(s))] if timed else []),
         )
         for name, s in zip(names(summaries), summaries, strict=True)
     ]

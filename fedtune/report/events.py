@@ -24,6 +24,9 @@ class Events:
                 self._writer.add_scalar(tag, float(line[key]), line["round"])
         self._writer.add_scalar("round/clients", float(len(line["clients"])), line["round"])
         self._writer.add_scalar("round/refused", float(len(line["refused"])), line["round"])
+        if "simulated_seconds" in line:
+            self._writer.add_scalar("round/simulated_seconds", line["simulated_seconds"], line["round"])
+            self._writer.add_scalar("round/lost", float(len(line["dropped"]) + len(line["stragglers"])), line["round"])
         self._writer.flush()
 
     def close(self) -> None:

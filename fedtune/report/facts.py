@@ -134,7 +134,7 @@ def _diverged(r: Round) -> bool:
 
 def key_figures(s: Summary) -> list[Fact]:
     """The handful of numbers that stand large on the page."""
-    c, total = s["communication"], s["communication"]["up"] + s["communication"]["down"]
+    c, total, simulated = s["communication"], s["communication"]["up"] + s["communication"]["down"], clock(s)
     drawn = sorted({len(r["clients"]) for r in s["rounds"] if r["round"] > 0})
     cohort = "" if not drawn else f"{drawn[0]} in each round" if len(drawn) == 1 else f"{drawn[0]} to {drawn[-1]} in a round"
     figures = [Fact(f"held-out {metric(s)}", number(accuracy(s)), _measured(s))]
@@ -144,6 +144,7 @@ def key_figures(s: Summary) -> list[Fact]:
     return [
         *figures,
         Fact("rounds", count(rounds_done(s)), f"in {duration(s['wall_seconds'])}"),
+        *([] if simulated is None else [Fact("simulated time", duration(simulated), f"on {plural(len(s.get('devices', [])), 'class', 'classes')} of devices")]),
         Fact("clients", count(clients(s)), cohort),
         Fact("numbers trained", count(c["trainable_numbers"]), f"{percent(c['trainable_numbers'], s['base']['parameters'])} of the base"),
         Fact("one update", size(c["update_bytes"]), "each way, per client and round"),
@@ -200,6 +201,24 @@ def communication(s: Summary) -> list[Fact]:
         *([Fact("beside the rounds", size(beside), "evaluation on the devices, job offers and bundles")] if beside else []),
         Fact("in all", size(c["up"] + c["down"] + beside), f"{plural(c['messages'], 'message')} in the rounds" if beside else plural(c["messages"], "message")),
     ]
+
+
+def clock(s: Summary) -> float | None:
+    """Simulated seconds of the whole run; None without device classes."""
+    return s["rounds"][-1].get("simulated_clock") if s["rounds"] else None
+
+
+def fleet(s: Summary) -> str:
+    """What the devices did to the run, in one sentence; empty without device classes."""
+    simulated, classes = clock(s), s.get("devices", [])
+    if simulated is None or not classes:
+        return ""
+    asked, dropped, late = (sum(c[key] for c in classes) for key in ("asked", "dropped", "stragglers"))  # type: ignore[literal-required]
+    deadline = s["job"].get("federation", {}).get("deadline")
+    limit = f" of {duration(deadline)}" if isinstance(deadline, (int, float)) else ""
+    text = f"{duration(simulated)} of simulated time; of {plural(asked, 'answer')} asked for, {count(dropped)} never came and {count(late)} would have missed the deadline{limit}."
+    unable = sum(c["clients"] - c["able"] for c in classes)
+    return text + (f" {plural(unable, 'client')} had too little memory to take part." if unable else "")
 
 
 def refusals(s: Summary) -> list[tuple[int, str, str]]:

@@ -96,12 +96,12 @@ def percent(part: float, whole: float) -> str:
     return f"{value:.2g} %" if value < 9.95 else f"{value:.0f} %"
 
 
-def plural(n: int, word: str) -> str:
+def plural(n: int, word: str, several: str = "") -> str:
     """
-    >>> plural(1, "round"), plural(1200, "client")
-    ('1 round', '1,200 clients')
+    >>> plural(1, "round"), plural(1200, "client"), plural(2, "class", "classes")
+    ('1 round', '1,200 clients', '2 classes')
     """
-    return f"{count(n)} {word}{'' if n == 1 else 's'}"
+    return f"{count(n)} {word if n == 1 else several or f'{word}s'}"
 
 
 def clean(value: Any) -> str:

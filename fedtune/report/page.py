@@ -24,6 +24,9 @@ GLOSSARY = {
     "label agreement": "share of held-out examples on which an exported file gives the trained model's label",
     "KB, MB": "1000 and 1,000,000 bytes; bytes are those of serialised messages",
 }
+FLEET_GLOSSARY = {
+    "simulated time": "what the rounds would have taken on the job's classes of devices: bytes over bandwidth, examples over speed, and waiting for the lost until the deadline",
+}
 
 
 def render(summary: Summary) -> str:
@@ -34,11 +37,12 @@ def render(summary: Summary) -> str:
         _baselines(s),
         _clients(s),
         _communication(s),
+        _devices(s),
         _refused(s),
         _exports(s),
         _privacy(s),
         _made(s),
-        html.section("glossary", "Words", html.glossary(GLOSSARY)),
+        html.section("glossary", "Words", html.glossary(GLOSSARY | (FLEET_GLOSSARY if s.get("devices") else {}))),
     ]
     version = s["versions"].get("fedtune", "")
     footer = f"<p>Written by fedtune {html.text(version)} from the run of {html.text(s['created'])}.</p>"
@@ -85,7 +89,7 @@ def _learning(s: Summary) -> str:
 
 
 def _rounds(s: Summary) -> str:
-    return html.details("Every round as a table", html.table("Rounds", tables.ROUND_HEADER, tables.round_rows(s), ()))
+    return html.details("Every round as a table", html.table("Rounds", tables.round_header(s), tables.round_rows(s), ()))
 
 
 def _baselines(s: Summary) -> str:
@@ -149,6 +153,15 @@ def _communication(s: Summary) -> str:
         html.paragraph("Counted from serialised messages, the frame included."),
         html.table("Communication", ("what", "bytes"), [(Fact(f.name, "", f.note), f.value) for f in facts.communication(s)]),
         html.details(f"{count(len(rows))} of {plural(taken, 'client')} that took part" if taken else "Every client", html.table("Bytes of each client", ("client", "sent", "received", "rounds"), rows)),
+    )
+
+
+def _devices(s: Summary) -> str:
+    return html.section(
+        "devices",
+        "Devices",
+        html.paragraph(facts.fleet(s)),
+        html.table("Classes of devices", tables.DEVICE_HEADER, tables.device_rows(s)),
     )
 
 

@@ -1,13 +1,14 @@
-"""Plots of learning: accuracy and loss against rounds and against bytes."""
+"""Plots of learning: accuracy and loss against rounds, bytes and simulated time."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fedtune.report import facts
-from fedtune.report.format import clean, number, plural, size
+from fedtune.report.format import clean, duration, number, plural, size
 from fedtune.report.summary import Summary
-from fedtune.report.svg import Axes, FuncFormatter, MaxNLocator, colour, drawing, figure, to_svg
+from fedtune.report.svg import Axes, FuncFormatter, MaxNLocator, MultipleLocator, colour, drawing, figure, to_svg
 
 Point = tuple[float, float]
 DASHES = {"solid": "-", "dashed": (0, (5, 3)), "dotted": (0, (1.2, 2.4)), "dashdot": (0, (6, 2.4, 1.2, 2.4))}
@@ -59,20 +60,25 @@ class Level:
     value: float
 
 
+AXES = {"round": ("rounds", "round"), "total_bytes": ("bytes", "sent in all"), "simulated_clock": ("time", "simulated time")}
+"""What curves are drawn against: a key of a round, its unit, and the label of the axis."""
+
+
 def learning(s: Summary, prefix: str = "run") -> list[Plot]:
-    """Accuracy and loss against rounds, then against bytes; without the ones that have no points."""
+    """Accuracy and loss against rounds, against bytes and against simulated time; without the ones that have no points."""
     metric, found = facts.metric(s), []
     frame = size(s["communication"]["frame_bytes"])
     for axis, against, note in (
         ("round", "against rounds", ""),
         ("total_bytes", "against bytes sent", f"Both directions, all clients, the frame of {frame} per client included."),
+        ("simulated_clock", "against simulated time", "On the job's classes of devices; measuring takes none of it."),
     ):
         ours = [Line("federated", "fed", "solid", series(s, axis, "accuracy"))]
         losses = [
             Line("held-out", "fed", "solid", series(s, axis, "loss")),
             Line("training", "muted", "dashed", series(s, axis, "train_loss")),
         ]
-        unit = "bytes" if axis == "total_bytes" else "rounds"
+        unit = AXES[axis][0]
         found.append(curves(f"{prefix}-accuracy-{unit}", f"Held-out {metric} {against}", axis, ours, levels(s), note))
         found.append(curves(f"{prefix}-loss-{unit}", f"Loss {against}", axis, losses, [], note))
     return [plot for plot in found if plot is not None]
@@ -80,7 +86,7 @@ def learning(s: Summary, prefix: str = "run") -> list[Plot]:
 
 def series(s: Summary, x: str, y: str) -> list[Point]:
     """The rounds where `y` was measured, as points; NaN stays, as a gap in the line."""
-    return [(r[x], r[y]) for r in s["rounds"] if r[y] is not None]  # type: ignore[literal-required]
+    return [(r[x], r[y]) for r in s["rounds"] if x in r and r[y] is not None]  # type: ignore[literal-required]
 
 
 def levels(s: Summary) -> list[Level]:
@@ -96,7 +102,7 @@ def levels(s: Summary) -> list[Level]:
 
 
 def curves(key: str, title: str, axis: str, lines: Sequence[Line], flat: Sequence[Level], note: str = "") -> Plot | None:
-    """Lines against rounds or bytes, with flat lines for baselines. None when no line has a number."""
+    """Lines against one of AXES, with flat lines for baselines. None when no line has a number."""
     lines = [line for line in lines if line.finite]
     if not lines:
         return None
@@ -136,9 +142,18 @@ def _axis(axes: Axes, axis: str, start: float, furthest: float) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=axis == "round"))
     reach = max(furthest - start, 1)
     axes.set_xlim(start - 0.02 * reach, start + 1.03 * reach)
-    axes.set_xlabel("round" if axis == "round" else "sent in all")
+    axes.set_xlabel(AXES[axis][1])
     if axis == "total_bytes":
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: size(x) if x > 0 else "0" if x == 0 else ""))
+    if axis == "simulated_clock":
+        axes.xaxis.set_major_locator(MultipleLocator(_even_time(furthest)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: re.sub(r" 0 (s|min)$", "", duration(x)) if x > 0 else "0" if x == 0 else ""))
+
+
+def _even_time(seconds: float) -> float:
+    """A step of whole seconds, minutes or hours that divides a time into four to five parts, or nearly."""
+    steps = [unit * n for unit in (1, 60) for n in (1, 2, 5, 10, 15, 20, 30)] + [3600.0 * n * 10**e for e in range(6) for n in (1, 2, 5)]
+    return next((step for step in steps if seconds / step <= 5), steps[-1])
 
 
 def describe(lines: Sequence[Line], flat: Sequence[Level]) -> str:

@@ -65,7 +65,11 @@ class Population(TypedDict):
 
 
 class Round(TypedDict):
-    """One round; round 0 is the model before training. `up` and `down` are of this round, `total_bytes` runs on."""
+    """One round; round 0 is the model before training. `up` and `down` are of this round, `total_bytes` runs on.
+
+    With device classes there are the simulated seconds of the round, and those up to its end (`simulated_clock`), the clients
+    that never answered (`dropped`) and those that would have needed longer than the deadline (`stragglers`).
+    """
 
     round: int
     train_loss: float | None
@@ -78,6 +82,10 @@ class Round(TypedDict):
     seconds: float
     clients: list[str]
     refused: dict[str, str]
+    simulated_seconds: NotRequired[float]
+    simulated_clock: NotRequired[float]
+    dropped: NotRequired[list[str]]
+    stragglers: NotRequired[list[str]]
 
 
 class ClientScore(TypedDict):
@@ -187,6 +195,27 @@ class Communication(TypedDict):
     took_part: NotRequired[int]
 
 
+class DeviceClass(TypedDict):
+    """One class of simulated devices over the whole run.
+
+    `clients` belong to it, of which `able` have the memory to train; `available` adds up those that could be drawn, over the
+    rounds. Of the clients `asked`, some `dropped` out, some were `stragglers` past the deadline; the answers of the others took
+    `seconds` together, and those `used` were averaged. `up` and `down` are bytes.
+    """
+
+    name: str
+    clients: int
+    able: int
+    available: int
+    asked: int
+    used: int
+    dropped: int
+    stragglers: int
+    seconds: float
+    up: int
+    down: int
+
+
 class Exported(TypedDict, total=False):
     """One exported file and how it compares with the trained model on `examples` of the `of` held-out examples.
 
@@ -228,6 +257,7 @@ class Summary(TypedDict):
     final: NotRequired[Final]
     baselines: NotRequired[Baselines]
     communication: Communication
+    devices: NotRequired[list[DeviceClass]]
     export: NotRequired[dict[str, Exported]]
     privacy: Privacy
     complete: bool

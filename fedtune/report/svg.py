@@ -22,11 +22,11 @@ try:
     from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator
 except ModuleNotFoundError as e:
     raise EnvironmentProblem(f"the page needs {e.name}, which is not installed; pip install 'fedtune[sim]' brings it") from None
 
-__all__ = ["Artist", "Axes", "FuncFormatter", "MaxNLocator", "Path", "PathPatch", "colour", "drawing", "figure", "to_svg"]
+__all__ = ["Artist", "Axes", "FuncFormatter", "MaxNLocator", "MultipleLocator", "Path", "PathPatch", "colour", "drawing", "figure", "to_svg"]
 # The plots take matplotlib's names from here, so that its absence is met, and explained, in one place.
 
 WIDTH = 380

@@ -33,8 +33,16 @@ def exports(s: Summary) -> list[tuple[str, ...]]:
 ROUND_HEADER = ("round", "train loss", "held-out loss", "accuracy", "evaluated", "clients", "refused", "up", "down", "total", "time")
 
 
+FLEET_HEADER = ("lost", "simulated")
+"""What device classes add to a row: clients that dropped out or missed the deadline, and the simulated time at its end."""
+
+
+def round_header(s: Summary) -> tuple[str, ...]:
+    return ROUND_HEADER if facts.clock(s) is None else (*ROUND_HEADER, *FLEET_HEADER)
+
+
 def round_rows(s: Summary, limit: int = 0) -> list[tuple[str, ...]]:
-    """One row per round; with a limit, the first, the last and an even choice between."""
+    """One row per round under `round_header`; with a limit, the first, the last and an even choice between."""
     rounds = s["rounds"]
     if limit and len(rounds) > limit:
         rounds = [rounds[round(i * (len(rounds) - 1) / (limit - 1))] for i in range(limit)]
@@ -51,9 +59,24 @@ def round_rows(s: Summary, limit: int = 0) -> list[tuple[str, ...]]:
             size(r["down"]),
             size(r["total_bytes"]),
             duration(r["seconds"]),
+            *(() if facts.clock(s) is None else (str(len(r.get("dropped", [])) + len(r.get("stragglers", []))), duration(r.get("simulated_clock")))),
         )
         for r in rounds
     ]
+
+
+DEVICE_HEADER = ("device class", "clients", "can train", "asked", "used", "dropped out", "too late", "mean time", "sent", "received")
+
+
+def device_rows(s: Summary) -> list[tuple[str, ...]]:
+    """One row per class of devices. The mean time is that of answers which came in time."""
+    rows = []
+    for c in s.get("devices", []):
+        came = c["asked"] - c["dropped"] - c["stragglers"]
+        mean = duration(c["seconds"] / came) if came else ABSENT
+        counts = [count(c[key]) for key in ("clients", "able", "asked", "used", "dropped", "stragglers")]  # type: ignore[literal-required]
+        rows.append((clean(c["name"]), *counts, mean, size(c["up"]), size(c["down"])))
+    return rows
 
 
 RIVAL_HEADER = ("baseline", "accuracy", "federated", "difference")
@@ -72,6 +95,10 @@ def setting(value: Any) -> str:
     """A job value as it would be written in the file, roughly."""
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, dict):
+        return "; ".join(f"{clean(k)} {setting(v)}" for k, v in value.items())
+    if isinstance(value, (list, tuple)) and any(isinstance(v, dict) for v in value):
+        return " | ".join(setting(v) for v in value)
     if isinstance(value, (list, tuple)):
         return ", ".join(setting(v) for v in value) or "(none)"
     return clean(value) if value not in ("", None) else "(empty)"

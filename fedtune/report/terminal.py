@@ -16,6 +16,8 @@ from fedtune.report.summary import Summary
 MOST_ROUNDS = 12
 ROUND_HEADER = ("round", "train", "loss", "accuracy", "on", "clients", "refused", "total", "time")
 """As tables.ROUND_HEADER without the bytes of the round, short enough for 80 columns."""
+DEVICE_HEADER = ("class", "clients", "able", "asked", "used", "dropped", "late", "mean", "sent", "received")
+"""As tables.DEVICE_HEADER in one word each."""
 
 
 def show(summary: Summary, console: Console) -> None:
@@ -30,14 +32,23 @@ def show(summary: Summary, console: Console) -> None:
     _facts(console, "How it was made", facts.model(s))
     rivals = [(row[0].name, *row[1:], row[0].note) for row in tables.rival_rows(s)]
     _rows(console, "Against baselines", (*tables.RIVAL_HEADER, ""), rivals, words=(0, 4))
-    short = [(*row[:7], *row[9:]) for row in tables.round_rows(s, MOST_ROUNDS)]
-    _rows(console, "Rounds", ROUND_HEADER, short, words=())
+    timed = facts.clock(s) is not None
+    short = [(*row[:7], *row[9:11], *(row[12:] if timed else ())) for row in tables.round_rows(s, MOST_ROUNDS)]
+    _rows(console, "Rounds", (*ROUND_HEADER, "clock") if timed else ROUND_HEADER, short, words=())
     _clients(console, s)
+    _devices(console, s)
     _facts(console, "Communication", facts.communication(s))
     _rows(console, "Refused updates", ("round", "client", "reason"), [(str(r), c, why) for r, c, why in facts.refusals(s)], words=(1, 2))
     _rows(console, "Exported files", tables.EXPORT_HEADER, tables.exports(s), words=(0, 1))
     _heading(console, "Privacy")
     console.print(Padding(Text(facts.privacy(s)), (0, 0, 0, 2)))
+
+
+def _devices(console: Console, s: Summary) -> None:
+    if facts.fleet(s):
+        _heading(console, "Devices")
+        console.print(Padding(Text(facts.fleet(s)), (0, 0, 0, 2)))
+        console.print(table(DEVICE_HEADER, tables.device_rows(s)))
 
 
 def _clients(console: Console, s: Summary) -> None:

@@ -112,14 +112,13 @@ def run_rounds(coordinator: Coordinator, exchange: Ask, gather: Callable[[Coordi
         coordinator.finish(exchange(pairs, round=coordinator.state.round + 1))
 
 
-def make_server_app(prepare: Callable[[Ask], Coordinator], deadline: float) -> ServerApp:
-    """A ServerApp that runs one simulated job to its end. `prepare` may use the exchange for what precedes round 1."""
+def make_server_app(run: Callable[[Ask], None], deadline: float) -> ServerApp:
+    """A ServerApp in which `run` takes one simulated job to its end over the exchange that it is given."""
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        exchange = Exchange(grid, deadline)
-        run_rounds(prepare(exchange), exchange)
+        run(Exchange(grid, deadline))
 
     return app
 

@@ -7,7 +7,33 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fedtune.adapters.methods import attach
 from fedtune.adapters.spec import AdapterSpec
-from fedtune.models.base import TunableModel
+from fedtune.job import Job
+from fedtune.models.base import TunableModel, layout
+
+NUMBER = 4
+"""Bytes of a float32."""
+
+
+def step_memory(job: Job, spec: AdapterSpec, sketch: TunableModel) -> dict[str, int | None]:
+    """Bytes that one training client needs, part by part and in all: computed from shapes; libraries and data come on top.
+
+    Args:
+        sketch: the base on the meta device and without an adapter; it cannot be used afterwards.
+
+    Returns:
+        "activations" and "total" are None for a base whose code looks at values.
+    """
+    parameters = layout(sketch).size
+    states = {"adamw": 2, "adam": 2, "sgd": 1 if job.federation.momentum else 0}[job.federation.optimizer]
+    side = job.model.image_size if job.model.task == "image-classification" else job.model.max_length
+    parts: dict[str, int | None] = {
+        "base": NUMBER * (parameters + spec.head_size),
+        "frame": NUMBER * sum(t.size for t in spec.frame),
+        "adapter_gradients_optimizer": NUMBER * (2 + states) * spec.size,
+        "activations": saved_bytes(sketch, spec, job.federation.batch_size, side),
+    }
+    known = [v for v in parts.values() if v is not None]
+    return parts | {"total": sum(known) if len(known) == len(parts) else None}
 
 
 def saved_bytes(model: TunableModel, spec: AdapterSpec, batch: int, side: int) -> int | None:

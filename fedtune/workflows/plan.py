@@ -10,18 +10,17 @@ from safetensors.numpy import save
 from fedtune import packages
 from fedtune.adapters.spec import AdapterSpec, describe
 from fedtune.data.examples import PACKAGE_READERS, load_dataset
-from fedtune.data.partition import split
+from fedtune.data.partition import Split, split
 from fedtune.errors import DataError, EnvironmentProblem, UserError
-from fedtune.job import Job
+from fedtune.gradient_init import gradient_bytes
+from fedtune.job import DeviceClass, Job
 from fedtune.models.base import layout
 from fedtune.models.load import load_encoder, sketch_model
 from fedtune.models.sources import check_hash, locate
-from fedtune.training.memory import saved_bytes
-from fedtune.training.worker import gradient_schema
-from fedtune.wire import Schema, encode, packet_bytes
-
-NUMBER = 4
-"""Bytes of a float32."""
+from fedtune.report.format import duration, size
+from fedtune.simulation.devices import able, assign, span
+from fedtune.training.memory import NUMBER, step_memory
+from fedtune.wire import packet_bytes
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,28 @@ class Unit:
     name: str
     numbers: int
     bytes: int
+
+
+@dataclass(frozen=True)
+class DeviceTime:
+    """What a round costs a device of a class, in simulated seconds, as the mean over all clients' examples.
+
+    `able`: whether the class has the memory. `frame`: what receiving the frame adds to a client's first round. None is not known.
+    """
+
+    name: str
+    clients: int
+    able: bool
+    available: float
+    drop_out: float
+    down: float
+    train: float | None
+    up: float
+    frame: float
+
+    @property
+    def seconds(self) -> float | None:
+        return None if self.train is None else self.down + self.train + self.up
 
 
 @dataclass(frozen=True)
@@ -60,11 +81,12 @@ class Plan:
     init_bytes: int
     total_bytes: float
     device: dict[str, int | None]
+    devices: tuple[DeviceTime, ...]
     epsilon: str
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"devices": [asdict(d) | {"seconds": d.seconds} for d in self.devices]}
 
 
 def make_plan(job: Job) -> Plan:
@@ -74,22 +96,26 @@ def make_plan(job: Job) -> Plan:
         load_encoder(job.model, source)
         if job.model.sha256:
             check_hash(source, job.model.sha256)
-    classes, clients, notes = _data(job)
+    classes, clients, parts, notes = _data(job)
     sketch = sketch_model(job.model, source, classes)
     spec = describe(layout(sketch), job.adapter)
     parameters = layout(sketch).size
     model, update = packet_bytes(spec.schema)
     frame = len(save({t.name: np.zeros(t.shape, np.float32) for t in spec.frame})) if spec.frame else 0
-    init = _init_bytes(job, spec, clients)
+    init = min(job.adapter.init_clients, clients) * sum(gradient_bytes(spec)) if job.adapter.init == "gradient" else 0
     fed = job.federation
-    cohort = min(fed.cohort, clients)
-    first = holders(clients, cohort, fed.rounds)
+    memory = step_memory(job, spec, sketch)
+    devices = _devices(job, clients, parts, memory["total"], model, update, frame)
+    drawable = max(1, sum(d.clients for d in devices if d.able)) if devices else clients
+    cohort = min(fed.cohort, drawable)
+    first = holders(drawable, cohort, fed.rounds)
     if not source.weights:
         notes.append("the weights are not here: numbers and bytes are exact, but nothing can be trained yet")
+    notes += [note for device, made in zip(job.simulation.devices, devices) for note in _device_notes(job, device, made, memory["total"])]
     return Plan(
         job.model.source, bool(source.weights), parameters, spec.method, spec.rank, len(spec.linears), spec.size, spec.head_size, _units(spec),
         model, update, frame, fed.rounds, cohort, clients, cohort * (model + update), first, init,
-        fed.rounds * cohort * (model + update) + first * frame + init, _device(job, spec, sketch, parameters), "inf", tuple(notes),
+        fed.rounds * cohort * (model + update) + first * frame + init, memory, devices, "inf", tuple(notes),
     )
 
 
@@ -98,19 +124,19 @@ def holders(clients: int, cohort: int, rounds: int) -> float:
     return clients * (1 - (1 - cohort / clients) ** rounds)
 
 
-def _data(job: Job) -> tuple[int, int, list[str]]:
-    """(labels, clients, notes). Where the data is not there, the job must say what they are; data that is wrong is refused."""
+def _data(job: Job) -> tuple[int, int, Split | None, list[str]]:
+    """(labels, clients, split, notes). Where the data is not there, the job must say what they are; data that is wrong is refused."""
     try:
         dataset = load_dataset(job.data, job.model, job.federation.seed)
         parts = split(dataset.examples, job.data, job.federation.seed)
-        return max(1, len(dataset.label_names)), len(parts.clients), []
+        return max(1, len(dataset.label_names)), len(parts.clients), parts, []
     except (UserError, EnvironmentProblem) as e:
         if isinstance(e, UserError) and _there(job.data.source):
             raise
         known = len(job.data.labels) or (1 if job.model.task == "causal-lm" else 0)
         if not known or not job.data.clients:
             raise type(e)(f"{e}; or name data.labels and data.clients in the job, and the plan needs no data") from None
-        return known, job.data.clients, [f"the data was not read ({e}): labels and clients are taken from the job"]
+        return known, job.data.clients, None, [f"the data was not read ({e}): labels and clients are taken from the job"]
 
 
 def _there(source: str) -> bool:
@@ -131,23 +157,27 @@ def _units(spec: AdapterSpec) -> tuple[Unit, ...]:
     return tuple(Unit(name, n, NUMBER * n) for name, n in numbers.items())
 
 
-def _init_bytes(job: Job, spec: AdapterSpec, clients: int) -> int:
-    """Bytes of a gradient initialisation: a request down and one weight gradient per linear up, for each asked client."""
-    if job.adapter.init != "gradient":
-        return 0
-    schema = gradient_schema(spec)
-    up = len(encode("gradient", schema, {t.name: np.zeros(t.shape, np.float32) for t in schema.tensors}, round=0, weight=1.0))
-    return min(job.adapter.init_clients, clients) * (up + len(encode("gradient-request", Schema(()), {}, round=0)))
+def _devices(job: Job, clients: int, parts: Split | None, step: int | None, model: int, update: int, frame: int) -> tuple[DeviceTime, ...]:
+    """Each class of the job: its clients, as a run draws them, and its times for a model, an update and a frame of these bytes."""
+    devices, fed = job.simulation.devices, job.federation
+    if not devices:
+        return ()
+    held = np.bincount(assign(fed.seed, devices, clients), minlength=len(devices)).tolist()
+    examples = None if parts is None else np.array([len(place) for place in parts.train]) * fed.local_epochs
+    if examples is not None and fed.local_steps:
+        examples = np.minimum(examples, fed.local_steps * fed.batch_size)
+    mean = 0.0 if examples is None else float(examples.mean())
+    spans = [span(device, model, mean, update) for device in devices]
+    return tuple(
+        DeviceTime(device.name, count, bool(fit), device.available, device.drop_out, s.down, None if examples is None and device.speed else s.train, s.up, span(device, frame, 0, 0).down)
+        for device, count, fit, s in zip(devices, held, able(devices, step), spans))
 
 
-def _device(job: Job, spec: AdapterSpec, sketch: Any, parameters: int) -> dict[str, int | None]:
-    states = {"adamw": 2, "adam": 2, "sgd": 1 if job.federation.momentum else 0}[job.federation.optimizer]
-    side = job.model.image_size if job.model.task == "image-classification" else job.model.max_length
-    parts: dict[str, int | None] = {
-        "base": NUMBER * (parameters + spec.head_size),
-        "frame": NUMBER * sum(t.size for t in spec.frame),
-        "adapter_gradients_optimizer": NUMBER * (2 + states) * spec.size,
-        "activations": saved_bytes(sketch, spec, job.federation.batch_size, side),
-    }
-    known = [v for v in parts.values() if v is not None]
-    return parts | {"total": sum(known) if len(known) == len(parts) else None}
+def _device_notes(job: Job, device: DeviceClass, made: DeviceTime, step: int | None) -> list[str]:
+    deadline = job.federation.deadline
+    if not made.able:
+        need = "an unknown amount" if step is None else size(step)
+        return [f"{device.name}: memory-mb = {device.memory_mb}, a training step needs {need}: its {made.clients} clients cannot take part"]
+    if made.seconds is not None and made.seconds > deadline:
+        return [f"{device.name}: a round takes {duration(made.seconds)} with a client's mean examples, federation.deadline = {deadline:g} s: most of its clients will miss it"]
+    return []

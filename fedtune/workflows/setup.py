@@ -23,6 +23,7 @@ from fedtune.models.sources import Source, check_hash, locate
 from fedtune.report.summary import few
 from fedtune.run import Facts, RunFolder, versions
 from fedtune.training.clients import ClientStore
+from fedtune.training.memory import step_memory
 from fedtune.types import Arrays
 
 
@@ -46,6 +47,11 @@ class OpenBase:
     @cached_property
     def spec(self) -> AdapterSpec:
         return describe(layout(sketch_model(self.job.model, self.source, self.classes)), self.job.adapter)
+
+    @cached_property
+    def step_memory(self) -> int | None:
+        """Bytes that a training client needs; None for a base of which that cannot be computed."""
+        return step_memory(self.job, self.spec, sketch_model(self.job.model, self.source, self.classes))["total"]
 
     def fresh_model(self) -> TunableModel:
         return load_model(self.job.model, self.source, self.classes, self.job.federation.seed)

@@ -18,6 +18,7 @@ from fedtune.run import RunFolder, open_run
 from fedtune.seeds import generator
 from fedtune.server.app import Ask, make_server_app, run_rounds
 from fedtune.simulation.engines import run_ray, run_serial
+from fedtune.simulation.fleet import Fleet
 from fedtune.simulation.vectorised import Together, memory_for
 from fedtune.training.clients import CACHE_BYTES, Stream
 from fedtune.training.cohort import CohortTrainer
@@ -28,11 +29,14 @@ from fedtune.training.together import open_trainer
 from fedtune.training.worker import Worker
 from fedtune.trees import digest
 from fedtune.types import Arrays, Metrics
+from fedtune.workflows.fleet import make_fleet
 from fedtune.workflows.setup import Setup, data_free_frame, make_bundle, open_setup
 from fedtune.workflows.summary import follow
 
 TRIAL = 6
 """Examples with which the vectorised engine is tried on a base."""
+WEEK = 604_800.0
+"""Seconds: how long an engine may take where the job's deadline holds in simulated time."""
 
 
 @dataclass
@@ -62,19 +66,30 @@ class Simulation:
         job, done = self.setup.job, self.run.newest()
         if done and done.state.round >= job.federation.rounds:
             return
-        engine = job.simulation.engine
+        engine, deadline = job.simulation.engine, job.federation.deadline if self.fleet is None else WEEK
         if engine == "vectorised":
-            exchange = Together(self.worker, job.simulation, self._trainer, self.setup.store.train)
             try:
-                run_rounds(self.coordinator(exchange), exchange)
+                self.run_over(Together(self.worker, job.simulation, self._trainer, self.setup.store.train))
             finally:
                 self.features.close()
             return
-        server = make_server_app(self.coordinator, job.federation.deadline)
+        server = make_server_app(self.run_over, deadline)
         if engine == "ray":
             run_ray(server, make_client_app(partial(answer_in, str(self.run.path))), job.simulation.workers)
         else:
             run_serial(server, make_client_app(self.answer))
+
+    def run_over(self, ask: Ask) -> None:
+        """The rounds on whatever answers, with the effects of the job's devices around it."""
+        if self.fleet is None:
+            run_rounds(self.coordinator(ask), ask)
+        else:
+            ask = self.fleet.around(ask)
+            run_rounds(self.coordinator(ask), ask, self.fleet.gather)
+
+    @cached_property
+    def fleet(self) -> Fleet | None:
+        return make_fleet(self.setup)
 
     def answer(self, packet: bytes, client: str) -> bytes:
         return self.worker.handle(packet, client, self.setup.store.train(client))
@@ -151,7 +166,7 @@ class Simulation:
             self.watch.stage("making the frame", 0)
             return data_free_frame(self.setup, self.model), {}, Traffic()
         self.watch.stage(f"asking {job.adapter.init_clients} clients for the gradient of the first step", 0)
-        gradients, traffic = gather_gradients(job, self.setup.spec, self.run, self.setup.store.clients, exchange)
+        gradients, traffic = gather_gradients(job, self.setup.spec, self.run, self.fleet.available(0) if self.fleet else self.setup.store.clients, exchange)
         frame, first = frames.from_gradients(self.setup.spec, gradients, job.adapter.init_step)
         return frame, first, traffic
 

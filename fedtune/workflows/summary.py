@@ -43,16 +43,31 @@ def facts(run: RunFolder) -> dict[str, Any]:
         "split": started["split"], **({"population": started["population"]} if "population" in started else {}), "rounds": per_round(lines), "communication": communication(bundle, Traffic(**checkpoint.counters)),
         "privacy": {"unit": job.privacy.unit, "epsilon": "inf", "note": NO_PRIVACY},
         "complete": False, "wall_seconds": round(sum(line["seconds"] for line in lines), 3),
-    }
+    } | devices(lines)
 
 
 def per_round(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl with running byte totals turned into bytes of the round."""
-    before, rows = {"up": 0, "down": 0}, []
+    """Lines of metrics.jsonl with running byte totals turned into bytes of the round, and simulated seconds also added up."""
+    before, rows, clock = {"up": 0, "down": 0}, [], 0.0
     for line in lines:
         rows.append(line | {key: line[key] - before[key] for key in before})
         before = {key: line[key] for key in before}
+        if "simulated_seconds" in line:
+            clock += line["simulated_seconds"]
+            rows[-1]["simulated_clock"] = round(clock, 3)
     return rows
+
+
+def devices(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """The device classes with what their rounds add up to; nothing for a run without."""
+    found = [line["devices"] for line in lines if "devices" in line]
+    if not found:
+        return {}
+    return {"devices": [
+        {"name": name, "clients": first["clients"], "able": first["able"]}
+        | {key: sum(tallies[name][key] for tallies in found) for key in first if key not in ("clients", "able")}
+        for name, first in found[0].items()
+    ]}
 
 
 def communication(bundle: Bundle, traffic: Traffic) -> dict[str, Any]:

@@ -14,6 +14,9 @@ from fedtune.run import RunFolder, open_run
 
 GRADIENT = ("adapter.init=gradient", "adapter.init-clients=2", "adapter.init-examples=8", "adapter.init-step=0.01")
 SERIAL = ("simulation.engine=serial",)
+FLEET = (
+    *GRADIENT, "adapter.init-clients=4", "federation.deadline=5.0",
+    'simulation.devices=[{name = "phone", speed = 4, up-kbps = 1000, available = 0.8, drop-out = 0.3}, {name = "laptop", down-kbps = 1000}]')
 SELDOM = ("evaluation.every=2",)
 
 
@@ -107,6 +110,8 @@ INSTANTS = {
     "round 2's clients are trained": ("fedtune.training.cohort:CohortTrainer", "train", False, "", 2, ()),
     "one of round 2's clients answered": ("fedtune.training.worker:Worker", "handle", False, "", 3, SERIAL),
     "round 2 is in metrics, not in a checkpoint": ("fedtune.run:RunFolder", "append_metrics", False, "'round': 2", 1, ()),
+    "devices: the gradients came, no frame yet": ("fedtune.adapters.frames", "from_gradients", True, "", 1, FLEET),
+    "devices: round 2 is in metrics, not in a checkpoint": ("fedtune.run:RunFolder", "append_metrics", False, "'round': 2", 1, FLEET),
     "round 2's checkpoint is written, not in its place": ("os", "replace", True, "round-00002", 1, ()),
     "round 3's checkpoint is there, the old one too": ("fedtune.run", "save_checkpoint", False, "round-00003", 1, ()),
     "all rounds are done, the summary is not": ("fedtune.workflows.finish", "write_summary", True, "", 1, ()),

@@ -8,12 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.errors import JobError
-from fedtune.job import Job, load_job, parse_job, to_toml, toml_value
+from fedtune.job import DeviceClass, Job, load_job, parse_job, to_toml, toml_value
 
 FIELDS = {
     f"{section}.{name.replace('_', '-')}": field
     for section, found in Job.model_fields.items() for name, field in type(found.default).model_fields.items()
 }
+DEVICES = "simulation.devices"
 LATER = [key for key, field in FIELDS.items() if field.json_schema_extra["later"]]
 PLANNED = [
     (key, value) for key, field in FIELDS.items() if field.json_schema_extra.get("available") is not None
@@ -46,7 +47,8 @@ def test_an_empty_file_is_the_default_job():
 
 def test_written_and_read_again():
     changed = parse_job("", ["federation.lr=1e-7", "adapter.train-head=false", "federation.seed=9223372036854775807", 'data.labels=["a b", "é"]'])
-    for job in (Job(), changed):
+    fleet = parse_job('[[simulation.devices]]\nname = "a"\n[[simulation.devices]]\nname = "b \\"#"\nspeed = 3\ndrop-out = 0.25\n')
+    for job in (Job(), changed, fleet):
         assert parse_job(to_toml(job)) == job == parse_job(to_toml(job, comments=True))
         assert set(tomllib.loads(to_toml(job))) == set(Job.model_fields)
 
@@ -66,8 +68,27 @@ def test_a_commented_job_says_what_every_key_is():
     text = to_toml(Job(), comments=True)
     for key, field in FIELDS.items():
         assert field.description in text
+        if key == DEVICES:
+            continue
         line = f"{key.partition('.')[2]} = {toml_value(field.default)}"
         assert (f"\n# {line}\n" if key in LATER else f"\n{line}\n") in text
+
+
+def test_a_commented_table_can_be_uncommented():
+    text = to_toml(Job(), comments=True)
+    start = text.index(f"# [[{DEVICES}]]")
+    example, _, rest = text[start:].partition("\n\n")
+    for name, field in DeviceClass.model_fields.items():
+        assert f"# {name.replace('_', '-')} = " in example and field.description in example
+    job = parse_job(text[:start] + example.replace("# [[", "[[").replace("\n# ", "\n") + "\n\n" + rest)
+    assert job.simulation.devices == (DeviceClass(name="phone"),) and job.model_copy(update={"simulation": Job().simulation}) == Job()
+
+
+def test_a_list_of_tables_is_set_whole():
+    text = '[[simulation.devices]]\nname = "phone"\n'
+    found = parse_job(text, ['simulation.devices=[{name = "a", up-kbps = 5}, {name = "b", memory_mb = 3}]']).simulation.devices
+    assert [(d.name, d.up_kbps, d.memory_mb) for d in found] == [("a", 5.0, 0), ("b", 0.0, 3)]
+    assert parse_job(text, ["simulation.devices=[]"]) == Job()
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -109,6 +130,17 @@ def test_a_commented_job_says_what_every_key_is():
     ("[data]\npartition = 'dirichlet'\nalpha = 0.0", 'data.alpha = 0: partition = "dirichlet" needs a concentration above 0'),
     ("[data]\nby = ''", 'data.by = "": partition = "natural" needs the column'),
     ("[adapter]\nmethod = 'lora'\ninit = 'gradient'", 'adapter.init = "gradient": only for method = "fed-sb", not "lora"'),
+    ("[[simulation.devices]]\nspeed = 2", 'simulation.devices.0.name: is missing; give what the report calls the class, such as "phone"'),
+    ("[[simulation.devices]]\nname = ''", 'simulation.devices.0.name = "": must have at least 1 character; give what the report calls'),
+    ("[[simulation.devices]]\nname = 'a'\nspeed = -1", "simulation.devices.0.speed = -1: must be greater than or equal to 0; default is 0.0 (training examples a second"),
+    ("[[simulation.devices]]\nname = 'a'\navailable = 0.0", "simulation.devices.0.available = 0.0: must be greater than 0; default is 1.0"),
+    ("[[simulation.devices]]\nname = 'a'\ndrop-out = 1.5", "simulation.devices.0.drop-out = 1.5: must be less than or equal to 1; default is 0.0"),
+    ("[[simulation.devices]]\nname = 'a'\nmemory-mb = 1.5", "simulation.devices.0.memory-mb = 1.5: must be a valid integer"),
+    ("[[simulation.devices]]\nname = 'a'\nspeeed = 1.5", "simulation.devices.0.speeed: unknown key; did you mean speed?"),
+    ("[[simulation.devices]]\nname = 'a'\n[[simulation.devices]]\nname = 'a'", 'simulation.devices.1.name = "a": stands twice; give each class its own name'),
+    ('[[simulation.devices]]\nname = "a\\u0000"', 'simulation.devices.0.name = "a\\u0000": holds a control character; remove it'),
+    ("[simulation.devices]\nname = 'a'", 'simulation.devices = {name = "a"}: must be a list of tables; write [[simulation.devices]] above the keys of each, or --set'),
+    ("[simulation]\ndevices = [3]", "simulation.devices.0 = 3: is a table, write [[simulation.devices]] above its keys"),
     ("[adapter]\nmethod = 'head'\n[model]\ntask = 'causal-lm'", 'adapter.method = "head": a causal-lm has no task head'),
 ])
 def test_a_problem_is_one_line_with_key_value_limit_and_remedy(text, expected):
@@ -125,6 +157,8 @@ def test_a_problem_is_one_line_with_key_value_limit_and_remedy(text, expected):
     ("federation.rounds=two", 'federation.rounds = "two": must be a valid integer'),
     ("federation.rounds=1\nfederation.cohort=2", "--set federation.rounds=1\\u000afederation.cohort=2: holds a line break, one key is set at a time"),
     ("adapter.targets=[query]", 'adapter.targets = "[query]": must be a list, such as ["all-linear"]; quote it after --set: --set \'adapter.targets='),
+    ("simulation.devices=phone", 'simulation.devices = "phone": must be a list of tables; '),
+    ("simulation.devices.0.speed=2", "--set simulation.devices.0.speed=2: one key of a table cannot be set; give the whole list: --set 'simulation.devices=[{name = "),
     ("federation.rounds.deep=2", "federation.rounds.deep: unknown key"),
 ])
 def test_an_override_is_checked_like_a_file(override, expected):

@@ -197,6 +197,24 @@ def refused() -> dict[str, Any]:
     return made
 
 
+def devices() -> dict[str, Any]:
+    """A simulation on three classes of devices, one of which has too little memory; its name tries to leave its place."""
+    made, clock = sample(clients=12), 0.0
+    for r in made["rounds"]:
+        late = r["clients"][1:2] if r["round"] % 3 == 0 else []
+        seconds = 900.0 if late else 431.25 if r["round"] else 0.0
+        clock += seconds
+        r.update(simulated_seconds=seconds, simulated_clock=clock, dropped=r["clients"][:1] if r["round"] == 4 else [], stragglers=late)
+    made["job"]["federation"]["deadline"] = 900.0
+    made["job"]["simulation"] = {"engine": "serial", "devices": [{"name": "phone", "speed": 2.5, "drop-out": 0.05}, {"name": HOSTILE, "memory-mb": 64}]}
+    made["devices"] = [
+        {"name": "phone", "clients": 8, "able": 8, "available": 61, "asked": 54, "used": 50, "dropped": 1, "stragglers": 3, "seconds": 10_312.5, "up": 2_139_800, "down": 16_466_760},
+        {"name": "a laptop at home", "clients": 3, "able": 3, "available": 33, "asked": 26, "used": 26, "dropped": 0, "stragglers": 0, "seconds": 801.9, "up": 1_112_696, "down": 6_421_112},
+        {"name": HOSTILE, "clients": 1, "able": 0, "available": 0, "asked": 0, "used": 0, "dropped": 0, "stragglers": 0, "seconds": 0.0, "up": 0, "down": 0},
+    ]
+    return made
+
+
 def diverged() -> dict[str, Any]:
     made, nan = sample(clients=10), float("nan")
     for r in made["rounds"][4:]:
@@ -267,6 +285,7 @@ CASES = {
     "unfinished": unfinished,
     "not-begun": not_begun,
     "refused": refused,
+    "devices": devices,
     "diverged": diverged,
     "hostile": hostile,
     "crowd": crowd,

@@ -16,7 +16,8 @@ LEARNING = ["run-accuracy-rounds", "run-loss-rounds", "run-accuracy-bytes", "run
 USUAL = [*LEARNING, "run-clients", "run-split"]
 PLOTS = {
     "usual": USUAL, "many-clients": USUAL, "hostile": USUAL, "diverged": USUAL, "images": USUAL,
-    "unfinished": [*LEARNING, "run-split"], "not-begun": ["run-split"], "compare": ["compare-rounds", "compare-bytes"],
+    "unfinished": [*LEARNING, "run-split"], "not-begun": ["run-split"], "devices": [*LEARNING, "run-accuracy-time", "run-loss-time", "run-clients", "run-split"],
+    "compare": ["compare-rounds", "compare-bytes"],
 }  # fmt: skip
 MEASURE = """
 const box = e => { const b = e.getBoundingClientRect(); return Math.max(b.width, b.height); };

@@ -80,7 +80,7 @@ def test_page_is_one_sound_file(case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_page_and_terminal_say_the_same(case: str) -> None:
     s, html, plain = CASES[case](), Reader(rendered(case)).text, " ".join(shown(case).split())
-    wanted = [facts.headline(s), facts.verdict(s), facts.privacy(s), facts.spread(s), *facts.notices(s)]
+    wanted = [facts.headline(s), facts.verdict(s), facts.privacy(s), facts.spread(s), facts.fleet(s), *facts.notices(s)]
     for fact in [*facts.key_figures(s), *facts.communication(s)]:
         wanted += [fact.name, fact.value, fact.note]
     for text in wanted:
