@@ -1,11 +1,12 @@
 """fedtune's own engines: a Simulation as `fedtune simulate` runs it, stopped after each round until the driver wants the next."""
 
+import contextlib
 import statistics
 from pathlib import Path
 from typing import Any
 
 from contenders.serve import Commands, Stopwatch
-from contenders.work import CASES, moved, open_case
+from contenders.work import CASES, Order, moved, open_case
 from fedtune.job import job_from
 from fedtune.rounds import Watch
 from fedtune.run import create_run
@@ -19,24 +20,22 @@ class Over(Exception):
     """The driver wants no more rounds."""
 
 
-def run(name: str, engine: str, folder: Path) -> None:
+def run(order: Order, engine: str) -> None:
     commands = Commands()
-    setup = with_engine(open_case(name), engine)
-    if CASES[name].idle:
+    setup = with_engine(open_case(order.case, order.cohort), engine, order.threads)
+    if CASES[order.case].idle:
         make_idle(engine)
-    run = create_run(folder, setup.job, {"created": "", "versions": {}, "sha256": setup.sha256, "split": []})
+    run = create_run(Path(order.folder), setup.job, {"created": "", "versions": {}, "sha256": setup.sha256, "split": []})
     simulation = Simulation(setup, run)
     simulation.watch = Watch(line=Pace(commands, simulation))
-    try:
+    with contextlib.suppress(Over):
         simulation.rounds()
-    except Over:
-        pass
 
 
-def with_engine(setup: Setup, engine: str) -> Setup:
-    """The same setup for another engine; it uses both cores through torch's threads."""
+def with_engine(setup: Setup, engine: str, threads: int) -> Setup:
+    """The same setup for another engine."""
     raw = setup.job.model_dump(by_alias=True, exclude_unset=True)
-    job = job_from(raw | {"simulation": {"engine": engine, "threads": 2}})
+    job = job_from(raw | {"simulation": {"engine": engine, "threads": threads}})
     fields = {name: getattr(setup, name) for name in type(setup).__dataclass_fields__}
     return type(setup)(**fields | {"job": job})
 

@@ -15,13 +15,14 @@ from itertools import count, islice
 from typing import Any
 
 import torch
-from contenders.serve import Commands, Stopwatch
-from contenders.work import CASES, STEPS, Plain, cohort, moved, open_case, shuffled
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
+
+from contenders.serve import Commands, Stopwatch
+from contenders.work import CASES, STEPS, Order, Plain, drawn, moved, open_case, shuffled
 
 WORKERS = 2
 client_app = ClientApp()
@@ -91,19 +92,19 @@ def summed(records: list[RecordDict], weighted_by: str) -> MetricRecord:
     return MetricRecord({key: sum(r["metrics"][key] for r in records) for key in ("loss", "predictions")})
 
 
-def run(name: str) -> None:
+def run(order: Order) -> None:
     commands, server_app = Commands(), ServerApp()
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    setup = open_case(name)
+    setup = open_case(order.case, order.cohort)
     places = {client: place for place, client in enumerate(setup.split.clients)}
 
     @server_app.main()
     def main(grid: Grid, context: Context) -> None:
         try:
-            plain = Plain(name)
-            draws = ([places[client] for client in cohort(setup, round)] for round in count(1))
-            strategy = Drawn(draws, nodes_by_place(grid, len(places)), CASES[name].cohort)
-            rounds(commands, strategy, grid, name, plain)
+            plain = Plain(order.case)
+            draws = ([places[client] for client in drawn(setup, round)] for round in count(1))
+            strategy = Drawn(draws, nodes_by_place(grid, len(places)), order.cohort)
+            rounds(commands, strategy, grid, order.case, plain)
         except BaseException:
             logging.getLogger("flwr").exception("server")
             os._exit(1)  # the engine would wait for the clients of a server that has failed

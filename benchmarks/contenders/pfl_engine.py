@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from contenders.serve import Commands, Stopwatch
-from contenders.work import BATCH, CASES, STEPS, Plain, cohort, moved, shuffled
 from pfl.aggregate.simulate import SimulatedBackend
 from pfl.aggregate.weighting import WeightByDatapoints
 from pfl.algorithm.base import NNAlgorithmParams
@@ -20,6 +18,8 @@ from pfl.hyperparam import NNEvalHyperParams, NNTrainHyperParams
 from pfl.model.pytorch import PyTorchModel
 from torch import Tensor, nn
 
+from contenders.serve import Commands, Stopwatch
+from contenders.work import BATCH, CASES, STEPS, Order, Plain, drawn, moved, shuffled
 from fedtune.training.local import ClientData
 
 
@@ -68,15 +68,15 @@ def users(plain: Plain, name: str) -> dict[str, Dataset]:
     return found
 
 
-def run(name: str, threads: int) -> None:
-    commands = Commands()
+def run(order: Order) -> None:
+    commands, name = Commands(), order.case
     logging.getLogger().setLevel(logging.ERROR)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(order.threads)
     asyncio.set_event_loop(asyncio.new_event_loop())  # pfl runs each round on the loop that it finds
-    plain = Plain(name)
+    plain = Plain(name, order.cohort)
     module, held = Trained(plain), users(plain, name)
-    drawn = (client for round in count(1) for client in cohort(plain.setup, round))
-    data = FederatedDataset(held.__getitem__, lambda: next(drawn))
+    clients = (client for round in count(1) for client in drawn(plain.setup, round))
+    data = FederatedDataset(held.__getitem__, lambda: next(clients))
     backend = SimulatedBackend(data, data, postprocessors=[WeightByDatapoints()])
     model = PyTorchModel(module, lambda parameters, lr: plain.optimizer(), torch.optim.SGD(plain.trained.values(), lr=1.0))
     whole = CASES[name].idle or plain.fed.local_epochs == 1
@@ -88,6 +88,6 @@ def run(name: str, threads: int) -> None:
     while command := commands.next():
         module.total, module.predictions, watch = 0.0, 0, Stopwatch()
         last = algorithm._current_central_iteration + command["rounds"]
-        algorithm.run(NNAlgorithmParams(last, last + 1, CASES[name].cohort, None), backend, model, training, NNEvalHyperParams(BATCH), send_metrics_to_platform=False)
+        algorithm.run(NNAlgorithmParams(last, last + 1, order.cohort, None), backend, model, training, NNEvalHyperParams(BATCH), send_metrics_to_platform=False)
         arrays = {n: p.detach().numpy() for n, p in plain.trained.items()}
         commands.answer(seconds=watch.seconds(), loss=module.total / max(1, module.predictions), moved=moved(plain.start, arrays))

@@ -7,6 +7,7 @@ and bring their own loop, batches, transport and averaging.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,46 +31,53 @@ STEPS, BATCH = 4, 8
 ENDLESS = 100_000  # rounds; the driver ends a run by ending its process
 
 
+class Order(NamedTuple):
+    """What the driver tells a contender: the case, clients a round, torch threads (of those that work in one process), a folder."""
+
+    case: str
+    cohort: int
+    threads: int
+    folder: str
+
+
 @dataclass(frozen=True)
 class Case:
     """One kind of work.
 
     Attributes:
         settings: overrides of the default job.
-        cohort: clients a round.
         top: train only so many blocks from the top (0: all).
         idle: clients return what they received.
     """
 
     about: str
     settings: tuple[str, ...]
-    cohort: int
     top: int = 0
     idle: bool = False
 
-    @property
-    def job(self) -> Job:
+    def job(self, cohort: int) -> Job:
         """Its only evaluations are of the start, on few examples, and after ENDLESS rounds."""
-        common = (f"federation.cohort={self.cohort}", f"federation.local-steps={STEPS}", f"federation.batch-size={BATCH}",
+        common = (f"federation.cohort={cohort}", f"federation.local-steps={STEPS}", f"federation.batch-size={BATCH}",
                   f"federation.rounds={ENDLESS}", f"evaluation.every={ENDLESS}", "evaluation.max-examples=16")
         return parse_job("", (*common, *self.settings))
 
 
 IID = ('data.partition="iid"', 'data.group=""', "data.clients=200")
 CASES = {
-    "a": Case("MiniLM, rank-16 cores on all linears", (), 20),
-    "b": Case("MiniLM, cores of the top two blocks", (), 20, top=2),
-    "c": Case("MLP on digits, all parameters", (*IID, 'model.task="image-classification"', 'adapter.method="full"', f"federation.local-epochs={STEPS}"), 200),
-    "d": Case("clients that do nothing, tensors of (a)", IID, 200, idle=True),
+    "a": Case("MiniLM, rank-16 cores on all linears", ()),
+    "b": Case("MiniLM, cores of the top two blocks", (), top=2),
+    "c": Case("MLP on digits, all parameters", (*IID, 'model.task="image-classification"', 'adapter.method="full"', f"federation.local-epochs={STEPS}")),
+    "d": Case("clients that do nothing, tensors of (a)", IID, idle=True),
 }
 
 
-def open_case(name: str) -> Setup:
-    """The case as fedtune takes it."""
+def open_case(name: str, cohort: int = 1) -> Setup:
+    """The case as fedtune takes it, with so many clients a round."""
     case = CASES[name]
+    job = case.job(cohort)
     if name == "c":
-        return digits(case.job)
-    setup = open_setup(case.job)
+        return digits(job)
+    setup = open_setup(job)
     return TopBlocks(*(getattr(setup, field) for field in Setup.__dataclass_fields__), top=case.top) if case.top else setup
 
 
@@ -130,7 +138,7 @@ def digits(job: Job) -> DigitsSetup:
     return DigitsSetup(job, Source("digits", None, ()), "", labels, Dataset(examples, labels, "digits"), parts)  # type: ignore[arg-type]
 
 
-def cohort(setup: Setup, round: int) -> list[str]:
+def drawn(setup: Setup, round: int) -> list[str]:
     """Who trains in a round: fedtune's draw, for everybody."""
     fed = setup.job.federation
     return [c.name for c in draw_cohort(setup.store.clients, fed.cohort, "fixed", generator(fed.seed, "cohort", round))]
@@ -139,8 +147,8 @@ def cohort(setup: Setup, round: int) -> list[str]:
 class Plain:
     """A case as a plain torch program has it: one model, what of it is trained, and everybody's tokenised examples."""
 
-    def __init__(self, name: str) -> None:
-        self.setup = open_case(name)
+    def __init__(self, name: str, cohort: int = 1) -> None:
+        self.setup = open_case(name, cohort)
         self.fed = self.setup.job.federation
         self.model = self.setup.fresh_model()
         frame = data_free_frame(self.setup, self.model)
