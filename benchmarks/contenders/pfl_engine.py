@@ -68,8 +68,8 @@ def users(plain: Plain, name: str) -> dict[str, Dataset]:
     return found
 
 
-def run(order: Order) -> None:
-    commands, name = Commands(), order.case
+def run(order: Order, commands: Commands) -> None:
+    name = order.case
     logging.getLogger().setLevel(logging.ERROR)
     torch.set_num_threads(order.threads)
     asyncio.set_event_loop(asyncio.new_event_loop())  # pfl runs each round on the loop that it finds
