@@ -1,6 +1,7 @@
 """How many client updates a second each simulation engine does: fedtune's engines, Flower's, and pfl-research's.
 
-    python benchmarks/simulation.py [--cases a,b,c,d] [--blocks N] [--seconds S] [--quick] [--json] [--threads N] [--pfl FOLDER]
+    python benchmarks/simulation.py [--cases a,b,c,d] [--blocks N] [--seconds S] [--quick] [--json] [--threads N]
+                                    [--peers flower,pfl] [--pfl FOLDER]
 
 All contenders of a case do the same work: the same clients with the same tokenised examples, the same cohort in each round,
 the same start, number and size of steps, and optimizer (`contenders/work.py`). Each is a process that is started once and
@@ -30,7 +31,8 @@ from fedtune.packages import cache_dir
 
 ENGINES = ("serial",)  # of fedtune; the last is the one that the targets are about
 FASTEST = f"fedtune {ENGINES[-1]}"
-CONTENDERS = (*(f"fedtune {engine}" for engine in ENGINES), "flower", "pfl", "pfl 2 processes")
+OWN = tuple(f"fedtune {engine}" for engine in ENGINES)
+PEERS = {"flower": ("flower",), "pfl": ("pfl", "pfl 2 processes")}
 COHORTS = {"a": 20, "b": 20, "c": 200, "d": 200}
 QUICK = {"a": 4, "b": 4, "c": 20, "d": 20}
 TARGETS = {
@@ -58,14 +60,17 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument("--pfl", type=Path, default=cache_dir() / f"benchmark-{PFL[0].replace('==', '-')}", help="folder with pfl's packages; made if missing")
     parser.add_argument("--threads", type=int, default=2, help="torch threads of the contenders that work in one process; 1 where cores are shared")
+    parser.add_argument("--peers", default=",".join(PEERS), help="which, separated by commas")
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
         return serve(*options.serve)
-    cases = options.cases.split(",")
-    if unknown := set(cases) - ABOUT.keys():
-        parser.error(f"--cases: {', '.join(sorted(unknown))}; there are {', '.join(ABOUT)}")
-    provide_pfl(options.pfl)
+    cases, options.peers = options.cases.split(","), options.peers.split(",")
+    for key, given, known in (("cases", cases, ABOUT), ("peers", options.peers, PEERS)):
+        if unknown := set(given) - known.keys():
+            parser.error(f"--{key}: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    if "pfl" in options.peers:
+        provide_pfl(options.pfl)
     found = {name: measure(name, options) for name in cases}
     targets = [target for name in cases for target in judge(name, found[name])]
     show(found, targets)
@@ -177,7 +182,7 @@ def measure(case: str, options: argparse.Namespace) -> dict:
     blocks, seconds = (1, 0.0) if options.quick else (options.blocks, options.seconds)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="simulation-")))
-        contenders = [stack.enter_context(started(name, case, cohort, folder, options)) for name in CONTENDERS]
+        contenders = [stack.enter_context(started(name, case, cohort, folder, options)) for name in (*OWN, *(n for p in options.peers for n in PEERS[p]))]
         for contender in contenders:
             contender.read()
         rounds, trained = {}, {}
@@ -230,8 +235,11 @@ def judge(case: str, found: dict) -> list[dict]:
     """The targets of one case."""
     own = statistics.median(found["updates"][FASTEST])
     targets = []
-    for peer, least in ((peer, TARGETS[peer][case]) for peer in TARGETS if case in TARGETS[peer]):
-        ratio = own / max(statistics.median(updates) for name, updates in found["updates"].items() if name.startswith(peer))
+    for peer, names in PEERS.items():
+        medians = [statistics.median(found["updates"][name]) for name in names if name in found["updates"]]
+        if not medians or case not in TARGETS[peer]:
+            continue
+        ratio, least = own / max(medians), TARGETS[peer][case]
         targets.append(target(f"({case}) updates a second, {FASTEST} over {peer}", ratio, least))
     if found["products"] is not None:
         targets.append(target(f"({case}) bare matrix products, share of a step of {FASTEST}", found["products"], PRODUCTS))
