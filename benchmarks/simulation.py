@@ -46,7 +46,7 @@ ABOUT = {
     "c": "MLP on digits, all parameters, 4 steps of 8 images",
     "d": "tensors of (a), clients that do nothing",
 }
-PFL = ("pfl==0.6.0", "multiprocess==0.70.18", "dill==0.4.1", "prv-accountant==0.2.0")
+PFL = ("pfl==0.6.0", "multiprocess==0.70.18", "dill==0.4.1", "prv-accountant==0.2.0", "dp-accounting==0.5.0", "absl-py==2.5.1", "attrs==23.2.0")
 LOSS, MOVED = 0.1, 0.2  # relative distance from fedtune's after two rounds, at most
 ROUNDING = 1e-4  # where nobody moves, float32 averages still do
 
