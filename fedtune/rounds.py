@@ -34,6 +34,11 @@ class Reply:
     size: int = 0
     """From an engine in this process: what the payload would have held, as read, and how long it would have been."""
 
+    @property
+    def length(self) -> int:
+        """Bytes that came, or would have."""
+        return self.size or len(self.payload or b"")
+
 
 @dataclass
 class Traffic:
@@ -164,7 +169,7 @@ class Coordinator:
             self.on_reply(reply)
             if reply.late:
                 self.traffic.late += 1
-                self.traffic.received(reply.client, len(reply.payload or b""))
+                self.traffic.received(reply.client, reply.length)
                 continue
             try:
                 yield self._update(reply, planned, seen, center)
@@ -177,7 +182,7 @@ class Coordinator:
             raise Refused("client", "was not asked this round")
         if reply.payload is None and reply.packet is None:
             raise Refused("failed", reply.error or "no payload")
-        self.traffic.received(reply.client, reply.size or len(reply.payload or b""))
+        self.traffic.received(reply.client, reply.length)
         if reply.client in seen:
             raise Refused("duplicate", "a second reply to the same round")
         packet = reply.packet

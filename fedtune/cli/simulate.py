@@ -60,7 +60,7 @@ def _run(run: RunFolder | None, job: Job, path: Path | None) -> RunFolder:
         board.line(f"run folder: {run.path}")
         progress = Progress(board, job.federation.rounds)
         try:
-            simulation = Simulation(setup, run, Watch(board.stage, board.advance, lambda reply: progress.reply(), progress.line), base)
+            simulation = Simulation(setup, run, Watch(board.stage, board.advance, lambda reply: progress.reply(), progress.line, lambda text: board.line(f"note: {text}")), base)
             with run.locked():
                 simulation.rounds()
                 finish(simulation)

@@ -91,7 +91,7 @@ class Fleet:
                 if turn.lost:
                     yield Reply(turn.client, None, turn.lost)
             for reply in ask([pair for pair in pairs if not self._turns[pair[0]].lost], kind=kind, round=round):
-                self._up[reply.client] = len(reply.payload or b"")
+                self._up[reply.client] = reply.length
                 yield reply
 
         return through
