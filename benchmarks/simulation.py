@@ -29,7 +29,7 @@ from rich.table import Table
 
 from fedtune.packages import cache_dir
 
-ENGINES = ("serial",)  # of fedtune; the last is the one that the targets are about
+ENGINES = ("serial", "vectorised")  # of fedtune; the last is the one that the targets are about
 FASTEST = f"fedtune {ENGINES[-1]}"
 OWN = tuple(f"fedtune {engine}" for engine in ENGINES)
 PEERS = {"flower": ("flower",), "pfl": ("pfl", "pfl 2 processes")}

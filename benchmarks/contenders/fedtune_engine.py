@@ -2,15 +2,18 @@
 
 import contextlib
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from contenders.serve import Commands, Stopwatch
 from contenders.work import CASES, Order, moved, open_case
 from fedtune.job import job_from
 from fedtune.rounds import Watch
 from fedtune.run import create_run
-from fedtune.training import worker
+from fedtune.training import cohort, worker
 from fedtune.types import Metrics
 from fedtune.workflows.setup import Setup
 from fedtune.workflows.simulate import Simulation
@@ -24,7 +27,7 @@ def run(order: Order, engine: str) -> None:
     commands = Commands()
     setup = with_engine(open_case(order.case, order.cohort), engine, order.threads)
     if CASES[order.case].idle:
-        make_idle(engine)
+        make_idle()
     run = create_run(Path(order.folder), setup.job, {"created": "", "versions": {}, "sha256": setup.sha256, "split": []})
     simulation = Simulation(setup, run)
     simulation.watch = Watch(line=Pace(commands, simulation))
@@ -40,12 +43,16 @@ def with_engine(setup: Setup, engine: str, threads: int) -> Setup:
     return type(setup)(**fields | {"job": job})
 
 
-def make_idle(engine: str) -> None:
+def make_idle() -> None:
     """Clients of this process take the model, train nothing and return it."""
     def nothing(*args: Any) -> Metrics:
         return {"loss": (0.0, 1.0), "accuracy": (0.0, 1.0)}
 
-    {"serial": lambda: setattr(worker, "train_locally", nothing)}[engine]()
+    def together(self: cohort.CohortTrainer, start: np.ndarray, tasks: Sequence[object], round: int) -> tuple[np.ndarray, np.ndarray]:
+        return np.tile(start, (len(tasks), 1)), np.tile([0.0, 0.0, 1.0], (len(tasks), 1))
+
+    worker.train_locally = nothing
+    cohort.CohortTrainer.train = together
 
 
 class Pace:

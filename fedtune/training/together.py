@@ -23,7 +23,7 @@ from fedtune.training.stacked import NotStackable, Stack
 from fedtune.types import Arrays
 from fedtune.wire import Pieces
 
-CHUNK_BYTES = 2**27
+CHUNK_BYTES = 3 * 2**27
 """What autograd may keep of one chunk. Larger chunks are no faster on a CPU, as they leave its caches."""
 TOLERANCE = 2e-4
 """Largest difference of a loss from the plain model's, as a share of it: float32 through many layers, in another order of adding."""
