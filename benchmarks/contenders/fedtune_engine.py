@@ -2,18 +2,24 @@
 
 import contextlib
 import statistics
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from contenders.serve import Commands, Stopwatch
-from contenders.work import CASES, Order, moved, open_case
+from contenders.work import CASES, Order, drawn, moved, open_case
 from fedtune.job import job_from
 from fedtune.rounds import Watch
 from fedtune.run import create_run
+from fedtune.seeds import generator
+from fedtune.simulation import vectorised
 from fedtune.training import cohort, worker
+from fedtune.training.chunks import Task
 from fedtune.types import Metrics
 from fedtune.workflows.setup import Setup
 from fedtune.workflows.simulate import Simulation
@@ -52,6 +58,7 @@ def make_idle() -> None:
         return np.tile(start, (len(tasks), 1)), np.tile([0.0, 0.0, 1.0], (len(tasks), 1))
 
     worker.train_locally = nothing
+    vectorised.local_batches = lambda *args: []
     cohort.CohortTrainer.train = together
 
 
@@ -87,6 +94,57 @@ class Pace:
         raise Over
 
 
-def products_share(simulation: Simulation) -> float | None:
-    """Share of a step's time that its bare matrix products take, timed alone on the same shapes; None where the engine cannot say."""
-    return None
+PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm")
+
+
+class Noted(TorchDispatchMode):
+    """Notes every matrix product that runs inside: the operation, and shape and strides of what it takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products: list[tuple[Any, list[tuple[tuple[int, ...], tuple[int, ...]]], dict]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in PRODUCTS:
+            self.products.append((func, [(tuple(x.shape), x.stride()) for x in args], {k: v for k, v in (kwargs or {}).items() if k != "out"}))
+        return func(*args, **(kwargs or {}))
+
+
+def run_all(calls: list[tuple[Any, list[torch.Tensor], dict]]) -> None:
+    """One after another; no result is kept."""
+    for func, args, kwargs in calls:
+        func(*args, **kwargs)
+
+
+def products_share(simulation: Simulation, repeats: int = 5) -> float | None:
+    """Share of a cohort's training that its bare matrix products take, timed alone on the same shapes, medians of alternating runs."""
+    setup, trainer = simulation.setup, simulation._trainer()
+    if trainer is None:
+        return None
+    fed, start = setup.job.federation, simulation.run.newest().state.arrays
+    flat = np.concatenate([start[t.name].ravel() for t in setup.spec.trainable])
+    tasks = []
+    for name in drawn(setup, 1):
+        data = setup.store.train(name)
+        batches = list(vectorised.local_batches(data.lengths, fed.batch_size, fed.local_epochs, fed.local_steps, generator(fed.seed, "local", 1, name)))
+        tasks.append(Task(name, data, batches))
+    with Noted() as noted:
+        trainer.train(flat, tasks, 1)
+    made: dict[tuple, torch.Tensor] = {}
+
+    def tensor(layout: tuple[tuple[int, ...], tuple[int, ...]]) -> torch.Tensor:
+        if layout not in made:
+            made[layout] = torch.empty_strided(*layout).normal_()
+        return made[layout]
+
+    calls = [(func, [tensor(layout) for layout in layouts], kwargs) for func, layouts, kwargs in noted.products]
+    whole, bare = [], []
+    for _ in range(repeats):
+        for times, work in ((whole, lambda: trainer.train(flat, tasks, 1)), (bare, lambda: run_all(calls))):
+            began = time.perf_counter()
+            with torch.no_grad() if times is bare else contextlib.nullcontext():
+                work()
+            times.append(time.perf_counter() - began)
+            for x in made.values():  # adding in place again and again would overflow
+                x.clamp_(-3, 3)
+    return statistics.median(bare) / statistics.median(whole)

@@ -19,6 +19,7 @@ from fedtune.adapters.spec import AdapterSpec, describe
 from fedtune.algorithms.fed_avg import draw_cohort
 from fedtune.data.examples import Dataset, Examples
 from fedtune.data.partition import Split
+from fedtune.data.slices import Names, Slices
 from fedtune.job import Job, parse_job
 from fedtune.models.base import TunableModel, layout
 from fedtune.models.sources import Source
@@ -102,6 +103,9 @@ class DigitsEncoder:
     def encode(self, images: tuple[np.ndarray, ...]) -> list[dict[str, np.ndarray]]:
         return [{"pixels": image} for image in images]
 
+    def lengths(self, images: list[np.ndarray]) -> list[int]:
+        return [64] * len(images)
+
     def collate(self, encoded: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         return {"pixels": np.stack([one["pixels"] for one in encoded])}
 
@@ -133,7 +137,7 @@ def digits(job: Job) -> DigitsSetup:
     names = tuple(f"client-{i:03d}" for i in range(job.data.clients))
     order = generator(job.federation.seed, "digits").permutation(len(images))
     cut = BATCH * len(names)
-    parts = Split(names, tuple(np.sort(order[:cut].reshape(len(names), BATCH))), tuple(np.array_split(order[cut:], len(names))))
+    parts = Split(Names(names), Slices.of(np.sort(order[:cut].reshape(len(names), BATCH))), Slices.of(np.array_split(order[cut:], len(names))))
     labels = tuple(map(str, found.target_names))
     return DigitsSetup(job, Source("digits", None, ()), "", labels, Dataset(examples, labels, "digits"), parts)  # type: ignore[arg-type]
 

@@ -44,18 +44,16 @@ def pick(tasks: Sequence[Task], step: int, kind: str) -> Picked:
 
 def join(parts: Sequence[tuple[int, Task, np.ndarray]], kind: str) -> Picked:
     """Examples of several (model, task, places in its data)."""
-    keys, encoded, lengths, labels, rows, scales = [], [], [], [], [], []
-    for row, task, index in parts:
-        places = index.tolist()
-        chosen = [task.data.encoded[i] for i in places]
-        size = np.ones(len(chosen), np.int64) if kind == "image-classification" else np.array([len(next(iter(e.values()))) for e in chosen], np.int64)
-        keys += [(task.client, i) for i in places]
-        encoded += chosen
-        lengths.append(size)
-        labels.append(task.data.labels[index])
-        rows.append(np.full(len(places), row, np.int64))
-        scales.append(np.full(len(places), 1.0 / max(1, int(predictions(size, kind).sum())), np.float32))
-    return Picked(keys, encoded, np.concatenate(labels), np.concatenate(lengths), np.concatenate(rows), np.concatenate(scales))
+    places = [index.tolist() for _, _, index in parts]
+    keys = [(task.client, i) for (_, task, _), index in zip(parts, places) for i in index]
+    encoded = [task.data.encoded[i] for (_, task, _), index in zip(parts, places) for i in index]
+    lengths = np.ones(len(encoded), np.int64) if kind == "image-classification" else np.array([len(next(iter(e.values()))) for e in encoded], np.int64)
+    counts = [len(index) for index in places]
+    part = np.repeat(np.arange(len(parts)), counts)
+    made = np.bincount(part, predictions(lengths, kind), len(parts))
+    return Picked(
+        keys, encoded, np.concatenate([task.data.labels[index] for _, task, index in parts]), lengths,
+        np.repeat(np.array([row for row, _, _ in parts], np.int64), counts), (1.0 / np.maximum(made, 1.0)).astype(np.float32)[part])
 
 
 def predictions(lengths: np.ndarray, kind: str) -> np.ndarray:

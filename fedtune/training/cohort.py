@@ -97,8 +97,13 @@ class CohortTrainer:
 
     def _step(self, models: Tensor, picked: Picked, totals: np.ndarray, private: PerExample | None) -> Tensor:
         """Gradients [K, P] of one step, chunk by chunk; adds to `totals`."""
+        parts = list(self._chunks(picked))
+        if private is None and len(parts) == 1:  # all models take part
+            flat, scores = self.gradients(models, np.arange(len(models)), parts[0], parts[0].row)
+            np.add.at(totals, parts[0].row, scores)
+            return flat
         gradients = torch.zeros_like(models)
-        for part in self._chunks(picked):
+        for part in parts:
             if private is None:
                 rows, owner = np.unique(part.row, return_inverse=True)
                 flat, scores = self.gradients(models, rows, part, owner)
@@ -122,8 +127,8 @@ class CohortTrainer:
         Returns:
             [k, P] (0 for a tensor without a part in the loss), and float64 [n, 3]: loss, right predictions, predictions.
         """
-        used = models.index_select(0, torch.from_numpy(rows).to(self.device))
-        values = {name: used[:, a:b].view(len(used), *shape).requires_grad_() for name, shape, a, b in self._spans}
+        used = models if len(rows) == len(models) and np.array_equal(rows, np.arange(len(models))) else models[torch.from_numpy(rows).to(self.device)]
+        values = {name: used[:, a:b].view(len(used), *shape).detach().requires_grad_() for name, shape, a, b in self._spans}
         self.stack.set(values, Examples(owner, len(used), self.through.rows(part.lengths), self.device))
         loss, correct, count = self.through.loss(part.encoded, part.labels, self._features(part))
         weighted = (loss * torch.from_numpy(part.scale).to(self.device)).sum()

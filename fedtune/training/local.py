@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ class ClientData:
         """The examples at these places, in this order."""
         return ClientData([self.encoded[i] for i in index], self.labels[index])
 
-    @property
+    @cached_property
     def lengths(self) -> Sequence[int]:
         """Size of each example's first input: tokens for a text, the same for every image."""
         return [next(iter(e.values())).shape[0] for e in self.encoded]
