@@ -186,9 +186,9 @@ class SimulationSection(_Section):
     engine: Literal["vectorised", "serial", "ray"] = _key(
         "vectorised", "vectorised (the cohort trained together), serial (one client after another) or ray (Flower's engine, also on several machines)")
     block: int = _key(0, "vectorised: clients trained together (0: as many as memory holds)", ge=0, le=1_000_000)
-    memory_mb: int = _key(0, "vectorised: megabytes for clients trained together and kept features, half for each (0: half of what is free)", ge=0, le=2**30)
+    memory_mb: int = _key(0, "vectorised: megabytes for the models of clients trained together and for kept features, half for each, beside what one chunk needs (0: half of what is free)", ge=0, le=2**30)
     features: Literal["memory", "disk", "none"] = _key(
-        "memory", "vectorised: where to keep what the layers below the lowest trained one give for each example: memory, disk (in the run folder) or none")
+        "memory", "vectorised: where to keep outputs of the frozen layers below the lowest trained one, by example, from round to round: memory, disk (in the run folder) or none")
     device: Literal["cpu", "cuda"] = _key("cpu", "where the base runs: cpu or cuda")
     workers: int = _key(0, "ray: client processes at once (0: one per core)", ge=0, le=4096)
     threads: int = _key(0, "torch threads (0: all cores; ray: 1 per worker)", ge=0, le=1024)

@@ -45,13 +45,14 @@ def _run(run: RunFolder | None, job: Job, path: Path | None) -> RunFolder:
         from fedtune.workflows.finish import finish
         from fedtune.workflows.fleet import make_fleet
         from fedtune.workflows.setup import open_setup, require_trainable, require_unchanged, run_facts
-        from fedtune.workflows.simulate import Simulation
+        from fedtune.workflows.simulate import Simulation, require_device
 
         setup = open_setup(job)
         require_trainable(setup)
         _ = setup.spec  # what does not fit the base, and a base that cannot be opened, are said before anything is written
         base = setup.fresh_model()
         _ = setup.encoder
+        require_device(job.simulation)
         make_fleet(setup)  # devices none of which could train
         if run is None:
             run = create_run(path or next_run_path(Path("runs"), job.adapter.method), job, run_facts(setup))

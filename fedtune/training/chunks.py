@@ -7,6 +7,9 @@ import numpy as np
 
 from fedtune.training.local import ClientData
 
+UNEVEN = 4
+"""Room for rows brought together by model, as a multiple of the rows there are."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -88,3 +91,14 @@ def stretches(lengths: np.ndarray, rows: int, padded: bool) -> list[np.ndarray]:
             begin, total = i, 0
         total += n
     return [*out, np.arange(begin, len(lengths))]
+
+
+def balanced(part: Picked) -> list[Picked]:
+    """The same examples in parts in which no model has far more rows than the mean: layers bring rows together by model, and make room for
+    the most that any has."""
+    rows = np.bincount(part.row, part.lengths)
+    present = rows[rows > 0]
+    if len(present) * present.max() <= UNEVEN * present.sum():
+        return [part]
+    heavy = (rows > 2 * present.mean())[part.row]
+    return [piece for chosen in (~heavy, heavy) for piece in balanced(part.take(np.flatnonzero(chosen)))]

@@ -16,7 +16,7 @@ from fedtune.adapters.methods import Parameters
 from fedtune.job import FederationSection
 from fedtune.models.base import TunableModel
 from fedtune.training import optimizers
-from fedtune.training.chunks import Picked, Task, join, pick, stretches
+from fedtune.training.chunks import Picked, Task, balanced, join, pick, stretches
 from fedtune.training.features import FeatureStore
 from fedtune.training.passes import Pass
 from fedtune.training.stacked import Examples, Stack
@@ -56,6 +56,8 @@ class CohortTrainer:
     ) -> None:
         self.model, self.trainable, self.settings = model, tuple(trainable), settings
         self.through, self.features, self.chunk = through, features, chunk
+        self.unused: frozenset[str] = frozenset()
+        """Tensors without a part in the loss: an optimizer leaves them alone, weight decay included."""
         self.stack = Stack(model, parameters)
         self.device = self.stack.device
         ends = np.cumsum([t.size for t in trainable]).tolist()
@@ -136,12 +138,12 @@ class CohortTrainer:
         flat = torch.cat([g.reshape(len(used), -1) for g in found], 1)
         return flat, torch.stack([loss.detach(), correct, count], 1).double().cpu().numpy()
 
-    def _chunks(self, picked: Picked, rows: int = 0) -> Iterator[Picked]:
-        """The examples in pieces of at most `rows` rows: texts by length, images by client."""
+    def _chunks(self, picked: Picked) -> Iterator[Picked]:
+        """The examples in pieces of at most `chunk` rows: texts by length, images by client."""
         texts = self.model.task != "image-classification"
         order = np.argsort(picked.lengths if texts else picked.row, kind="stable")
-        for index in stretches(picked.lengths[order], rows or self.chunk, texts and self.through.padded):
-            yield picked.take(order[index])
+        for index in stretches(picked.lengths[order], self.chunk, texts and self.through.padded):
+            yield from balanced(picked.take(order[index]))
 
     def _features(self, part: Picked) -> list[np.ndarray] | None:
         """The features of all of a chunk; those not kept are made again."""
@@ -153,17 +155,22 @@ class CohortTrainer:
         return found  # type: ignore[return-value]
 
     def _keep_features(self, tasks: Sequence[Task]) -> None:
-        """Makes what is not kept yet of the examples these tasks will see."""
+        """Makes what is not kept yet of the examples these tasks will see; nothing where there is no room for all, as some would push out others."""
         if self.through.unit is None:
             return
-        missing = [
-            (row, task, np.array([i for i in np.unique(np.concatenate(task.batches)).tolist() if self.features.get((task.client, i)) is None], np.int64))
-            for row, task in enumerate(tasks) if task.batches
-        ]
-        if missing := [part for part in missing if len(part[2])]:
-            for part in self._chunks(join(missing, self.model.task)):
-                for key, value in zip(part.keys, self.through.below(part.encoded)):
-                    self.features.put(key, value)
+        seen = [(row, task, np.unique(np.concatenate(task.batches))) for row, task in enumerate(tasks) if task.batches]
+        missing = [(row, task, np.array([i for i in index.tolist() if self.features.get((task.client, i)) is None], np.int64)) for row, task, index in seen]
+        parts = iter(self._chunks(join(missing, self.model.task)) if any(len(index) for _, _, index in missing) else ())
+        for number, part in enumerate(parts):
+            values = self.through.below(part.encoded)
+            if number == 0 and not self.features.fits(int(sum(v.nbytes for v in values) / self._rows([part.lengths]) * self._rows([_lengths(task, index) for _, task, index in seen]))):
+                return
+            for key, value in zip(part.keys, values):
+                self.features.put(key, value)
+
+    def _rows(self, lengths: Sequence[np.ndarray]) -> int:
+        """What the features' size goes with: tokens, or examples below the head and for images."""
+        return sum(len(n) if self.through.unit == "head" or self.model.task == "image-classification" else int(n.sum()) for n in lengths)
 
     def _rates(self, round: int) -> Tensor:
         """Learning rates of this round, float32 [P]."""
@@ -174,13 +181,17 @@ class CohortTrainer:
 
     def _mask(self, tasks: Sequence[Task]) -> Tensor | None:
         """True [K, P] where a client trains the number; None when all train all."""
-        if all(task.trained is None for task in tasks):
+        if all(task.trained is None for task in tasks) and not self.unused:
             return None
         mask = torch.ones(len(tasks), self._spans[-1][3], dtype=torch.bool)
         for row, task in zip(mask, tasks):
             for name, _, a, b in self._spans:
-                row[a:b] = task.trained is None or name in task.trained
+                row[a:b] = (task.trained is None or name in task.trained) and name not in self.unused
         return mask.to(self.device)
+
+
+def _lengths(task: Task, index: np.ndarray) -> np.ndarray:
+    return np.asarray(task.data.lengths, np.int64)[index]
 
 
 def _unscaled(part: Picked) -> Picked:

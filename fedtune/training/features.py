@@ -1,10 +1,14 @@
 """What the frozen part below the lowest trained unit gives for an example, kept from round to round within a limit of bytes."""
 
+import errno
+import os
 from collections import OrderedDict
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
+
+from fedtune.storage import failing_clearly
 
 Key = tuple[str, int]
 """(client, place of the example in the client's data)."""
@@ -23,7 +27,13 @@ class FeatureStore:
         self._memory: OrderedDict[Key, np.ndarray] = OrderedDict()
         self._places: dict[Key, tuple[int, tuple[int, ...]]] = {}
         self._path = None if folder is None else folder / "features.tmp"
-        self._file: BinaryIO | None = None
+        self._file: FileIO | None = None
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)  # of a process that was killed
+
+    def fits(self, size: int) -> bool:
+        """Whether so many bytes could be kept at once."""
+        return size <= (self._limit if self._path is None else self._limit - self._bytes)
 
     def get(self, key: Key) -> np.ndarray | None:
         if key in self._memory:
@@ -61,10 +71,11 @@ class FeatureStore:
 
     def _append(self, key: Key, value: np.ndarray) -> None:
         assert self._path is not None
-        if self._file is None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("w+b")
-        self._file.seek(0, 2)
-        self._places[key] = (self._file.tell(), value.shape)
-        self._file.write(np.ascontiguousarray(value, np.float32).tobytes())
+        with failing_clearly(self._path):
+            if self._file is None:
+                self._file = self._path.open("w+b", buffering=0)  # unbuffered: what fails, fails here
+            place, data = self._file.seek(0, 2), np.ascontiguousarray(value, np.float32).tobytes()
+            if self._file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._places[key] = (place, value.shape)
         self._bytes += value.nbytes

@@ -5,10 +5,12 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedtune.adapters.methods import Parameters, write
 from fedtune.adapters.spec import AdapterSpec
+from fedtune.data.images import ImageEncoder
+from fedtune.errors import EnvironmentProblem
 from fedtune.job import FederationSection
 from fedtune.models.base import TunableModel, summed_loss
 from fedtune.models.cut import lowest_unit
@@ -25,8 +27,9 @@ from fedtune.wire import Pieces
 
 CHUNK_BYTES = 3 * 2**27
 """What autograd may keep of one chunk. Larger chunks are no faster on a CPU, as they leave its caches."""
-TOLERANCE = 2e-4
-"""Largest difference of a loss from the plain model's, as a share of it: float32 through many layers, in another order of adding."""
+LOSS, GRADIENT = 5e-5, 1e-3
+"""Largest difference of a loss from the plain model's, and of a model's gradient as a share of its L2 norm: float32 through many
+layers, in another order of adding."""
 
 
 def open_trainer(
@@ -42,20 +45,22 @@ def open_trainer(
     Raises NotStackable when there is none: the clients then have to be trained one by one.
     """
     Stack(model, parameters)
-    for through in _passes(model, spec, encoder, features, next(iter(parameters.values())).device):
+    for through in _passes(model, spec, encoder, sample, next(iter(parameters.values())).device):
         trainer = CohortTrainer(model, parameters, spec.trainable, settings, through, features, 2**20)
-        if (row := _tried(trainer, parameters, spec, encoder, start, sample)) is not None:
-            features.close()  # made for the trial
-            trainer.chunk = max(1, CHUNK_BYTES // row)
-            return trainer
+        try:
+            if _tried(trainer, parameters, spec, encoder, start, sample):
+                return trainer
+        finally:
+            features.close()  # those of the trial are of no client
     raise NotStackable("its layers mix examples in a way that cannot be kept apart")
 
 
-def _passes(model: TunableModel, spec: AdapterSpec, encoder: Encoder, features: FeatureStore, device: torch.device) -> Iterator[Pass]:
+def _passes(model: TunableModel, spec: AdapterSpec, encoder: Encoder, sample: ClientData, device: torch.device) -> Iterator[Pass]:
     """Ways to try, the fastest first."""
     unit = lowest_unit(model.body, {t.unit for t in spec.trainable})
+    starts = dict.fromkeys([0] if isinstance(encoder, ImageEncoder) else [_first_position(model, encoder, sample, device), 0])
     for cut in dict.fromkeys([unit, None]):
-        for first in dict.fromkeys([0, _padding_place(model) + 1]):
+        for first in starts:
             try:
                 yield Packed(model, cut, device, first)
             except NotPackable:
@@ -63,47 +68,68 @@ def _passes(model: TunableModel, spec: AdapterSpec, encoder: Encoder, features: 
         yield Padded(model, encoder, cut, device)
 
 
-def _padding_place(model: TunableModel) -> int:
-    """RoBERTa's family counts positions from the padding token's number; -1 where nothing of the kind is known."""
-    place = getattr(getattr(model.body, "config", None), "pad_token_id", None)
-    return place if isinstance(place, int) else -1
+def _first_position(model: TunableModel, encoder: Encoder, sample: ClientData, device: torch.device) -> int:
+    """The number of a text's first position, as the plain model asks its table of positions (RoBERTa's family counts from its padding place); 0 without a table."""
+    seen: list[int] = []
+
+    def note(module: nn.Module, args: tuple) -> None:
+        if args and isinstance(args[0], Tensor) and args[0].numel():
+            seen.append(int(args[0].min()))
+
+    hooks = [m.register_forward_pre_hook(note) for name, m in model.body.named_modules() if isinstance(m, nn.Embedding) and "position" in name and "type" not in name]
+    try:
+        with torch.no_grad():
+            model(**to_batch(sample, np.arange(1), encoder, device)[0])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return min(seen, default=0)
 
 
-def _tried(trainer: CohortTrainer, parameters: Parameters, spec: AdapterSpec, encoder: Encoder, start: Arrays, sample: ClientData) -> int | None:
-    """Trains two different models on the same examples: None unless each gives the losses of the plain model that holds its values.
+def _tried(trainer: CohortTrainer, parameters: Parameters, spec: AdapterSpec, encoder: Encoder, start: Arrays, sample: ClientData) -> bool:
+    """Two different models see the same examples: whether each gets the losses and the gradient of the plain model that holds its values.
 
-    Returns the bytes that autograd kept for each row (token or image), as measured.
+    On success the trainer knows what a row (token or image) takes in memory, and which tensors have no part in the loss.
     """
-    first = np.concatenate([start[t.name].ravel() for t in spec.trainable]).astype(np.float32)
-    draw = np.random.default_rng(0)
+    first, draw = np.concatenate([start[t.name].ravel() for t in spec.trainable]).astype(np.float32), np.random.default_rng(0)
     shift = [draw.standard_normal(t.size) * (0.1 * float(start[t.name].std()) or 0.02) for t in spec.trainable]
     both = np.stack([first, first + np.concatenate(shift).astype(np.float32)])
     places = np.arange(len(sample))
     task = Task("", sample, [places])
     part = join([(0, task, places), (1, task, places)], trainer.model.task)
     order = np.argsort(part.lengths, kind="stable")
-    ordered = part.take(order)
-    models = torch.from_numpy(both).to(trainer.device)
+    ordered, rows = part.take(order), int(part.lengths.sum())
     try:
         with trainer.running([task]), kept_bytes(trainer.model) as kept:
-            scores = trainer.gradients(models, np.arange(2), ordered, ordered.row)[1]
-    except (NotPackable, NotStackable, RuntimeError, ValueError, TypeError, LookupError, AssertionError, AttributeError):
-        return None
+            flat, scores = trainer.gradients(torch.from_numpy(both).to(trainer.device), np.arange(2), ordered, ordered.row)
+    except (NotPackable, NotStackable, RuntimeError, ValueError, TypeError, LookupError, AssertionError, AttributeError) as e:
+        if isinstance(e, torch.OutOfMemoryError) or "allocate" in str(e):
+            raise EnvironmentProblem(f"the base does not fit in memory with {len(part)} examples ({' '.join(str(e).split())[:120]}); free some, or lower model.max-length") from None
+        return False
     found = np.empty(len(part))
     found[order] = scores[:, 0]
-    wanted = np.concatenate([_losses(trainer.model, parameters, spec, values, sample, encoder) for values in both])
-    if not np.allclose(found, wanted, rtol=TOLERANCE, atol=TOLERANCE):
-        return None
-    rows = int(part.lengths.sum())
-    return max(1, sum(kept.values()) // rows)
+    for i, values in enumerate(both):
+        losses, gradient, unused = _plain(trainer.model, parameters, spec, values, sample, encoder)
+        if not np.allclose(found[i * len(sample) : (i + 1) * len(sample)], losses, rtol=LOSS, atol=LOSS):
+            return False
+        if not np.linalg.norm(flat[i].cpu().numpy() - gradient) <= GRADIENT * np.linalg.norm(gradient) + 1e-7:
+            return False
+    trainer.chunk = max(1, CHUNK_BYTES * rows // max(1, sum(kept.values())))
+    trainer.unused = unused
+    return True
 
 
-def _losses(model: TunableModel, parameters: Parameters, spec: AdapterSpec, values: np.ndarray, data: ClientData, encoder: Encoder) -> np.ndarray:
-    """Summed loss of each example [n] from the plain model with these values [P]."""
+def _plain(
+    model: TunableModel, parameters: Parameters, spec: AdapterSpec, values: np.ndarray, data: ClientData, encoder: Encoder,
+) -> tuple[np.ndarray, np.ndarray, frozenset[str]]:
+    """From the plain model with these values [P]: summed loss of each example [n], gradient [P] of their mean, and the tensors without a part in it."""
     write(parameters, dict(Pieces(values, spec.schema.layout)))
-    with torch.no_grad():
-        batch, labels = to_batch(data, np.arange(len(data)), encoder, device_of(model))
-        return summed_loss(model(**batch), batch, labels, model.task)[0].cpu().numpy()
+    batch, labels = to_batch(data, np.arange(len(data)), encoder, device_of(model))
+    loss, _, count = summed_loss(model(**batch), batch, labels, model.task)
+    found = torch.autograd.grad(loss.sum() / count.sum().clamp(min=1), list(parameters.values()), allow_unused=True)
+    gradients = {name: np.zeros(p.shape, np.float32) if g is None else g.cpu().numpy() for (name, p), g in zip(parameters.items(), found)}
+    unused = frozenset(name for name, g in zip(parameters, found) if g is None)
+    return loss.detach().cpu().numpy(), np.concatenate([gradients[t.name].ravel() for t in spec.trainable]), unused
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """fedtune simulate: one job, many clients, one machine, one run folder."""
 
+import shutil
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from fedtune.bundle import open_bundle
 from fedtune.client.app import make_client_app
 from fedtune.errors import EnvironmentProblem
 from fedtune.gradient_init import gather_gradients
+from fedtune.job import SimulationSection
 from fedtune.models.base import TunableModel
 from fedtune.rounds import Coordinator, Traffic, Watch, evaluated, make_algorithm, start
 from fedtune.run import RunFolder, open_run
@@ -32,6 +34,20 @@ from fedtune.types import Arrays, Metrics
 from fedtune.workflows.fleet import make_fleet
 from fedtune.workflows.setup import Setup, data_free_frame, make_bundle, open_setup
 from fedtune.workflows.summary import follow
+
+
+def require_device(settings: SimulationSection) -> None:
+    """Raises EnvironmentProblem where the job's device is not there."""
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentProblem('simulation.device = "cuda": this torch finds no such device; use "cpu"')
+
+
+def _room(settings: SimulationSection, folder: Path) -> tuple[int, Path | None]:
+    """(bytes, folder) for kept features: half the engine's memory, or half of what is free on the disk."""
+    if settings.features == "disk":
+        return shutil.disk_usage(folder).free // 2, folder
+    return memory_for(settings) // 2 if settings.features == "memory" else 0, None
+
 
 TRIAL = 6
 """Examples with which the vectorised engine is tried on a base."""
@@ -54,12 +70,10 @@ class Simulation:
         if threads:
             torch.set_num_threads(threads)
         self.model: TunableModel = self.base or self.setup.fresh_model()
-        device = self.setup.job.simulation.device
-        if device == "cuda" and not torch.cuda.is_available():
-            raise EnvironmentProblem('simulation.device = "cuda": this torch finds no such device; use "cpu"')
-        self.worker = Worker(self.setup.job, self.setup.spec, self.model, self.setup.encoder, self._frame, device)
-        limit = memory_for(self.setup.job.simulation) // 2 if self.setup.job.simulation.features != "none" else 0
-        self.features = FeatureStore(limit, self.run.path if self.setup.job.simulation.features == "disk" else None)
+        settings = self.setup.job.simulation
+        require_device(settings)
+        self.worker = Worker(self.setup.job, self.setup.spec, self.model, self.setup.encoder, self._frame, settings.device)
+        self.features = FeatureStore(*_room(settings, self.run.path))
 
     def rounds(self) -> None:
         """Runs what is left of the rounds on the job's engine."""

@@ -1,6 +1,7 @@
 """The same job and seed give the same model on every engine, and that model is the one of a plain loop."""
 
 import re
+import shutil
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ from fedtune.run import create_run, open_run
 from fedtune.seeds import generator
 from fedtune.training.batches import local_batches
 from fedtune.training.local import to_batch
+from fedtune.training.passes import Packed
 from fedtune.training.worker import Worker
 from fedtune.workflows.setup import data_free_frame, open_setup, run_facts
 from fedtune.workflows.simulate import Simulation
@@ -82,6 +84,7 @@ def test_serial_is_the_plain_loop(changes, tiny_job, run_rounds, tmp_path):
     ("federation.optimizer=sgd", "federation.momentum=0.9", "federation.weight-decay=0.1", "federation.lr=0.1"),
     ("federation.local-steps=2", "federation.batch-size=3", "federation.sampling=poisson", "federation.weighting=equal"),
     ("adapter.method=head", "simulation.features=disk"), ("adapter.method=head", "simulation.features=none"), ("model.pooling=first",),
+    ("adapter.method=full", "federation.lr=1e-3", "federation.weight-decay=0.5"), ("adapter.method=head", "simulation.memory-mb=1"),
 ], ids=" ".join)
 def test_vectorised_is_serial(changes, tiny_job, run_rounds, tmp_path):
     same({e: run_rounds(tiny_job(*changes, f"simulation.engine={e}"), tmp_path / e).run for e in ("serial", "vectorised")})
@@ -107,6 +110,27 @@ def noted(job, path):
     run = create_run(path, job, run_facts(setup))
     Simulation(setup, run, Watch(note=notes.append)).rounds()
     return run, notes
+
+
+@pytest.mark.parametrize("changes", [("federation.optimizer=sgd", "federation.lr=0.5"), ("adapter.method=head",)], ids=" ".join)
+def test_positions_that_are_counted_from_elsewhere(changes, tiny_bert, tiny_job, run_rounds, tmp_path):
+    """RoBERTa's first position is 2. With positions that matter little a wrong one could pass for right."""
+    from transformers import RobertaConfig, RobertaModel
+
+    folder = tmp_path / "roberta"
+    shutil.copytree(tiny_bert, folder)
+    config = RobertaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48, max_position_embeddings=40, pad_token_id=0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = RobertaModel(config)
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.2)
+        model.save_pretrained(folder)
+    job = [f"model.source={folder}", *changes]
+    runs = {e: run_rounds(tiny_job(*job, f"simulation.engine={e}"), tmp_path / e) for e in ("serial", "vectorised")}
+    same({e: simulation.run for e, simulation in runs.items()})
+    through = runs["vectorised"]._trainer().through
+    assert isinstance(through, Packed) and through.packed.first == 1 and through.unit == ("head" if "adapter.method=head" in changes else None)
 
 
 def test_a_base_that_cannot_be_stacked_is_trained_one_by_one(tiny_gpt2, tiny_job, tmp_path):

@@ -156,6 +156,8 @@ def test_features_below_the_lowest_trained_block(where, packed, bench, tmp_path)
         agree(one, expected)
     if where in ("memory", "disk"):
         assert sum(calls) == sum(SIZES)  # each example once, though it was seen in two epochs of two rounds
+    else:  # as often as it was seen; a first chunk shows that there is no room
+        assert 4 * sum(SIZES) <= sum(calls) <= 4 * sum(SIZES) + 20
     store.close()
     assert not list(tmp_path.iterdir())
 

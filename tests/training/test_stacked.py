@@ -9,10 +9,11 @@ from torch import nn
 
 from fedtune.adapters.fed_sb import SBLinear
 from fedtune.adapters.lora import LoRALinear
+from fedtune.errors import EnvironmentProblem
 from fedtune.job import FederationSection
 from fedtune.models.packed import NotPackable, PackedModel, Packing
 from fedtune.training import optimizers
-from fedtune.training.chunks import stretches
+from fedtune.training.chunks import UNEVEN, Picked, balanced, stretches
 from fedtune.training.features import FeatureStore
 from fedtune.training.stacked import Examples, NotStackable, Rows, Stack
 
@@ -191,3 +192,26 @@ def test_feature_store(disk, tmp_path):
         assert np.array_equal(store.get(key), arrays[key])
     store.close()
     assert store.get(("a", 0)) is None and not list(tmp_path.iterdir())
+
+
+def test_features_on_a_full_disk_are_one_line(tmp_path):
+    store = FeatureStore(10**6, tmp_path)
+    store.put(("a", 0), np.zeros(4, np.float32))
+    store._file.close()
+    store._file = open("/dev/full", "w+b", buffering=0)  # noqa: SIM115 (closed with the store)
+    with pytest.raises(EnvironmentProblem, match=r"^cannot write .*features\.tmp: No space left on device; free space"):
+        store.put(("a", 1), np.zeros(4, np.float32))
+    store.close()
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 300)), min_size=1, max_size=60))
+def test_balanced_parts_hold_all_and_need_little_room(examples):
+    row, lengths = (np.array(x, np.int64) for x in zip(*examples))
+    n = len(row)
+    whole = Picked([("c", i) for i in range(n)], [{"x": i} for i in range(n)], np.arange(n), lengths, row, np.ones(n, np.float32))
+    parts = balanced(whole)
+    assert sorted(np.concatenate([p.labels for p in parts]).tolist()) == list(range(n))
+    for part in parts:
+        rows = np.bincount(part.row, part.lengths)
+        assert np.count_nonzero(rows) * rows.max() <= UNEVEN * rows.sum()
+        assert np.all(np.diff(part.labels) > 0)  # in the order they had
