@@ -37,6 +37,7 @@ class Ledger:
         try:
             with closing(self._connect()) as db, db:
                 db.execute("CREATE TABLE IF NOT EXISTS events (sequence INTEGER PRIMARY KEY, round INTEGER NOT NULL, facts TEXT NOT NULL, chain TEXT NOT NULL)")
+                db.execute("CREATE INDEX IF NOT EXISTS by_round ON events (round)")
         except sqlite3.DatabaseError as e:
             raise RunError(f"{path}: not a ledger ({e}); restore it from a backup, without it no privacy can be claimed") from None
 

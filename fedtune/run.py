@@ -25,7 +25,7 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 from fedtune.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedtune.errors import RunError
 from fedtune.job import Job, load_job, to_toml
-from fedtune.storage import failing_clearly, lock, write_atomic, write_json
+from fedtune.storage import append, failing_clearly, lock, write_atomic, write_json
 from fedtune.types import Arrays
 
 KEEP_CHECKPOINTS = 2
@@ -109,18 +109,28 @@ class RunFolder:
         return load_checkpoint(self._checkpoint(0)).state.arrays
 
     def append_metrics(self, line: dict[str, Any]) -> None:
-        """Adds one round's line. A round that is written again (resumed) replaces its old line and all after it."""
+        """Adds one round's line. A round that is written again (resumed) replaces its old line and all after it.
+
+        The next round's line is appended, so that a round costs the same however many there were.
+        """
+        path, text = self.path / "metrics.jsonl", json.dumps(line, allow_nan=False) + "\n"
+        if path.exists() and _last_round(path) == line["round"] - 1:
+            append(path, text.encode())
+            return
         lines = [x for x in self.metrics() if x["round"] < line["round"]]
-        text = "".join(json.dumps(x, allow_nan=False) + "\n" for x in [*lines, line])
-        write_atomic(self.path / "metrics.jsonl", text.encode())
+        write_atomic(path, "".join([*(json.dumps(x, allow_nan=False) + "\n" for x in lines), text]).encode())
 
     def metrics(self) -> list[dict[str, Any]]:
-        """One line a round, from round 0 on without a gap. Raises RunError for anything else."""
+        """One line a round, from round 0 on without a gap. Raises RunError for anything else.
+
+        A last line that was cut off while it was written is left out: its round has no checkpoint yet.
+        """
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return []
         try:
-            lines = [json.loads(x) for x in path.read_text(encoding="utf-8").splitlines()]
+            *whole, _cut = path.read_text(encoding="utf-8").split("\n")
+            lines = [json.loads(x) for x in whole]
             rounds = [line["round"] for line in lines]
         except (ValueError, KeyError, TypeError) as e:
             raise RunError(f"{path}: damaged ({e}); restore it or begin a new run") from None
@@ -134,6 +144,22 @@ class RunFolder:
     def _checkpoints(self) -> list[Path]:
         found = (self.path / "checkpoints").glob("round-*.safetensors")
         return sorted(found, key=lambda p: (len(p.name), p.name))  # by number: round 100000 comes after 99999
+
+
+def _last_round(path: Path) -> int | None:
+    """The round of the last line of metrics.jsonl; None unless that line is whole."""
+    with path.open("rb") as file:
+        size, step = file.seek(0, 2), 2**13
+        while True:
+            file.seek(max(0, size - step))
+            parts = file.read().split(b"\n")
+            if len(parts) > 2 or step >= size:  # the last line is here from its beginning
+                break
+            step *= 2
+    try:
+        return None if parts[-1] else int(json.loads(parts[-2])["round"])
+    except (ValueError, LookupError, TypeError):
+        return None
 
 
 def create_run(path: Path, job: Job, facts: dict[str, Any]) -> RunFolder:

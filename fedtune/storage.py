@@ -36,6 +36,22 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
         sync_folder(path.parent)
 
 
+def append(path: Path, data: bytes) -> None:
+    """Adds `data` at the end of a file, synced. A crash may leave the first part of it; a full disk leaves the file as it was.
+
+    Raises EnvironmentProblem when the disk is full or the file cannot be written.
+    """
+    with failing_clearly(path), path.open("ab") as file:
+        before = file.tell()
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            os.truncate(path, before)
+            raise
+
+
 def write_json(path: Path, value: Any) -> None:
     """JSON, indented, atomic. NaN and infinity are refused: they are not JSON."""
     write_atomic(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())

@@ -107,7 +107,24 @@ def test_a_changed_job_is_not_gone_on_with(run):
         run.require_own_job()
 
 
-@pytest.mark.parametrize("text", ["{", '{"round": 1}\n', '{"round": 0}\n{"round": 2}\n', "[]\n", '{"loss": 1}\n'])
+@pytest.mark.parametrize("cut", ["", "{", '{"round": 2, "lo', '{"round": 2}'])
+@pytest.mark.parametrize("long", [False, True])
+def test_a_line_that_was_cut_off_is_written_again(cut, long, run):
+    """Killed while it wrote: the round has no checkpoint, so it is run again."""
+    more = {"clients": ["c" * 50] * 400} if long else {}
+    for round in range(2):
+        run.append_metrics({"round": round, **more})
+    path = run.path / "metrics.jsonl"
+    before = path.read_bytes()
+    path.write_bytes(before + cut.encode())
+    assert [line["round"] for line in run.metrics()] == [0, 1]
+    run.append_metrics({"round": 2, **more})
+    assert path.read_bytes().startswith(before) and [line["round"] for line in run.metrics()] == [0, 1, 2]
+    run.append_metrics({"round": 1, "again": True})
+    assert run.metrics() == [{"round": 0, **more}, {"round": 1, "again": True}]
+
+
+@pytest.mark.parametrize("text", ["{\n", '{"round": 1}\n', '{"round": 0}\n{"round": 2}\n', "[]\n", '{"loss": 1}\n'])
 def test_damaged_metrics_are_said(text, run):
     (run.path / "metrics.jsonl").write_text(text)
     with pytest.raises(RunError, match=r"metrics\.jsonl: .*; restore it or begin a new run"):
