@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from fedtune.algorithms import Algorithm, State, fed_avg
 from fedtune.checkpoint import Checkpoint
-from fedtune.errors import EmptyCohort, Refused, RunError
+from fedtune.errors import EmptyCohort, Refused
 from fedtune.job import Job
 from fedtune.ledger import Ledger, require_whole
 from fedtune.metrics import plausible, value
@@ -231,9 +231,7 @@ def start(
     else:
         state, traffic = found.state, Traffic(**found.counters)
         require_whole(run.ledger, state.round)
-        lines = len(run.metrics())
-        if lines <= state.round:
-            raise RunError(f"{run.path / 'metrics.jsonl'}: {lines} rounds, the checkpoint stands after round {state.round}; restore it")
+        run.require_metrics(state.round)
     return Coordinator(job, schema, frame_digest, frame_bytes, algorithm, clients, run, evaluate, state, traffic)
 
 

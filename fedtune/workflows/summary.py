@@ -25,6 +25,8 @@ def facts(run: RunFolder) -> dict[str, Any]:
     Raises RunError when not even round 0 is there, or the ledger is not that of its rounds.
     """
     lines, checkpoint = run.metrics(), run.newest()
+    if checkpoint is not None:
+        run.require_metrics(checkpoint.state.round)
     if not lines or checkpoint is None:
         raise RunError(f"{run.path}: no round is finished yet, not even the start; continue it with `fedtune simulate --resume {run.path}`")
     require_whole(run.ledger, lines[-1]["round"])

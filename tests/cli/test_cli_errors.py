@@ -164,9 +164,10 @@ def test_a_base_without_weights_can_be_planned_but_not_trained(place, tiny_setti
     (lambda run: (run / "job.toml").write_text("[federation]\nrounds = 0"), r"federation\.rounds = 0"),
     (lambda run: (run / "job.toml").write_text((run / "job.toml").read_text().replace("lr = 0.005", "lr = 5.0")), "was changed since the run began"),
     (lambda run: (run / "ledger.sqlite").unlink(), r"ledger\.sqlite: is missing"),
-    (lambda run: (run / "metrics.jsonl").write_text("{"), r"metrics\.jsonl: damaged"),
+    (lambda run: (run / "metrics.jsonl").write_text("{\n"), r"metrics\.jsonl: damaged"),
+    (lambda run: (run / "metrics.jsonl").write_text("{"), r"metrics\.jsonl: 0 rounds, the checkpoint stands after round 1; restore it"),
     (lambda run: (run / "run.json").write_text("{}"), r"run\.json: damaged"),
-], ids=["ledger", "checkpoint", "frame", "manifest", "job", "changed job", "no ledger", "metrics", "facts"])
+], ids=["ledger", "checkpoint", "frame", "manifest", "job", "changed job", "no ledger", "metrics", "cut metrics", "facts"])
 def test_a_harmed_run_is_not_resumed(harm, expected, place, tiny_job, run_rounds):
     run = run_rounds(tiny_job("federation.rounds=1"), place / "run").run.path
     harm(run)
