@@ -140,7 +140,7 @@ def test_a_coordinator_killed_in_a_round_continues(standing, live_settings, make
     standing.finish(number)
     assert begun >= 2 and f"round {begun}/4" not in standing.service_process.text  # it went on from there
     run = open_run(standing.run(number))
-    simulated = run_rounds(parse_job("", [*live_settings, "federation.rounds=4"]), tmp_path / "simulated").run
+    simulated = run_rounds(parse_job("", ["simulation.engine=serial", *live_settings, "federation.rounds=4"]), tmp_path / "simulated").run
     same_model(run, simulated)
     assert [(e.round, e.facts, e.chain) for e in Ledger(run.ledger).events()] == [(e.round, e.facts, e.chain) for e in Ledger(simulated.ledger).events()]
     assert [line["round"] for line in run.metrics()] == [0, 1, 2, 3, 4] and run.metrics()[-1]["up"] == simulated.metrics()[-1]["up"]
@@ -177,7 +177,7 @@ def test_a_frame_from_gradients_is_made_with_the_devices(standing, live_settings
     number = standing.give(make_bundle(*changes))
     standing.finish(number)
     run = open_run(standing.run(number))
-    simulated = run_rounds(parse_job("", [*live_settings, *changes]), tmp_path / "simulated").run
+    simulated = run_rounds(parse_job("", ["simulation.engine=serial", *live_settings, *changes]), tmp_path / "simulated").run
     same_model(run, simulated)
     assert run.newest().counters["up"] == simulated.newest().counters["up"] and run.newest().counters["down"] == simulated.newest().counters["down"]
     assert [(e.round, e.facts, e.chain) for e in Ledger(run.ledger).events()] == [(e.round, e.facts, e.chain) for e in Ledger(simulated.ledger).events()]

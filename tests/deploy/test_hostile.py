@@ -67,7 +67,7 @@ def test_hostile_devices_and_strangers_change_nothing(federation, domain_csv, li
     assert len(said) >= 2 and all(reason.isprintable() for reason in said) and "device victor ready" not in server.text, server.text
     assert not any(character in server.text for character in "\x1b\x07\u202e") and "Traceback" not in server.text
 
-    simulated = run_rounds(parse_job("", [*live_settings, *SETTINGS]), tmp_path / "simulated").run  # the honest devices alone
+    simulated = run_rounds(parse_job("", ["simulation.engine=serial", *live_settings, *SETTINGS]), tmp_path / "simulated").run  # the honest devices alone
     ours = run.newest().state.arrays
     for name, array in simulated.newest().state.arrays.items():
         np.testing.assert_allclose(ours[name], array, atol=1e-5, rtol=0)
