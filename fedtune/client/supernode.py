@@ -26,6 +26,7 @@ from flwr.common.constant import SubStatus
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, SendTaskHeartbeatRequest
 from flwr.supercore.constant import TaskType
 from flwr.supercore.heartbeat import HeartbeatSender
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
@@ -118,7 +119,7 @@ def _work(node: SuperNode, token: str, app: ClientApp) -> None:
         message, context, _, _ = pull_task_input(client)  # the fourth is the coordinator's app bundle: not unpacked, not kept
         push_message(client, _answered(app, message, context), context)
         push_task_output(client, context, SubStatus.COMPLETED, "")
-    except (httpx.HTTPError, RuntimeError, ValueError) as e:
+    except (httpx.HTTPError, ObjectPullError, RuntimeError, ValueError) as e:  # as when its run has ended meanwhile
         log.warning("a task was lost: %s", e)
     finally:
         heartbeat.stop()
