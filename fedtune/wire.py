@@ -181,10 +181,7 @@ def decode(data: bytes, schema: Schema, *, kinds: Sequence[Kind], round: int | N
     _require(frame is None or header.frame == frame, "frame", f"{header.frame or 'none'}, this run has {frame or 'none'}")
     _require(round is None or header.round == round, "round", f"reply to round {header.round}, this is round {round}")
     arrays = _tensors(header, body, schema, copy)
-    norm = quick_norm(arrays.vector)
-    # A NaN or an infinity makes the norm one too; so do finite numbers whose squares overflow, and then each has to be looked at.
-    _require(math.isfinite(norm) or bool(np.isfinite(arrays.vector).all()), "not-finite", "a tensor holds NaN or infinity")
-    return Packet(header, arrays, norm)
+    return Packet(header, arrays, finite_norm(arrays.vector))
 
 
 def packet_bytes(schema: Schema) -> tuple[int, int]:
@@ -194,6 +191,14 @@ def packet_bytes(schema: Schema) -> tuple[int, int]:
     model = encode("model", schema, arrays, round=1, frame="0" * 16)
     update = encode("update", schema, arrays, round=1, frame="0" * 16, weight=1.0, metrics=metrics)
     return len(model), len(update)
+
+
+def finite_norm(vector: np.ndarray) -> float:
+    """`quick_norm`. Raises Refused when a number is not finite."""
+    norm = quick_norm(vector)
+    # A NaN or an infinity makes the norm one too; so do finite numbers whose squares overflow, and then each has to be looked at.
+    _require(math.isfinite(norm) or bool(np.isfinite(vector).all()), "not-finite", "a tensor holds NaN or infinity")
+    return norm
 
 
 def quick_norm(vector: np.ndarray) -> float:

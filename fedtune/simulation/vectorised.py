@@ -1,8 +1,8 @@
 """The vectorised engine: answers a round's packets by training the whole cohort together, in blocks that fit in memory."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import psutil
@@ -15,8 +15,9 @@ from fedtune.training.batches import local_batches
 from fedtune.training.chunks import Task, trainable_batches
 from fedtune.training.cohort import CohortTrainer
 from fedtune.training.local import ClientData
-from fedtune.training.worker import Worker
-from fedtune.wire import Header, Packet, Pieces, Schema, decode, kind_of, packed_size, quick_norm
+from fedtune.training.worker import Worker, require_converged
+from fedtune.types import Metrics
+from fedtune.wire import Header, Packet, Pieces, decode, finite_norm, kind_of, packed_size
 
 MOST_TOGETHER = 256
 """Clients in a block unless the job says otherwise: beyond it nothing is gained, and replies come seldom."""
@@ -38,58 +39,54 @@ class Together:
     settings: SimulationSection
     open: Callable[[], CohortTrainer | None]
     data: Callable[[str], ClientData]
-    _trainer: CohortTrainer | None = None
-    _opened: bool = field(default=False)
+
+    @cached_property
+    def trainer(self) -> CohortTrainer | None:
+        return self.open()
 
     def __call__(self, pairs: Sequence[tuple[str, bytes]], kind: str = "train", round: int = 0) -> Iterator[Reply]:
-        if not pairs or kind_of(pairs[0][1]) != "model":
-            yield from self._one_by_one(pairs)
-            return
-        self.worker.open()
-        if not self._opened:
-            self._trainer, self._opened = self.open(), True
-        if self._trainer is None:
-            yield from self._one_by_one(pairs)
-            return
-        packets: dict[bytes, Packet] = {}
-        size = self.settings.block or block_size(self.worker.spec.size, memory_for(self.settings) // 2)
-        for begin in range(0, len(pairs), size):
-            yield from self._block(self._trainer, pairs[begin : begin + size], packets)
+        for payload in dict.fromkeys(payload for _, payload in pairs):  # one packet is sent to all who train the same
+            clients = [client for client, sent in pairs if sent is payload or sent == payload]
+            if kind_of(payload) != "model":
+                yield from self._one_by_one(payload, clients)
+                continue
+            self.worker.open()
+            if self.trainer is None:
+                yield from self._one_by_one(payload, clients)
+                continue
+            packet = decode(payload, self.worker.spec.schema, kinds=["model"], frame=self.worker.frame_digest)
+            size = self.settings.block or block_size(self.worker.spec.size, memory_for(self.settings) // 2)
+            for begin in range(0, len(clients), size):
+                yield from self._block(self.trainer, packet, clients[begin : begin + size])
 
-    def _one_by_one(self, pairs: Sequence[tuple[str, bytes]]) -> Iterator[Reply]:
-        for client, payload in pairs:
+    def _one_by_one(self, payload: bytes, clients: Sequence[str]) -> Iterator[Reply]:
+        for client in clients:
             try:
                 yield Reply(client, self.worker.handle(payload, client, self.data(client)))
             except Refused as e:
                 yield Reply(client, None, str(e))
 
-    def _block(self, trainer: CohortTrainer, pairs: Sequence[tuple[str, bytes]], packets: dict[bytes, Packet]) -> Iterator[Reply]:
-        schema, fed, model = self.worker.spec.schema, self.worker.job.federation, self.worker.job.model
-        for _, payload in pairs:  # one packet is sent to all who train the same, so it is read once
-            if payload not in packets:
-                packets[payload] = decode(payload, schema, kinds=["model"], frame=self.worker.frame_digest)
-        (packet,) = {id(packets[p]): packets[p] for _, p in pairs}.values()
-        round = packet.header.round
+    def _block(self, trainer: CohortTrainer, packet: Packet, clients: Sequence[str]) -> Iterator[Reply]:
+        fed, round = self.worker.job.federation, packet.header.round
         tasks = []
-        for client, _ in pairs:
+        for client in clients:
             data = self.data(client)
             batches = local_batches(data.lengths, fed.batch_size, fed.local_epochs, fed.local_steps, generator(fed.seed, "local", round, client))
-            tasks.append(Task(client, data, trainable_batches(data, list(batches), model.task)))
+            tasks.append(Task(client, data, trainable_batches(data, list(batches), self.worker.job.model.task)))
         models, totals = trainer.train(packet.arrays.vector, tasks, round)
-        for task, vector, scores in zip(tasks, models, totals.tolist()):
-            yield self._reply(task, vector, scores, schema, round)
+        for task, vector, (loss, correct, count) in zip(tasks, models, totals.tolist()):
+            try:
+                yield self._reply(task, vector, {"loss": (loss, count), "accuracy": (correct, count)}, round)
+            except Refused as e:
+                yield Reply(task.client, None, str(e))
 
-    def _reply(self, task: Task, vector: np.ndarray, scores: list[float], schema: Schema, round: int) -> Reply:
-        """As Worker and the wire make it of one client's training, without the bytes in between."""
-        loss, correct, count = scores
-        norm = quick_norm(vector)
-        if not math.isfinite(loss):
-            return Reply(task.client, None, str(Refused("not-finite", "training diverged here: its loss is not a number; a lower federation.lr may help")))
-        if not math.isfinite(norm) and not np.isfinite(vector).all():
-            return Reply(task.client, None, str(Refused("not-finite", "a tensor holds NaN or infinity")))
+    def _reply(self, task: Task, vector: np.ndarray, metrics: Metrics, round: int) -> Reply:
+        """As Worker and the wire make it of one client's training, without the bytes in between. Raises Refused as they do."""
+        require_converged(metrics)
+        schema, norm = self.worker.spec.schema, finite_norm(vector)
         header = Header(
             kind="update", schema_digest=schema.digest, frame=self.worker.frame_digest or "", round=round, weight=float(len(task.data)),
-            metrics={"loss": [loss, count], "accuracy": [correct, count]},
+            metrics={name: [total, weight] for name, (total, weight) in metrics.items()},
         )
         return Reply(task.client, None, packet=Packet(header, Pieces(vector, schema.layout), norm), size=packed_size(header, schema))
 

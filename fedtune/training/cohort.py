@@ -6,7 +6,7 @@ trained layers apply to each example its own client's values (`training.stacked`
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from fedtune.models.base import TunableModel
 from fedtune.training import optimizers
 from fedtune.training.chunks import Picked, Task, balanced, join, pick, stretches
 from fedtune.training.features import FeatureStore
+from fedtune.training.local import learning_rate
 from fedtune.training.passes import Pass
 from fedtune.training.stacked import Examples, Stack
 from fedtune.types import TensorSpec
@@ -101,41 +102,41 @@ class CohortTrainer:
         """Gradients [K, P] of one step, chunk by chunk; adds to `totals`."""
         parts = list(self._chunks(picked))
         if private is None and len(parts) == 1:  # all models take part
-            flat, scores = self.gradients(models, np.arange(len(models)), parts[0], parts[0].row)
+            flat, scores = self.gradients(models, parts[0], parts[0].row)
             np.add.at(totals, parts[0].row, scores)
             return flat
         gradients = torch.zeros_like(models)
         for part in parts:
             if private is None:
                 rows, owner = np.unique(part.row, return_inverse=True)
-                flat, scores = self.gradients(models, rows, part, owner)
             else:  # a model of its own for each example: the stack's gradients are then the examples'
-                rows = part.row
-                flat, scores = self.gradients(models, rows, _unscaled(part), np.arange(len(part)))
+                rows, owner, part = part.row, np.arange(len(part)), replace(part, scale=np.ones_like(part.scale))
+            index = torch.from_numpy(rows).to(self.device)
+            flat, scores = self.gradients(models[index], part, owner)
+            if private is not None:
                 flat *= (private.clip / flat.norm(dim=1).clamp_(min=1e-12)).clamp_(max=1.0)[:, None] / private.batch
-            gradients.index_add_(0, torch.from_numpy(rows).to(self.device), flat)
+            gradients.index_add_(0, index, flat)
             np.add.at(totals, part.row, scores)
         if private is not None and private.noise_multiplier:
             gradients += private.noise(gradients.shape).to(self.device) * (private.noise_multiplier * private.clip / private.batch)
         return gradients
 
-    def gradients(self, models: Tensor, rows: np.ndarray, part: Picked, owner: np.ndarray) -> tuple[Tensor, np.ndarray]:
-        """Gradient of each chosen model's sum of scale * loss over its examples.
+    def gradients(self, models: Tensor, part: Picked, owner: np.ndarray) -> tuple[Tensor, np.ndarray]:
+        """Gradient of each model's sum of scale * loss over its examples.
 
         Args:
-            models: [K, P], of which rows int64 [k] take part.
-            owner: int64 [n], the place in `rows` of each example's model.
+            models: [K, P].
+            owner: int64 [n], the model of each example.
 
         Returns:
-            [k, P] (0 for a tensor without a part in the loss), and float64 [n, 3]: loss, right predictions, predictions.
+            [K, P] (0 for a tensor without a part in the loss), and float64 [n, 3]: loss, right predictions, predictions.
         """
-        used = models if len(rows) == len(models) and np.array_equal(rows, np.arange(len(models))) else models[torch.from_numpy(rows).to(self.device)]
-        values = {name: used[:, a:b].view(len(used), *shape).detach().requires_grad_() for name, shape, a, b in self._spans}
-        self.stack.set(values, Examples(owner, len(used), self.through.rows(part.lengths), self.device))
+        values = {name: models[:, a:b].view(len(models), *shape).detach().requires_grad_() for name, shape, a, b in self._spans}
+        self.stack.set(values, Examples(owner, len(models), self.through.rows(part.lengths), self.device))
         loss, correct, count = self.through.loss(part.encoded, part.labels, self._features(part))
         weighted = (loss * torch.from_numpy(part.scale).to(self.device)).sum()
         found = torch.autograd.grad(weighted, list(values.values()), allow_unused=True, materialize_grads=True)
-        flat = torch.cat([g.reshape(len(used), -1) for g in found], 1)
+        flat = torch.cat([g.reshape(len(models), -1) for g in found], 1)
         return flat, torch.stack([loss.detach(), correct, count], 1).double().cpu().numpy()
 
     def _chunks(self, picked: Picked) -> Iterator[Picked]:
@@ -174,9 +175,7 @@ class CohortTrainer:
 
     def _rates(self, round: int) -> Tensor:
         """Learning rates of this round, float32 [P]."""
-        fed = self.settings
-        decay = fed.lr_decay ** (round - 1)
-        rates = [np.full(t.size, ((fed.head_lr or fed.lr) if t.name.startswith("head.") else fed.lr) * decay, np.float32) for t in self.trainable]
+        rates = [np.full(t.size, learning_rate(self.settings, t.name, round), np.float32) for t in self.trainable]
         return torch.from_numpy(np.concatenate(rates)).to(self.device)
 
     def _mask(self, tasks: Sequence[Task]) -> Tensor | None:
@@ -192,7 +191,3 @@ class CohortTrainer:
 
 def _lengths(task: Task, index: np.ndarray) -> np.ndarray:
     return np.asarray(task.data.lengths, np.int64)[index]
-
-
-def _unscaled(part: Picked) -> Picked:
-    return Picked(part.keys, part.encoded, part.labels, part.lengths, part.row, np.ones_like(part.scale))

@@ -79,16 +79,17 @@ def step(model: TunableModel, optimizer: torch.optim.Optimizer, batch: Mapping[s
 
 def make_optimizer(parameters: Parameters, settings: FederationSection, round: int) -> torch.optim.Optimizer:
     """The job's optimizer at this round's learning rate; the head may have its own."""
-    decay = settings.lr_decay ** (round - 1)
-    rates = {"adapter": settings.lr * decay, "head": (settings.head_lr or settings.lr) * decay}
-    groups: list[dict] = [
-        {"params": chosen, "lr": rates[kind]}
-        for kind in ("adapter", "head")
-        if (chosen := [p for name, p in parameters.items() if name.startswith("head.") == (kind == "head")])
-    ]
+    rates = {name: learning_rate(settings, name, round) for name in parameters}
+    groups: list[dict] = [{"params": [parameters[name] for name in rates if rates[name] == lr], "lr": lr} for lr in dict.fromkeys(rates.values())]
     if settings.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=settings.momentum, weight_decay=settings.weight_decay)
     return torch.optim.AdamW(groups, weight_decay=settings.weight_decay)  # adam too: the two are one here
+
+
+def learning_rate(settings: FederationSection, name: str, round: int) -> float:
+    """Of the trained tensor of this name in this round; the head may have its own."""
+    lr = settings.head_lr if settings.head_lr and name.startswith("head.") else settings.lr
+    return lr * settings.lr_decay ** (round - 1)
 
 
 def weight_gradients(

@@ -63,5 +63,3 @@ def _adamw(models: Tensor, g: Tensor, first: Tensor, second: Tensor, rates: Tens
     denominator = torch.sqrt(second, out=g).div_(math.sqrt(1 - BETA2**count)).add_(EPS)
     models.addcdiv_((first * rates), denominator, value=-1 / (1 - BETA1**count))
 
-
-__all__ = ["Moments", "start", "update"]

@@ -101,7 +101,7 @@ def _tried(trainer: CohortTrainer, parameters: Parameters, spec: AdapterSpec, en
     ordered, rows = part.take(order), int(part.lengths.sum())
     try:
         with trainer.running([task]), kept_bytes(trainer.model) as kept:
-            flat, scores = trainer.gradients(torch.from_numpy(both).to(trainer.device), np.arange(2), ordered, ordered.row)
+            flat, scores = trainer.gradients(torch.from_numpy(both).to(trainer.device), ordered, ordered.row)
     except (NotPackable, NotStackable, RuntimeError, ValueError, TypeError, LookupError, AssertionError, AttributeError) as e:
         if isinstance(e, torch.OutOfMemoryError) or "allocate" in str(e):
             raise EnvironmentProblem(f"the base does not fit in memory with {len(part)} examples ({' '.join(str(e).split())[:120]}); free some, or lower model.max-length") from None

@@ -13,7 +13,7 @@ from fedtune.models.base import TunableModel
 from fedtune.models.load import Encoder
 from fedtune.seeds import generator
 from fedtune.training.local import ClientData, train_locally, weight_gradients
-from fedtune.types import Arrays
+from fedtune.types import Arrays, Metrics
 from fedtune.wire import Packet, Schema, decode, encode, kind_of
 
 
@@ -58,8 +58,7 @@ class Worker:
         write(self.parameters, packet.arrays)
         rng = generator(fed.seed, "local", round, client)
         metrics = train_locally(self.model, self.parameters, data, self.encoder, fed, round, rng)
-        if not all(math.isfinite(s) for s, _ in metrics.values()):
-            raise Refused("not-finite", "training diverged here: its loss is not a number; a lower federation.lr may help")
+        require_converged(metrics)
         return encode("update", self.spec.schema, read(self.parameters), round=round, frame=self.frame_digest or "", weight=float(len(data)), metrics=metrics)
 
     def _gradient(self, packet: Packet, client: str, data: ClientData) -> bytes:
@@ -71,3 +70,9 @@ class Worker:
         names = [x.name for x in self.spec.linears]
         gradients = weight_gradients(self.model, names, data, self.encoder, index, fed.batch_size)
         return encode("gradient", gradient_schema(self.spec), gradients, round=0, weight=float(len(index)))
+
+
+def require_converged(metrics: Metrics) -> None:
+    """Raises Refused for a training whose loss is not a number."""
+    if not all(math.isfinite(s) for s, _ in metrics.values()):
+        raise Refused("not-finite", "training diverged here: its loss is not a number; a lower federation.lr may help")
