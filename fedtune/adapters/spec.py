@@ -7,6 +7,7 @@ frame) go with them. The wire, the coordinator, `fedtune plan` and the edge need
 import fnmatch
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from fedtune.errors import ModelError
 from fedtune.job import AdapterSection
@@ -49,14 +50,14 @@ class AdapterSpec:
     trainable: tuple[TensorSpec, ...]
     frame: tuple[TensorSpec, ...]
 
-    @property
+    @cached_property
     def schema(self) -> Schema:
         return Schema(self.trainable)
 
     @property
     def size(self) -> int:
         """Trainable numbers."""
-        return sum(t.size for t in self.trainable)
+        return self.schema.size
 
     @property
     def head_size(self) -> int:

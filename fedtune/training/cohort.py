@@ -136,7 +136,9 @@ class CohortTrainer:
         loss, correct, count = self.through.loss(part.encoded, part.labels, self._features(part))
         weighted = (loss * torch.from_numpy(part.scale).to(self.device)).sum()
         found = torch.autograd.grad(weighted, list(values.values()), allow_unused=True, materialize_grads=True)
-        flat = torch.cat([g.reshape(len(models), -1) for g in found], 1)
+        flat = torch.empty_like(models)
+        for g, (_, shape, a, b) in zip(found, self._spans):
+            flat[:, a:b].view(len(models), *shape).copy_(g)
         return flat, torch.stack([loss.detach(), correct, count], 1).double().cpu().numpy()
 
     def _chunks(self, picked: Picked) -> Iterator[Picked]:
@@ -173,9 +175,12 @@ class CohortTrainer:
         """What the features' size goes with: tokens, or examples below the head and for images."""
         return sum(len(n) if self.through.unit == "head" or self.model.task == "image-classification" else int(n.sum()) for n in lengths)
 
-    def _rates(self, round: int) -> Tensor:
-        """Learning rates of this round, float32 [P]."""
-        rates = [np.full(t.size, learning_rate(self.settings, t.name, round), np.float32) for t in self.trainable]
+    def _rates(self, round: int) -> Tensor | float:
+        """Learning rates of this round, float32 [P]; a number where all are the same."""
+        of = [learning_rate(self.settings, t.name, round) for t in self.trainable]
+        if len(set(of)) == 1:
+            return of[0]
+        rates = [np.full(t.size, rate, np.float32) for t, rate in zip(self.trainable, of)]
         return torch.from_numpy(np.concatenate(rates)).to(self.device)
 
     def _mask(self, tasks: Sequence[Task]) -> Tensor | None:

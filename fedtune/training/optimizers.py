@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from fedtune.job import FederationSection
 
@@ -31,27 +32,34 @@ def start(models: Tensor, settings: FederationSection) -> Moments:
     return Moments(torch.zeros_like(models), torch.zeros_like(models))
 
 
-def update(models: Tensor, gradients: Tensor, moments: Moments, rates: Tensor, count: int, settings: FederationSection) -> None:
+def update(models: Tensor, gradients: Tensor, moments: Moments, rates: Tensor | float, count: int, settings: FederationSection) -> None:
     """Step `count` (from 1) of the first len(models) rows. `gradients` is overwritten.
 
     Args:
         models, gradients: [K, P].
-        rates: learning rates, broadcast against [K, P].
+        rates: learning rates, broadcast against [K, P]; one number where all are the same, which is faster.
     """
     k = len(models)
     if settings.optimizer == "sgd":
         _sgd(models, gradients, None if moments.first is None else moments.first[:k], rates, count, settings)
     else:
         assert moments.first is not None and moments.second is not None
-        _adamw(models, gradients, moments.first[:k], moments.second[:k], rates, count, settings)
+        first, second = moments.first[:k], moments.second[:k]
+        if isinstance(rates, float):
+            _adamw_in_one_pass(models, gradients, first, second, rates, count, settings)
+        else:
+            _adamw(models, gradients, first, second, rates, count, settings)
 
 
-def _sgd(models: Tensor, g: Tensor, momentum: Tensor | None, rates: Tensor, count: int, settings: FederationSection) -> None:
+def _sgd(models: Tensor, g: Tensor, momentum: Tensor | None, rates: Tensor | float, count: int, settings: FederationSection) -> None:
     if settings.weight_decay:
         g.add_(models, alpha=settings.weight_decay)
     if momentum is not None:
         g = momentum.copy_(g) if count == 1 else momentum.mul_(settings.momentum).add_(g)
-    models.addcmul_(g, rates.expand_as(g), value=-1)
+    if isinstance(rates, float):
+        models.sub_(g, alpha=rates)
+    else:
+        models.addcmul_(g, rates.expand_as(g), value=-1)
 
 
 def _adamw(models: Tensor, g: Tensor, first: Tensor, second: Tensor, rates: Tensor, count: int, settings: FederationSection) -> None:
@@ -63,3 +71,9 @@ def _adamw(models: Tensor, g: Tensor, first: Tensor, second: Tensor, rates: Tens
     denominator = torch.sqrt(second, out=g).div_(math.sqrt(1 - BETA2**count)).add_(EPS)
     models.addcdiv_((first * rates), denominator, value=-1 / (1 - BETA1**count))
 
+
+def _adamw_in_one_pass(models: Tensor, g: Tensor, first: Tensor, second: Tensor, rate: float, count: int, settings: FederationSection) -> None:
+    """The same with one learning rate for all numbers: each is read once."""
+    step = torch.full((), count - 1.0, device=models.device)
+    adamw([models], [g], [first], [second], [], [step], fused=True, amsgrad=False, beta1=BETA1, beta2=BETA2, lr=rate,
+          weight_decay=settings.weight_decay, eps=EPS, maximize=False)

@@ -159,11 +159,14 @@ class _StackedLinear(_Stacked):
         plain: nn.Linear = self.plain
         flat = x.reshape(-1, x.shape[-1])
         rows, weight, bias = self.rows(*x.shape[:-1]), self.get("weight"), self.get("bias")
-        y = F.linear(flat, plain.weight) if weight is None else rows.scatter(rows.gather(flat) @ weight.transpose(1, 2))
-        if bias is not None:
-            y = torch.addmm(y, rows.belongs, bias)
-        elif plain.bias is not None:
-            y = y + plain.bias
+        if weight is None:
+            assert bias is not None
+            y = torch.addmm(F.linear(flat, plain.weight), rows.belongs, bias)
+        elif bias is None:
+            y = rows.scatter(rows.gather(flat) @ weight.transpose(1, 2))
+            y = y if plain.bias is None else y + plain.bias
+        else:
+            y = rows.scatter(torch.baddbmm(bias[:, None], rows.gather(flat), weight.transpose(1, 2)))
         return y.view(*x.shape[:-1], -1)
 
 

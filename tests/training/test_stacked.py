@@ -128,19 +128,20 @@ def test_stretches_hold_all_and_not_too_much(lengths, rows, padded):
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_optimizers_are_those_of_torch(kind, decay, momentum):
-    """Rows drop out as their steps end; two rates stand side by side."""
+@pytest.mark.parametrize("other", [0.01, 0.1])
+def test_optimizers_are_those_of_torch(kind, decay, momentum, other):
+    """Rows drop out as their steps end; two rates stand side by side, or one is for all."""
     if kind == "adamw" and momentum:
         pytest.skip("adamw has no momentum key")
     torch.manual_seed(0)
     section = FederationSection(optimizer=kind, weight_decay=decay, momentum=momentum)
     models, steps = torch.randn(3, 4), (5, 3, 1)
-    rates = torch.tensor([0.1, 0.1, 0.01, 0.01])
+    rates = 0.1 if other == 0.1 else torch.tensor([0.1, 0.1, other, other])
     gradients = torch.randn(max(steps), 3, 4)
     plain = []
     for k, count in enumerate(steps):
         halves = [models[k, :2].clone().requires_grad_(), models[k, 2:].clone().requires_grad_()]
-        groups = [{"params": [halves[0]], "lr": 0.1}, {"params": [halves[1]], "lr": 0.01}]
+        groups = [{"params": [halves[0]], "lr": 0.1}, {"params": [halves[1]], "lr": other}]
         optimizer = torch.optim.SGD(groups, momentum=momentum, weight_decay=decay) if kind == "sgd" else torch.optim.AdamW(groups, weight_decay=decay)
         for g in gradients[:count, k]:
             halves[0].grad, halves[1].grad = g[:2].clone(), g[2:].clone()
