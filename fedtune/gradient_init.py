@@ -8,6 +8,7 @@ from fedtune.adapters.spec import AdapterSpec
 from fedtune.errors import EmptyCohort, Refused
 from fedtune.job import Job
 from fedtune.ledger import Ledger
+from fedtune.privacy.releases import Release
 from fedtune.rounds import Reply, Traffic
 from fedtune.run import RunFolder
 from fedtune.seeds import generator
@@ -34,8 +35,7 @@ def gather_gradients(
 
     The release is written to the ledger before anybody is asked. Raises EmptyCohort when no usable gradient came.
     """
-    facts = {"release": "gradients", "mechanism": "none", "unit": job.privacy.unit, "clients": job.adapter.init_clients}
-    Ledger(run.ledger).record(0, facts)
+    Ledger(run.ledger).record(0, Release(release="gradients", mechanism="none", unit="none", clients=job.adapter.init_clients).facts())
     schema, traffic = gradient_schema(spec), Traffic()
     rng = generator(job.federation.seed, "init-clients")
     drawn = rng.choice(len(clients), size=min(job.adapter.init_clients, len(clients)), replace=False)

@@ -113,16 +113,25 @@ class FederationSection(_Section):
 
 
 class PrivacySection(_Section):
-    """Differential privacy. Off; nothing of it is built yet."""
+    """Differential privacy: whose data is protected, how well, and with what."""
 
-    unit: Literal["none", "example", "client"] = _key("none", "none: no privacy is claimed, epsilon is infinite", available=("none",))
-    epsilon: float = _key(0.0, "target epsilon", later=True, ge=0.0)
-    noise_multiplier: float = _key(0.0, "noise standard deviation over clip", later=True, ge=0.0)
-    delta: float = _key(0.0, "target delta", later=True, ge=0.0, lt=1.0)
-    clip: float = _key(0.0, "L2 bound of a contribution", later=True, ge=0.0)
-    adaptive_clip: bool = _key(False, "adapt the clip to a quantile of norms", later=True)
+    unit: Literal["none", "example", "client"] = _key(
+        "none", "example: each training example of a client (DP-SGD on the client); client: all data of one client (noise on the mean); none: epsilon is infinite")
+    epsilon: float = _key(0.0, "what the run may cost at most; the noise is computed from it (0: noise-multiplier says)", ge=0.0)
+    noise_multiplier: float = _key(0.0, "standard deviation of the noise over clip (0: computed from epsilon)", ge=0.0, le=1e4)
+    delta: float = _key(0.0, "chance that epsilon does not hold; below 1 / examples or 1 / clients (0: that number to the power -1.1)", ge=0.0, lt=1.0)
+    clip: float = _key(0.0, "L2 bound: of an example's gradient, or of a client's update (with adaptive-clip: in round 1)", ge=0.0, le=1e6)
+    examples: int = _key(0, "example: public number of examples a client is taken to hold; sets batches and steps, so that they say nothing of its data", ge=0)
+    participations: int = _key(0, "rounds a client may join before its budget is spent; fewer need less noise (0: all rounds)", ge=0)
+    amplification: bool = _key(False, "client: count on it that nobody learns who was drawn; not for live runs, where devices come when they can")
+    adaptive_clip: bool = _key(False, "client: move clip towards the clip-quantile of the updates' norms")
+    clip_quantile: float = _key(0.5, "adaptive-clip: share of the updates that should not be clipped", gt=0.0, lt=1.0)
+    clip_rate: float = _key(0.2, "adaptive-clip: learning rate of the logarithm of clip", gt=0.0, le=10.0)
+    clip_noise: float = _key(0.0, "adaptive-clip: standard deviation of the noise on the number of unclipped updates (0: 5 times noise-multiplier)", ge=0.0)
+    metrics_noise: float = _key(0.0, "noise multiplier of training loss and accuracy (0: they are not sent)", ge=0.0)
+    noise: Literal["system", "seeded"] = _key("system", "system: the operating system's generator; seeded: from federation.seed, for comparisons: protects nobody")
     secure_aggregation: bool = _key(False, "let the coordinator learn only sums", later=True)
-    accountant: Literal["pld", "rdp", "prv"] = _key("pld", "accountant quoted", later=True)
+    i_understand: bool = _key(False, "run with an epsilon above 10 all the same (--i-understand)")
 
 
 class CompressionSection(_Section):
@@ -254,6 +263,7 @@ def _disagreements(job: Job) -> Iterator[str]:
         yield 'adapter.targets = []: names no linear, so nothing would be adapted; use ["all-linear"] or name some'
     if adapter.method == "head" and not adapter.train_head:
         yield 'adapter.train-head = false: method = "head" trains nothing but the head; set it to true or choose another method'
+    yield from _privacy_disagreements(job)
     named = [device.name for device in job.simulation.devices]
     for place, name in enumerate(named):
         if name in named[:place]:
@@ -263,6 +273,38 @@ def _disagreements(job: Job) -> Iterator[str]:
             texts = value if isinstance(value, tuple) else (value,)
             if any(isinstance(text, str) and _CONTROL.search(text) for text in texts):
                 yield f"{where}.{key.replace('_', '-')} = {toml_value(value)}: holds a control character; remove it"
+
+
+def _privacy_disagreements(job: Job) -> Iterator[str]:
+    privacy, fed = job.privacy, job.federation
+    if privacy.unit == "none":
+        for name in type(privacy).model_fields:
+            if getattr(privacy, name) != getattr(_NO_PRIVACY, name):
+                yield f'privacy.{name.replace("_", "-")} = {toml_value(getattr(privacy, name))}: privacy.unit = "none" protects nothing; set unit to "example" or "client", or remove the key'
+        return
+    if privacy.epsilon == 0 and privacy.noise_multiplier == 0:
+        yield f"privacy.epsilon = 0: unit = {toml_value(privacy.unit)} needs epsilon, or a noise-multiplier"
+    if privacy.clip == 0:
+        yield f'privacy.clip = 0: unit = {toml_value(privacy.unit)} needs a bound; `fedtune privacy calibrate` shows what one means'
+    if fed.weighting != "equal":
+        yield f"federation.weighting = {toml_value(fed.weighting)}: how many examples a client holds is not protected; set it to \"equal\""
+    if job.adapter.init == "gradient":
+        yield 'adapter.init = "gradient": sends gradients of raw data that no noise protects; use "weights"'
+    if privacy.unit == "example":
+        if privacy.examples == 0:
+            yield "privacy.examples = 0: unit = \"example\" needs the public number of examples a client is taken to hold"
+        elif privacy.examples < fed.batch_size:
+            yield f"privacy.examples = {privacy.examples}: at least federation.batch-size = {fed.batch_size}; raise it, or lower the batch size"
+        for name in ("amplification", "adaptive_clip"):
+            if getattr(privacy, name):
+                yield f'privacy.{name.replace("_", "-")} = true: only for unit = "client"; remove it'
+    else:
+        if privacy.examples:
+            yield f'privacy.examples = {privacy.examples}: only for unit = "example"; remove it'
+        if fed.min_replies > 1:
+            yield f'federation.min-replies = {fed.min_replies}: a round that is void for want of replies would tell who took part; leave it at 1 with unit = "client"'
+        if privacy.amplification and privacy.participations:
+            yield f"privacy.participations = {privacy.participations}: with amplification every client counts as in every round; remove one of the two"
 
 
 def _sections(job: Job) -> Iterator[tuple[str, _Section]]:
@@ -287,6 +329,7 @@ def _table_of(field: Any) -> type[_Section] | None:
     return inner[0] if inner and isinstance(inner[0], type) and issubclass(inner[0], _Section) else None
 
 
+_NO_PRIVACY = PrivacySection()
 _SUGGEST = 0.6
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # with all that ends a line: a message is one line
 

@@ -1,7 +1,7 @@
 """The ledger: an append-only list of what left the devices, hash-chained in a SQLite file. Epsilon is a reading of it.
 
-An event is written before its release, never after. With `privacy.unit = "none"` every round is one unprotected release,
-so any reading is infinite; the mechanisms come with the privacy features and use the same table.
+An event is written before its release, never after. What the events say is `privacy.releases`' matter, what they cost
+`privacy.accounting`'s. With `privacy.unit = "none"` every round is one unprotected release, so any reading is infinite.
 """
 
 import hashlib

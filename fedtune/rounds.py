@@ -6,18 +6,24 @@ All engines run this same object.
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from fedtune.algorithms import Algorithm, State, fed_avg
+from fedtune.algorithms import Algorithm, State, dp_fed_avg, fed_avg
+from fedtune.algorithms.dp_fed_avg import CLIP
 from fedtune.checkpoint import Checkpoint
 from fedtune.errors import EmptyCohort, Refused
 from fedtune.job import Job
 from fedtune.ledger import Ledger, require_whole
 from fedtune.metrics import plausible, value
+from fedtune.privacy.client import client_privacy
+from fedtune.privacy.noise import noise_of
+from fedtune.privacy.plan import Plan
+from fedtune.privacy.releases import Release, read
 from fedtune.run import RunFolder
 from fedtune.trees import norm, subtract
-from fedtune.types import Arrays, ClientInfo, Metrics, RoundReport, Update
+from fedtune.types import Arrays, Assignment, ClientInfo, Metrics, RoundReport, Update
 from fedtune.wire import Packet, Schema, decode, encode
 
 
@@ -107,6 +113,12 @@ class Coordinator:
     on_reply: Callable[[Reply], None] = lambda reply: None
     more: Callable[[RoundReport], dict] = lambda report: {}
     """What a round's line says besides, or in another way, where the clients are simulated."""
+    privacy: Plan | None = None
+    _joined: Counter[str] = field(default_factory=Counter)
+    """Under privacy: rounds that each client was asked in, as the ledger has them."""
+    _aborted: Sequence[list[str]] = ()
+    """Whom the next round had asked when the process before this one ended."""
+    _spent: tuple[str, ...] = ()
     _planned: tuple[str, ...] = ()
     _began: float = 0.0
 
@@ -121,12 +133,20 @@ class Coordinator:
             self._record(RoundReport(0, (), 0.0, {}))
 
     def plan(self) -> list[tuple[str, bytes]]:
-        """The next round's (client, packet) pairs. Writes the round's ledger event before anything is sent."""
-        assignments = self.algorithm.plan(self.state, self.clients)
-        self._planned = tuple(a.client for a in assignments)
+        """The next round's (client, packet) pairs. Writes the round's ledger event before anything is sent.
+
+        A client whose privacy budget is spent is not asked.
+        """
+        drawn = self.algorithm.plan(self.state, self.clients)
         self._began = time.monotonic()
-        facts = {"release": "updates", "mechanism": "none", "unit": self.job.privacy.unit, "clients": len(assignments)}
-        Ledger(self.run.ledger).record(self.state.round + 1, facts)
+        assignments = self._within_budget(drawn)
+        if self._aborted and sorted(a.client for a in assignments) not in self._aborted:  # who was asked then may have answered: that counts, too
+            self._joined.update(name for names in self._aborted for name in names)
+            assignments = self._within_budget(drawn)
+        self._aborted = ()
+        self._planned = tuple(a.client for a in assignments)
+        Ledger(self.run.ledger).record(self.state.round + 1, self._release().facts())
+        self._joined.update(self._planned)
         packets = {units: self._packet(units) for units in {a.units for a in assignments}}  # one for all who train the same
         for a in assignments:
             self._count_sent(a.client, len(packets[a.units]))
@@ -137,12 +157,12 @@ class Coordinator:
 
         With fewer than `min-replies` valid replies the model stays and the report has no clients.
         """
-        refused: dict[str, str] = {}
+        refused = {name: f"privacy: its budget of {self.privacy.budget if self.privacy else 0} rounds is spent" for name in self._spent}
         try:
             state, report = self.algorithm.step(self.state, self._accepted(replies, refused))
         except EmptyCohort:
             state, report = None, RoundReport(self.state.round + 1, (), 0.0, {})
-        if state is None or len(report.clients) < self.job.federation.min_replies:
+        if state is None or (len(report.clients) < self.job.federation.min_replies and self.job.privacy.unit != "client"):
             refused |= {c: "round void: too few replies" for c in report.clients}
             state, report = replace(self.state, round=self.state.round + 1), replace(report, clients=(), weight=0.0, metrics={})
         for silent in set(self._planned) - set(report.clients) - refused.keys():
@@ -151,6 +171,16 @@ class Coordinator:
         report = replace(report, refused=refused)
         self._record(report)
         return report
+
+    def _within_budget(self, drawn: Sequence[Assignment]) -> list[Assignment]:
+        most = self.privacy.budget if self.privacy else 0
+        self._spent = tuple(a.client for a in drawn if most and self._joined[a.client] >= most)
+        return [a for a in drawn if a.client not in self._spent]
+
+    def _release(self) -> Release:
+        if self.privacy is None:
+            return Release(release="updates", mechanism="none", unit="none", clients=len(self._planned))
+        return self.privacy.release(self._planned, float(self.state.slots.get(CLIP, 0.0)))
 
     def _packet(self, units: tuple[str, ...]) -> bytes:
         wanted = {t.name for t in self.schema.of_units(units)}
@@ -219,7 +249,7 @@ class Coordinator:
 
 def start(
     job: Job, run: RunFolder, schema: Schema, frame_digest: str, frame_bytes: int, algorithm: Algorithm,
-    clients: Sequence[ClientInfo], initial: Callable[[], Arrays], evaluate: Evaluate, traffic: Traffic | None = None,
+    clients: Sequence[ClientInfo], initial: Callable[[], Arrays], evaluate: Evaluate, traffic: Traffic | None = None, privacy: Plan | None = None,
 ) -> Coordinator:
     """A coordinator at the folder's newest checkpoint, or at round 0 from `initial()`. `traffic`: bytes spent before round 1.
 
@@ -232,7 +262,11 @@ def start(
         state, traffic = found.state, Traffic(**found.counters)
         require_whole(run.ledger, state.round)
         run.require_metrics(state.round)
-    return Coordinator(job, schema, frame_digest, frame_bytes, algorithm, clients, run, evaluate, state, traffic)
+    asked = [(event.round, sorted(read(event.facts).names)) for event in Ledger(run.ledger).events()] if privacy else []
+    joined = Counter(name for round, names in asked if round <= state.round for name in names)
+    aborted = [names for round, names in asked if round > state.round]
+    return Coordinator(
+        job, schema, frame_digest, frame_bytes, algorithm, clients, run, evaluate, state, traffic, privacy=privacy, _joined=joined, _aborted=aborted)
 
 
 def most_predictions(job: Job) -> float:
@@ -247,7 +281,11 @@ def evaluated(job: Job, round: int) -> bool:
 
 def make_algorithm(job: Job, schema: Schema) -> Algorithm:
     """The algorithm object that every engine runs."""
-    fed = job.federation
+    fed, privacy = job.federation, client_privacy(job)
+    if privacy is not None:
+        return dp_fed_avg(
+            seed=fed.seed, cohort=fed.cohort, units=schema.units, sampling=fed.sampling, privacy=privacy,
+            noise=lambda round: noise_of(job, round, ""), secret=job.privacy.amplification and job.privacy.noise == "system")
     return fed_avg(seed=fed.seed, cohort=fed.cohort, units=schema.units, sampling=fed.sampling, weighting=fed.weighting)
 
 

@@ -41,13 +41,14 @@ def command(
 
 def _run(run: RunFolder | None, job: Job, path: Path | None) -> RunFolder:
     with Board(out) as board:
-        board.stage("opening the base and the data")
         from fedtune.workflows.finish import finish
         from fedtune.workflows.fleet import make_fleet
-        from fedtune.workflows.setup import open_setup, require_trainable, require_unchanged, run_facts
+        from fedtune.workflows.setup import open_setup, require_trainable, require_unchanged, run_facts, with_noise
         from fedtune.workflows.simulate import Simulation, require_device
 
-        setup = open_setup(job)
+        board.stage("opening the base and the data")
+        setup = with_noise(open_setup(job), lambda text: board.line(f"note: {text}"))
+        job = setup.job
         require_trainable(setup)
         _ = setup.spec  # what does not fit the base, and a base that cannot be opened, are said before anything is written
         base = setup.fresh_model()

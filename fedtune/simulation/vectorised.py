@@ -9,6 +9,9 @@ import psutil
 
 from fedtune.errors import Refused
 from fedtune.job import SimulationSection
+from fedtune.privacy.example import ExamplePrivacy, example_privacy, noisy_metrics, poisson_batches
+from fedtune.privacy.noise import noise_of
+from fedtune.privacy.plan import outward
 from fedtune.rounds import Reply
 from fedtune.seeds import generator
 from fedtune.training.batches import local_batches
@@ -67,28 +70,48 @@ class Together:
                 yield Reply(client, None, str(e))
 
     def _block(self, trainer: CohortTrainer, packet: Packet, clients: Sequence[str]) -> Iterator[Reply]:
-        fed, round = self.worker.job.federation, packet.header.round
-        tasks = []
-        for client in clients:
-            data = self.data(client)
-            batches = local_batches(data.lengths, fed.batch_size, fed.local_epochs, fed.local_steps, generator(fed.seed, "local", round, client))
-            tasks.append(Task(client, data, trainable_batches(data, list(batches), self.worker.job.model.task)))
-        models, totals = trainer.train(packet.arrays.vector, tasks, round)
-        for task, vector, (loss, correct, count) in zip(tasks, models, totals.tolist()):
+        round, private = packet.header.round, example_privacy(self.worker.job)
+        tasks = [self._task(client, round, private) for client in clients]
+        try:
+            models, totals = trainer.train(packet.arrays.vector, tasks, round, private)
+        except Refused as e:  # a mechanism that is broken is broken for all
+            yield from (Reply(client, None, str(e)) for client in clients)
+            return
+        for task, vector, seen in zip(tasks, models, totals):
             try:
-                yield self._reply(task, vector, {"loss": (loss, count), "accuracy": (correct, count)}, round)
+                yield self._reply(task, vector, _metrics(task, seen, private), round)
             except Refused as e:
                 yield Reply(task.client, None, str(e))
 
+    def _task(self, client: str, round: int, private: ExamplePrivacy | None) -> Task:
+        job, data = self.worker.job, self.data(client)
+        if private is not None:
+            noise = noise_of(job, round, client)
+            return Task(client, data, poisson_batches(len(data), private, noise), noise=noise)
+        fed = job.federation
+        batches = local_batches(data.lengths, fed.batch_size, fed.local_epochs, fed.local_steps, generator(fed.seed, "local", round, client))
+        return Task(client, data, trainable_batches(data, list(batches), job.model.task))
+
     def _reply(self, task: Task, vector: np.ndarray, metrics: Metrics, round: int) -> Reply:
         """As Worker and the wire make it of one client's training, without the bytes in between. Raises Refused as they do."""
-        require_converged(metrics)
         schema, norm = self.worker.spec.schema, finite_norm(vector)
+        weight, metrics = outward(self.worker.job, len(task.data), metrics)
         header = Header(
-            kind="update", schema_digest=schema.digest, frame=self.worker.frame_digest or "", round=round, weight=float(len(task.data)),
-            metrics={name: [total, weight] for name, (total, weight) in metrics.items()},
+            kind="update", schema_digest=schema.digest, frame=self.worker.frame_digest or "", round=round, weight=weight,
+            metrics={name: [total, share] for name, (total, share) in metrics.items()},
         )
         return Reply(task.client, None, packet=Packet(header, Pieces(vector, schema.layout), norm), size=packed_size(header, schema))
+
+
+def _metrics(task: Task, seen: np.ndarray, private: ExamplePrivacy | None) -> Metrics:
+    """Of one client's training, from what its trainer summed. Raises Refused for a training whose loss is not a number."""
+    if private is not None:
+        assert task.noise is not None
+        return noisy_metrics(seen, private, task.noise)
+    loss, correct, count = seen.tolist()
+    metrics: Metrics = {"loss": (loss, count), "accuracy": (correct, count)}
+    require_converged(metrics)
+    return metrics
 
 
 def memory_for(settings: SimulationSection) -> int:

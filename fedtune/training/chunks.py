@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fedtune.privacy.noise import Noise
 from fedtune.training.local import ClientData
 
 UNEVEN = 4
@@ -19,6 +20,8 @@ class Task:
     data: ClientData
     batches: Sequence[np.ndarray]
     trained: frozenset[str] | None = None
+    noise: Noise | None = None
+    """Under example-level privacy: where this client's noise comes from."""
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ All clients take step t together. Their examples go through the base in chunks, 
 trained layers apply to each example its own client's values (`training.stacked`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -15,27 +15,19 @@ from torch import Tensor
 from fedtune.adapters.methods import Parameters
 from fedtune.job import FederationSection
 from fedtune.models.base import TunableModel
+from fedtune.privacy.example import ExamplePrivacy, SelfCheck
+from fedtune.privacy.noise import Noise
 from fedtune.training import optimizers
-from fedtune.training.chunks import Picked, Task, balanced, join, pick, stretches
+from fedtune.training.chunks import Picked, Task, balanced, join, pick, predictions, stretches
 from fedtune.training.features import FeatureStore
 from fedtune.training.local import learning_rate
 from fedtune.training.passes import Pass
+from fedtune.training.private import capped, clipped
 from fedtune.training.stacked import Examples, Stack
 from fedtune.types import TensorSpec
 
-Noise = Callable[[torch.Size], Tensor]
-"""Standard normal numbers of a shape."""
-
-
-@dataclass(frozen=True)
-class PerExample:
-    """DP-SGD (Abadi et al. 2016, arXiv:1607.00133, Algorithm 1): each example's gradient is cut to the L2 norm `clip`, the sum gets
-    normal noise of standard deviation noise_multiplier * clip, and is divided by `batch`, the expected size of a batch."""
-
-    clip: float
-    noise_multiplier: float
-    batch: float
-    noise: Noise
+NUMBERS = 2**26
+"""Most numbers of single examples' gradients that are held side by side."""
 
 
 class CohortTrainer:
@@ -64,31 +56,42 @@ class CohortTrainer:
         ends = np.cumsum([t.size for t in trainable]).tolist()
         self._spans = [(t.name, t.shape, end - t.size, end) for t, end in zip(trainable, ends)]
 
-    def train(self, start: np.ndarray, tasks: Sequence[Task], round: int, private: PerExample | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def train(self, start: np.ndarray, tasks: Sequence[Task], round: int, private: ExamplePrivacy | None = None) -> tuple[np.ndarray, np.ndarray]:
         """All tasks from one model.
 
         Args:
             start: float32 [P].
             round: from 1; sets the learning rate.
+            private: as `train_privately` for each task, which then has its noise and all batches of the round, also empty ones.
 
         Returns:
-            Trained models, float32 [len(tasks), P], and of each float64 [summed loss, right predictions, predictions], as seen before each step.
+            Trained models, float32 [len(tasks), P], and of each float64 [summed loss, right predictions, predictions], as seen before each step
+            (with `private`: of means by example, capped).
         """
         ranked = sorted(range(len(tasks)), key=lambda i: -len(tasks[i].batches))  # who still trains is then always a first stretch
         ordered = [tasks[i] for i in ranked]
         begin = torch.from_numpy(start).to(self.device)
         models = begin.repeat(len(tasks), 1)
         totals = np.zeros((len(tasks), 3))
-        moments, rates, mask = optimizers.start(models, self.settings), self._rates(round), self._mask(ordered)
+        moments, rates = optimizers.start(models, self.settings), self._rates(round)
+        mask = None if private else self._mask(ordered)
+        check = SelfCheck(private) if private else None
         with self.running(ordered):
             for step in range(len(ordered[0].batches) if ordered else 0):
                 active = sum(len(task.batches) > step for task in ordered)
-                gradients = self._step(models[:active], pick(ordered[:active], step, self.model.task), totals, private)
+                picked = pick(ordered[:active], step, self.model.task)
+                if check is None:
+                    gradients = self._step(models[:active], picked, totals)
+                else:
+                    gradients = self._private_step(models, picked, totals, check, [task.noise for task in ordered])
                 optimizers.update(models[:active], gradients, moments, rates, step + 1, self.settings)
                 if mask is not None:
                     torch.where(mask[:active], models[:active], begin, out=models[:active])
-        back = np.argsort(ranked)
-        return models.cpu().numpy()[back], totals[back]
+        back, trained = np.argsort(ranked), models.cpu().numpy()
+        if check is not None:
+            for model in trained:
+                check.require(start, model)
+        return trained[back], totals[back]
 
     @contextmanager
     def running(self, tasks: Sequence[Task]) -> Iterator[None]:
@@ -98,28 +101,38 @@ class CohortTrainer:
             with self.stack.installed():
                 yield
 
-    def _step(self, models: Tensor, picked: Picked, totals: np.ndarray, private: PerExample | None) -> Tensor:
+    def _step(self, models: Tensor, picked: Picked, totals: np.ndarray) -> Tensor:
         """Gradients [K, P] of one step, chunk by chunk; adds to `totals`."""
         parts = list(self._chunks(picked))
-        if private is None and len(parts) == 1:  # all models take part
+        if len(parts) == 1:  # all models take part
             flat, scores = self.gradients(models, parts[0], parts[0].row)
             np.add.at(totals, parts[0].row, scores)
             return flat
         gradients = torch.zeros_like(models)
         for part in parts:
-            if private is None:
-                rows, owner = np.unique(part.row, return_inverse=True)
-            else:  # a model of its own for each example: the stack's gradients are then the examples'
-                rows, owner, part = part.row, np.arange(len(part)), replace(part, scale=np.ones_like(part.scale))
+            rows, owner = np.unique(part.row, return_inverse=True)
             index = torch.from_numpy(rows).to(self.device)
             flat, scores = self.gradients(models[index], part, owner)
-            if private is not None:
-                flat *= (private.clip / flat.norm(dim=1).clamp_(min=1e-12)).clamp_(max=1.0)[:, None] / private.batch
             gradients.index_add_(0, index, flat)
             np.add.at(totals, part.row, scores)
-        if private is not None and private.noise_multiplier:
-            gradients += private.noise(gradients.shape).to(self.device) * (private.noise_multiplier * private.clip / private.batch)
         return gradients
+
+    def _private_step(self, models: Tensor, picked: Picked, totals: np.ndarray, check: SelfCheck, noises: Sequence[Noise | None]) -> Tensor:
+        """The same with example-level privacy. Every example has a model of its own in the stack, whose gradients are then the examples'."""
+        private, gradients = check.settings, torch.zeros_like(models)
+        made = predictions(picked.lengths, self.model.task).astype(np.float32)
+        means = replace(picked, scale=1 / np.maximum(made, 1))
+        for chunk in self._chunks(means):
+            for begin in range(0, len(chunk), most := max(1, NUMBERS // models.shape[1])):
+                part = chunk.take(np.arange(begin, min(begin + most, len(chunk))))
+                index = torch.from_numpy(part.row).to(self.device)
+                flat, scores = self.gradients(models[index], part, np.arange(len(part)))
+                gradients.index_add_(0, index, clipped(flat, private.clip, check))
+                np.add.at(totals, part.row, capped(scores / np.maximum(scores[:, 2:], 1)))
+        drawn = np.stack([private.multiplier * private.clip * noise.normal(models.shape[1]) for noise in noises if noise is not None]).astype(np.float32)
+        noisy = gradients + torch.from_numpy(drawn).to(self.device)
+        check.noise((noisy - gradients).cpu().numpy())
+        return noisy / private.batch
 
     def gradients(self, models: Tensor, part: Picked, owner: np.ndarray) -> tuple[Tensor, np.ndarray]:
         """Gradient of each model's sum of scale * loss over its examples.

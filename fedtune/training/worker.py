@@ -11,8 +11,12 @@ from fedtune.gradient_init import gradient_schema
 from fedtune.job import Job
 from fedtune.models.base import TunableModel
 from fedtune.models.load import Encoder
+from fedtune.privacy.example import example_privacy
+from fedtune.privacy.noise import noise_of
+from fedtune.privacy.plan import outward
 from fedtune.seeds import generator
 from fedtune.training.local import ClientData, train_locally, weight_gradients
+from fedtune.training.private import PerExample, train_privately
 from fedtune.types import Arrays, Metrics
 from fedtune.wire import Packet, Schema, decode, encode, kind_of
 
@@ -33,6 +37,7 @@ class Worker:
     device: str = "cpu"
     parameters: Parameters = field(default_factory=dict)
     frame_digest: str | None = None
+    gradients: PerExample | None = None
 
     def handle(self, payload: bytes, client: str, data: ClientData) -> bytes:
         """Answers a "model" packet with an "update", a "gradient-request" with a "gradient".
@@ -54,12 +59,17 @@ class Worker:
             self.frame_digest = digest
 
     def _train(self, packet: Packet, client: str, data: ClientData) -> bytes:
-        fed, round = self.job.federation, packet.header.round
+        fed, round, private = self.job.federation, packet.header.round, example_privacy(self.job)
         write(self.parameters, packet.arrays)
-        rng = generator(fed.seed, "local", round, client)
-        metrics = train_locally(self.model, self.parameters, data, self.encoder, fed, round, rng)
-        require_converged(metrics)
-        return encode("update", self.spec.schema, read(self.parameters), round=round, frame=self.frame_digest or "", weight=float(len(data)), metrics=metrics)
+        if private is None:
+            rng = generator(fed.seed, "local", round, client)
+            metrics = train_locally(self.model, self.parameters, data, self.encoder, fed, round, rng)
+            require_converged(metrics)
+        else:
+            self.gradients = self.gradients or PerExample(self.model, self.parameters)
+            metrics = train_privately(self.gradients, data, self.encoder, fed, private, round, noise_of(self.job, round, client))
+        weight, metrics = outward(self.job, len(data), metrics)
+        return encode("update", self.spec.schema, read(self.parameters), round=round, frame=self.frame_digest or "", weight=weight, metrics=metrics)
 
     def _gradient(self, packet: Packet, client: str, data: ClientData) -> bytes:
         if self.frame_digest is not None:

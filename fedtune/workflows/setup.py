@@ -1,6 +1,7 @@
 """From a job to the things a simulation works with: base, data, split, encoder, spec."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ from fedtune.job import Job
 from fedtune.models.base import TunableModel, layout
 from fedtune.models.load import Encoder, load_encoder, load_model, sketch_model
 from fedtune.models.sources import Source, check_hash, locate
+from fedtune.privacy.plan import plan_of, resolved, warnings_of
 from fedtune.report.summary import few
 from fedtune.run import Facts, RunFolder, versions
 from fedtune.training.clients import ClientStore
@@ -91,6 +93,16 @@ def open_setup(job: Job) -> Setup:
     if not len(parts.held_out.rows):
         raise DataError(f"data.clients = {job.data.clients}: each client holds a single row or group, so nothing is left to evaluate on; lower it or give more data")
     return Setup(job, source, sha256, dataset.label_names, dataset, parts)
+
+
+def with_noise(setup: Setup, note: Callable[[str], None]) -> Setup:
+    """The same with the noise of its privacy computed. Raises PrivacyRefused for a job that would claim more than it gives."""
+    population = len(setup.split.clients)
+    job = resolved(setup.job, population)
+    if plan := plan_of(job, population):
+        for text in warnings_of(plan):
+            note(text)
+    return replace(setup, job=job)
 
 
 def make_bundle(setup: OpenBase, folder: Path, frame: Arrays, model: TunableModel, start: Arrays) -> Bundle:

@@ -15,6 +15,7 @@ from fedtune.errors import EnvironmentProblem
 from fedtune.gradient_init import gather_gradients
 from fedtune.job import SimulationSection
 from fedtune.models.base import TunableModel
+from fedtune.privacy.plan import plan_of
 from fedtune.rounds import Coordinator, Traffic, Watch, evaluated, make_algorithm, start
 from fedtune.run import RunFolder, open_run
 from fedtune.seeds import generator
@@ -131,7 +132,7 @@ class Simulation:
             bundle = make_bundle(self.setup, self.run.bundle, frame, self.model, first)
         coordinator = start(
             job, self.run, self.setup.spec.schema, bundle.frame_digest, bundle.frame_bytes, make_algorithm(job, self.setup.spec.schema),
-            self.setup.store.clients, lambda: bundle.initial, self.evaluate, traffic,
+            self.setup.store.clients, lambda: bundle.initial, self.evaluate, traffic, plan_of(job, len(self.setup.split.clients)),
         )
         follow(coordinator, self.watch)
         left = job.federation.rounds - coordinator.state.round

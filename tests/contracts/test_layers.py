@@ -15,7 +15,7 @@ LAYERS = (  # from the bottom up; a module stands where its longest prefix here 
     ("errors", "types", "seeds", "waits", "child"),
     ("trees", "metrics", "storage", "packages", "address", "flower"),
     ("job", "wire", "provision"),
-    ("aggregation", "ledger", "adapters.spec", "data", "report"),
+    ("aggregation", "ledger", "privacy", "adapters.spec", "data", "report"),
     ("algorithms", "adapters.frames", "bundle"),
     ("checkpoint", "offer"),
     ("run",),

@@ -254,7 +254,7 @@ def test_ctrl_c_ends_everything_and_loses_nothing(standing, make_bundle):
     family = [p for d in standing.devices.values() for p in psutil.Process(d.process.pid).children(recursive=True)]
     for process in everything:
         process.process.send_signal(signal.SIGINT)
-    assert [process.wait() for process in everything] == [130] * 4
+    assert [process.wait() for process in everything] == [130] * 4, standing.said()
     until(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family), "end of all children", seconds=30)
     assert "the same command continues" in standing.service_process.text and "Traceback" not in standing.said()
     assert open_run(standing.run(number)).newest().state.round == standing.last(number)["round"]

@@ -1,0 +1,1 @@
+"""Differential privacy: mechanisms, what they cost, and how that is read. Imports no torch."""

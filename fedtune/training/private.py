@@ -1,0 +1,160 @@
+"""Local training with example-level privacy: what one client does in one round. The truth for every engine.
+
+Gradients of single examples come from Opacus where it can give them, which is tried before it is believed; else from one backward
+pass for each example, the slow and obvious way.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedtune.adapters.methods import Parameters
+from fedtune.job import FederationSection
+from fedtune.models.base import TunableModel, summed_loss
+from fedtune.models.load import Encoder
+from fedtune.privacy.example import METRIC_CAP, ExamplePrivacy, SelfCheck, noisy_metrics, poisson_batches
+from fedtune.privacy.noise import Noise
+from fedtune.training.local import ClientData, device_of, make_optimizer, to_batch
+from fedtune.types import Metrics
+
+PHYSICAL, NUMBERS = 32, 2**26
+"""Most examples that go through the base at once, and most numbers of their gradients, which are held side by side, however large the
+batch of a step is."""
+TRIED = 3
+"""Examples of a first batch whose gradients are computed both ways."""
+_SAMPLED = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.Conv1d, nn.Conv2d)
+"""Layers whose gradient by example Opacus knows, and which compute the same in training mode, in which alone it watches them."""
+
+
+@dataclass
+class PerExample:
+    """Gradients by example. Made once for a model with its adapter on it.
+
+    Args:
+        parameters: the trained tensors; a gradient [P] holds them in this order.
+    """
+
+    model: TunableModel
+    parameters: Parameters
+    by_hooks: bool | None = field(default=None)
+    """Whether Opacus' hooks are used: None until they were tried."""
+
+    def __call__(self, batch: Mapping[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradient of each example's mean loss over its predictions, [n, P], and its [loss, right, 1], [n, 3], means too."""
+        if self.by_hooks is None:
+            self.by_hooks = self._agree({k: v[:TRIED] for k, v in batch.items()}, labels[:TRIED])
+        return self.with_opacus(batch, labels) if self.by_hooks else self.one_by_one(batch, labels)
+
+    def one_by_one(self, batch: Mapping[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+        """One backward pass for each example."""
+        rows, scores = [], []
+        for i in range(len(labels)):
+            loss, score = self._losses({k: v[i : i + 1] for k, v in batch.items()}, labels[i : i + 1])
+            found = torch.autograd.grad(loss.sum(), list(self.parameters.values()), allow_unused=True, materialize_grads=True)
+            rows.append(torch.cat([g.flatten() for g in found]))
+            scores.append(score)
+        return torch.stack(rows), torch.cat(scores)
+
+    def with_opacus(self, batch: Mapping[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+        """One backward pass for all. Raises what Opacus raises for layers it does not know."""
+        n = len(labels)
+        with self._watched():
+            loss, scores = self._losses(batch, labels)
+            loss.sum().backward()
+            found = [getattr(p, "grad_sample", None) for p in self.parameters.values()]
+        if any(g is not None and (not isinstance(g, Tensor) or len(g) != n) for g in found):
+            raise ValueError("a layer mixes examples")
+        return torch.cat([torch.zeros(n, p.numel(), device=p.device) if g is None else g.reshape(n, -1) for g, p in zip(found, self.parameters.values())], 1), scores
+
+    def _losses(self, batch: Mapping[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+        loss, correct, count = summed_loss(self.model(**batch), batch, labels, self.model.task)
+        made = count.clamp(min=1)
+        return loss / made, torch.stack([loss.detach() / made, correct / made, torch.ones_like(loss)], 1)
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        from opacus.grad_sample import GradSampleHooks
+
+        owners = {m: m.training for m in self.model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))}
+        if not all(isinstance(m, _SAMPLED) for m in owners):
+            raise TypeError("a trained layer without a known gradient by example")
+        hooks = GradSampleHooks(self.model, loss_reduction="sum", strict=False)
+        try:
+            for m in owners:
+                m.training = True
+            yield
+        finally:
+            hooks.remove_hooks()
+            for m, before in owners.items():
+                m.training = before
+                m.__dict__.pop("activations", None)
+            for p in self.parameters.values():
+                p.grad = None
+                for name in ("grad_sample", "_forward_counter", "_current_grad_sample"):
+                    p.__dict__.pop(name, None)
+
+    def _agree(self, batch: Mapping[str, Tensor], labels: Tensor) -> bool:
+        """Whether Opacus gives what one pass for each example gives."""
+        try:
+            fast = self.with_opacus(batch, labels)[0]
+        except (ImportError, TypeError, ValueError, RuntimeError, LookupError, AttributeError, NotImplementedError, AssertionError):
+            return False
+        slow = self.one_by_one(batch, labels)[0]
+        return bool((fast - slow).norm() <= 1e-3 * slow.norm() + 1e-7)
+
+
+def train_privately(
+    gradients: PerExample, data: ClientData, encoder: Encoder, settings: FederationSection, privacy: ExamplePrivacy, round: int, noise: Noise,
+) -> Metrics:
+    """DP-SGD on `gradients.parameters`, in place, with a fresh optimizer; empty batches make a step of noise alone.
+
+    Returns:
+        Noisy training metrics, or none where the job sends none.
+
+    Raises Refused when the mechanism did not do what it promises: nothing may then leave.
+    """
+    parameters, device = gradients.parameters, device_of(gradients.model)
+    optimizer, check = make_optimizer(parameters, settings, round), SelfCheck(privacy)
+    totals, start = np.zeros(3), _flat(parameters)
+    physical = max(1, min(PHYSICAL, NUMBERS // len(start)))
+    for index in poisson_batches(len(data), privacy, noise):
+        total = torch.zeros(len(start), device=device)
+        for begin in range(0, len(index), physical):
+            flat, scores = gradients(*to_batch(data, index[begin : begin + physical], encoder, device))
+            total += clipped(flat, privacy.clip, check).sum(0)
+            totals += capped(scores.double().cpu().numpy()).sum(0)
+        noisy = total + torch.from_numpy((privacy.multiplier * privacy.clip * noise.normal(len(start))).astype(np.float32)).to(device)
+        check.noise((noisy - total).cpu().numpy())
+        _put(parameters, noisy / privacy.batch)
+        optimizer.step()
+    check.require(start, _flat(parameters))
+    return noisy_metrics(totals, privacy, noise)
+
+
+def clipped(flat: Tensor, bound: float, check: SelfCheck) -> Tensor:
+    """Gradients [n, P] cut to an L2 norm of at most `bound`, one by one; one that is not finite becomes 0. Overwrites `flat`."""
+    norms = flat.norm(dim=1)
+    flat[~torch.isfinite(norms)] = 0.0
+    flat *= (bound * (1 - 1e-6) / norms.clamp(min=1e-30)).clamp(max=1.0).nan_to_num(0.0)[:, None]
+    check.clipped(flat.norm(dim=1).cpu().numpy())
+    return flat
+
+
+def capped(scores: np.ndarray) -> np.ndarray:
+    """Of each example (loss, right, 1), float64 [n, 3], within [0, METRIC_CAP], [0, 1] and [0, 1]."""
+    bounded = np.nan_to_num(scores, nan=METRIC_CAP, posinf=METRIC_CAP)
+    return np.minimum(np.maximum(bounded, 0.0), [METRIC_CAP, 1.0, 1.0])
+
+
+def _flat(parameters: Parameters) -> np.ndarray:
+    return np.concatenate([p.detach().cpu().numpy().ravel() for p in parameters.values()])
+
+
+def _put(parameters: Parameters, gradient: Tensor) -> None:
+    sizes: Sequence[int] = [p.numel() for p in parameters.values()]
+    for p, part in zip(parameters.values(), gradient.split(list(sizes))):
+        p.grad = part.view_as(p).clone()
