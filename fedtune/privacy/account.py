@@ -1,5 +1,6 @@
 """What a run has spent: the ledger read into figures and into words."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ class Account:
 
     Attributes:
         worst: of the unit that lost most, which is what the run promises, with the client it is of ("" for all alike).
-        clients: epsilon by client, in the order of the most to the least.
+        spread: (epsilon, clients that have it), from the most to the least.
         rounds: (round, epsilon of the unit that has lost most by then).
         parts: epsilon of each kind of release, as if it alone had left.
         left: epsilon still unspent of what the job allows; infinite where it names no epsilon.
@@ -26,7 +27,7 @@ class Account:
     delta: float
     worst: Reading
     client: str
-    clients: tuple[tuple[str, float], ...]
+    spread: tuple[tuple[float, int], ...]
     rounds: tuple[tuple[int, float], ...]
     parts: dict[str, float]
     left: float
@@ -41,16 +42,15 @@ def account(events: Sequence[tuple[int, Release]], clients: Sequence[str], plan:
     releases = [release for _, release in events]
     if not all(r.protected for r in releases):
         lost = read_epsilon(releases, plan.delta)
-        return Account(plan.delta, lost, "", tuple((name, lost.epsilon) for name in clients), tuple((round, lost.epsilon) for round, _ in events), {}, 0.0)
+        return Account(plan.delta, lost, "", ((lost.epsilon, len(clients)),), tuple((round, lost.epsilon) for round, _ in events), {}, 0.0)
     own = histories(releases, clients)
-    readings: dict[History, Reading] = {h: read_epsilon(h, plan.delta) for h in set(own.values())}
-    ranked = sorted(((name, readings[h].epsilon) for name, h in own.items()), key=lambda x: -x[1])
-    first = ranked[0][0] if ranked else ""
-    worst = read_epsilon(own[first] if ranked else history(releases), plan.delta, accountants)
-    alike = len(readings) <= 1
+    readings: dict[History, float] = {h: read_epsilon(h, plan.delta).epsilon for h in set(own.values())}
+    first = max(own, key=lambda name: readings[own[name]], default="")
+    worst = read_epsilon(own[first] if own else history(releases), plan.delta, accountants)
+    spread, alike = Counter(readings[h] for h in own.values()), len(readings) <= 1
     target = plan.job.privacy.epsilon
     return Account(
-        plan.delta, worst, "" if alike else first, tuple(ranked), _by_round(events, first, plan.delta), _by_part(releases, first, plan.delta),
+        plan.delta, worst, "" if alike else first, tuple(sorted(spread.items(), reverse=True)), _by_round(events, first, plan.delta), _by_part(releases, first, plan.delta),
         max(0.0, target - worst.epsilon) if target else float("inf"))
 
 
