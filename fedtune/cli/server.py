@@ -180,7 +180,7 @@ def _tell(facts: dict[str, Any], seen: dict[str, Any], journal: Journal) -> None
         if seen.get(device["name"]) != now:
             seen[device["name"]] = now
             reason = f": {device['reason']}" if now == "refused" else ""
-            count = f", {device['examples']:,} examples" if now == "ready" else ""
+            count = f", {device['examples']:,} examples" if now == "ready" and device["examples"] else ""
             if now != "asked":
                 journal.event("device", f"device {device['name']} {now}{count}{reason}", "warning" if now == "refused" else "info", **device)
     waits = f"waiting for devices: {facts.get('ready', 0)} of {facts.get('need', '?')} ready" if facts["state"] == "waiting" and "need" in facts else None

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fedtune.bundle import Bundle, open_bundle, receive_bundle
 from fedtune.client.app import make_device_app
+from fedtune.client.budget import Budget
 from fedtune.client.connection import Unreachable, look
 from fedtune.client.policy import FILE as POLICY
 from fedtune.client.policy import Policy, load_policy
@@ -83,17 +84,27 @@ class Work:
                 self.say(f"cannot take job {offer.job[:12]} now: {e}")
             return Answer("refused", _outward(e), self.settings.name)
         self.say(f"ready for job {offer.job[:12]}: {self._facts['examples']} examples to train on, {self._facts['held_out']} held out")
+        if self._bundle is not None and self._bundle.job.privacy.unit != "none":  # how many there are is not protected by any noise
+            return Answer("ready", "", self.settings.name)
         return Answer("ready", "", self.settings.name, self._facts["examples"], self._facts["held_out"])
 
     def train(self, job: str, packet: bytes, client: str) -> bytes:
         with _inward(self):
             bundle, trainer = self._opened(job)
+            budget = self._budget(bundle)
+            if (sent := budget.charge(packet)) is not None:
+                self.say("sending the answer of this round again")
+                return sent
             self.say("training")
-            return trainer.handle(packet, client, bundle.job.federation.deadline)
+            answer = trainer.handle(packet, client, bundle.job.federation.deadline)
+            budget.keep(packet, answer)
+            return answer
 
     def evaluate(self, job: str, packet: bytes) -> bytes:
         with _inward(self):
             bundle, trainer = self._opened(job)
+            if bundle.job.privacy.unit != "none":
+                raise Refused("privacy", "scores of held-out examples would leave without noise")
             self.say("evaluating")
             return trainer.evaluate(packet, bundle.job.federation.deadline)
 
@@ -101,6 +112,9 @@ class Work:
         if self._trainer is not None:
             self._trainer.stop()
         self._trainer = self._bundle = None
+
+    def _budget(self, bundle: Bundle) -> Budget:
+        return Budget(self.settings.folder / "privacy", bundle.digest, bundle.job)
 
     def _opened(self, job: str) -> tuple[Bundle, Trainer]:
         """A round may come to a device that was restarted since it was ready: then the job is opened from the cache."""
@@ -118,6 +132,7 @@ class Work:
         bundle = open_bundle(self._folder(job))
         _ = bundle.frame
         self.policy.check(bundle.manifest, bundle.job)
+        _ = self._budget(bundle).plan
         trainer = Trainer(TrainerSettings(
             bundle.folder, self.settings.data, self.settings.base, self.settings.threads, self.settings.idle_seconds,
             self.settings.folder / "trainer.log", self.settings.folder))

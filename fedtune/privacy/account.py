@@ -8,6 +8,8 @@ from fedtune.privacy.accounting import Reading, read_epsilon, relation
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.releases import History, Release, histories, history
 
+OWN = "this device"
+"""The client of a device's own ledger."""
 POINTS = 24
 """Rounds at which epsilon is read for the plot."""
 

@@ -6,27 +6,18 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-
-from dp_accounting import (
-    DpEvent,
-    GaussianDpEvent,
-    NeighboringRelation,
-    PoissonSampledDpEvent,
-    SampledWithoutReplacementDpEvent,
-    SelfComposedDpEvent,
-    ZCDpEvent,
-)
-from dp_accounting.pld import PLDAccountant
-from dp_accounting.rdp import RdpAccountant
+from typing import TYPE_CHECKING
 
 from fedtune.privacy.releases import History, Release, Step, history
+
+if TYPE_CHECKING:  # the accountants take a second to import, and most commands read no epsilon
+    from dp_accounting import DpEvent
 
 INTERVAL = 1e-3
 """Of PLD's grid. Its estimate is pessimistic, so a coarser one is larger, never wrong; 1e-4 differs in the fourth digit and takes ten times as long."""
 LARGEST = 1e4
 """Above it an epsilon says nothing, and is read as infinite."""
 ACCOUNTANTS = ("pld", "rdp", "prv")
-_ADD_REMOVE, _REPLACE = NeighboringRelation.ADD_OR_REMOVE_ONE, NeighboringRelation.REPLACE_ONE
 
 
 @dataclass(frozen=True)
@@ -75,8 +66,11 @@ def _read(found: History, delta: float, accountants: tuple[str, ...]) -> Reading
 def _rdp(found: History, delta: float) -> float | None:
     """RDP accounts for a fixed number drawn with noise over the sensitivity, which is twice the clip when one unit replaces another:
     it is given half of the multiplier, which is over the clip."""
+    from dp_accounting import NeighboringRelation, SelfComposedDpEvent
+    from dp_accounting.rdp import RdpAccountant
+
     replace = relation([s for s, _ in found]) == "replace-one"
-    accountant = RdpAccountant(neighboring_relation=_REPLACE if replace else _ADD_REMOVE)
+    accountant = RdpAccountant(neighboring_relation=NeighboringRelation.REPLACE_ONE if replace else NeighboringRelation.ADD_OR_REMOVE_ONE)
     with _quiet():
         for step, count in found:
             event = _rdp_event(step, replace)
@@ -86,7 +80,9 @@ def _rdp(found: History, delta: float) -> float | None:
         return float(accountant.get_epsilon(delta))
 
 
-def _rdp_event(step: Step, replace: bool) -> DpEvent | None:
+def _rdp_event(step: Step, replace: bool) -> "DpEvent | None":
+    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SampledWithoutReplacementDpEvent, ZCDpEvent
+
     z = step.multiplier / 2 if replace else step.multiplier
     if step.excess:
         return None if step.sampling != "none" else ZCDpEvent((1 / z + step.excess) ** 2 / 2)
@@ -99,6 +95,9 @@ def _pld(found: History, delta: float) -> float | None:
     """PLD itself doubles the sensitivity for replace-one, and has no reading for a fixed number drawn."""
     if any(s.sampling == "fixed" or s.excess for s, _ in found):
         return None
+    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
+    from dp_accounting.pld import PLDAccountant
+
     accountant = PLDAccountant(value_discretization_interval=INTERVAL)
     for step, count in found:
         plain = GaussianDpEvent(step.multiplier)

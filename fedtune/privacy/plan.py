@@ -116,14 +116,19 @@ def default_delta(count: int) -> float:
 def plan_of(job: Job, population: int) -> Plan | None:
     """The plan of a job, its noise calibrated where the job gives an epsilon; None where the job protects nothing.
 
+    Args:
+        population: clients that may be drawn; 0 where nobody knows yet, which only client level needs.
+
     Raises PrivacyRefused for settings that claim more than they give.
     """
     privacy = job.privacy
     if privacy.unit == "none":
         return None
     count = units(job, population)
+    if not privacy.delta and not count:
+        raise PrivacyRefused("privacy.delta = 0: how many devices there will be is not known yet; give a delta below 1 / their number")
     delta = privacy.delta or default_delta(max(2, count))
-    if delta >= 1 / count:
+    if count and delta >= 1 / count:
         raise PrivacyRefused(f"privacy.delta = {delta:g}: with {count} {privacy.unit}s it must be below {1 / count:.2g}, or giving away one whole {privacy.unit} would count as private; "
                              f"lower it, {default_delta(count):g} would do")
 
@@ -132,11 +137,11 @@ def plan_of(job: Job, population: int) -> Plan | None:
 
     plan = made(privacy.noise_multiplier or calibrate(lambda z: made(z).whole(), privacy.epsilon, delta))
     epsilon = plan.reading().epsilon
-    if epsilon > DANGEROUS and not privacy.i_understand:
-        raise PrivacyRefused(f"privacy: epsilon = {epsilon:.3g} is above {DANGEROUS:g}, which protects little; add noise, or say that you mean it with --i-understand")
-    if privacy.epsilon and privacy.noise_multiplier and epsilon > privacy.epsilon:
+    if privacy.epsilon and epsilon > privacy.epsilon:
         raise PrivacyRefused(f"privacy.noise-multiplier = {privacy.noise_multiplier:g}: gives epsilon = {epsilon:.4g}, the job promises {privacy.epsilon:g}; "
                              "leave out one of the two keys")
+    if epsilon > DANGEROUS and not privacy.i_understand:
+        raise PrivacyRefused(f"privacy.epsilon: this run's is {epsilon:.3g}, above {DANGEROUS:g}, which protects little; add noise, or say that you mean it with --i-understand")
     return plan
 
 

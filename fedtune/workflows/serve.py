@@ -25,6 +25,7 @@ from fedtune.bundle import Bundle, open_bundle, write_bundle
 from fedtune.errors import EnvironmentProblem, FedtuneError, Refused, RunError, UserError
 from fedtune.gradient_init import gather_gradients, gradient_schema
 from fedtune.metrics import merge, plausible
+from fedtune.privacy.plan import Plan, plan_of
 from fedtune.provision import days_left, load_devices
 from fedtune.rounds import Coordinator, Reply, Traffic, Watch, evaluated, make_algorithm, most_predictions, start
 from fedtune.run import RunFolder, create_run, open_run, versions
@@ -204,7 +205,7 @@ class Live:
             {"job": self.bundle.digest}, GRID_POLL, self.look)
         self.coordinator = start(
             self.job, self.run, self.schema, self.bundle.frame_digest, self.bundle.frame_bytes, make_algorithm(self.job, self.schema),
-            (), lambda: self.bundle.initial, self.evaluate, self.traffic)
+            (), lambda: self.bundle.initial, self.evaluate, self.traffic, self._plan())
         self.traffic = self.coordinator.traffic  # of the checkpoint, on a run that continues
         follow(self.coordinator, replace(self.watch, line=self._noted))
 
@@ -252,7 +253,7 @@ class Live:
 
     def evaluate(self, round: int, arrays: Arrays) -> Metrics | None:
         """Held-out metrics over the devices that are ready, in the rounds the job evaluates. The data stay where they are."""
-        if not evaluated(self.job, round):
+        if not evaluated(self.job, round) or self.job.privacy.unit != "none":  # scores of devices' held-out examples have no noise
             return None
         packet = encode("model", self.schema, arrays, round=round, frame=self.bundle.frame_digest)
         names = [info.name for info in self.lobby.ready()]
@@ -286,6 +287,10 @@ class Live:
         }
         write_summary(self.run, summary)
         return summary
+
+    def _plan(self) -> Plan | None:
+        """Raises PrivacyRefused for a job whose delta is too large for the devices that are let in."""
+        return plan_of(self.job, len(self.roster()) if self.roster is not None else 0)
 
     def _noted(self, line: dict[str, Any]) -> None:
         self.desk.note(round=line["round"], line=line, deadline_at=None)
