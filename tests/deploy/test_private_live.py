@@ -17,7 +17,7 @@ PRIVATE = ("privacy.unit=example", "privacy.noise-multiplier=2.0", "privacy.clip
 
 
 def test_a_private_federation_survives_its_coordinator(federation, domain_csv, live_settings, make_bundle, run_rounds, tmp_path):
-    changes = (*PRIVATE, "federation.rounds=5", "privacy.participations=4", "federation.min-replies=1")
+    changes = (*PRIVATE, "federation.rounds=5", "privacy.participations=4")
     live = federation()
     bundle = make_bundle(*changes)
     server = live.server(bundle)
