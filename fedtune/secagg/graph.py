@@ -38,7 +38,8 @@ def design(cohort: int, *, colluding: float = 0.1, dropout: float = 0.2, secrecy
         n * P[k / 2 in a row are bad]   <= 2^-secrecy       the ring does not fall apart; bad: c + d of n, C(n - k/2, b - k/2) / C(n, b)
         n * P[H(n - 1, d, k) > k - t]   <= 2^-correctness   every client has t neighbours left
 
-    H(N, m, k): how many of m marked ones are among k drawn from N without replacement, which is what random places on the ring give.
+    H(N, m, k): how many of m marked ones are among k drawn from N without replacement, which is what random places on the ring give;
+    who colludes and who is gone must not depend on the places, so they are drawn once the cohort is there.
     The first and second are the conditions of Bell et al., section 3, with the exact tails in place of their bounds. Where no k below
     n - 1 will do, the complete graph.
 

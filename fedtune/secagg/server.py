@@ -67,10 +67,9 @@ class ServerRound:
 
     def take(self, client: str, answer: bytes) -> None:
         """One client's answer to the question that is open. Raises Refused, and is then as it was before."""
-        if self._stage is None or client not in self.clients:
-            raise Refused("client", "was not asked")
-        if client not in self._waiting:
-            raise Refused("duplicate", "was not asked at this stage, or has answered")
+        if self._stage is None or client not in self._waiting:
+            known = client in self.clients
+            raise Refused("duplicate" if known else "client", "was not asked at this stage, or has answered" if known else "was not asked")
         self._stage.take(client, answer)
         self._waiting.remove(client)
 

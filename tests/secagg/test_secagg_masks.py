@@ -99,6 +99,22 @@ def test_masked_vectors_look_uniform_and_differ_between_rounds():
     assert chi_square(np.full(20_000, 7, np.uint32).tobytes()) > CHI_SQUARE
 
 
+def test_one_client_that_tells_the_coordinator_all_it_knows_uncovers_no_other():
+    """It knows its masks with the others; what is left of theirs is still under their own mask and those with the honest."""
+    cohort = Cohort(4, terms=terms(20_000, 32))
+    cohort.vectors = {n: np.zeros(20_000, np.uint32) for n in cohort.names}
+    questions = cohort.until("masked")
+    traitor = cohort.rounds["device-0"]._state
+    circle = cohort.server._stage.circle
+    for name in cohort.names[1:]:
+        index = circle.index[name]
+        seen = messages.read_masked(cohort.answer("masked", name, questions[name]), cohort.terms, index).copy()
+        before = chi_square(seen.tobytes())
+        seed = pair_mask(traitor.pairs.masking, traitor.place.index, circle.keys[index].masking, index, cohort.terms)
+        add_mask(seen, seed, minus=index < traitor.place.index)
+        assert before < CHI_SQUARE and chi_square(seen.tobytes()) < CHI_SQUARE
+
+
 def test_the_sum_is_still_hidden_before_the_last_answers():
     cohort = Cohort(4, terms=terms(20_000, 32))
     cohort.vectors = {n: np.zeros(20_000, np.uint32) for n in cohort.names}
