@@ -100,7 +100,7 @@ def test_shares_beyond_the_field_and_other_terms_are_refused():
         assert reason(READERS[Kind.NEIGHBOURS][1], messages.place(other, Place(4, 2, {}))) == "terms"
 
 
-@settings(max_examples=800, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(st.sampled_from(Kind), st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1, max_size=5), st.integers(-40, 8))
 def test_mutated_messages_are_refused_or_still_well_formed(kind, changes, cut):
     data, read = READERS[kind]
@@ -136,7 +136,7 @@ def standing(stage):
     return cohort, questions, {n: asked.answer(stage, n, q) for n, q in questions.items()}
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.sampled_from(STAGES), st.lists(st.tuples(st.integers(0, 2**12), st.integers(0, 255)), min_size=1, max_size=4), st.integers(-3, 2), st.booleans())
 def test_no_message_makes_either_side_do_anything_but_refuse(stage, changes, cut, to_client):
     cohort, questions, answers = standing(stage)
@@ -155,3 +155,20 @@ def test_no_message_makes_either_side_do_anything_but_refuse(stage, changes, cut
             assert cohort.rounds["device-0"]._state is None
         else:
             cohort.server.take("device-0", answers["device-0"])  # a refused answer has left nothing behind
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+def test_bytes_of_a_client_are_as_docs_secagg_has_them(bits):
+    cohort, up, down = Cohort(6, Design(4, 3), terms=terms(50, bits)), 0, 0
+
+    def count(stage, name, answer):
+        nonlocal up
+        up += len(answer) if name == "device-0" else 0
+        return answer
+
+    for stage in STAGES:
+        questions = cohort.server.ask()
+        down += len(questions["device-0"])
+        for name, answer in cohort.ask(change=count)(stage, questions):
+            cohort.server.take(name, answer)
+    assert (up, down) == (249 + 119 * 4 + 50 * bits // 8, 131 + 152 * 4)
