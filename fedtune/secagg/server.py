@@ -135,8 +135,7 @@ class _SharesStage:
         self.checks[index], self.sealed[index] = check, sealed
 
     def next(self) -> "_MaskedStage":
-        _enough(len(self.sealed), self.circle.threshold, "shared their seeds")
-        _enough_everywhere(self.circle, self.sealed.keys(), self.sealed.keys(), "shared their seeds")
+        _enough_everywhere(self.circle, self.sealed, self.sealed, "shared their seeds")
         return _MaskedStage(self.circle, self.checks, self.sealed)
 
 
@@ -156,8 +155,7 @@ class _MaskedStage:
         self.there.add(index)
 
     def next(self) -> "_UnmaskStage":
-        _enough(len(self.there), self.circle.threshold, "sent a vector")
-        _enough_everywhere(self.circle, self.checks.keys(), self.there, "sent a vector")
+        _enough_everywhere(self.circle, self.checks, self.there, "sent a vector")
         return _UnmaskStage(self.circle, Masked(self.total, frozenset(self.there), dict(self.checks)))
 
 
@@ -181,8 +179,7 @@ class _UnmaskStage:
         raise SecAggFailed("all four questions were asked: the round is over")
 
     def sum(self) -> np.ndarray:
-        _enough(len(self.opened), self.circle.threshold, "opened their shares")
-        _enough_everywhere(self.circle, self.masked.checks.keys(), self.opened.keys(), "opened their shares")
+        _enough_everywhere(self.circle, self.masked.checks, self.opened, "opened their shares")
         return reveal(self.circle, self.masked, self.opened)
 
     def _lists(self, index: int) -> tuple[list[int], list[int]]:
@@ -200,7 +197,10 @@ def _enough(count: int, threshold: int, what: str) -> None:
 
 
 def _enough_everywhere(circle: Circle, whose: Iterable[int], there: Iterable[int], what: str) -> None:
-    found = short(circle, whose, frozenset(there))
+    """In all, and around each of `whose`."""
+    found_there = frozenset(there)
+    _enough(len(found_there), circle.threshold, what)
+    found = short(circle, whose, found_there)
     if found:
         name, count = found
         raise SecAggFailed(f"around client {name!r} {count} of the holders of its shares {what}, {circle.threshold} are needed: the round is void and nothing is released")
