@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 
 from fedtune.errors import PrivacyRefused
-from fedtune.privacy.accounting import read_epsilon
+from fedtune.privacy.accounting import LARGEST, read_epsilon
 from fedtune.privacy.releases import History
 
 LEAST, MOST = 0.05, 1e4
@@ -13,25 +13,27 @@ DIGITS = 4
 
 
 def calibrate(make: Callable[[float], History], epsilon: float, delta: float) -> float:
-    """The smallest noise multiplier, to DIGITS digits, with which the history has at most `epsilon` at `delta`.
+    """A noise multiplier of DIGITS digits with which the history has at most `epsilon` at `delta`, within two thousandths of the smallest.
 
-    RDP is quick and finds a bracket; what is returned was read by all accountants that can read the history.
+    The search reads by one accountant, PLD where it can read the history; what is returned was read by all.
 
     Args:
         make: the history of one unit, from the multiplier.
 
     Raises PrivacyRefused where even MOST is too little: other releases of the history already cost too much.
     """
-    def fits(z: float, accountants: tuple[str, ...]) -> bool:
-        return read_epsilon(make(z), delta, accountants).epsilon <= epsilon
+    def over(x: float, accountants: tuple[str, ...]) -> float:
+        """log of (epsilon of the multiplier exp(x), over the target); below 0 it fits."""
+        return math.log(min(max(read_epsilon(make(math.exp(x)), delta, accountants).epsilon, 1e-9), 10 * LARGEST) / epsilon)
 
-    if not fits(MOST, ("pld", "rdp")):
+    both = ("pld", "rdp")
+    first = read_epsilon(make(1.0), delta, both)
+    if over(math.log(MOST), both) > 0:
         raise PrivacyRefused(f"privacy.epsilon = {epsilon:g}: no noise reaches it at delta = {delta:g}; allow a larger epsilon, or send less beside the updates")
-    above = _lowest(lambda z: fits(z, ("rdp",)), LEAST, MOST, 1e-2) if fits(MOST, ("rdp",)) else MOST
-    found = _lowest(lambda z: fits(z, ("pld", "rdp")), max(LEAST, above / 2), above, 10.0 ** (1 - DIGITS) / 2)
-    z = rounded_up(found)
-    while not fits(z, ("pld", "rdp")):  # readings are not exactly monotone in their last digits
-        z = rounded_up(z * (1 + 2 * 10.0 ** (1 - DIGITS)))
+    found = _root(lambda x: over(x, first.by[0][0:1]), math.log(LEAST), math.log(MOST))
+    z = rounded_up(math.exp(found))
+    while over(math.log(z), both) > 0:  # readings are not exactly monotone in their last digits
+        z = rounded_up(z * (1 + 10.0 ** (1 - DIGITS)))
     return z
 
 
@@ -45,11 +47,22 @@ def rounded_up(z: float) -> float:
     return round(math.ceil(round(z / unit, 6)) * unit, 12)
 
 
-def _lowest(fits: Callable[[float], bool], low: float, high: float, precision: float) -> float:
-    """The smallest value that fits, within a relative `precision` and from above; `high` fits."""
-    if fits(low):
-        return low
-    while high / low > 1 + precision:
-        middle = math.sqrt(low * high)
-        low, high = (low, middle) if fits(middle) else (middle, high)
-    return high
+def _root(f: Callable[[float], float], least: float, most: float) -> float:
+    """Where the falling `f` crosses 0, to a ten-thousandth; `least` where it is below 0 from there on. `f(most)` is not above 0.
+
+    From 0 it goes by steps of log 2 to either side: the accountants are slow, and may fail, far from where noise is usual.
+    """
+    from scipy.optimize import brentq
+
+    low = high = 0.0
+    if f(0.0) > 0:
+        while high < most and f(high) > 0:
+            low, high = high, min(most, high + math.log(2))
+        if f(high) > 0:  # one accountant gives a little more than the others
+            return high
+    else:
+        while low > least and f(low) <= 0:
+            high, low = low, max(least, low - math.log(2))
+        if f(low) <= 0:
+            return low
+    return float(brentq(f, low, high, xtol=1e-4))
