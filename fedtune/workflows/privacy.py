@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
 from fedtune.job import Job
 from fedtune.ledger import Ledger, require_whole
@@ -10,14 +10,16 @@ from fedtune.privacy.account import Account, account, assumptions, spent
 from fedtune.privacy.accounting import ACCOUNTANTS, LARGEST
 from fedtune.privacy.plan import Plan, kept
 from fedtune.privacy.releases import Release, read
+from fedtune.report.privacy import Epsilon, Privacy
 from fedtune.run import RunFolder
+from fedtune.storage import write_atomic
 
 LIGHT = ("pld", "rdp")
 """Accountants that need no torch: Opacus brings it."""
 AS_TRAINED = "Updates were sent as trained."
 
 
-def privacy_of(run: RunFolder, accountants: Sequence[str] = ACCOUNTANTS) -> dict[str, Any]:
+def privacy_of(run: RunFolder, accountants: Sequence[str] = ACCOUNTANTS) -> Privacy:
     """The `privacy` of a summary, of a run finished or not; infinity is "inf".
 
     Raises RunError for a ledger or a job that was changed: nothing is claimed from those.
@@ -29,15 +31,29 @@ def privacy_of(run: RunFolder, accountants: Sequence[str] = ACCOUNTANTS) -> dict
     if plan is None:
         return {"unit": "none", "epsilon": "inf", "note": AS_TRAINED}
     found = account(events, names, plan, accountants, others)
-    return {
+    said: Privacy = {
         "unit": plan.unit, "epsilon": figure(found.epsilon), "note": _note(job, events, len(names) + others, found),
         "delta": found.delta, "noise_multiplier": plan.parts["update"], "clip": job.privacy.clip,
         "accountant": found.worst.best, "readings": {name: figure(value) for name, value in found.worst.by},
-        "target": job.privacy.epsilon, **({} if math.isinf(found.left) else {"left": found.left}), "client": found.client,
+        "target": job.privacy.epsilon, "client": found.client,
         "spread": [{"epsilon": figure(value), "clients": count} for value, count in found.spread],
         "rounds": [{"round": round, "epsilon": figure(value)} for round, value in found.rounds],
         "parts": {name: figure(value) for name, value in found.parts.items()}, "assumptions": assumptions(plan),
     }
+    return said if math.isinf(found.left) else {**said, "left": found.left}
+
+
+def title_of(run: RunFolder) -> str:
+    return run.job().report.title or run.path.resolve().name
+
+
+def write_privacy_page(run: RunFolder, found: Privacy) -> Path:
+    """privacy.html in the run folder."""
+    from fedtune.report.privacy_page import render  # here, because drawing needs matplotlib
+
+    began = run.facts()
+    write_atomic(run.path / "privacy.html", render(found, title_of(run), began["created"], began["versions"].get("fedtune", "")).encode())
+    return run.path / "privacy.html"
 
 
 def releases(run: RunFolder) -> list[tuple[int, Release]]:
@@ -47,7 +63,11 @@ def releases(run: RunFolder) -> list[tuple[int, Release]]:
     if not rounds and not run.ledger.exists():
         return []
     require_whole(run.ledger, rounds)
-    return [(event.round, read(event.facts)) for event in Ledger(run.ledger).events()]
+    return _events(run)
+
+
+def _events(run: RunFolder) -> list[tuple[int, Release]]:
+    return [(event.round, read(event.facts)) for event in Ledger(run.ledger).events()] if run.ledger.exists() else []
 
 
 def holders(run: RunFolder, events: Sequence[tuple[int, Release]]) -> tuple[list[str], int]:
@@ -57,14 +77,15 @@ def holders(run: RunFolder, events: Sequence[tuple[int, Release]]) -> tuple[list
     return list(names), max(0, began.get("population", {}).get("clients", 0) - len(names))
 
 
-def spent_so_far(run: RunFolder, plan: Plan | None) -> float | str:
+def spent_so_far(run: RunFolder, plan: Plan | None) -> Epsilon:
     """Epsilon by now of the client that has lost most, in the JSON of a status: "inf" once anything left without protection."""
+    left = [release for _, release in _events(run)]
     if plan is None:
-        return "inf" if releases(run) else 0.0
-    return figure(spent([release for _, release in releases(run)], plan.delta))
+        return "inf" if left else 0.0
+    return figure(spent(left, plan.delta))
 
 
-def figure(epsilon: float) -> float | str:
+def figure(epsilon: float) -> Epsilon:
     """As JSON has it, which knows no infinity. What is not a number claims nothing."""
     return float(epsilon) if 0 <= epsilon <= LARGEST else "inf"
 
