@@ -114,6 +114,8 @@ def notices(s: Summary) -> list[str]:
     found = []
     if not s["complete"]:
         found.append(f"This run is unfinished: {count(rounds_done(s))} of {plural(rounds_planned(s), 'round')} done.")
+    if s["privacy"]["unit"] != "none" and words.lost(s["privacy"]):
+        found.append(f"NOT PRIVATE, though the job asks for it. {clean(s['privacy']['note'])}".strip())
     broken = next((r["round"] for r in s["rounds"] if _diverged(r)), None)
     if broken is not None:
         found.append(f"The loss is not a number from round {broken} on: training diverged. A lower federation.lr may help.")

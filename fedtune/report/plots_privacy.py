@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 from fedtune.report import privacy
+from fedtune.report.format import bound
 from fedtune.report.plots import DASHES, Key, Level, Line, Plot, curves
 from fedtune.report.privacy import Privacy
 from fedtune.report.svg import MaxNLocator, colour, drawing, figure, to_svg
@@ -20,7 +21,7 @@ def spending(p: Privacy, prefix: str = "run") -> Plot | None:
     whose = f"Of {p['client']}, which lost most." if p.get("client") else ""
     line = Line("spent", "fed", "solid", [(0.0, 0.0), *points] if points[0][0] > 0 else points)
     allowed = [Level("allowed", "head", "dashed", p["target"])] if p.get("target") else []
-    return curves(f"{prefix}-epsilon-rounds", "Epsilon against rounds", "round", [line], allowed, whose)
+    return curves(f"{prefix}-epsilon-rounds", "Epsilon against rounds", "round", [line], allowed, whose, bound)
 
 
 def distribution(p: Privacy, prefix: str = "run") -> Plot | None:

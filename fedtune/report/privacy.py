@@ -79,17 +79,23 @@ def delta(p: Privacy) -> str:
     return f"{p['delta']:.3g}" if "delta" in p else ABSENT
 
 
+def lost(p: Privacy) -> bool:
+    """Whether nothing is protected."""
+    return math.isinf(value(p["epsilon"]))
+
+
 def sentence(p: Privacy) -> str:
     """The privacy line, as plain as it is."""
+    return f"{claim(p)} {clean(p['note'])}".strip()
+
+
+def claim(p: Privacy) -> str:
     if p["unit"] == "none":
-        line = "No differential privacy: epsilon is infinite."
-    elif math.isinf(value(p["epsilon"])):
-        line = "Epsilon is infinite: nobody is protected."
-    elif "delta" not in p:
-        line = f"Epsilon is {shown(p['epsilon'])}, protecting each {clean(p['unit'])}."
-    else:
-        line = f"Epsilon is {shown(p['epsilon'])} at delta = {delta(p)}, protecting each {clean(p['unit'])}{_budget(p)}."
-    return f"{line} {clean(p['note'])}".strip()
+        return "No differential privacy: epsilon is infinite."
+    if lost(p):
+        return "Epsilon is infinite: nobody is protected."
+    at = f" at delta = {delta(p)}" if "delta" in p else ""
+    return f"Epsilon is {shown(p['epsilon'])}{at}, protecting each {clean(p['unit'])}{_budget(p)}."
 
 
 def _budget(p: Privacy) -> str:
@@ -107,12 +113,12 @@ def short(p: Privacy) -> str:
     """What stands beside the figure in a tile or a row."""
     if p["unit"] == "none":
         return "no differential privacy"
-    if math.isinf(value(p["epsilon"])):
+    if lost(p):
         return "nobody is protected"
     return f"of each {clean(p['unit'])}" + (f", delta {delta(p)}" if "delta" in p else "")
 
 
-ACCOUNTANT_HEADER = ("accountant", "epsilon", "of")
+ACCOUNTANT_HEADER = ("accountant", "epsilon", "what it is")
 
 
 def accountant_rows(p: Privacy) -> list[tuple[str, str, str]]:
@@ -138,14 +144,14 @@ SPREAD_HEADER = ("epsilon", "clients")
 
 
 def spread_rows(p: Privacy) -> list[tuple[str, str]]:
-    return [(shown(row["epsilon"]), count(row["clients"])) for row in p.get("spread", [])]
+    return [] if lost(p) else [(shown(row["epsilon"]), count(row["clients"])) for row in p.get("spread", [])]
 
 
 def spread(p: Privacy) -> str:
     """How evenly the clients lost, in one sentence."""
     rows = p.get("spread", [])
     clients = sum(row["clients"] for row in rows)
-    if not clients:
+    if not clients or lost(p):
         return ""
     if len(rows) == 1:
         return f"All {plural(clients, 'client')} have lost the same: {shown(rows[0]['epsilon'])}."
@@ -157,7 +163,12 @@ ROUND_HEADER = ("round", "epsilon")
 
 
 def round_rows(p: Privacy) -> list[tuple[str, str]]:
-    return [(str(row["round"]), shown(row["epsilon"])) for row in p.get("rounds", [])]
+    return [] if lost(p) else [(str(row["round"]), shown(row["epsilon"])) for row in p.get("rounds", [])]
+
+
+def assumed(p: Privacy) -> str:
+    """What stands above the assumptions."""
+    return "What the job meant to give" if lost(p) else "What has to be true for it"
 
 
 def tiles(p: Privacy) -> Sequence[tuple[str, str, str]]:
@@ -167,6 +178,6 @@ def tiles(p: Privacy) -> Sequence[tuple[str, str, str]]:
         found.append(("delta", delta(p), "chance that epsilon does not hold"))
     if "noise_multiplier" in p and "clip" in p:
         found.append(("noise multiplier", f"{p['noise_multiplier']:g}", f"times the clip of {p['clip']:g}"))
-    if p.get("target"):
+    if p.get("target") and not lost(p):
         found.append(("left", _down(p.get("left", 0.0)), f"of the {p['target']:g} that the job allows"))
     return found

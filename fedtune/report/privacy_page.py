@@ -12,7 +12,7 @@ def section(p: Privacy) -> str:
 
 def render(p: Privacy, title: str, created: str, version: str) -> str:
     """The page of its own. The same values give the same text."""
-    lead = f'<p class="headline">{html.text(privacy.sentence(p))}</p>' + html.tiles(Fact(*tile) for tile in privacy.tiles(p))
+    lead = f'<p class="headline">{html.text(privacy.claim(p))}</p>' + html.paragraph(p["note"], "verdict") + html.tiles(Fact(*tile) for tile in privacy.tiles(p))
     words = {"epsilon": "how much a model may reveal about its training data; smaller is more private, infinite is no promise"} | privacy.GLOSSARY
     body = (html.section("privacy", "What was spent", _figures(p)), html.section("glossary", "Words", html.glossary(words)))
     footer = f"<p>Written by fedtune {html.text(version)} from the ledger of the run of {html.text(created)}.</p>"
@@ -27,6 +27,6 @@ def _figures(p: Privacy) -> str:
         html.details("Every value as a table", html.table("By round", privacy.ROUND_HEADER, privacy.round_rows(p), ()),
                      html.table("By clients", privacy.SPREAD_HEADER, privacy.spread_rows(p), ())),
         html.heading("What each kind of release cost", html.table("Costs", privacy.PART_HEADER, privacy.part_rows(p))),
-        html.heading("What has to be true for it", html.bullets(p.get("assumptions", []), "assumptions")),
+        html.heading(privacy.assumed(p), html.bullets(p.get("assumptions", []), "assumptions")),
     )
     return "\n".join(part for part in parts if part)

@@ -57,7 +57,7 @@ def show_privacy(p: Privacy, title: str, console: Console) -> None:
     _rows(console, "By round", privacy.ROUND_HEADER, privacy.round_rows(p), words=())
     _rows(console, "What each kind of release cost", privacy.PART_HEADER, privacy.part_rows(p))
     if p.get("assumptions"):
-        _heading(console, "What has to be true for it")
+        _heading(console, privacy.assumed(p))
         for line in p["assumptions"]:
             grid = Table.grid(padding=(0, 1))
             grid.add_row("  -", Text(clean(line)))
