@@ -19,7 +19,6 @@ from fedtune.training.chunks import Task
 from fedtune.training.local import to_batch
 from fedtune.training.private import PerExample, capped, clipped, train_privately
 
-pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook")
 PRIVATE = ("privacy.unit=example", "privacy.noise-multiplier=0.7", "privacy.clip=0.05", "privacy.examples=8", "federation.weighting=equal",
            "privacy.noise=seeded", "privacy.metrics-noise=2.0")
 
@@ -88,6 +87,7 @@ def test_opacus_is_used_where_it_is_right(method, hooks, bench):
     assert [m.training for m in made.model.modules()] == before and all(p.grad is None for p in made.parameters.values())
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook")
 @pytest.mark.parametrize("way", ["serial", "together"])
 def test_a_step_is_opacus_step(way, bench, monkeypatch):
     """Cut, summed and divided by a fixed number: against Opacus' own optimizer on the same batch, without the noise."""
