@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 
 from fedtune.errors import PrivacyRefused
-from fedtune.privacy.accounting import LARGEST, read_epsilon
+from fedtune.privacy.accounting import read_epsilon
 from fedtune.privacy.releases import History
 
 LEAST, MOST = 0.05, 1e4
@@ -13,29 +13,27 @@ DIGITS = 4
 
 
 def calibrate(make: Callable[[float], History], epsilon: float, delta: float) -> float:
-    """A noise multiplier of DIGITS digits with which the history has at most `epsilon` at `delta`, within two thousandths of the smallest.
+    """The smallest noise multiplier, to DIGITS digits, with which the history has at most `epsilon` at `delta`.
 
-    The search reads by one accountant where that is enough, PLD where it can read the history; what is returned was read by both.
+    RDP is quick and finds a bracket; what is returned was read by all accountants that can read the history.
 
     Args:
         make: the history of one unit, from the multiplier.
 
     Raises PrivacyRefused where even MOST is too little: other releases of the history already cost too much.
     """
-    def over(x: float, accountants: tuple[str, ...]) -> float:
-        """log of (epsilon of the multiplier exp(x), over the target); below 0 it fits."""
-        return math.log(min(max(read_epsilon(make(math.exp(x)), delta, accountants).epsilon, 1e-9), 10 * LARGEST) / epsilon)
+    def over(z: float, accountants: tuple[str, ...]) -> float:
+        """Logarithm of what is read over what is allowed: at most 0 where it fits."""
+        found = read_epsilon(make(z), delta, accountants).epsilon
+        return math.log(min(max(found, 1e-9), 1e9) / epsilon)
 
-    both = ("pld", "rdp")
-    first = read_epsilon(make(1.0), delta, both)
-    if over(math.log(MOST), both) > 0:
+    both, quick = ("pld", "rdp"), ("rdp",)
+    if over(MOST, both) > 0:
         raise PrivacyRefused(f"privacy.epsilon = {epsilon:g}: no noise reaches it at delta = {delta:g}; allow a larger epsilon, or send less beside the updates")
-    found = _root(lambda x: over(x, first.by[0][0:1]), math.log(LEAST), math.log(MOST))
-    if over(found, both) < -1e-3:  # the other one gives less, as RDP does at a tiny epsilon
-        found = _root(lambda x: over(x, both), math.log(LEAST), math.log(MOST))
-    z = rounded_up(math.exp(found))
-    while over(math.log(z), both) > 0:  # readings are not exactly monotone in their last digits
-        z = rounded_up(z * (1 + 10.0 ** (1 - DIGITS)))
+    above = _root(lambda z: over(z, quick), LEAST, MOST, 1e-2) if over(MOST, quick) <= 0 else MOST
+    z = rounded_up(_root(lambda z: over(z, both), max(LEAST, above / 2), above * 1.02, 10.0 ** (1 - DIGITS) / 2))
+    while over(z, both) > 0:  # readings are not exactly monotone in their last digits
+        z = rounded_up(z * (1 + 2 * 10.0 ** (1 - DIGITS)))
     return z
 
 
@@ -49,22 +47,10 @@ def rounded_up(z: float) -> float:
     return round(math.ceil(round(z / unit, 6)) * unit, 12)
 
 
-def _root(f: Callable[[float], float], least: float, most: float) -> float:
-    """Where the falling `f` crosses 0, to a ten-thousandth; `least` where it is below 0 from there on. `f(most)` is not above 0.
-
-    From 0 it goes by steps of log 2 to either side: the accountants are slow, and may fail, far from where noise is usual.
-    """
+def _root(over: Callable[[float], float], low: float, high: float, precision: float) -> float:
+    """Where `over` becomes 0, within a relative `precision`; `low` where it is 0 there already."""
     from scipy.optimize import brentq
 
-    low = high = 0.0
-    if f(0.0) > 0:
-        while high < most and f(high) > 0:
-            low, high = high, min(most, high + math.log(2))
-        if f(high) > 0:  # one accountant gives a little more than the others
-            return high
-    else:
-        while low > least and f(low) <= 0:
-            high, low = low, max(least, low - math.log(2))
-        if f(low) <= 0:
-            return low
-    return float(brentq(f, low, high, xtol=1e-4))
+    if over(low) <= 0:
+        return low
+    return math.exp(brentq(lambda x: over(math.exp(x)), math.log(low), math.log(high), xtol=precision))
