@@ -15,7 +15,7 @@ LAYERS = (  # from the bottom up; a module stands where its longest prefix here 
     ("errors", "types", "seeds", "waits", "child"),
     ("trees", "metrics", "storage", "packages", "address", "flower"),
     ("job", "wire", "provision"),
-    ("aggregation", "ledger", "privacy", "adapters.spec", "data", "report"),
+    ("aggregation", "secagg", "ledger", "privacy", "adapters.spec", "data", "report"),
     ("algorithms", "adapters.frames", "bundle"),
     ("checkpoint", "offer"),
     ("run",),
@@ -39,7 +39,7 @@ ONLY_IN = {  # a library, and the only parts of fedtune that may import it
     "matplotlib": ("report",),
     "sklearn": ("workflows",),
     "grpc": ("client", "training"),
-    "cryptography": ("provision",),
+    "cryptography": ("provision", "secagg"),
     "prometheus_client": ("server",),
 }
 
@@ -140,6 +140,8 @@ def test_a_library_is_imported_only_where_it_belongs(library):
     ("fedtune.client.supernode_process", ("torch", "transformers", "flwr")),
     ("fedtune.workflows.status", ("torch", "transformers", "flwr")),
     ("fedtune.edge", ("torch", "transformers", "flwr")),
+    ("fedtune.secagg.server", ("torch", "transformers", "flwr")),
+    ("fedtune.secagg.client", ("torch", "transformers", "flwr")),
     ("fedtune.cli.main", ("torch", "transformers", "flwr", "onnxruntime")),
 ])
 def test_a_fresh_interpreter_stays_light(module, absent):
