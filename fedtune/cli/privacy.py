@@ -32,9 +32,8 @@ def report(
     if json_:
         out.print_json(json.dumps(found))
         return
-    page = write_privacy_page(folder, found)
     show_privacy(found, title_of(folder), out)
-    out.print(f"page: {page.resolve()}", markup=False, highlight=False, soft_wrap=True)
+    out.print(f"page: {write_privacy_page(folder, found).resolve()}", markup=False, highlight=False, soft_wrap=True)
 
 
 for module in (calibrate,):

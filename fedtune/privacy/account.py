@@ -13,6 +13,8 @@ OWN = "this device"
 """The client of a device's own ledger."""
 POINTS = 16
 """Rounds at which epsilon is read for the plot."""
+SHARES = 24
+"""About the most different histories that are read for the spread over clients."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Account:
 
     Attributes:
         worst: of the unit that lost most, which is what the run promises, with the client it is of ("" for all alike).
-        spread: (epsilon, clients that have it), from the most to the least.
+        spread: (epsilon, clients that have it), from the most to the least; of very many different ones, some count as the next larger.
         rounds: (round, epsilon by then of the client that has lost most in the end).
         parts: epsilon of each kind of release, as if it alone had left.
         left: epsilon still unspent of what the job allows; infinite where it names no epsilon.
@@ -67,8 +69,8 @@ def account(
         return one if math.isfinite(one) else read_epsilon(found, plan.delta).epsilon
 
     spread: Counter[float] = Counter()
-    for found, count in counts.items():
-        spread[quick(found)] += count
+    for found, larger in thinned(counts).items():
+        spread[quick(larger)] += counts[found]
     client = next((name for name, found in own.items() if found == heaviest), "")
     mine = [(round, r) for round, r in events if not r.names or client in r.names]
     target = plan.job.privacy.epsilon
@@ -88,12 +90,21 @@ def spent(releases: Sequence[Release], delta: float) -> float:
 
 def _largest(found: Iterable[History]) -> list[History]:
     """The histories that no other one contains; only these can be the most expensive."""
-    counts = {h: dict(h) for h in found}
+    known = set(found)
+    return [h for h in known if not any(h != other and _within(h, other) for other in known)]
 
-    def within(a: History, b: History) -> bool:
-        return a != b and all(count <= counts[b].get(step, 0) for step, count in a)
 
-    return [h for h in counts if not any(within(h, other) for other in counts)]
+def _within(a: History, b: History) -> bool:
+    """Whether all that happened in `a` happened in `b`, too."""
+    counts = dict(b)
+    return all(count <= counts.get(step, 0) for step, count in a)
+
+
+def thinned(found: Iterable[History]) -> dict[History, History]:
+    """For each history one that contains it, itself where there are few, so that about SHARES different ones are left to read."""
+    ordered = sorted(set(found), key=lambda h: -sum(count for _, count in h))
+    kept = ordered[:: max(1, -(-len(ordered) // SHARES))]
+    return {h: next((larger for larger in reversed(kept) if _within(h, larger)), h) if h else h for h in ordered}
 
 
 def _marks(events: Sequence[tuple[int, Release]]) -> list[int]:

@@ -324,7 +324,7 @@ def serve(
         while True:
             waiting = [e for e in home.entries() if not e.finished]
             if not waiting:
-                desk.note(state="idle", job=None, queue=[], devices=[])
+                desk.note(state="idle", job=None, epsilon=None, queue=[], devices=[])
                 if not stay:
                     return
                 if roster is not None:

@@ -23,8 +23,9 @@ from fedtune.cli.main import app
 from fedtune.errors import RunError
 from fedtune.job import parse_job
 from fedtune.ledger import Ledger
+from fedtune.privacy.account import SHARES, thinned
 from fedtune.privacy.plan import kept, resolved
-from fedtune.privacy.releases import Release
+from fedtune.privacy.releases import Release, Step
 from fedtune.report.compare import rows
 from fedtune.report.facts import notices
 from fedtune.report.format import bound
@@ -216,6 +217,16 @@ def test_nothing_is_claimed_from_what_was_changed(harm, said, made):
         done = invoke("privacy", "report", run.path, *more)
         assert done.exit_code == 2 and not done.stdout and len(done.stderr.splitlines()) == 1 and said in done.stderr
     assert not (run.path / "privacy.html").exists()
+
+
+def test_of_very_many_histories_few_are_read_and_none_too_small():
+    one, other = Step(1.0), Step(2.0)
+    found = [(), *(((one, n),) for n in range(1, 101)), ((one, 50), (other, 1))]
+    read_as = thinned(found)
+    assert set(read_as) == set(found) and read_as[()] == () and read_as[((one, 100),)] == ((one, 100),)
+    assert len(set(read_as.values())) <= SHARES + 3
+    assert all(dict(read_as[h]).get(step, 0) >= count for h in found for step, count in h)
+    assert thinned(found[:5]) == {h: h for h in found[:5]}
 
 
 def test_a_folder_that_is_no_run(tmp_path):
