@@ -50,18 +50,19 @@ def test_known_values(clients, cohort, rounds, z, none, poisson, fixed):
 
 
 def test_noise_and_epsilon_are_each_others_answer():
-    (forth,) = answers(*EXAMPLE, epsilons=[3.0]).rows
-    (back,) = answers(*EXAMPLE, noises=[forth.noise_multiplier]).rows
+    whole = (*NO_BASE, "privacy.unit=example", "privacy.examples=16")  # every step takes all, which is read in a moment
+    (forth,) = answers(*whole, epsilons=[3.0]).rows
+    (back,) = answers(*whole, noises=[forth.noise_multiplier]).rows
     assert 2.97 < forth.epsilon <= 3.0 and back.epsilon == forth.epsilon
-    assert (forth.rounds, forth.steps, forth.rate, forth.sampling, forth.delta) == (10, 100, 0.1, "poisson", 0.003)
-    assert answers(*EXAMPLE, "privacy.participations=2", noises=[1.0]).rows[0].steps == 20
+    assert (forth.rounds, forth.steps, forth.rate, forth.sampling, forth.delta) == (10, 10, 1.0, "poisson", 0.04)
+    assert answers(*whole, "privacy.participations=2", noises=[3.0]).rows[0].steps == 2
 
 
 def test_what_is_asked_when_nothing_is(monkeypatch):
     """The usual, and the job's own way."""
     assert calibrate.EPSILONS == (1.0, 3.0, 10.0)
     monkeypatch.setattr(calibrate, "EPSILONS", (3.0,))
-    job = read_job(None, [*EXAMPLE, "privacy.noise-multiplier=2.5"])
+    job = read_job(None, [*NO_BASE, "privacy.unit=example", "privacy.examples=16", "privacy.noise-multiplier=2.5"])
     assert (job.privacy.clip, job.federation.weighting) == (1.0, "equal")
     assert [row.asked for row in make_calibration(job).rows] == ["epsilon 3", "noise 2.5"]
 

@@ -250,7 +250,7 @@ def test_a_service_says_what_was_spent_so_far():
 def test_a_real_run_says_it_in_every_report(tiny_settings, tmp_path):
     """Trained, reported, exported, and reported again from its summary."""
     folder = tmp_path / "run"
-    settings = [*tiny_settings, *NOISY, "data.clients=6", "privacy.examples=80", "federation.rounds=2", "report.html=true"]
+    settings = [*tiny_settings, *NOISY, "data.clients=6", "federation.cohort=6", "privacy.examples=80", "federation.rounds=4", "report.html=true"]
     flags = [part for value in settings for part in ("--set", value)]
     refused = invoke("simulate", "--out", folder, *flags, "--set", "privacy.noise-multiplier=0.4")
     assert refused.exit_code == 4 and "--i-understand" in refused.stderr and not folder.exists()
