@@ -340,6 +340,11 @@ def parse_job(text: str, overrides: Iterable[str] = (), source: str = "job") -> 
     Raises:
         JobError: with every problem found, one line each.
     """
+    return job_from(_raw(text, overrides, source), source)
+
+
+def _raw(text: str, overrides: Iterable[str], source: str) -> dict[str, Any]:
+    """As `parse_job`, the values not checked yet."""
     try:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as e:
@@ -349,13 +354,18 @@ def parse_job(text: str, overrides: Iterable[str] = (), source: str = "job") -> 
         problems += _apply(raw, override)
     if problems:
         raise JobError(problems, source)
-    return job_from(raw, source)
+    return raw
 
 
 def load_job(path: Path | None, overrides: Iterable[str] = ()) -> Job:
     """Reads a job file; None is the default job. Raises JobError, also for a file that cannot be read as UTF-8 text."""
+    return job_from(*load_raw(path, overrides))
+
+
+def load_raw(path: Path | None, overrides: Iterable[str] = ()) -> tuple[dict[str, Any], str]:
+    """(the values of a job file and overrides, not checked yet; what to call them in errors). Raises JobError."""
     if path is None:
-        return parse_job("", overrides, "default job")
+        return _raw("", overrides, "default job"), "default job"
     if path.is_dir():
         raise JobError([f"{path} is a folder; give the .toml file in it"], str(path))
     try:
@@ -366,7 +376,7 @@ def load_job(path: Path | None, overrides: Iterable[str] = ()) -> Job:
         raise JobError([f"not UTF-8 text (byte {e.start}); save the file as UTF-8"], str(path)) from None
     except OSError as e:
         raise JobError([f"cannot be read: {e.strerror}"], str(path)) from None
-    return parse_job(text, overrides, str(path))
+    return _raw(text, overrides, str(path)), str(path)
 
 
 def job_from(raw: dict[str, Any], source: str = "job") -> Job:

@@ -145,6 +145,14 @@ def plan_of(job: Job, population: int) -> Plan | None:
     return plan
 
 
+def kept(job: Job, population: int) -> Plan | None:
+    """The plan of a job that a run keeps, whose noise and delta were filled in when it began: nothing is worked out or refused again."""
+    privacy = job.privacy
+    if privacy.unit == "none" or not (privacy.noise_multiplier and privacy.delta):
+        return plan_of(job, population)
+    return Plan(job, population, privacy.delta, _parts(job, privacy.noise_multiplier))
+
+
 def resolved(job: Job, population: int) -> Job:
     """The job with what its privacy keys leave open filled in, so that all who read it hold the same numbers. Raises PrivacyRefused."""
     plan = plan_of(job, population)

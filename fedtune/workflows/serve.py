@@ -36,6 +36,7 @@ from fedtune.storage import failing_clearly, lock, write_atomic, write_json
 from fedtune.types import Arrays, Metrics
 from fedtune.waits import DESK_SECONDS, GRID_POLL, LOBBY_POLL, QUEUE_POLL, ROSTER_POLL
 from fedtune.wire import Schema, decode, encode, packet_bytes
+from fedtune.workflows.privacy import LIGHT, spent_so_far
 from fedtune.workflows.summary import client_row, facts, final_of, follow, write_summary
 
 log = logging.getLogger(__name__)
@@ -207,6 +208,7 @@ class Live:
             self.job, self.run, self.schema, self.bundle.frame_digest, self.bundle.frame_bytes, make_algorithm(self.job, self.schema),
             (), lambda: self.bundle.initial, self.evaluate, self.traffic, self._plan())
         self.traffic = self.coordinator.traffic  # of the checkpoint, on a run that continues
+        self.desk.note(epsilon=spent_so_far(self.run, self.coordinator.privacy))
         follow(self.coordinator, replace(self.watch, line=self._noted))
 
     def gradient_bundle(self) -> Bundle:
@@ -279,7 +281,7 @@ class Live:
             self.look()
             self.evaluate(self.job.federation.rounds, self.coordinator.state.arrays)
         held = {g.name: g for g in self.lobby.guests.values()}
-        summary = facts(self.run) | {
+        summary = facts(self.run, LIGHT) | {
             "engine": "live",
             "split": [{"name": n, "natural": None, "train": g.examples, "held_out": g.held_out, "labels": []} for n, g in sorted(held.items())],
             "final": final_of(merge(self.scores.values()), [client_row(n, m, int(m["accuracy"][1])) for n, m in self.scores.items()]),
@@ -293,7 +295,9 @@ class Live:
         return plan_of(self.job, len(self.roster()) if self.roster is not None else 0)
 
     def _noted(self, line: dict[str, Any]) -> None:
-        self.desk.note(round=line["round"], line=line, deadline_at=None)
+        before = self.desk.facts["epsilon"]  # what is infinite stays so
+        epsilon = before if before == "inf" else spent_so_far(self.run, self.coordinator.privacy)
+        self.desk.note(round=line["round"], line=line, deadline_at=None, epsilon=epsilon)
         self.watch.line(line)
 
     def _sent(self, size: int) -> None:
@@ -320,7 +324,7 @@ def serve(
         while True:
             waiting = [e for e in home.entries() if not e.finished]
             if not waiting:
-                desk.note(state="idle", job=None, queue=[], devices=[])
+                desk.note(state="idle", job=None, epsilon=None, queue=[], devices=[])
                 if not stay:
                     return
                 if roster is not None:
@@ -348,7 +352,7 @@ def _run(
     spec = bundle.manifest.spec
     asks = gradient_schema(spec) if bundle.job.adapter.init == "gradient" else Schema(())
     link.body_limit = max(packet_bytes(spec.schema)[1], 4 * sum(t.size for t in asks.tensors)) + REQUEST_ROOM
-    desk.note(state="waiting", job=entry.name, run=str(run.path), rounds=bundle.job.federation.rounds, round=None, line=None, queue=queue,
+    desk.note(state="waiting", job=entry.name, run=str(run.path), rounds=bundle.job.federation.rounds, round=None, line=None, epsilon=None, queue=queue,
               ready=0, need=bundle.job.federation.min_replies)
     with run.locked(), link.run() as grid:
         watching, traffic = watch(entry, run, bundle), Traffic()

@@ -118,7 +118,7 @@ def test_roles_do_not_import_each_other(role):
     assert reached.isdisjoint(set(ROLES) - {role})
 
 
-@pytest.mark.parametrize("role", ["server", "edge", "client", "workflows.serve", "workflows.status"])
+@pytest.mark.parametrize("role", ["server", "edge", "client", "workflows.serve", "workflows.status", "workflows.privacy"])
 def test_service_device_and_edge_reach_no_torch(role):
     for member in [name for name in MODULES if name == role or name.startswith(f"{role}.")]:
         for name in closure(member):
@@ -139,6 +139,7 @@ def test_a_library_is_imported_only_where_it_belongs(library):
     ("fedtune.flower", ("torch", "transformers", "flwr")),
     ("fedtune.client.supernode_process", ("torch", "transformers", "flwr")),
     ("fedtune.workflows.status", ("torch", "transformers", "flwr")),
+    ("fedtune.workflows.privacy", ("torch", "transformers", "flwr", "matplotlib", "opacus")),
     ("fedtune.edge", ("torch", "transformers", "flwr")),
     ("fedtune.secagg.server", ("torch", "transformers", "flwr")),
     ("fedtune.secagg.client", ("torch", "transformers", "flwr")),

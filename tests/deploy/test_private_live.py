@@ -39,7 +39,8 @@ def test_a_private_federation_survives_its_coordinator(federation, domain_csv, l
     assert [len(line["clients"]) for line in lines] == [0, 3, 3, 3, 3, 0]  # the fifth round is more than anyone's budget
     assert all("budget of 4 rounds is spent" in why for why in lines[-1]["refused"].values()) and len(lines[-1]["refused"]) == 3
     assert all(line["accuracy"] is None and line["train_loss"] is None for line in lines)  # nothing that holds no noise
-    assert json.loads(run.summary.read_text())["complete"]
+    summary = json.loads(run.summary.read_text())
+    assert summary["complete"] and summary["privacy"]["epsilon"] == "inf" and "known seed" in summary["privacy"]["note"]
     for name, device in devices.items():
         (own,) = (live.keys / "devices" / name / "privacy").glob("*.sqlite")
         events = Ledger(own).events()
