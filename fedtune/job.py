@@ -67,7 +67,7 @@ class AdapterSection(_Section):
     """What is trained."""
 
     method: Literal["fed-sb", "lora", "ffa-lora", "flora", "fedex-lora", "fedsa-lora", "bias", "tinytl", "head", "full"] = _key(
-        "fed-sb", "fed-sb (r x r cores), lora, bias, head or full", available=("fed-sb", "lora", "bias", "head", "full"))
+        "fed-sb", "fed-sb (r x r cores), lora, ffa-lora (lora with A frozen), bias, head or full", available=("fed-sb", "lora", "ffa-lora", "bias", "head", "full"))
     rank: int = _key(16, "rank r", ge=1, le=4096)
     alpha: float = _key(0.0, "scale is alpha / rank; 0 means alpha = rank, scale 1", ge=0.0, le=1e6)
     targets: tuple[str, ...] = _key(("all-linear",), "linears to adapt: all-linear, or whole names inside a block such as attention.self.query, or globs such as *.dense")

@@ -49,7 +49,7 @@ def test_a_question_whose_answer_was_lost_here_costs_again_only_when_it_is_anoth
 
 
 def test_only_models_are_answered(budget):
-    with pytest.raises(Refused, match="^privacy: only trained models"):
+    with pytest.raises(Refused, match=r"^privacy: only trained models"):
         budget().charge(encode("gradient-request", Schema(()), {}, round=0))
 
 
@@ -59,5 +59,5 @@ def test_a_job_without_privacy_is_not_counted(tmp_path):
 
 
 def test_a_broken_promise_is_refused(budget):
-    with pytest.raises(Refused, match="^privacy: privacy.noise-multiplier"):
+    with pytest.raises(Refused, match=r"^privacy: privacy\.noise-multiplier"):
         _ = budget("privacy.epsilon=0.1").plan

@@ -72,7 +72,7 @@ def test_texts_that_are_predicted_count_as_their_mean(bench, tiny_llama):
     np.testing.assert_allclose(found, expected, rtol=0, atol=5e-5)
 
 
-@pytest.mark.parametrize(("method", "hooks"), [("fed-sb", True), ("lora", True), ("bias", True), ("head", True), ("full", False)])
+@pytest.mark.parametrize(("method", "hooks"), [("fed-sb", True), ("lora", True), ("ffa-lora", True), ("bias", True), ("head", True), ("full", False)])
 def test_opacus_is_used_where_it_is_right(method, hooks, bench):
     """Positions are embedded once for the whole batch, which Opacus takes for one example: then examples go one by one."""
     made = bench(f"adapter.method={method}")
