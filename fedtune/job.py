@@ -134,6 +134,11 @@ class PrivacySection(_Section):
     update_clip: float = _key(0.0, "secure-aggregation with unit = example: L2 bound of a client's update (else clip is)", ge=0.0, le=1e6)
     i_understand: bool = _key(False, "run with an epsilon above 10 all the same (--i-understand)")
 
+    @property
+    def hides_clients(self) -> bool:
+        """Whether nothing of a single client may reach the coordinator as it is: no count of examples, no score."""
+        return self.unit != "none" or self.secure_aggregation
+
 
 class CompressionSection(_Section):
     """How updates are packed."""

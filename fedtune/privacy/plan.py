@@ -93,9 +93,15 @@ class Plan:
 
 
 def fewest(job: Job) -> int:
-    """Clients that must be in a round's mean for it to count. In a secure sum the design's threshold: with fewer it does not open."""
+    """Clients that must be in a round's mean for it to count. In a secure sum the design's threshold: with fewer it does not open.
+
+    Raises PrivacyRefused for a cohort that no design holds.
+    """
     if job.privacy.secure_aggregation:
-        return design(job.federation.cohort).threshold
+        try:
+            return design(job.federation.cohort).threshold
+        except ValueError as e:
+            raise PrivacyRefused(f"federation.cohort = {job.federation.cohort}: secure aggregation of {e}") from None
     return 0 if job.privacy.unit == "client" else job.federation.min_replies  # there a void round would tell who took part
 
 

@@ -87,7 +87,7 @@ def test_the_fewest_survivors_have_the_promised_noise(cohort, least):
 
 
 def test_noise_that_is_too_small_does_not_leave(monkeypatch):
-    grid, share = distributed(0.5, 1.0, 5_000, 10, 7)
+    _, share = distributed(0.5, 1.0, 5_000, 10, 7)
     monkeypatch.setattr(module, "discrete_gaussian", lambda sigma, size, uniform: discrete_gaussian(0.8 * sigma, size, uniform))
     with pytest.raises(PrivacyRefused, match="were promised; nothing was sent"):
         share.shares(np.zeros(5_000), seeded())
@@ -106,7 +106,7 @@ def test_the_shortfall_is_the_papers():
     assert shortfall(0.5, 1, 9) == 0
     assert shortfall(1.0, 5, 100) == pytest.approx(100 * sum(math.exp(-2 * math.pi**2 * k / (k + 1)) for k in range(1, 5)))
     assert shortfall(30.0, 1000, 10**6) == 0
-    with pytest.raises(ValueError, match="at least 0.5"):
+    with pytest.raises(ValueError, match=r"must be at least 0\.5"):
         shortfall(0.4, 2, 1)
 
 
