@@ -26,6 +26,7 @@ from fedtune.errors import EnvironmentProblem, FedtuneError, Refused, RunError, 
 from fedtune.gradient_init import gather_gradients, gradient_schema
 from fedtune.job import Job
 from fedtune.metrics import merge, plausible
+from fedtune.privacy.contribution import message_bytes, secure_of
 from fedtune.privacy.plan import Plan, fewest, plan_of
 from fedtune.provision import days_left, load_devices
 from fedtune.rounds import Coordinator, Reply, Traffic, Watch, evaluated, make_algorithm, most_predictions, start
@@ -362,8 +363,9 @@ def _run(
     bundle = open_bundle(entry.bundle)
     run = _open_run(entry, bundle)
     spec = bundle.manifest.spec
-    asks = gradient_schema(spec) if bundle.job.adapter.init == "gradient" else Schema(())
-    link.body_limit = max(packet_bytes(spec.schema)[1], 4 * sum(t.size for t in asks.tensors)) + REQUEST_ROOM
+    asks, secure = gradient_schema(spec) if bundle.job.adapter.init == "gradient" else Schema(()), secure_of(bundle.job, spec.schema)
+    summed = message_bytes(secure, secure.cohort)[0] if secure else 0
+    link.body_limit = max(packet_bytes(spec.schema)[1], 4 * sum(t.size for t in asks.tensors), summed) + REQUEST_ROOM
     desk.note(state="waiting", job=entry.name, run=str(run.path), rounds=bundle.job.federation.rounds, round=None, line=None, queue=queue,
               ready=0, need=needed(bundle.job))
     with run.locked(), link.run() as grid:
