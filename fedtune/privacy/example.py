@@ -7,12 +7,10 @@ import numpy as np
 
 from fedtune.errors import PrivacyRefused, Refused
 from fedtune.job import Job
-from fedtune.privacy.noise import Noise
+from fedtune.privacy.noise import SIGMAS, Noise
 from fedtune.privacy.plan import METRIC_CAP, local_steps, sampling_rate
 from fedtune.types import Metrics
 
-SIGMAS = 6.0
-"""The noise that was added may be off by so many standard deviations of its own measurement."""
 METRIC_NORM = math.sqrt(3.0)
 """L2 bound of one example's (loss / METRIC_CAP, right, 1)."""
 

@@ -1,5 +1,6 @@
 """What client and coordinator know of a round before its first message, and the names under which secrets are derived."""
 
+import hashlib
 import struct
 from dataclasses import dataclass
 
@@ -50,6 +51,11 @@ class Terms:
         """
         facts = struct.pack(f"<16sIBI{len(indices)}H", self.session, self.round, self.bits, self.length, *indices)
         return b"fedtune secagg 1 " + purpose.encode() + b"\0" + facts + b"".join(keys)
+
+
+def session_of(name: str) -> bytes:
+    """The 16 bytes of a session from what names the run: the digest of its bundle."""
+    return hashlib.sha256(b"fedtune secagg session " + name.encode()).digest()[:16]
 
 
 def _require(condition: bool, message: str) -> None:

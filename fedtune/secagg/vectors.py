@@ -36,14 +36,22 @@ def pack(arrays: Arrays, schema: Schema, units: Sequence[str], grid: Grid, unifo
     arrays: the tensors of `units` and no others, numbers within the grid's clip (ValueError). Raises ShapeMismatch where they differ
     from the schema.
     """
+    return counted(quantise(flat(arrays, schema, units), grid, uniform), schema, units)
+
+
+def flat(arrays: Arrays, schema: Schema, units: Sequence[str]) -> np.ndarray:
+    """[schema.size] floats in schema order, zeros for the units that are not there. Raises as `pack`."""
     trained = schema.of_units(units)
     check_same(arrays, {t.name: np.broadcast_to(np.float32(0), t.shape) for t in trained})
     unknown = set(units) - set(schema.units)
     if unknown:
         raise ShapeMismatch(f"unit {min(unknown)!r} is not in the schema")
-    numbers = np.concatenate([arrays[t.name].ravel() if t.name in arrays else np.zeros(t.size) for t in schema.tensors])
-    counts = np.array([unit in units for unit in schema.units], grid.dtype)
-    return np.concatenate([quantise(numbers, grid, uniform), counts])
+    return np.concatenate([arrays[t.name].ravel() if t.name in arrays else np.zeros(t.size) for t in schema.tensors])
+
+
+def counted(integers: np.ndarray, schema: Schema, units: Sequence[str]) -> np.ndarray:
+    """[length(schema)]: [schema.size] integers, and what says which units they hold."""
+    return np.concatenate([integers, np.array([unit in units for unit in schema.units], integers.dtype)])
 
 
 def unpack(total: np.ndarray, schema: Schema, grid: Grid, clients: int) -> Totals:
