@@ -7,7 +7,7 @@ from typing import Any
 from fedtune.bundle import Bundle, Manifest
 from fedtune.job import ModelSection
 from fedtune.report.format import count, number, size, small
-from fedtune.report.privacy import Privacy, sentence
+from fedtune.report.privacy import Privacy, claim, lost, sentence
 from fedtune.run import RunFolder
 from fedtune.workflows.privacy import privacy_of
 from fedtune.workflows.setup import Setup
@@ -85,8 +85,8 @@ def _facts(setup: Setup, manifest: Manifest, round: int, last: dict[str, Any], b
 
 
 def _privacy(p: Privacy) -> str:
-    """The figure, and for whom and against whom it holds."""
-    return " ".join([sentence(p), *p.get("assumptions", [])[:2]])
+    """The figure, and for whom and against whom it holds. Names no client: a card is for everybody."""
+    return sentence(p) if lost(p) else " ".join([claim(p), *p.get("assumptions", [])[:2]])
 
 
 def _table(rows: list[tuple[str, str]]) -> str:
