@@ -93,7 +93,8 @@ class Work:
     def train(self, job: str, packet: bytes, client: str) -> bytes:
         with _inward(self):
             bundle, trainer = self._opened(job)
-            if self._secure is not None:
+            if bundle.job.privacy.secure_aggregation:
+                assert self._secure is not None
                 return self._secured(self._secure, trainer, packet, client)
             budget = self._budget(bundle)
             if (sent := budget.charge(packet)) is not None:
@@ -146,6 +147,7 @@ class Work:
         _ = bundle.frame
         self.policy.check(bundle.manifest, bundle.job)
         _ = self._budget(bundle).plan
+        secure = SecureWork(self.settings.folder / "secagg", bundle, self.policy.min_cohort) if bundle.job.privacy.secure_aggregation else None
         trainer = Trainer(TrainerSettings(
             bundle.folder, self.settings.data, self.settings.base, self.settings.threads, self.settings.idle_seconds,
             self.settings.folder / "trainer.log", self.settings.folder))
@@ -154,8 +156,7 @@ class Work:
         except BaseException:
             trainer.stop()
             raise
-        self._bundle, self._trainer = bundle, trainer
-        self._secure = SecureWork(self.settings.folder / "secagg", bundle, self.policy.min_cohort) if bundle.job.privacy.secure_aggregation else None
+        self._bundle, self._trainer, self._secure = bundle, trainer, secure
         self._tidy()
 
     def _here(self, job: str) -> bool:

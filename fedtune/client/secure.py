@@ -24,7 +24,8 @@ def is_question(packet: bytes) -> bool:
 
 @dataclass
 class SecureWork:
-    """Of one job. folder: this device's own. minimum: fewest clients whose sum it takes part in. At most one round is open, in memory."""
+    """Of one job. folder: this device's own. minimum: fewest clients whose sum it takes part in, where the job
+    does not ask for more: its noise is sized for those. At most one round is open, in memory."""
 
     folder: Path
     bundle: Bundle
@@ -63,7 +64,7 @@ class SecureWork:
         trained = decode(update, schema, kinds=["update"], round=round, frame=self.bundle.frame_digest)
         terms = self.secure.terms(session_of(self.bundle.digest), round)
         self._vector = self.secure.vector(trained.arrays, trained.metrics, model.arrays, noise_of(self.bundle.job, round, client, "sum"))
-        self._round = ClientRound(terms, minimum=self.minimum)
+        self._round = ClientRound(terms, minimum=max(self.minimum, self.secure.design.threshold))
         return self._round.keys(messages.ask_keys(terms))
 
     def answer(self, question: bytes) -> bytes:

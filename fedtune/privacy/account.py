@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fedtune.privacy.accounting import Reading, read_epsilon, relation
-from fedtune.privacy.plan import Plan
+from fedtune.privacy.plan import Plan, fewest
 from fedtune.privacy.releases import History, Release, histories, history
 
 OWN = "this device"
@@ -125,12 +125,21 @@ def assumptions(plan: Plan) -> list[str]:
     told = "exchanged for another" if how == "replace-one" else "added or removed"
     out = [f"Unit: {one}. Two data sets are neighbours when that is {told} ({how})."]
     if plan.unit == "example":
+        if privacy.secure_aggregation:
+            out.append("Secure aggregation hides single updates from a coordinator that follows the protocol. No noise is saved by it, and the figures do not rest on it.")
         out.append("Trusted: each client's own device. Noise is added there, so the bound holds against the coordinator and everyone after it.")
         out.append(f"Sampling: each step takes every example with chance {release.rate:.4g}, on its own, drawn on the device; a client makes {plan.steps} steps a round. "
                    f"Both follow from privacy.examples = {privacy.examples}, which is public and not counted in the data.")
         out.append("Clients hold different examples: the figure is that of the client that lost most. Nothing is claimed for not having been drawn in a round.")
+    elif plan.distributed:
+        least = fewest(plan.job)
+        out.append(f"Trusted: no single party, but {least} honest clients in each sum, with their noise, and a coordinator that follows the protocol and relays the "
+                   "clients' public keys unchanged; it may be curious. A client that colludes with it tells its own noise, which then does not count.")
+        out.append(f"Noise: each client adds discrete noise of 1 / {least} of the variance that is needed, as {least} are the fewest whose sum opens. That a client took part is "
+                   "not hidden; a client added or removed means that its numbers are there, or zeros in their place. Read as zCDP (arXiv:2102.06387).")
     else:
         out.append("Trusted: the coordinator, which sees each client's update before it adds the noise. The bound is against all who see the model or the figures it releases.")
+    if plan.unit == "client":
         if privacy.amplification:
             drawn = f"each client with chance {release.rate:.4g}" if fed.sampling == "poisson" else f"{release.sample} of {release.population} clients"
             out.append(f"Sampling: a round draws {drawn}, and the bound counts on it that nobody learns who was drawn; the run folder names them, so keep it with the coordinator.")
