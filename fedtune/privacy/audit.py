@@ -11,7 +11,6 @@ bound below the claim proves nothing: one run shows less than the truth, the les
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -82,52 +81,44 @@ def lower_bound(m: int, r: int, v: int, delta: float, confidence: float = CONFID
     return LARGEST if kept(LARGEST) < 0 else float(optimize.brentq(kept, 0.0, LARGEST, xtol=1e-6))
 
 
-def gaussian_delta(epsilon: float, mu: float) -> float:
-    """Delta at `epsilon` of the Gaussian mechanism with sensitivity / standard deviation = mu, exactly (Balle and Wang 2018,
-    arXiv:1805.06530, Theorem 8)."""
-    return float(stats.norm.cdf(mu / 2 - epsilon / mu) - math.exp(epsilon + float(stats.norm.logcdf(-mu / 2 - epsilon / mu))))
+def accuracy(evidence: np.ndarray, coins: np.ndarray) -> np.ndarray:
+    """float64 [n]: the share of right ones among the 1, 2, ... n guesses with the strongest evidence; evidence as in `take_guesses`."""
+    order = np.argsort(-np.abs(evidence), kind="stable")
+    return np.cumsum((evidence[order] != 0) & ((evidence[order] > 0) == coins[order])) / np.arange(1, len(order) + 1)
 
 
-def gaussian_epsilon(mu: float, delta: float) -> float:
-    """Epsilon at `delta` of the same."""
-    return 0.0 if gaussian_delta(0.0, mu) <= delta else _root(lambda e: gaussian_delta(e, mu) - delta, 0.0, 1e4)
+def expected_bound(rehearsed: np.ndarray, m: int, r: int, delta: float) -> float:
+    """`lower_bound` to expect of r guesses of m canaries, from the `accuracy` of a rehearsal with others of their kind."""
+    place = max(1, round(r / m * len(rehearsed)))
+    return lower_bound(m, r, math.floor(r * float(rehearsed[place - 1])), delta)
 
 
-def gaussian_mu(epsilon: float, delta: float) -> float:
-    """The mu of the Gaussian mechanism that has `epsilon` at `delta`. Raises ValueError unless both are above 0 and finite."""
-    if not (0 < epsilon < math.inf and 0 < delta < 1):
-        raise ValueError(f"epsilon = {epsilon}, delta = {delta}: need a finite epsilon above 0 and delta between 0 and 1")
-    return _root(lambda mu: gaussian_delta(epsilon, mu) - delta, 1e-6, 2 * math.sqrt(2 * epsilon) + 20)
+def planned_guesses(rehearsed: np.ndarray, m: int, delta: float) -> int:
+    """How many guesses to make of m canaries: so many that the bound is expected to be largest, the fewest of those. Even, if it can be,
+    so that as many may be "in" as "out". Depends on a rehearsal (see `expected_bound`), never on the run: looking first would prove nothing."""
+    choices = sorted({2 * half for half in _ladder(m // 2) if half >= FEWEST // 2})
+    return max(choices, key=lambda r: expected_bound(rehearsed, m, r, delta), default=m)
 
 
-def expected_bound(m: int, r: int, mu: float, delta: float) -> float:
-    """`lower_bound` at the expected number of right guesses, of the Gaussian mechanism with mu and canaries that do not disturb each other.
+def planned_canaries(rehearsed: np.ndarray, most: int, delta: float) -> int:
+    """How many canaries to use if there may be `most`, in the same sense: where m delta is not small, more of them show less."""
+    choices = sorted({most, *(10**n // part for n in range(2, 10) for part in (1, 3) if 10**n // part < most)})
 
-    The r canaries whose released numbers lie farthest from mu / 2 are guessed.
-    """
-    def guessed(t: float) -> float:
-        return float(stats.norm.sf(t) + stats.norm.sf(t - mu)) - r / m  # those above t, and as many below mu - t
+    def worth(m: int) -> tuple[float, float]:
+        r = planned_guesses(rehearsed, m, delta)
+        return round(expected_bound(rehearsed, m, r, delta), 2), round(lower_bound(m, r, r, delta), 2)
 
-    right = 1.0 if r < m else float(stats.norm.cdf(mu / 2))
-    if r < m:
-        t = _root(guessed, mu / 2 - 1e-9, mu + 40)
-        right = float(stats.norm.sf(t - mu) / (stats.norm.sf(t) + stats.norm.sf(t - mu)))
-    return lower_bound(m, r, math.floor(r * right), delta)
+    return max(choices, key=worth)
 
 
-def planned_guesses(m: int, epsilon: float, delta: float) -> int:
-    """How many guesses to make of m canaries, from public numbers alone: so that the bound of a Gaussian mechanism with half of the noise
-    that (epsilon, delta) needs is expected to be largest. Even, so that as many can be "in" as "out"; the fewest where none is better."""
-    mu = 2 * gaussian_mu(min(epsilon, LARGEST / 2), delta)
-    most = max(1, m // 2)
-    choices = sorted({2 * min(most, max(FEWEST // 2, round(2.0**power))) for power in np.arange(1, math.log2(most) + 0.5, 0.5)} or {2 * most})
-    return max((r for r in choices if r <= m), key=lambda r: expected_bound(m, r, mu, delta), default=m)
+def _ladder(most: int) -> list[int]:
+    """Numbers from 1 to `most`, each about 1.4 times the one before; empty for 0."""
+    return sorted({min(most, round(2.0 ** (step / 2))) for step in range(2 * most.bit_length() + 1)} - {0})
 
 
 def best_ceiling(m: int, delta: float) -> float:
     """The most that m canaries can show at all: every guess right, of the best number of guesses."""
-    choices = {min(m, max(1, round(2.0**power))) for power in np.arange(0, math.log2(max(m, 1)) + 0.5, 0.5)} | {m}
-    return max(lower_bound(m, r, r, delta) for r in choices)
+    return max(lower_bound(m, r, r, delta) for r in _ladder(m))
 
 
 def take_guesses(evidence: np.ndarray, count: int) -> np.ndarray:
@@ -145,7 +136,3 @@ def take_guesses(evidence: np.ndarray, count: int) -> np.ndarray:
 def count_right(guesses: np.ndarray, coins: np.ndarray) -> int:
     """How many of int8 [m] guesses name the side on which bool [m] coins fell."""
     return int(((guesses != 0) & ((guesses > 0) == coins)).sum())
-
-
-def _root(f: Callable[[float], float], low: float, high: float) -> float:
-    return float(optimize.brentq(f, low, high, xtol=1e-9))

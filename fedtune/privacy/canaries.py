@@ -14,6 +14,8 @@ WIDTH = 64
 """Numbers that a direction is spread over: enough that it lies in several tensors, and that no single number's gradient drowns it."""
 LOUD = 10.0
 """Norm of a canary over the clip: so that it is the clipping that bounds it."""
+REHEARSED, FEWEST_REHEARSED = 2 * 10**7, 200
+"""About the most numbers drawn in a rehearsal, and the fewest canaries in one."""
 
 
 @dataclass(frozen=True)
@@ -99,3 +101,34 @@ def _ratio(seen: np.ndarray, z: float, rate: float) -> np.ndarray:
     """log((1 - rate) + rate N(seen; 1, z) / N(seen; 0, z))."""
     whole = (2 * np.asarray(seen, np.float64) - 1) / (2 * z * z)
     return whole if rate >= 1 else np.logaddexp(math.log1p(-rate), math.log(rate) + whole)
+
+
+@dataclass(frozen=True)
+class View:
+    """What an attacker sees of one canary over a run: `uses` times the sum in the canary's direction, in units of the clip.
+
+    multiplier: of the noise. rate: chance to be in the sum of a use. replaced: as in `evidence`.
+    """
+
+    multiplier: float
+    rate: float
+    uses: int
+    replaced: bool = False
+
+
+def rehearse(view: View, shrink: float = 1.0, count: int = 10_000) -> tuple[np.ndarray, np.ndarray]:
+    """(evidence float64 [n], coins bool [n]) of canaries that do not disturb each other, in a run that exists only here.
+
+    Args:
+        shrink: the noise is that part of what it should be; the attacker does not know it.
+        count: of canaries; fewer for a view of very many uses.
+    """
+    n = max(FEWEST_REHEARSED, min(count, REHEARSED // view.uses))
+    rng = generator(0, "canary-rehearsal")
+    inside, found = rng.random(n) < 0.5, np.zeros(n)
+    pull = np.where(inside, 1.0, -1.0 if view.replaced else 0.0)
+    for begin in range(0, view.uses, step := max(1, 2**17 // n)):
+        shape = min(step, view.uses - begin), n
+        seen = pull * (rng.random(shape) < view.rate) + shrink * view.multiplier * rng.standard_normal(shape)
+        found += evidence(seen, view.multiplier, view.rate, view.replaced).sum(0)
+    return found, inside

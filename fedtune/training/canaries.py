@@ -121,9 +121,11 @@ class InputCanaries:
 
     @property
     def found(self) -> np.ndarray:
-        """How much more than the median canary each was learnt, float64 [m]."""
+        """How much more each was learnt than the median canary with its label, float64 [m]: labels as such get likelier or not."""
         learnt = self.losses[0] - self.losses[-1]
-        return learnt - np.median(learnt)
+        for label in np.unique(self.data.labels):
+            learnt[self.data.labels == label] -= np.median(learnt[self.data.labels == label])
+        return learnt
 
 
 def mislabelled(data: ClientData, classes: int, rng: np.random.Generator) -> ClientData:

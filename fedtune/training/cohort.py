@@ -140,13 +140,12 @@ class CohortTrainer:
     def _singly(self, models: Tensor, part: Picked) -> tuple[Tensor, np.ndarray]:
         """Gradient of each example's scale * loss by the model of its row, [n, P], and its scores, float64 [n, 3]."""
 
-        def real(places: np.ndarray) -> tuple[Tensor, np.ndarray]:
-            of = part.take(places)
-            return self.gradients(models[torch.from_numpy(of.row).to(self.device)], of, np.arange(len(of)))
+        def computed(examples: Picked) -> tuple[Tensor, np.ndarray]:
+            return self.gradients(models[torch.from_numpy(examples.row).to(self.device)], examples, np.arange(len(examples)))
 
         if self.audit is None:
-            return real(np.arange(len(part)))
-        flat, scores = self.audit.insert(part.labels, real)
+            return computed(part)
+        flat, scores = self.audit.insert(part.labels, lambda places: computed(part.take(places)))
         return flat, scores.numpy()
 
     def gradients(self, models: Tensor, part: Picked, owner: np.ndarray) -> tuple[Tensor, np.ndarray]:

@@ -15,27 +15,28 @@ import numpy as np
 
 from fedtune.errors import PrivacyRefused, UserError
 from fedtune.job import Job
+from fedtune.privacy.accounting import read_epsilon
 from fedtune.privacy.audit import (
     CONFIDENCE,
-    LARGEST,
     Outcome,
+    accuracy,
     best_ceiling,
     count_right,
     expected_bound,
-    gaussian_mu,
+    planned_canaries,
     planned_guesses,
     take_guesses,
 )
-from fedtune.privacy.canaries import Canaries
+from fedtune.privacy.canaries import Canaries, rehearse
 from fedtune.privacy.canary_clients import ClientCanaries
 from fedtune.privacy.example import example_privacy
-from fedtune.privacy.plan import Plan, plan_of
+from fedtune.privacy.plan import plan_of
 from fedtune.rounds import Watch
 from fedtune.run import RunFolder, create_run
 from fedtune.training.canaries import GradientCanaries, InputCanaries
 from fedtune.workflows.audited import Audited, AuditedClients, AuditedSteps, AuditedTexts, spiked
-from fedtune.workflows.canaries import among_clients, among_examples, among_texts
-from fedtune.workflows.setup import Setup, open_setup, require_trainable, run_facts, with_noise
+from fedtune.workflows.canaries import Room
+from fedtune.workflows.setup import open_setup, require_trainable, run_facts, with_noise
 
 Kind = Literal["gradient", "input"]
 ATTACKERS = {
@@ -54,7 +55,7 @@ class Report:
         claimed: epsilon at outcome.delta that the job promises.
         seed: of the coins.
         rounds: in how many rounds a canary's client was asked, mean; None where that is not seen. charged: what the claim is for.
-        expected: the bound of a mechanism that loses just what is claimed, as a Gaussian one with these canaries would show it.
+        expected: the bound that such an audit shows of a mechanism that does what it promises; None for input canaries.
         best: the most that so many canaries could show, with the best number of guesses.
     """
 
@@ -66,7 +67,7 @@ class Report:
     seed: int
     rounds: float | None
     charged: int
-    expected: float
+    expected: float | None
     best: float
     notes: tuple[str, ...]
 
@@ -95,11 +96,14 @@ class Report:
                 "release nothing that this mechanism made, and mend it")
 
 
-def audit(job: Job, *, canaries: int = 0, guesses: int = 0, seed: int = 0, kind: Kind = "gradient", watch: Watch | None = None) -> Report:
+def audit(
+    job: Job, *, canaries: int = 0, guesses: int = 0, delta: float = 0.0, seed: int = 0, kind: Kind = "gradient", watch: Watch | None = None,
+) -> Report:
     """Runs the job once with canaries.
 
     Args:
         canaries, guesses: 0: as many as are useful.
+        delta: where the bound and the claim are read; 0: the job's. The job's noise makes a claim at each, and a smaller one can show more.
         seed: of the coins and of where canaries are.
 
     Raises UserError for settings that cannot be audited, PrivacyRefused where the job's own are refused or no update left a client.
@@ -111,20 +115,21 @@ def audit(job: Job, *, canaries: int = 0, guesses: int = 0, seed: int = 0, kind:
     require_trainable(setup)
     plan = plan_of(setup.job, len(setup.split.clients))
     assert plan is not None  # the job protects something
-    claimed = plan.reading().epsilon
+    delta, room = delta or plan.delta, Room(setup, plan, seed)
+    claimed = read_epsilon(plan.whole(), delta).epsilon
+    count, tries = _planned(room, kind, canaries, guesses, delta)
     with tempfile.TemporaryDirectory(prefix="fedtune-audit-") as folder:
-        run = create_run(Path(folder) / "run", setup.job, run_facts(setup))
-        placed, simulation = _with_canaries(setup, plan, run, kind, canaries, seed, watch)
-        count = _guesses(guesses, len(placed), claimed, plan.delta)  # before anything has run: looking first would prove nothing
+        placed, simulation = _with_canaries(room, count, kind, create_run(Path(folder) / "run", setup.job, run_facts(setup)), watch)
         simulation.rounds()
     if not simulation.sent:
         raise PrivacyRefused(f"audit: no update left any client ({next(iter(simulation.refused.values()), 'nobody was asked')}); there is nothing to audit")
-    taken = take_guesses(simulation.evidence, count)
-    outcome = Outcome(len(placed), count, int((taken != 0).sum()), count_right(taken, placed.coins), plan.delta)
+    taken = take_guesses(simulation.evidence, tries)
+    outcome = Outcome(count, tries, int((taken != 0).sum()), count_right(taken, placed.coins), delta)
     asked = [simulation.asked.get(placed.clients[owner], 0) for owner in placed.owner.tolist()] if simulation.asked else []
     return Report(
         plan.unit, kind, setup.job.simulation.engine, outcome, claimed, seed, float(np.mean(asked)) if asked else None, plan.rounds,
-        _expected(outcome, claimed), best_ceiling(len(placed), plan.delta), tuple(_notes(setup.job, outcome, claimed, simulation)))
+        expected_bound(accuracy(*rehearse(room.view)), count, tries, delta) if kind == "gradient" else None, best_ceiling(count, delta),
+        tuple(_notes(setup.job, outcome, claimed, simulation)))
 
 
 def _require_auditable(job: Job, kind: Kind) -> None:
@@ -136,36 +141,39 @@ def _require_auditable(job: Job, kind: Kind) -> None:
         raise UserError(f'--kind input: canaries are examples, but privacy.unit = "{job.privacy.unit}"; use --kind gradient')
 
 
-def _with_canaries(setup: Setup, plan: Plan, run: RunFolder, kind: Kind, count: int, seed: int, watch: Watch) -> tuple[Canaries, Audited]:
+def _planned(room: Room, kind: Kind, canaries: int, guesses: int, delta: float) -> tuple[int, int]:
+    """(canaries, guesses): as asked for, or so that noise of half its size would show best. Raises UserError for too many."""
+    useful, most, why = room.text_room() if kind == "input" else room.client_room() if room.plan.unit == "client" else room.example_room()
+    if not most:
+        raise UserError(f"federation.cohort = {room.setup.job.federation.cohort}: with this seed nobody is asked in any round, so there is nothing to audit; raise it, or federation.rounds")
+    if canaries > most:
+        raise UserError(f"--canaries {canaries}: at most {most:,}, as {why}; lower it, or leave it out")
+    rehearsed = accuracy(*rehearse(room.view, shrink=0.5))
+    count = canaries or planned_canaries(rehearsed, useful, delta)
+    if guesses > count:
+        raise UserError(f"--guesses {guesses}: there are {count:,} canaries; lower it, or leave it out")
+    return count, guesses or planned_guesses(rehearsed, count, delta)
+
+
+def _with_canaries(room: Room, count: int, kind: Kind, run: RunFolder, watch: Watch) -> tuple[Canaries, Audited]:
+    setup, private = room.setup, example_privacy(room.setup.job)
     if kind == "input":
-        placed, data = among_texts(setup, plan, count, seed)
+        placed, data = room.texts(count)
         texts = InputCanaries(placed, data)
         return placed, AuditedTexts(spiked(setup, texts.hide), run, watch, audit=texts)
-    if plan.unit == "client":
-        placed, directions = among_clients(setup, plan, count, seed)
-        return placed, AuditedClients(setup, run, watch, audit=ClientCanaries(placed, directions, plan))
-    placed, directions = among_examples(setup, plan, count, seed)
-    private = example_privacy(setup.job)
-    assert private is not None  # the unit is "example"
-    inside = GradientCanaries(placed, directions, private)
+    if private is None:
+        placed = room.clients(count)
+        return placed, AuditedClients(setup, run, watch, audit=ClientCanaries(placed, room.directions, room.plan))
+    placed = room.examples(count)
+    inside = GradientCanaries(placed, room.directions, private)
     return placed, AuditedSteps(spiked(setup, inside.hide), run, watch, audit=inside)
-
-
-def _guesses(asked: int, canaries: int, claimed: float, delta: float) -> int:
-    if asked > canaries:
-        raise UserError(f"--guesses {asked}: there are {canaries:,} canaries; lower it, or leave it out")
-    return asked or planned_guesses(canaries, claimed, delta)
-
-
-def _expected(outcome: Outcome, claimed: float) -> float:
-    return expected_bound(outcome.canaries, outcome.guesses, gaussian_mu(min(claimed, LARGEST), outcome.delta), outcome.delta)
 
 
 def _notes(job: Job, outcome: Outcome, claimed: float, simulation: Audited) -> Iterator[str]:
     if job.privacy.noise == "seeded":
         yield 'privacy.noise = "seeded": such a run protects nobody; it is held against what noise of this size would promise'
     if outcome.ceiling <= claimed:
-        yield f"no violation could have been shown: {outcome.guesses} right guesses out of as many prove {outcome.ceiling:.3g} at most; use more canaries, or a job with a smaller epsilon"
+        yield f"no violation could have been shown: {outcome.guesses} right guesses out of as many prove {outcome.ceiling:.3g} at most; use --delta with a smaller one than {outcome.delta:g}, more canaries, or a job with a smaller epsilon"
     if simulation.refused:
         client, why = next(iter(simulation.refused.items()))
         yield f"{len(simulation.refused)} clients' updates did not leave or were not taken, and were not seen: {client}: {why}"

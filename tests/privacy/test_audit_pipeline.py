@@ -14,7 +14,6 @@ from typer.testing import CliRunner
 
 from fedtune.cli import audit as shell
 from fedtune.errors import PrivacyRefused, UserError
-from fedtune.privacy.audit import gaussian_epsilon
 from fedtune.privacy.clipping import flat_norm
 from fedtune.privacy.example import SelfCheck
 from fedtune.privacy.noise import SeededNoise
@@ -28,7 +27,8 @@ COMMON = ("federation.weighting=equal", "data.partition=iid", "adapter.rank=16",
 EXAMPLE = (*COMMON, "privacy.unit=example", "data.clients=8", "federation.cohort=8", "federation.local-steps=1", "privacy.examples=8")
 """One step of all examples: the plain Gaussian mechanism with mu = 1/2, so that canaries can show most."""
 ENGINES = ("vectorised", "serial")
-CLAIM = gaussian_epsilon(0.5, 1e-5)
+CLAIM = 1.993
+"""Epsilon of it at delta = 1e-5, exactly."""
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +54,6 @@ def unchecked(monkeypatch):
 
 @pytest.fixture
 def half_the_noise(monkeypatch, unchecked):
-    """Of the second half of the numbers that are drawn at once, too: only uniform numbers, which draw batches, stay."""
     monkeypatch.setattr(SeededNoise, "normal", lambda self, *shape: 0.5 * self.rng.standard_normal(shape))
 
 
@@ -130,10 +129,10 @@ def test_half_the_noise_on_the_mean_is_caught(broken, tiny_job, crowd, request):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sampling", ["fixed", "poisson"])
-def test_clients_whose_draw_is_secret(sampling, tiny_job, crowd):
+@pytest.mark.parametrize(("sampling", "multiplier"), [("fixed", 4.0), ("poisson", 1.5)])
+def test_clients_whose_draw_is_secret(sampling, multiplier, tiny_job, crowd):
     """Nobody knows who was asked, so nothing is used of it; of a fixed number, what is out pulls the other way."""
-    secret = ("privacy.amplification=true", f"federation.sampling={sampling}", "federation.cohort=300", "federation.rounds=4", "privacy.noise-multiplier=1.0")
+    secret = ("privacy.amplification=true", f"federation.sampling={sampling}", "federation.cohort=300", "federation.rounds=4", f"privacy.noise-multiplier={multiplier}")
     found = audit(tiny_job(*crowd(1000, *secret)), seed=1)
     assert found.verdict == "consistent" and found.outcome.made == found.outcome.guesses
 
@@ -150,22 +149,30 @@ def test_over_several_seeds(broken, tiny_job, request):
 def test_what_a_client_holds_back_is_not_seen(tiny_job, monkeypatch):
     """With its own checks on, a mechanism of half the noise sends nothing, and there is nothing to find in what it sent."""
     monkeypatch.setattr(SeededNoise, "normal", lambda self, *shape: 0.5 * self.rng.standard_normal(shape))
-    with pytest.raises(PrivacyRefused, match="no update left any client .*the noise measured"):
+    with pytest.raises(PrivacyRefused, match=r"no update left any client .*the noise measured"):
         audit(tiny_job(*EXAMPLE), canaries=100, seed=1)
 
 
 def test_mislabelled_texts_from_outside(tiny_job):
-    """Without noise worth its name, what is trained on is known by its loss; the attacker is weak, and the bound is one all the same."""
-    learnt = ("privacy.noise-multiplier=0.3", "privacy.i-understand=true", "privacy.clip=1", "federation.local-steps=8", "federation.rounds=4", "federation.lr=0.02")
-    found = audit(tiny_job(*EXAMPLE, *learnt), kind="input", seed=1)
-    assert found.verdict == "consistent" and found.kind == "input" and found.rounds is None
-    assert found.outcome.canaries == 96 and found.outcome.correct > 0.5 * found.outcome.guesses
+    found = audit(tiny_job(*EXAMPLE), kind="input", seed=1)
+    assert found.verdict == "consistent" and found.rounds is None and "asks the model at the start and at the end" in found.attacker
+    assert found.outcome.canaries == 96 and found.outcome.lower < 0.5
+
+
+@pytest.mark.slow
+def test_texts_that_are_learnt_by_heart_are_found(tiny_job, unchecked, monkeypatch):
+    """Hardly any noise, and one client that goes over its data a hundred times: even from outside most guesses are right."""
+    monkeypatch.setattr(SeededNoise, "normal", lambda self, *shape: 1e-3 * self.rng.standard_normal(shape))
+    learnt = ("privacy.clip=0.5", "data.clients=1", "federation.cohort=1", "federation.local-steps=100", "federation.local-epochs=100", "federation.lr=0.01",
+              "privacy.i-understand=true")
+    found = audit(tiny_job(*EXAMPLE, *learnt), kind="input", canaries=60, guesses=20, seed=0)
+    assert found.outcome.correct >= 16
 
 
 @pytest.mark.parametrize(("changes", "options", "said"), [
     ((), {}, 'privacy.unit = "none": such a job promises nothing'),
     ((*EXAMPLE, "simulation.engine=ray"), {}, 'use "vectorised" or "serial"'),
-    ((*EXAMPLE, "adapter.rank=4"), {"canaries": 10_000}, "--canaries 10000: 256 directions of each of 8 clients allow 2,048"),
+    ((*EXAMPLE, "adapter.rank=4"), {"canaries": 10_000}, "--canaries 10000: at most 2,048, as 8 clients are asked, of whose gradients each has 256 directions"),
     (EXAMPLE, {"canaries": 100, "guesses": 101}, "--guesses 101: there are 100 canaries"),
 ])
 def test_what_cannot_be_audited_is_said(changes, options, said, tiny_job):
@@ -174,7 +181,7 @@ def test_what_cannot_be_audited_is_said(changes, options, said, tiny_job):
 
 
 def test_input_canaries_are_examples(tiny_job, crowd):
-    with pytest.raises(UserError, match='canaries are examples, but privacy.unit = "client"'):
+    with pytest.raises(UserError, match=r'canaries are examples, but privacy\.unit = "client"'):
         audit(tiny_job(*crowd(10)), kind="input")
 
 

@@ -5,27 +5,34 @@ import math
 import numpy as np
 import pytest
 from dp_accounting import get_epsilon_gaussian
-from scipy import stats
+from scipy import optimize, stats
 
 from fedtune.privacy.audit import (
     CONFIDENCE,
     Outcome,
+    accuracy,
     best_ceiling,
     count_right,
     expected_bound,
-    gaussian_delta,
-    gaussian_epsilon,
-    gaussian_mu,
     lower_bound,
     p_value,
+    planned_canaries,
     planned_guesses,
     take_guesses,
 )
-from fedtune.privacy.canaries import Directions, coins, evidence
+from fedtune.privacy.canaries import Directions, View, coins, evidence, rehearse
 
 RUNS = 400
 SEVERAL = stats.binom.ppf(1 - 1e-6, RUNS, 1 - CONFIDENCE)
 """More runs of RUNS in which a bound of 95 % fails are no accident."""
+
+
+def gaussian(mu, delta):
+    """Epsilon at `delta` of the Gaussian mechanism with sensitivity / standard deviation = mu, exactly: Balle and Wang 2018, arXiv:1805.06530, Theorem 8."""
+    def excess(epsilon):
+        return stats.norm.cdf(mu / 2 - epsilon / mu) - math.exp(epsilon + stats.norm.logcdf(-mu / 2 - epsilon / mu)) - delta
+
+    return optimize.brentq(excess, 0.0, 200.0)
 
 
 def slow_p_value(m, r, v, epsilon, delta):
@@ -90,44 +97,56 @@ def test_what_gives_itself_away_with_chance_delta_is_not_overcharged(together):
     assert (np.array([lower_bound(m, r, int(v), delta) for v in right]) > epsilon).sum() <= SEVERAL
 
 
-@pytest.mark.parametrize(("m", "mu", "delta"), [(1000, 1.0, 1e-5), (400, 0.5, 1e-2), (3000, 2.0, 1e-4)])
+def audited(m, r, mu, delta, rng, shrink=1.0):
+    """The bound that m canaries show of a Gaussian mechanism that claims mu, and has that part of its noise."""
+    inside = rng.random(m) < 0.5
+    seen = inside + shrink * rng.standard_normal(m) / mu
+    return lower_bound(m, r, count_right(take_guesses(evidence(seen, 1 / mu), r), inside), delta)
+
+
+@pytest.mark.parametrize(("m", "mu", "delta"), [(1000, 1.0, 1e-5), (60, 1.0, 1e-2), (3000, 2.0, 1e-4)])
 def test_the_gaussian_mechanism_is_not_overcharged(m, mu, delta):
-    rng, true = np.random.default_rng(4), gaussian_epsilon(mu, delta)
-    r, found = planned_guesses(m, true, delta), []
-    for _ in range(60):
-        inside = rng.random(m) < 0.5
-        guesses = take_guesses(evidence(rng.standard_normal(m) / mu + inside, 1 / mu), r)
-        found.append(lower_bound(m, r, count_right(guesses, inside), delta))
+    rng, true = np.random.default_rng(4), gaussian(mu, delta)
+    assert true == pytest.approx(get_epsilon_gaussian(1 / mu, delta), rel=1e-6)
+    rehearsed = accuracy(*rehearse(View(1 / mu, 1.0, 1)))
+    r = planned_guesses(rehearsed, m, delta)
+    found = [audited(m, r, mu, delta, rng) for _ in range(60)]
     assert max(found) <= true
-    assert np.median(found) == pytest.approx(expected_bound(m, r, mu, delta), abs=0.3)
+    assert np.median(found) == pytest.approx(expected_bound(rehearsed, m, r, delta), abs=0.3)
 
 
 def test_half_the_noise_of_a_gaussian_is_seen_with_many_canaries():
     """What the pipeline's tests rest on: at an epsilon of 2, 20,000 canaries see noise of half the size."""
-    claimed, rng, found = gaussian_epsilon(0.5, 1e-5), np.random.default_rng(5), []
-    r = planned_guesses(20_000, claimed, 1e-5)
-    for _ in range(20):
-        inside = rng.random(20_000) < 0.5
-        found.append(lower_bound(20_000, r, count_right(take_guesses(evidence(rng.standard_normal(20_000) + inside, 2.0), r), inside), 1e-5))
-    assert claimed == pytest.approx(1.99, abs=0.01) and np.mean(np.array(found) > claimed) >= 0.9
+    claimed, rng = gaussian(0.5, 1e-5), np.random.default_rng(5)
+    r = planned_guesses(accuracy(*rehearse(View(2.0, 1.0, 1), shrink=0.5)), 20_000, 1e-5)
+    found = [audited(20_000, r, 0.5, 1e-5, rng, 0.5) for _ in range(20)]
+    assert claimed == pytest.approx(1.993, abs=1e-3) and np.mean(np.array(found) > claimed) >= 0.9
 
 
-@pytest.mark.parametrize(("mu", "delta"), [(0.1, 1e-3), (1.0, 1e-5), (3.0, 1e-6)])
-def test_the_exact_gaussian(mu, delta):
-    epsilon = gaussian_epsilon(mu, delta)
-    assert epsilon == pytest.approx(get_epsilon_gaussian(1 / mu, delta), rel=1e-6)
-    assert gaussian_delta(epsilon, mu) == pytest.approx(delta, rel=1e-4) and gaussian_mu(epsilon, delta) == pytest.approx(mu, rel=1e-6)
-    assert gaussian_epsilon(0.1, 0.5) == 0.0
-    with pytest.raises(ValueError, match="finite epsilon"):
-        gaussian_mu(math.inf, delta)
+def test_a_rehearsal_is_what_will_be():
+    """Accuracy by hand: of a Gaussian with mu = 2, those who are guessed at all are on their side of 1 with chance Phi(1)."""
+    right = accuracy(*rehearse(View(0.5, 1.0, 1)))
+    assert right[-1] == pytest.approx(stats.norm.cdf(1.0), abs=0.02) and right[100] > 0.99
+    assert rehearse(View(1.0, 0.1, 10**4))[0].shape == (2000,)
+
+
+def test_what_is_not_drawn_cannot_be_told():
+    """One use that takes a canary with chance 1/4 and shows it plainly: at most 5 of 8 guesses are right."""
+    assert accuracy(*rehearse(View(0.05, 0.25, 1)))[-1] == pytest.approx(5 / 8, abs=0.02)
 
 
 @pytest.mark.parametrize("m", [1, 2, 5, 6, 7, 100, 3001])
-@pytest.mark.parametrize("epsilon", [0.1, 2.0, 40.0])
-def test_plans_fit(m, epsilon):
-    r = planned_guesses(m, epsilon, 1e-5)
-    assert 1 <= r <= m and (r % 2 == 0 or r == m)
+@pytest.mark.parametrize("multiplier", [0.1, 1.0, 20.0])
+def test_plans_fit(m, multiplier):
+    rehearsed = accuracy(*rehearse(View(multiplier, 1.0, 1)))
+    r, few = planned_guesses(rehearsed, m, 1e-5), planned_canaries(rehearsed, m, 1e-5)
+    assert 1 <= r <= m and 1 <= few <= m
     assert best_ceiling(m, 1e-5) >= lower_bound(m, r, r, 1e-5) - 1e-9
+
+
+def test_where_delta_is_large_fewer_canaries_are_taken():
+    rehearsed = accuracy(*rehearse(View(1.0, 1.0, 1), shrink=0.5))
+    assert planned_canaries(rehearsed, 10_000, 1e-2) < 100 < planned_canaries(rehearsed, 10_000, 1e-6) == 10_000
 
 
 def test_guesses_are_made_where_evidence_is_strongest():
