@@ -13,7 +13,7 @@ from fedtune.privacy.plan import Plan
 class ClientCanaries:
     """Clients that answer with a vector LOUD times as long as the clip in a direction of their own, or not at all.
 
-    The attacker modelled chooses those updates, knows the rest of the job, and sees the model after every round. It knows who was asked,
+    The attacker modelled chooses those updates, knows all others, and sees the model after every round. It knows who was asked,
     too, unless the job's promise rests on that being secret. What is out does not answer; but where a fixed number is drawn, neighbours are
     data sets with one client exchanged for another, and what is out then pulls the other way.
 
@@ -48,7 +48,7 @@ class ClientCanaries:
         return update
 
     def released(self, change: np.ndarray, clip: float, asked: frozenset[str]) -> None:
-        """A round's new model without the one before, float64 [numbers]; `asked`: these canaries were."""
+        """A round's new model without the one before and without what other clients added, float64 [numbers]; `asked`: these canaries were."""
         release, z = self.plan.release([], clip), self.plan.parts["update"]
         seen = self.directions.along(change * (self.plan.job.federation.cohort / clip))[self.canaries.direction]
         if release.sampling == "none":

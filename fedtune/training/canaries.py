@@ -4,9 +4,9 @@ A canary stands in its client's data as a copy of one of its examples with a lab
 are; then, in the place of its gradient, comes a vector LOUD times as long as the clip in a direction of its own, which is clipped and
 added up as all gradients are (Nasr et al. 2023, arXiv:2302.07956, "Dirac" canaries; here spread over several numbers).
 
-The attacker modelled is the one that the analysis of DP-SGD is about: it chooses gradients, knows who was asked, the batch size, the clip
-and the sampling rate, and sees the noisy gradient of every step of every update that left its client. Someone who sees only the updates
-knows less. What an optimizer makes of the noisy gradients adds nothing to them, so any optimizer may run.
+The attacker modelled is the one that the analysis of DP-SGD is about: it chooses gradients, knows all other examples and which of them are
+in a batch, the batch size, the clip and the sampling rate, and sees the noisy gradient of every step of every update that left its client.
+Someone who sees only the updates knows less. What an optimizer makes of the noisy gradients adds nothing to them, so any may run.
 """
 
 from collections.abc import Callable
@@ -39,6 +39,8 @@ class GradientCanaries:
     asked: dict[str, int] = field(default_factory=dict)
     _held: dict[str, np.ndarray] = field(default_factory=dict)
     """Evidence of clients whose updates have not left yet."""
+    _others: dict[int, Tensor] = field(default_factory=dict)
+    """What the attacker knows of the step under way: the sum of the real examples' gradients, cut to the clip, by row."""
 
     def __post_init__(self) -> None:
         self.found = np.zeros(len(self.canaries))
@@ -50,29 +52,33 @@ class GradientCanaries:
         short = min(data.encoded, key=lambda e: next(iter(e.values())).size)
         return ClientData([*data.encoded, *[short] * len(own)], np.concatenate([data.labels, -1 - own]))
 
-    def insert(self, labels: np.ndarray, real: Callable[[np.ndarray], tuple[Tensor, Any]]) -> tuple[Tensor, Tensor]:
+    def insert(self, rows: np.ndarray, labels: np.ndarray, real: Callable[[np.ndarray], tuple[Tensor, Any]]) -> tuple[Tensor, Tensor]:
         """As `Audit` says. Canaries have scores of 0."""
         mine, others = np.flatnonzero(labels < 0), np.flatnonzero(labels >= 0)
-        scores = torch.zeros(len(labels), 3, dtype=torch.float64)
-        if not len(mine):
-            flat, seen = real(others)
-            return flat, torch.as_tensor(seen).double().cpu()
-        flat = torch.zeros(len(labels), self.directions.numbers)
+        flat, scores = torch.zeros(len(labels), self.directions.numbers), torch.zeros(len(labels), 3, dtype=torch.float64)
         if len(others):
             found, seen = real(others)
             flat = flat.to(found.device)
             flat[torch.from_numpy(others).to(found.device)] = found
             scores[torch.from_numpy(others)] = torch.as_tensor(seen).double().cpu()
+            self._know(rows[others], found)
         places, values = self.directions.vectors(self.canaries.direction[-1 - labels[mine]])
         index = (torch.from_numpy(mine)[:, None].to(flat.device), torch.from_numpy(places).to(flat.device))
         flat[index] = torch.from_numpy(LOUD * self.privacy.clip * values).to(flat.device)
         return flat, scores
 
-    def released(self, client: str, gradient: Tensor) -> None:
-        own = self.canaries.of.get(client)
+    def _know(self, rows: np.ndarray, gradients: Tensor) -> None:
+        bounded = gradients * (self.privacy.clip / gradients.norm(dim=1, keepdim=True).clamp(min=self.privacy.clip))
+        for row in np.unique(rows).tolist():
+            own = bounded[torch.from_numpy(np.flatnonzero(rows == row)).to(gradients.device)].nan_to_num(0.0).sum(0)
+            self._others[row] = self._others[row] + own if row in self._others else own
+
+    def released(self, row: int, client: str, gradient: Tensor) -> None:
+        known, own = self._others.pop(row, None), self.canaries.of.get(client)
         if own is None or not len(own):
             return
-        seen = self.directions.along(gradient.cpu().numpy() * (self.privacy.batch / self.privacy.clip))[self.canaries.direction[own]]
+        total = gradient * self.privacy.batch
+        seen = self.directions.along((total if known is None else total - known).cpu().numpy() / self.privacy.clip)[self.canaries.direction[own]]
         self._held[client] = self._held.get(client, np.zeros(len(own))) + evidence(seen, self.privacy.multiplier, self.privacy.rate)
 
     def left(self, client: str, sent: bool) -> None:

@@ -133,8 +133,8 @@ class CohortTrainer:
         check.noise((noisy - gradients).cpu().numpy())
         released = noisy / private.batch
         if self.audit is not None:
-            for task, gradient in zip(tasks, released):
-                self.audit.released(task.client, gradient)
+            for row, (task, gradient) in enumerate(zip(tasks, released)):
+                self.audit.released(row, task.client, gradient)
         return released
 
     def _singly(self, models: Tensor, part: Picked) -> tuple[Tensor, np.ndarray]:
@@ -145,7 +145,7 @@ class CohortTrainer:
 
         if self.audit is None:
             return computed(part)
-        flat, scores = self.audit.insert(part.labels, lambda places: computed(part.take(places)))
+        flat, scores = self.audit.insert(part.row, part.labels, lambda places: computed(part.take(places)))
         return flat, scores.numpy()
 
     def gradients(self, models: Tensor, part: Picked, owner: np.ndarray) -> tuple[Tensor, np.ndarray]:

@@ -34,13 +34,13 @@ _SAMPLED = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.Conv1d, nn.Conv2d)
 class Audit(Protocol):
     """Tries the mechanism from inside, for `fedtune privacy audit` alone; where there is none nothing differs."""
 
-    def insert(self, labels: np.ndarray, real: Callable[[np.ndarray], tuple[Tensor, Any]]) -> tuple[Tensor, Tensor]:
-        """Gradients [n, P], before they are clipped, and scores [n, 3] of examples with these labels [n], an audit's own among them;
-        `real` gives those of the examples at some of these places."""
+    def insert(self, rows: np.ndarray, labels: np.ndarray, real: Callable[[np.ndarray], tuple[Tensor, Any]]) -> tuple[Tensor, Tensor]:
+        """Gradients [n, P], before they are clipped, and scores [n, 3] of examples of the clients int64 [n] of this step and with labels [n],
+        an audit's own among them; `real` gives those of the examples at some of these places."""
         ...
 
-    def released(self, client: str, gradient: Tensor) -> None:
-        """What the optimizer gets in a step: the noisy sum over the public number of examples, [P]."""
+    def released(self, row: int, client: str, gradient: Tensor) -> None:
+        """What the optimizer of a client gets in the step: the noisy sum over the public number of examples, [P]."""
         ...
 
 
@@ -62,7 +62,8 @@ class PerExample:
         """Gradient of each example's mean loss over its predictions, [n, P], and its [loss, right, 1], [n, 3], means too."""
         if self.audit is None:
             return self._computed(batch, labels)
-        return self.audit.insert(labels.cpu().numpy(), lambda places: self._computed({k: v[places] for k, v in batch.items()}, labels[places]))
+        rows = np.zeros(len(labels), np.int64)
+        return self.audit.insert(rows, labels.cpu().numpy(), lambda places: self._computed({k: v[places] for k, v in batch.items()}, labels[places]))
 
     def _computed(self, batch: Mapping[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
         if self.by_hooks is None:
@@ -155,7 +156,7 @@ def train_privately(
         check.noise((noisy - total).cpu().numpy())
         released = noisy / privacy.batch
         if gradients.audit is not None:
-            gradients.audit.released(client, released)
+            gradients.audit.released(0, client, released)
         _put(parameters, released)
         optimizer.step()
     check.require(start, _flat(parameters))

@@ -40,8 +40,8 @@ from fedtune.workflows.setup import open_setup, require_trainable, run_facts, wi
 
 Kind = Literal["gradient", "input"]
 ATTACKERS = {
-    "example": "chooses gradients of examples, and sees the noisy gradient of every step of every update that left a client",
-    "client": "chooses whole updates of clients, and sees the model after every round",
+    "example": "chooses gradients of some examples, knows all others, and sees the noisy gradient of every step of every update that left a client",
+    "client": "chooses the updates of some clients, knows all others, and sees the model after every round",
     "input": "puts mislabelled examples in, and asks the model at the start and at the end how likely it finds them",
 }
 """Whom an audit plays, by the unit of the job and for input canaries."""
@@ -173,7 +173,8 @@ def _notes(job: Job, outcome: Outcome, claimed: float, simulation: Audited) -> I
     if job.privacy.noise == "seeded":
         yield 'privacy.noise = "seeded": such a run protects nobody; it is held against what noise of this size would promise'
     if outcome.ceiling <= claimed:
-        yield f"no violation could have been shown: {outcome.guesses} right guesses out of as many prove {outcome.ceiling:.3g} at most; use --delta with a smaller one than {outcome.delta:g}, more canaries, or a job with a smaller epsilon"
+        means = f"a smaller --delta than {outcome.delta:g}" if outcome.canaries * outcome.delta > 0.1 else "more canaries"
+        yield f"no violation could have been shown: {outcome.guesses} guesses, all of them right, prove {outcome.ceiling:.3g} at most; use {means}, or a job with a smaller epsilon"
     if simulation.refused:
         client, why = next(iter(simulation.refused.items()))
         yield f"{len(simulation.refused)} clients' updates did not leave or were not taken, and were not seen: {client}: {why}"

@@ -9,7 +9,9 @@ import numpy as np
 
 from fedtune.adapters import methods
 from fedtune.algorithms.dp_fed_avg import CLIP
+from fedtune.errors import Refused
 from fedtune.privacy.canary_clients import ClientCanaries
+from fedtune.privacy.clipping import clip as bounded
 from fedtune.privacy.plan import METRIC_CAP
 from fedtune.rounds import Coordinator, Reply
 from fedtune.server.app import Ask, Pairs
@@ -145,6 +147,8 @@ class AuditedClients(Audited):
     audit: ClientCanaries
     _model: np.ndarray = field(default_factory=lambda: np.zeros(0))
     """Of the round before, float64 [numbers]."""
+    _known: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    """In the round that is under way: the sum of the other clients' clipped updates, which the attacker knows."""
     _asked: tuple[float, frozenset[str]] = (1.0, frozenset())
     """In the round that is under way: the clip, and the canaries asked."""
 
@@ -169,11 +173,22 @@ class AuditedClients(Audited):
     def _ask(self, ask: Ask, pairs: Pairs, kind: str = "train", round: int = 0) -> Iterator[Reply]:
         clip = float(self._live.state.slots[CLIP])
         mine = [(client, packet) for client, packet in pairs if client in self.audit]
-        self._asked = clip, frozenset(client for client, _ in mine)
+        self._asked, self._known = (clip, frozenset(client for client, _ in mine)), np.zeros_like(self._model)
         sent = {packet: decode(packet, self.setup.spec.schema, kinds=["model"], frame=self._live.frame_digest) for packet in {packet for _, packet in mine}}
         for client, packet in mine:
             yield Reply(client, None if self.audit.silent(client) else self._pull(client, sent[packet], clip))
-        yield from ask([pair for pair in pairs if pair[0] not in self.audit], kind=kind, round=round)
+        for reply in ask([pair for pair in pairs if pair[0] not in self.audit], kind=kind, round=round):
+            self._known += self._other(reply, clip)
+            yield reply
+
+    def _other(self, reply: Reply, clip: float) -> np.ndarray:
+        """What another client adds to the sum, as the attacker knows it; 0 for one that does not answer or is not taken."""
+        try:
+            packet = reply.packet or decode(reply.payload or b"", self.setup.spec.schema, kinds=["update"])
+            change = {"": packet.arrays.vector.astype(np.float64) - self._model}
+            return bounded(change, clip)[0][""]
+        except Refused:
+            return np.zeros_like(self._model)
 
     def _pull(self, client: str, packet: Packet, clip: float) -> bytes:
         schema, told = self.setup.spec.schema, self.setup.job.privacy.metrics_noise > 0
@@ -184,6 +199,6 @@ class AuditedClients(Audited):
     def evaluate(self, round: int, arrays: Arrays) -> Metrics | None:
         vector = np.concatenate([arrays[t.name].ravel() for t in self.setup.spec.trainable]).astype(np.float64)
         if round:
-            self.audit.released(vector - self._model, *self._asked)
+            self.audit.released(vector - self._model - self._known / self.setup.job.federation.cohort, *self._asked)
         self._model = vector
         return None
