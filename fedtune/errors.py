@@ -9,6 +9,7 @@
     ├── EnvironmentProblem      exit 3   the machine: a missing extra, a full disk, no network
     ├── PrivacyRefused          exit 4   the setting would claim more privacy than it gives
     ├── Refused                          one update from outside; the round goes on without it
+    ├── SecAggFailed                     a secure sum that too few finished, or that does not open; nothing of it is released
     └── ContractError                    a caller inside fedtune broke a contract
         ├── EmptyCohort                  nothing to average
         └── ShapeMismatch                tensors that should agree do not
@@ -67,6 +68,10 @@ class Refused(FedtuneError):
     def __init__(self, reason: str, message: str) -> None:
         self.reason = reason
         super().__init__(f"{reason}: {message}")
+
+
+class SecAggFailed(FedtuneError):
+    pass
 
 
 class ContractError(FedtuneError):

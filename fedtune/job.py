@@ -67,7 +67,7 @@ class AdapterSection(_Section):
     """What is trained."""
 
     method: Literal["fed-sb", "lora", "ffa-lora", "flora", "fedex-lora", "fedsa-lora", "bias", "tinytl", "head", "full"] = _key(
-        "fed-sb", "fed-sb (r x r cores), lora, bias, head or full", available=("fed-sb", "lora", "bias", "head", "full"))
+        "fed-sb", "fed-sb (r x r cores), lora, ffa-lora (lora with A frozen), bias, head or full", available=("fed-sb", "lora", "ffa-lora", "bias", "head", "full"))
     rank: int = _key(16, "rank r", ge=1, le=4096)
     alpha: float = _key(0.0, "scale is alpha / rank; 0 means alpha = rank, scale 1", ge=0.0, le=1e6)
     targets: tuple[str, ...] = _key(("all-linear",), "linears to adapt: all-linear, or whole names inside a block such as attention.self.query, or globs such as *.dense")
@@ -130,8 +130,14 @@ class PrivacySection(_Section):
     clip_noise: float = _key(0.0, "adaptive-clip: standard deviation of the noise on the number of unclipped updates (0: 5 times noise-multiplier)", ge=0.0)
     metrics_noise: float = _key(0.0, "noise multiplier of training loss and accuracy (0: they are not sent)", ge=0.0)
     noise: Literal["system", "seeded"] = _key("system", "system: the operating system's generator; seeded: from federation.seed, for comparisons: protects nobody")
-    secure_aggregation: bool = _key(False, "let the coordinator learn only sums", later=True)
+    secure_aggregation: bool = _key(False, "let the coordinator learn only sums of updates; with unit = client each client adds its share of the noise itself")
+    update_clip: float = _key(0.0, "secure-aggregation with unit = example: L2 bound of a client's update (else clip is)", ge=0.0, le=1e6)
     i_understand: bool = _key(False, "run with an epsilon above 10 all the same (--i-understand)")
+
+    @property
+    def hides_clients(self) -> bool:
+        """Whether nothing of a single client may reach the coordinator as it is: no count of examples, no score."""
+        return self.unit != "none" or self.secure_aggregation
 
 
 class CompressionSection(_Section):
@@ -277,9 +283,10 @@ def _disagreements(job: Job) -> Iterator[str]:
 
 def _privacy_disagreements(job: Job) -> Iterator[str]:
     privacy, fed = job.privacy, job.federation
+    yield from _secure_disagreements(job)
     if privacy.unit == "none":
         for name in type(privacy).model_fields:
-            if getattr(privacy, name) != getattr(_NO_PRIVACY, name):
+            if not (privacy.secure_aggregation and name in _SECURE) and getattr(privacy, name) != getattr(_NO_PRIVACY, name):
                 yield f'privacy.{name.replace("_", "-")} = {toml_value(getattr(privacy, name))}: privacy.unit = "none" protects nothing; set unit to "example" or "client", or remove the key'
         return
     if privacy.epsilon == 0 and privacy.noise_multiplier == 0:
@@ -307,6 +314,33 @@ def _privacy_disagreements(job: Job) -> Iterator[str]:
             yield f"privacy.participations = {privacy.participations}: with amplification every client counts as in every round; remove one of the two"
 
 
+def _secure_disagreements(job: Job) -> Iterator[str]:
+    privacy, fed = job.privacy, job.federation
+    if not privacy.secure_aggregation:
+        if privacy.update_clip:
+            yield f"privacy.update-clip = {privacy.update_clip:g}: only for secure-aggregation; remove it"
+        return
+    if privacy.unit == "example":
+        if not privacy.update_clip:
+            yield 'privacy.update-clip = 0: secure-aggregation with unit = "example" needs the L2 bound of an update, as clip bounds gradients'
+    elif privacy.update_clip:
+        yield f'privacy.update-clip = {privacy.update_clip:g}: only for unit = "example"; clip is the bound here, remove it'
+    elif privacy.unit == "none" and not privacy.clip:
+        yield "privacy.clip = 0: secure-aggregation needs the L2 bound of an update, or its sum has no range; look at the norms of a run without"
+    if privacy.unit == "none":
+        if fed.weighting != "equal":
+            yield f"federation.weighting = {toml_value(fed.weighting)}: a secure sum counts all clients alike; set it to \"equal\""
+        if job.adapter.init == "gradient":
+            yield 'adapter.init = "gradient": sends single gradients in the clear; use "weights" with secure-aggregation'
+    if fed.cohort < 3:
+        yield f"federation.cohort = {fed.cohort}: at least 3 with secure-aggregation, as each of two could take itself from the sum; raise it"
+    if fed.sampling != "fixed":
+        yield f"federation.sampling = {toml_value(fed.sampling)}: a secure sum is laid out for a number of clients; set it to \"fixed\""
+    for name in ("amplification", "adaptive_clip", "metrics_noise"):
+        if getattr(privacy, name) and privacy.unit != "none":
+            yield f"privacy.{name.replace('_', '-')} = {toml_value(getattr(privacy, name))}: not with secure-aggregation; remove it"
+
+
 def _sections(job: Job) -> Iterator[tuple[str, _Section]]:
     """Every section with its name, and every table in a list of tables with its place there."""
     for name in type(job).model_fields:
@@ -330,6 +364,7 @@ def _table_of(field: Any) -> type[_Section] | None:
 
 
 _NO_PRIVACY = PrivacySection()
+_SECURE = ("secure_aggregation", "clip", "update_clip", "noise")  # keys that mean something where nothing is protected
 _SUGGEST = 0.6
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # with all that ends a line: a message is one line
 
@@ -340,6 +375,11 @@ def parse_job(text: str, overrides: Iterable[str] = (), source: str = "job") -> 
     Raises:
         JobError: with every problem found, one line each.
     """
+    return job_from(_raw(text, overrides, source), source)
+
+
+def _raw(text: str, overrides: Iterable[str], source: str) -> dict[str, Any]:
+    """As `parse_job`, the values not checked yet."""
     try:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as e:
@@ -349,13 +389,18 @@ def parse_job(text: str, overrides: Iterable[str] = (), source: str = "job") -> 
         problems += _apply(raw, override)
     if problems:
         raise JobError(problems, source)
-    return job_from(raw, source)
+    return raw
 
 
 def load_job(path: Path | None, overrides: Iterable[str] = ()) -> Job:
     """Reads a job file; None is the default job. Raises JobError, also for a file that cannot be read as UTF-8 text."""
+    return job_from(*load_raw(path, overrides))
+
+
+def load_raw(path: Path | None, overrides: Iterable[str] = ()) -> tuple[dict[str, Any], str]:
+    """(the values of a job file and overrides, not checked yet; what to call them in errors). Raises JobError."""
     if path is None:
-        return parse_job("", overrides, "default job")
+        return _raw("", overrides, "default job"), "default job"
     if path.is_dir():
         raise JobError([f"{path} is a folder; give the .toml file in it"], str(path))
     try:
@@ -366,7 +411,7 @@ def load_job(path: Path | None, overrides: Iterable[str] = ()) -> Job:
         raise JobError([f"not UTF-8 text (byte {e.start}); save the file as UTF-8"], str(path)) from None
     except OSError as e:
         raise JobError([f"cannot be read: {e.strerror}"], str(path)) from None
-    return parse_job(text, overrides, str(path))
+    return _raw(text, overrides, str(path)), str(path)
 
 
 def job_from(raw: dict[str, Any], source: str = "job") -> Job:

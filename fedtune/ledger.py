@@ -56,8 +56,11 @@ class Ledger:
 
     def _checked(self) -> Iterator[Event]:
         chain = _GENESIS
-        with closing(self._connect()) as db:
-            rows = db.execute("SELECT sequence, round, facts, chain FROM events ORDER BY sequence").fetchall()
+        try:
+            with closing(self._connect()) as db:
+                rows = db.execute("SELECT sequence, round, facts, chain FROM events ORDER BY sequence").fetchall()
+        except sqlite3.DatabaseError as e:
+            raise RunError(f"{self.path}: cannot be read ({e}); restore it from a backup, without it no privacy can be claimed") from None
         for expected, (sequence, round, text, stored) in enumerate(rows, 1):
             chain = _link(chain, sequence, round, text)
             if sequence != expected or stored != chain:

@@ -10,18 +10,20 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from fedtune.algorithms import Algorithm, State, dp_fed_avg, fed_avg
+from fedtune.algorithms import Algorithm, State, dp_fed_avg, fed_avg, secure_avg
 from fedtune.algorithms.dp_fed_avg import CLIP
 from fedtune.checkpoint import Checkpoint
-from fedtune.errors import EmptyCohort, Refused
+from fedtune.errors import EmptyCohort, Refused, SecAggFailed
 from fedtune.job import Job
 from fedtune.ledger import Ledger, require_whole
 from fedtune.metrics import plausible, value
 from fedtune.privacy.client import client_privacy
+from fedtune.privacy.contribution import Secure, message_bytes, secure_of
 from fedtune.privacy.noise import noise_of
-from fedtune.privacy.plan import Plan
+from fedtune.privacy.plan import Plan, fewest
 from fedtune.privacy.releases import Release, read
 from fedtune.run import RunFolder
+from fedtune.secagg.server import Sum
 from fedtune.trees import norm, subtract
 from fedtune.types import Arrays, Assignment, ClientInfo, Metrics, RoundReport, Update
 from fedtune.wire import Packet, Schema, decode, encode
@@ -91,6 +93,8 @@ class Watch:
     note: Callable[[str], None] = lambda text: None
 
 
+SumUp = Callable[[dict[str, str]], Sum]
+"""Takes a round to its secure sum and notes in the dict why which clients are not in it. Raises SecAggFailed when it does not open."""
 Evaluate = Callable[[int, Arrays], Metrics | None]
 """(finished rounds, model) -> held-out metrics, or None in a round that is not evaluated."""
 
@@ -114,6 +118,8 @@ class Coordinator:
     more: Callable[[RoundReport], dict] = lambda report: {}
     """What a round's line says besides, or in another way, where the clients are simulated."""
     privacy: Plan | None = None
+    secure: Secure | None = None
+    """How updates are summed, where single ones are not to be seen."""
     _joined: Counter[str] = field(default_factory=Counter)
     """Under privacy: rounds that each client was asked in, as the ledger has them."""
     _aborted: Sequence[list[str]] = ()
@@ -155,16 +161,40 @@ class Coordinator:
     def finish(self, replies: Iterable[Reply]) -> RoundReport:
         """Takes the replies as they come, refuses what is wrong, averages the rest, evaluates, and checkpoints.
 
-        With fewer than `min-replies` valid replies the model stays and the report has no clients.
+        With fewer than `fewest` valid replies the model stays and the report has no clients.
         """
-        refused = {name: f"privacy: its budget of {self.privacy.budget if self.privacy else 0} rounds is spent" for name in self._spent}
+        refused = self._out_of_budget()
+        return self._close(lambda: self.algorithm.step(self.state, self._accepted(replies, refused)), refused)
+
+    def finish_secure(self, sum_up: SumUp) -> RoundReport:
+        """As `finish`, where the clients' vectors were summed under secure aggregation."""
+        refused, settle = self._out_of_budget(), self.algorithm.settle
+        assert settle is not None, "the algorithm needs single updates"
+
+        def step() -> tuple[State, RoundReport]:
+            found = sum_up(refused)
+            return settle(self.state, found.vector, found.clients)
+
+        return self._close(step, refused)
+
+    def _out_of_budget(self) -> dict[str, str]:
+        return {name: f"privacy: its budget of {self.privacy.budget if self.privacy else 0} rounds is spent" for name in self._spent}
+
+    def _close(self, step: Callable[[], tuple[State, RoundReport]], refused: dict[str, str]) -> RoundReport:
+        """Ends the round; a step that does not come out, or has too few clients in it, leaves the model as it was."""
+        need, void = fewest(self.job), ""
+        same, empty = replace(self.state, round=self.state.round + 1), RoundReport(self.state.round + 1, (), 0.0, {})
         try:
-            state, report = self.algorithm.step(self.state, self._accepted(replies, refused))
+            state, report = step()
+            if len(report.clients) < need:
+                void = f"{len(report.clients)} updates, a secure sum needs {need}" if self.secure else "too few replies"
         except EmptyCohort:
-            state, report = None, RoundReport(self.state.round + 1, (), 0.0, {})
-        if state is None or (len(report.clients) < self.job.federation.min_replies and self.job.privacy.unit != "client"):
-            refused |= {c: "round void: too few replies" for c in report.clients}
-            state, report = replace(self.state, round=self.state.round + 1), replace(report, clients=(), weight=0.0, metrics={})
+            state, report = same, empty
+        except (Refused, SecAggFailed) as e:
+            state, report, void = same, replace(empty, clients=tuple(c for c in self._planned if c not in refused)), str(e)
+        if void:
+            refused |= {c: f"round void: {void}" for c in report.clients}
+            state, report = same, empty
         for silent in set(self._planned) - set(report.clients) - refused.keys():
             refused[silent] = "no reply"
         self.state = state
@@ -212,13 +242,19 @@ class Coordinator:
             raise Refused("client", "was not asked this round")
         if reply.payload is None and reply.packet is None:
             raise Refused("failed", reply.error or "no payload")
-        self.traffic.received(reply.client, reply.length)
+        if self.secure is None:
+            self.traffic.received(reply.client, reply.length)
+        else:  # of a simulation: what the messages of the protocol would have been
+            up, down = message_bytes(self.secure, len(planned))
+            self.traffic.received(reply.client, up)
+            self.traffic.sent(reply.client, down)
         if reply.client in seen:
             raise Refused("duplicate", "a second reply to the same round")
         packet = reply.packet
         if packet is None:
             packet = decode(reply.payload or b"", self.schema, kinds=["update"], round=self.state.round + 1, frame=self.frame_digest, copy=False)
-        self._within_limits(packet, center)
+        if self.secure is None:  # else nobody but the client sees it, which clips it
+            self._within_limits(packet, center)
         return Update(reply.client, packet.header.round, packet.arrays, packet.header.weight, packet.metrics)
 
     def _within_limits(self, packet: Packet, center: float) -> None:
@@ -266,7 +302,7 @@ def start(
     joined = Counter(name for round, names in asked if round <= state.round for name in names)
     aborted = [names for round, names in asked if round > state.round]
     return Coordinator(
-        job, schema, frame_digest, frame_bytes, algorithm, clients, run, evaluate, state, traffic, privacy=privacy, _joined=joined, _aborted=aborted)
+        job, schema, frame_digest, frame_bytes, algorithm, clients, run, evaluate, state, traffic, privacy=privacy, secure=secure_of(job, schema), _joined=joined, _aborted=aborted)
 
 
 def most_predictions(job: Job) -> float:
@@ -281,7 +317,9 @@ def evaluated(job: Job, round: int) -> bool:
 
 def make_algorithm(job: Job, schema: Schema) -> Algorithm:
     """The algorithm object that every engine runs."""
-    fed, privacy = job.federation, client_privacy(job)
+    fed, privacy, secure = job.federation, client_privacy(job), secure_of(job, schema)
+    if secure is not None:
+        return secure_avg(seed=fed.seed, cohort=fed.cohort, units=schema.units, secure=secure, noise=lambda round, client: noise_of(job, round, client, "sum"))
     if privacy is not None:
         return dp_fed_avg(
             seed=fed.seed, cohort=fed.cohort, units=schema.units, sampling=fed.sampling, privacy=privacy,

@@ -7,6 +7,7 @@
     metrics.jsonl       one line a round; tensorboard/ has the same figures
     ledger.sqlite       what left the devices, before it left
     adapter/ peft/ onnx/ summary.json report.html README.md     written when the run ends
+    privacy.html        written by `fedtune privacy report`
 """
 
 import contextlib

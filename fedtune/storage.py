@@ -31,7 +31,8 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
                 os.fsync(f.fileno())
             os.replace(name, path)
         except BaseException:
-            os.unlink(name)
+            with contextlib.suppress(FileNotFoundError):  # Ctrl-C can come when it has its place already
+                os.unlink(name)
             raise
         sync_folder(path.parent)
 

@@ -41,6 +41,7 @@ ROSTER_POLL = 1.0  # the coordinator looks for device keys that were added or ta
 QUEUE_POLL = 1.0  # an idle coordinator looks for jobs
 OFFER_SECONDS = 300.0  # a device answers an offer: it may have to load a base
 ASK_AGAIN_SECONDS = 60.0  # a device that refused is asked again
+STAGE_SECONDS = 60.0  # a device answers a question of a secure sum that needs no training; no longer than federation.deadline
 LATE_SECONDS = 600.0  # replies that come after a round's deadline are still taken in for so long, to be counted
 DESK_SECONDS = 5.0  # service.json is written at least so often
 LEDGER_SECONDS = 30.0  # another process may hold the ledger

@@ -217,6 +217,11 @@ def kind_of(data: bytes) -> Kind:
     return _open(data)[0].kind
 
 
+def round_of(data: bytes) -> int:
+    """The round a packet says it is of. Raises Refused when the header is not one."""
+    return _open(data)[0].round
+
+
 def _open(data: bytes) -> tuple[Header, memoryview]:
     _require(len(data) >= 8, "size", f"{len(data)} bytes, a packet has at least 8")
     _require(data[:4] == MAGIC, "magic", f"starts with {bytes(data[:4])!r}, not {MAGIC!r}")

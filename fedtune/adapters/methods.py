@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.adapters.fed_sb import SBLinear
+from fedtune.adapters.frames import lora_factor
 from fedtune.adapters.lora import LoRALinear
 from fedtune.adapters.spec import AdapterSpec
 from fedtune.errors import ShapeMismatch
 from fedtune.models.base import TunableModel
-from fedtune.seeds import generator
 from fedtune.types import Arrays
 
 Parameters = dict[str, Tensor]
@@ -81,7 +81,7 @@ def lora_factors(spec: AdapterSpec, frame: Arrays, arrays: Arrays, linear: str) 
     """(B, A) with update = scale·B·A, B [outputs, r], A [r, inputs]. For Fed-SB the core is folded into B: (B·R, A)."""
     if spec.method == "fed-sb":
         return frame[f"{linear}.B"] @ arrays[f"{linear}.R"], frame[f"{linear}.A"]
-    return arrays[f"{linear}.B"], arrays[f"{linear}.A"]
+    return arrays[f"{linear}.B"], arrays.get(f"{linear}.A", frame.get(f"{linear}.A"))  # type: ignore[return-value]
 
 
 def _replace(model: TunableModel, name: str, new: nn.Module) -> None:
@@ -104,6 +104,8 @@ def _attach_lora(model: TunableModel, spec: AdapterSpec, frame: Arrays) -> Mappi
         new = LoRALinear(model.linear(linear.name), spec.rank, spec.scale)
         _replace(model, linear.name, new)
         parameters |= {f"{linear.name}.A": new.down.weight, f"{linear.name}.B": new.up.weight}
+        if f"{linear.name}.A" in frame:  # FFA-LoRA: it stays
+            new.down.weight.requires_grad_(False).copy_(torch.from_numpy(frame[f"{linear.name}.A"]))
     return parameters
 
 
@@ -116,13 +118,10 @@ def _zeros(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
 
 
 def _lora_start(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """A ~ uniform(±1/sqrt(inputs)) as Kaiming's with a = sqrt(5), B = 0 (Hu et al. 2021, arXiv:2106.09685, section 4.1)."""
-    if name.endswith(".B"):
-        return np.zeros(shape, np.float32)
-    return generator(seed, f"lora:{name}").uniform(-1, 1, shape).astype(np.float32) / np.sqrt(shape[1], dtype=np.float32)
+    return np.zeros(shape, np.float32) if name.endswith(".B") else lora_factor(name, shape, seed)
 
 
 _ATTACH: dict[str, Callable[[TunableModel, AdapterSpec, Arrays], Mapping[str, Tensor]]] = {
-    "fed-sb": _attach_fed_sb, "lora": _attach_lora, "bias": _attach_own, "full": _attach_own, "head": _attach_own,
+    "fed-sb": _attach_fed_sb, "lora": _attach_lora, "ffa-lora": _attach_lora, "bias": _attach_own, "full": _attach_own, "head": _attach_own,
 }
-_START: dict[str, Callable[[str, tuple[int, ...], int], np.ndarray]] = {"fed-sb": _zeros, "lora": _lora_start}
+_START: dict[str, Callable[[str, tuple[int, ...], int], np.ndarray]] = {"fed-sb": _zeros, "lora": _lora_start, "ffa-lora": _zeros}

@@ -111,6 +111,13 @@ def _lora(layout: Layout, section: AdapterSection) -> _Tensors:
     return linears, factors, ()
 
 
+def _ffa_lora(layout: Layout, section: AdapterSection) -> _Tensors:
+    """FFA-LoRA (Sun et al. 2024, arXiv:2403.12313): A is drawn once and stays, B is trained from 0, so that the mean over clients is exact."""
+    linears, factors, _ = _lora(layout, section)
+    frame, trained = (tuple(t for t in factors if t.name.endswith(end)) for end in (".A", ".B"))
+    return linears, trained, frame
+
+
 def _with_rank(linears: tuple[Linear, ...], rank: int) -> tuple[Linear, ...]:
     small = min(linears, key=lambda x: min(x.inputs, x.outputs))
     if rank > min(small.inputs, small.outputs):
@@ -131,5 +138,5 @@ def _head(layout: Layout, section: AdapterSection) -> _Tensors:
 
 
 _METHODS: dict[str, Callable[[Layout, AdapterSection], _Tensors]] = {
-    "fed-sb": _fed_sb, "lora": _lora, "bias": _bias, "full": _full, "head": _head,
+    "fed-sb": _fed_sb, "lora": _lora, "ffa-lora": _ffa_lora, "bias": _bias, "full": _full, "head": _head,
 }

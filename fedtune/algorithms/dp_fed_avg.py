@@ -18,8 +18,7 @@ from fedtune.algorithms.fed_avg import draw_cohort
 from fedtune.errors import PrivacyRefused, Refused, ShapeMismatch
 from fedtune.privacy.client import METRIC_NORM, ClientPrivacy
 from fedtune.privacy.clipping import clip as clipped
-from fedtune.privacy.example import SIGMAS
-from fedtune.privacy.noise import Noise
+from fedtune.privacy.noise import SIGMAS, Noise
 from fedtune.privacy.plan import METRIC_CAP
 from fedtune.seeds import generator
 from fedtune.types import Arrays, Assignment, ClientInfo, Metrics, RoundReport, Update

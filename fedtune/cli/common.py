@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,10 +15,21 @@ from fedtune.errors import FedtuneError
 INTERRUPTED = 130
 JobArgument = Annotated[Path | None, typer.Argument(help="Job file (TOML). Without one, the default job.", show_default=False)]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Overrides a key of the job; repeatable.")]
+UnderstandOption = Annotated[bool, typer.Option("--i-understand", help="Go on with an epsilon above 10; the same as --set privacy.i-understand=true.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 
 out = Console(emoji=False)
 err = Console(stderr=True, emoji=False)
+
+
+def busy(text: str) -> AbstractContextManager[Any]:
+    """Shows that something is being worked out, on a terminal; elsewhere nothing."""
+    return err.status(text) if err.is_terminal else nullcontext()
+
+
+def overrides(set_: list[str] | None, understand: bool = False) -> list[str]:
+    """The values of --set, with what --i-understand stands for."""
+    return [*(set_ or ()), *(["privacy.i-understand=true"] if understand else [])]
 
 
 def shell(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
-from fedtune.cli.common import JobArgument, JsonOption, SetOption, out, shell
+from fedtune.cli.common import JobArgument, JsonOption, SetOption, UnderstandOption, out, overrides, shell
 from fedtune.job import load_job
 
 if TYPE_CHECKING:
@@ -16,9 +16,9 @@ EXAMPLES = "Examples:  fedtune plan   |   fedtune plan job.toml --set adapter.ra
 
 
 @shell
-def command(job: JobArgument = None, set_: SetOption = None, json_: JsonOption = False) -> None:
+def command(job: JobArgument = None, set_: SetOption = None, understand: UnderstandOption = False, json_: JsonOption = False) -> None:
     """Prints trainable numbers, bytes, memory and privacy of a job. Needs a base's config, not its weights."""
-    checked = load_job(job, set_ or ())
+    checked = load_job(job, overrides(set_, understand))
     from fedtune.workflows.plan import make_plan
 
     plan = make_plan(checked)
@@ -30,6 +30,7 @@ def command(job: JobArgument = None, set_: SetOption = None, json_: JsonOption =
 
 def _show(plan: "Plan", console: Console) -> None:
     from fedtune.report.format import count, percent, size
+    from fedtune.report.privacy import shown
     from fedtune.report.terminal import table
 
     device = plan.device
@@ -48,7 +49,7 @@ def _show(plan: "Plan", console: Console) -> None:
         ("  activations", _size(device["activations"]), "kept for the backward pass of one batch"),
         ("  adapter", _size(device["adapter_gradients_optimizer"]), "with gradients and optimizer state"),
         ("  frame", _size(device["frame"]), ""),
-        ("privacy", "epsilon = infinite", "no differential privacy is asked for"),
+        ("privacy", f"epsilon {shown(plan.epsilon)}", _protects(plan)),
     ]
     console.print(table(("", "figure", ""), rows, words=(0, 2)))
     console.print(table(("unit", "numbers", "bytes"), [(u.name, count(u.numbers), size(u.bytes)) for u in plan.units]))
@@ -58,6 +59,12 @@ def _show(plan: "Plan", console: Console) -> None:
         console.print(table(header, [_device(d) for d in plan.devices]))
     for note in plan.notes:
         console.print(Text(f"! {note}", style="yellow"))
+
+
+def _protects(plan: "Plan") -> str:
+    if plan.unit == "none":
+        return "no differential privacy is asked for"
+    return f"at most, of each {plan.unit}, at delta = {plan.delta:.3g}; noise multiplier {plan.noise_multiplier:g}"
 
 
 def _device(d: "DeviceTime") -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fedtune.cli.common import JobArgument, JsonOption, SetOption, out, shell
+from fedtune.cli.common import JobArgument, JsonOption, SetOption, UnderstandOption, out, overrides, shell
 from fedtune.cli.progress import Board
 from fedtune.job import load_job
 from fedtune.report.format import size
@@ -17,10 +17,10 @@ EXAMPLES = "Examples:  fedtune prepare job.toml -o bundle   |   fedtune server b
 @shell
 def command(
     folder: Annotated[Path, typer.Option("--out", "-o", help="Folder to make.", show_default=False)],
-    job: JobArgument = None, set_: SetOption = None, as_json: JsonOption = False,
+    job: JobArgument = None, set_: SetOption = None, understand: UnderstandOption = False, as_json: JsonOption = False,
 ) -> None:
     """Makes the bundle that a coordinator serves and devices receive: the job, the frame and the start. Needs the base, no data."""
-    checked = load_job(job, set_ or ())
+    checked = load_job(job, overrides(set_, understand))
     with Board(out) as board:
         from fedtune.workflows.prepare import prepare
 

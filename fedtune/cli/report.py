@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from fedtune.cli.common import JsonOption, out, shell
+from fedtune.ledger import require_whole
 from fedtune.run import open_run
 
 EXAMPLES = "Examples:  fedtune report runs/fed-sb-001   |   fedtune report runs/fed-sb-001 --json"
@@ -24,6 +25,7 @@ def command(
 
     folder = open_run(run)
     if folder.summary.exists() and load_summary(folder.path)["rounds"][-1]["round"] == folder.metrics()[-1]["round"]:
+        require_whole(folder.ledger, folder.metrics()[-1]["round"])  # the page's claims are those of a ledger that was whole
         write_page(folder, load_summary(folder.path))
     else:
         write_summary(folder, facts(folder))

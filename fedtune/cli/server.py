@@ -14,11 +14,12 @@ import typer
 
 from fedtune.address import is_loopback, parse_address
 from fedtune.bundle import Bundle, open_bundle
-from fedtune.cli.common import INTERRUPTED, SetOption, shell
+from fedtune.cli.common import INTERRUPTED, SetOption, UnderstandOption, overrides, shell
 from fedtune.cli.journal import Journal
 from fedtune.cli.simulate import round_text
 from fedtune.errors import EnvironmentProblem, UserError
 from fedtune.job import Job, load_job, to_toml
+from fedtune.privacy.plan import resolved
 from fedtune.rounds import Reply, Watch
 from fedtune.run import RunFolder
 
@@ -33,6 +34,7 @@ def command(
     folder: Annotated[Path, typer.Option("--dir", help="The coordinator's folder: keys from `fedtune provision`, and all that it keeps.", show_default=False)],
     source: Annotated[Path | None, typer.Argument(metavar="[JOB-OR-BUNDLE]", help="Job file, or bundle folder from `fedtune prepare`. Without one, runs what is queued.", show_default=False)] = None,
     set_: SetOption = None,
+    understand: UnderstandOption = False,
     address: Annotated[str | None, typer.Option("--address", metavar="HOST:PORT", help="Where to listen (default: the job's server.address).", show_default=False)] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="No TLS and no keys; on 127.0.0.1 only, for trying out.")] = False,
     stay: Annotated[bool, typer.Option("--stay", help="Keep serving when the queue is empty, until stopped.")] = False,
@@ -43,9 +45,10 @@ def command(
     in the folder, the job is queued there. The same command again continues after a crash."""
     from fedtune.workflows.serve import Home
 
-    if source is None and set_:
-        raise UserError("--set changes a job file; give one")
-    bundle, job = _read(source, set_)
+    changes = overrides(set_, understand)
+    if source is None and changes:
+        raise UserError(f"{_said(changes)} changes a job file; give one")
+    bundle, job = _read(source, changes)
     where = parse_address(address or job.server.address)
     if insecure and not is_loopback(where[0]):
         raise UserError(f"--insecure on {where[0]}: only 127.0.0.1, ::1 and localhost can do without TLS; remove --insecure and make keys with `fedtune provision`")
@@ -81,14 +84,19 @@ def _require_free(where: tuple[str, int]) -> None:
         raise EnvironmentProblem(f"cannot listen on {where[0]}:{where[1]} ({e.strerror or e}); is another service there, or is the address not this machine's? give another --address") from None
 
 
-def _read(source: Path | None, set_: list[str] | None) -> tuple[Bundle | None, Job]:
+def _said(changes: list[str]) -> str:
+    """The option that stands for them."""
+    return "--i-understand" if changes == overrides(None, True) else "--set"
+
+
+def _read(source: Path | None, changes: list[str]) -> tuple[Bundle | None, Job]:
     """The bundle, where one was given, and the job."""
     if source is None:
         return None, Job()
     if not source.is_dir():
-        return None, load_job(source, set_ or ())
-    if set_:
-        raise UserError(f"--set cannot change {source}: a bundle is made from its job; use `fedtune prepare JOB --set …`")
+        return None, resolved(load_job(source, changes), 0)  # as its bundle will say it, by which the queue knows it
+    if changes:
+        raise UserError(f"{_said(changes)} cannot change {source}: a bundle is made from its job; use `fedtune prepare JOB {_said(changes)}`")
     bundle = open_bundle(_bundle_in(source))
     return bundle, bundle.job
 
@@ -180,7 +188,7 @@ def _tell(facts: dict[str, Any], seen: dict[str, Any], journal: Journal) -> None
         if seen.get(device["name"]) != now:
             seen[device["name"]] = now
             reason = f": {device['reason']}" if now == "refused" else ""
-            count = f", {device['examples']:,} examples" if now == "ready" else ""
+            count = f", {device['examples']:,} examples" if now == "ready" and device["examples"] else ""
             if now != "asked":
                 journal.event("device", f"device {device['name']} {now}{count}{reason}", "warning" if now == "refused" else "info", **device)
     waits = f"waiting for devices: {facts.get('ready', 0)} of {facts.get('need', '?')} ready" if facts["state"] == "waiting" and "need" in facts else None

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedtune.cli.common import JobArgument, SetOption, err, out, shell
+from fedtune.cli.common import JobArgument, SetOption, UnderstandOption, err, out, overrides, shell
 from fedtune.cli.progress import Board
 from fedtune.errors import UserError
 from fedtune.job import Job, load_job
@@ -23,12 +23,13 @@ def command(
     out_: Annotated[Path | None, typer.Option("--out", help="Run folder to make (default: runs/METHOD-001, -002…).", show_default=False)] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Same as --set federation.seed=N.", show_default=False)] = None,
     resume: Annotated[Path | None, typer.Option("--resume", help="Continue this run folder from its last finished round.", show_default=False)] = None,
+    understand: UnderstandOption = False,
 ) -> None:
     """Runs the whole job on this machine and leaves a run folder with the adapter, the report and the exports."""
-    if resume and (job or set_ or out_ or seed is not None):
-        raise UserError("--resume takes the job from the run folder; remove the job, --set, --out and --seed")
+    if resume and (job or set_ or out_ or seed is not None or understand):
+        raise UserError("--resume takes the job from the run folder; remove the job, --set, --out, --seed and --i-understand")
     run = open_run(resume) if resume else None
-    checked = run.job() if run else load_job(job, [*(set_ or ()), *([f"federation.seed={seed}"] if seed is not None else [])])
+    checked = run.job() if run else load_job(job, [*overrides(set_, understand), *([f"federation.seed={seed}"] if seed is not None else [])])
     if not (run and _whole(run)):
         run = _run(run, checked, out_)
     from fedtune.report.summary import load_summary

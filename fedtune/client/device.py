@@ -9,9 +9,11 @@ from pathlib import Path
 
 from fedtune.bundle import Bundle, open_bundle, receive_bundle
 from fedtune.client.app import make_device_app
+from fedtune.client.budget import Budget
 from fedtune.client.connection import Unreachable, look
 from fedtune.client.policy import FILE as POLICY
 from fedtune.client.policy import Policy, load_policy
+from fedtune.client.secure import SecureWork, is_question
 from fedtune.client.supernode import NodeSettings, SuperNode, execute
 from fedtune.client.trainer import Trainer, TrainerSettings
 from fedtune.errors import DataError, FedtuneError, ModelError, Refused, RunError, UserError
@@ -61,6 +63,7 @@ class Work:
     fatal: UserError | None = None
     _bundle: Bundle | None = None
     _trainer: Trainer | None = None
+    _secure: SecureWork | None = None
     _facts: dict = field(default_factory=dict)
 
     def accept(self, offer: Offer) -> Answer:
@@ -83,24 +86,48 @@ class Work:
                 self.say(f"cannot take job {offer.job[:12]} now: {e}")
             return Answer("refused", _outward(e), self.settings.name)
         self.say(f"ready for job {offer.job[:12]}: {self._facts['examples']} examples to train on, {self._facts['held_out']} held out")
+        if self._bundle is not None and self._bundle.job.privacy.hides_clients:  # how many there are is not protected by any noise
+            return Answer("ready", "", self.settings.name)
         return Answer("ready", "", self.settings.name, self._facts["examples"], self._facts["held_out"])
 
     def train(self, job: str, packet: bytes, client: str) -> bytes:
         with _inward(self):
             bundle, trainer = self._opened(job)
+            if self._secure is not None:
+                return self._secured(self._secure, trainer, packet, client)
+            budget = self._budget(bundle)
+            if (sent := budget.charge(packet)) is not None:
+                self.say("sending the answer of this round again")
+                return sent
             self.say("training")
-            return trainer.handle(packet, client, bundle.job.federation.deadline)
+            answer = trainer.handle(packet, client, bundle.job.federation.deadline)
+            budget.keep(packet, answer)
+            return answer
+
+    def _secured(self, secure: SecureWork, trainer: Trainer, packet: bytes, client: str) -> bytes:
+        """A question of a round whose updates are summed: the update stays here, what leaves is a message of the protocol."""
+        if is_question(packet):
+            return secure.answer(packet)
+        secure.begin(packet)
+        self._budget(secure.bundle).charge(packet)
+        self.say("training")
+        return secure.first(packet, trainer.handle(packet, client, secure.bundle.job.federation.deadline), client)
 
     def evaluate(self, job: str, packet: bytes) -> bytes:
         with _inward(self):
             bundle, trainer = self._opened(job)
+            if bundle.job.privacy.hides_clients:
+                raise Refused("privacy", "scores of held-out examples would leave as they are")
             self.say("evaluating")
             return trainer.evaluate(packet, bundle.job.federation.deadline)
 
     def close(self) -> None:
         if self._trainer is not None:
             self._trainer.stop()
-        self._trainer = self._bundle = None
+        self._trainer = self._bundle = self._secure = None
+
+    def _budget(self, bundle: Bundle) -> Budget:
+        return Budget(self.settings.folder / "privacy", bundle.digest, bundle.job)
 
     def _opened(self, job: str) -> tuple[Bundle, Trainer]:
         """A round may come to a device that was restarted since it was ready: then the job is opened from the cache."""
@@ -118,6 +145,7 @@ class Work:
         bundle = open_bundle(self._folder(job))
         _ = bundle.frame
         self.policy.check(bundle.manifest, bundle.job)
+        _ = self._budget(bundle).plan
         trainer = Trainer(TrainerSettings(
             bundle.folder, self.settings.data, self.settings.base, self.settings.threads, self.settings.idle_seconds,
             self.settings.folder / "trainer.log", self.settings.folder))
@@ -127,6 +155,7 @@ class Work:
             trainer.stop()
             raise
         self._bundle, self._trainer = bundle, trainer
+        self._secure = SecureWork(self.settings.folder / "secagg", bundle, self.policy.min_cohort) if bundle.job.privacy.secure_aggregation else None
         self._tidy()
 
     def _here(self, job: str) -> bool:

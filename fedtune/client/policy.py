@@ -9,15 +9,16 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedtune.bundle import Manifest
-from fedtune.errors import Refused, UserError
-from fedtune.job import Job, PrivacySection
+from fedtune.errors import PrivacyRefused, Refused, UserError
+from fedtune.job import Job
+from fedtune.privacy.plan import fewest, plan_of
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 FILE = "policy.toml"
 
 
 class Policy(BaseModel):
-    """policy.toml; an absent key allows everything. Unknown keys are errors, as a misspelt limit would not limit."""
+    """policy.toml; an absent key allows everything, but min-cohort is then 3. Unknown keys are errors, as a misspelt limit would not limit."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, alias_generator=lambda name: name.replace("_", "-"), allow_inf_nan=False)
 
@@ -28,6 +29,8 @@ class Policy(BaseModel):
     min_noise_multiplier: Annotated[float, Field(gt=0)] | None = None
     max_epsilon: Annotated[float, Field(gt=0)] | None = None
     max_rounds: Annotated[int, Field(ge=1)] | None = None
+    min_cohort: Annotated[int, Field(ge=2)] = 3
+    """Under secure aggregation: fewest clients whose sum this device is part of."""
 
     def check(self, manifest: Manifest, job: Job) -> None:
         """Raises Refused, with the key that forbids it, for a job that asks for more than is allowed."""
@@ -39,15 +42,32 @@ class Policy(BaseModel):
             raise _forbidden("privacy-unit", f"the job protects {_shown(job.privacy.unit)}, this device wants {self.privacy_unit!r}")
         if self.min_noise_multiplier is not None and job.privacy.noise_multiplier < self.min_noise_multiplier:
             raise _forbidden("min-noise-multiplier", f"the job adds {job.privacy.noise_multiplier:g}, at least {self.min_noise_multiplier:g} is wanted")
-        if self.max_epsilon is not None and claimed_epsilon(job.privacy) > self.max_epsilon:
-            raise _forbidden("max-epsilon", f"the job's epsilon is {claimed_epsilon(job.privacy):g}, at most {self.max_epsilon:g} is allowed")
+        if self.max_epsilon is not None and (epsilon := own_epsilon(job)) > self.max_epsilon:
+            raise _forbidden("max-epsilon", f"the job's epsilon is {epsilon:.4g}, at most {self.max_epsilon:g} is allowed")
         if self.max_rounds is not None and job.federation.rounds > self.max_rounds:
             raise _forbidden("max-rounds", f"the job has {job.federation.rounds} rounds, at most {self.max_rounds} are allowed")
+        if job.privacy.secure_aggregation:
+            _in_company(job, self.min_cohort)
 
 
-def claimed_epsilon(privacy: PrivacySection) -> float:
-    """The epsilon that a job promises; infinite when it protects nothing or names none."""
-    return privacy.epsilon if privacy.unit != "none" and privacy.epsilon > 0 else math.inf
+def _in_company(job: Job, least: int) -> None:
+    try:
+        found = fewest(job)
+    except PrivacyRefused as e:
+        raise Refused("privacy", str(e)) from None
+    if found < least:
+        raise _forbidden("min-cohort", f"sums of {found} clients would open, this device is only part of those of {least}")
+
+
+def own_epsilon(job: Job) -> float:
+    """The most that the job can cost this device's data, worked out here from its noise; infinite when it protects nothing."""
+    if job.privacy.unit == "none" or job.privacy.noise == "seeded":
+        return math.inf
+    try:
+        plan = plan_of(job, 0)
+    except PrivacyRefused as e:
+        raise Refused("privacy", str(e)) from None
+    return math.inf if plan is None else plan.reading().epsilon
 
 
 def load_policy(path: Path) -> Policy:

@@ -1,15 +1,20 @@
 """What a run has spent: the ledger read into figures and into words."""
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fedtune.privacy.accounting import Reading, read_epsilon, relation
 from fedtune.privacy.plan import Plan
 from fedtune.privacy.releases import History, Release, histories, history
 
-POINTS = 24
+OWN = "this device"
+"""The client of a device's own ledger."""
+POINTS = 16
 """Rounds at which epsilon is read for the plot."""
+SHARES = 24
+"""About the most different histories that are read for the spread over clients."""
 
 
 @dataclass(frozen=True)
@@ -18,8 +23,8 @@ class Account:
 
     Attributes:
         worst: of the unit that lost most, which is what the run promises, with the client it is of ("" for all alike).
-        spread: (epsilon, clients that have it), from the most to the least.
-        rounds: (round, epsilon of the unit that has lost most by then).
+        spread: (epsilon, clients that have it), from the most to the least; of very many different ones, some count as the next larger.
+        rounds: (round, epsilon by then of the client that has lost most in the end).
         parts: epsilon of each kind of release, as if it alone had left.
         left: epsilon still unspent of what the job allows; infinite where it names no epsilon.
     """
@@ -37,36 +42,79 @@ class Account:
         return self.worst.epsilon
 
 
-def account(events: Sequence[tuple[int, Release]], clients: Sequence[str], plan: Plan, accountants: Sequence[str] = ("pld", "rdp")) -> Account:
-    """Reads (round, release) events for these clients. An unprotected event makes every reading infinite."""
+def account(
+    events: Sequence[tuple[int, Release]], clients: Sequence[str], plan: Plan, accountants: Sequence[str] = ("pld", "rdp"), others: int = 0,
+) -> Account:
+    """Reads (round, release) events. An unprotected event makes every reading infinite.
+
+    Args:
+        accountants: by which the worst unit is read; the others only by the one of PLD and RDP that gives it less.
+        others: clients beside `clients` that no event names.
+    """
     releases = [release for _, release in events]
     if not all(r.protected for r in releases):
         lost = read_epsilon(releases, plan.delta)
-        return Account(plan.delta, lost, "", ((lost.epsilon, len(clients)),), tuple((round, lost.epsilon) for round, _ in events), {}, 0.0)
+        return Account(plan.delta, lost, "", ((lost.epsilon, len(clients) + others),), tuple((round, lost.epsilon) for round, _ in events), {}, 0.0)
     own = histories(releases, clients)
-    readings: dict[History, float] = {h: read_epsilon(h, plan.delta).epsilon for h in set(own.values())}
-    first = max(own, key=lambda name: readings[own[name]], default="")
-    worst = read_epsilon(own[first] if own else history(releases), plan.delta, accountants)
-    spread, alike = Counter(readings[h] for h in own.values()), len(readings) <= 1
+    counts = Counter(own.values())
+    counts[history(r for r in releases if not r.names)] += others
+    counts += Counter()  # without the empty ones
+    heaviest = max(_largest(counts) or [history(releases)], key=lambda h: read_epsilon(h, plan.delta).epsilon)
+    worst, best = read_epsilon(heaviest, plan.delta, accountants), read_epsilon(heaviest, plan.delta).best
+
+    def quick(found: History) -> float:
+        if found == heaviest:
+            return worst.epsilon
+        one = read_epsilon(found, plan.delta, (best,)).epsilon if found else 0.0
+        return one if math.isfinite(one) else read_epsilon(found, plan.delta).epsilon
+
+    spread: Counter[float] = Counter()
+    for found, larger in thinned(counts).items():
+        spread[quick(larger)] += counts[found]
+    client = next((name for name, found in own.items() if found == heaviest), "")
+    mine = [(round, r) for round, r in events if not r.names or client in r.names]
     target = plan.job.privacy.epsilon
     return Account(
-        plan.delta, worst, "" if alike else first, tuple(sorted(spread.items(), reverse=True)), _by_round(events, first, plan.delta), _by_part(releases, first, plan.delta),
-        max(0.0, target - worst.epsilon) if target else float("inf"))
+        plan.delta, worst, client if len(counts) > 1 else "", tuple(sorted(spread.items(), reverse=True)),
+        tuple((mark, quick(history(r for round, r in mine if round <= mark))) for mark in _marks(events)),
+        {name: quick(history(_alone(r, name) for _, r in mine if name in r.parts)) for name in dict.fromkeys(name for r in releases for name in r.parts)},
+        max(0.0, target - worst.epsilon) if target else math.inf)
 
 
-def _by_round(events: Sequence[tuple[int, Release]], client: str, delta: float) -> tuple[tuple[int, float], ...]:
-    last = max((round for round, _ in events), default=0)
-    marks = sorted({round(1 + i * (last - 1) / (POINTS - 1)) for i in range(POINTS)}) if last else []
-    return tuple((mark, read_epsilon(history(r for at, r in events if at <= mark and (not r.names or client in r.names)), delta).epsilon) for mark in marks)
+def spent(releases: Sequence[Release], delta: float) -> float:
+    """Epsilon so far of the unit that has lost most. Readings are kept, so a new round costs one or two."""
+    if not all(r.protected for r in releases):
+        return math.inf
+    return max(read_epsilon(found, delta).epsilon for found in _largest(histories(releases, ()).values()) or [history(releases)])
 
 
-def _by_part(releases: Sequence[Release], client: str, delta: float) -> dict[str, float]:
-    names = dict.fromkeys(name for r in releases for name in r.parts)
-    found = {}
-    for name in names:
-        alone = [r.model_copy(update={"parts": {name: r.parts[name]}}) for r in releases if name in r.parts and (not r.names or client in r.names)]
-        found[name] = read_epsilon(history(alone), delta).epsilon
-    return found
+def _largest(found: Iterable[History]) -> list[History]:
+    """The histories that no other one contains; only these can be the most expensive."""
+    known = set(found)
+    return [h for h in known if not any(h != other and _within(h, other) for other in known)]
+
+
+def _within(a: History, b: History) -> bool:
+    """Whether all that happened in `a` happened in `b`, too."""
+    counts = dict(b)
+    return all(count <= counts.get(step, 0) for step, count in a)
+
+
+def thinned(found: Iterable[History]) -> dict[History, History]:
+    """For each history one that contains it, itself where there are few, so that about SHARES different ones are left to read."""
+    ordered = sorted(set(found), key=lambda h: -sum(count for _, count in h))
+    kept = ordered[:: max(1, -(-len(ordered) // SHARES))]
+    return {h: next((larger for larger in reversed(kept) if _within(h, larger)), h) if h else h for h in ordered}
+
+
+def _marks(events: Sequence[tuple[int, Release]]) -> list[int]:
+    """At most POINTS rounds, evenly up to the last."""
+    first, last = min((round for round, _ in events), default=1), max((round for round, _ in events), default=0)
+    return sorted({round(first + i * (last - first) / (POINTS - 1)) for i in range(POINTS)}) if events else []
+
+
+def _alone(release: Release, part: str) -> Release:
+    return release.model_copy(update={"parts": {part: release.parts[part]}})
 
 
 def assumptions(plan: Plan) -> list[str]:
@@ -89,8 +137,8 @@ def assumptions(plan: Plan) -> list[str]:
         else:
             out.append("Sampling: none is counted on. A client is charged for the rounds it was asked in, whoever knows of them.")
     share = privacy.examples if plan.unit == "example" else plan.population
-    held = f", below 1 / {share} = {1 / share:.2g}" if share else ""
-    out.append(f"Delta = {plan.delta:g}{held}: with that chance epsilon may not hold.")
+    held = f" It is below 1 / {share} = {1 / share:.2g}: giving away one of {share} {plan.unit}s whole would not count as private." if share else ""
+    out.append(f"Delta = {plan.delta:g}: with that chance epsilon may not hold.{held}")
     out.append(f"Clip {privacy.clip:g}{', adapted with the clip bits charged' if privacy.adaptive_clip else ''}; noise multiplier {plan.parts['update']:g} in double precision from "
                + ("the operating system's generator." if privacy.noise == "system" else "A KNOWN SEED: NOT PRIVATE, no epsilon holds."))
     out.append("Training metrics: " + (f"sent with noise of multiplier {privacy.metrics_noise:g}, charged." if privacy.metrics_noise else "not sent.")

@@ -6,27 +6,20 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-
-from dp_accounting import (
-    DpEvent,
-    GaussianDpEvent,
-    NeighboringRelation,
-    PoissonSampledDpEvent,
-    SampledWithoutReplacementDpEvent,
-    SelfComposedDpEvent,
-    ZCDpEvent,
-)
-from dp_accounting.pld import PLDAccountant
-from dp_accounting.rdp import RdpAccountant
+from typing import TYPE_CHECKING
 
 from fedtune.privacy.releases import History, Release, Step, history
 
+if TYPE_CHECKING:  # the accountants take a second to import, and most commands read no epsilon
+    from dp_accounting import DpEvent
+
 INTERVAL = 1e-3
 """Of PLD's grid. Its estimate is pessimistic, so a coarser one is larger, never wrong; 1e-4 differs in the fourth digit and takes ten times as long."""
+CELLS = 4e6
+"""About the most cells of that grid: with so little noise that it would have more, it is made coarser, or memory would run out."""
 LARGEST = 1e4
 """Above it an epsilon says nothing, and is read as infinite."""
 ACCOUNTANTS = ("pld", "rdp", "prv")
-_ADD_REMOVE, _REPLACE = NeighboringRelation.ADD_OR_REMOVE_ONE, NeighboringRelation.REPLACE_ONE
 
 
 @dataclass(frozen=True)
@@ -55,7 +48,7 @@ def read_epsilon(found: History | Sequence[Release], delta: float, accountants: 
         if not all(r.protected for r in found):  # type: ignore[union-attr]
             return Reading((("unprotected", math.inf),))
         found = history(found)  # type: ignore[arg-type]
-    return _read(found, delta, tuple(accountants))  # type: ignore[arg-type]
+    return _read(tuple(found), delta, tuple(accountants))  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=4096)
@@ -75,8 +68,11 @@ def _read(found: History, delta: float, accountants: tuple[str, ...]) -> Reading
 def _rdp(found: History, delta: float) -> float | None:
     """RDP accounts for a fixed number drawn with noise over the sensitivity, which is twice the clip when one unit replaces another:
     it is given half of the multiplier, which is over the clip."""
+    from dp_accounting import NeighboringRelation, SelfComposedDpEvent
+    from dp_accounting.rdp import RdpAccountant
+
     replace = relation([s for s, _ in found]) == "replace-one"
-    accountant = RdpAccountant(neighboring_relation=_REPLACE if replace else _ADD_REMOVE)
+    accountant = RdpAccountant(neighboring_relation=NeighboringRelation.REPLACE_ONE if replace else NeighboringRelation.ADD_OR_REMOVE_ONE)
     with _quiet():
         for step, count in found:
             event = _rdp_event(step, replace)
@@ -86,7 +82,9 @@ def _rdp(found: History, delta: float) -> float | None:
         return float(accountant.get_epsilon(delta))
 
 
-def _rdp_event(step: Step, replace: bool) -> DpEvent | None:
+def _rdp_event(step: Step, replace: bool) -> "DpEvent | None":
+    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SampledWithoutReplacementDpEvent, ZCDpEvent
+
     z = step.multiplier / 2 if replace else step.multiplier
     if step.excess:
         return None if step.sampling != "none" else ZCDpEvent((1 / z + step.excess) ** 2 / 2)
@@ -99,7 +97,14 @@ def _pld(found: History, delta: float) -> float | None:
     """PLD itself doubles the sensitivity for replace-one, and has no reading for a fixed number drawn."""
     if any(s.sampling == "fixed" or s.excess for s, _ in found):
         return None
-    accountant = PLDAccountant(value_discretization_interval=INTERVAL)
+    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
+    from dp_accounting.pld import PLDAccountant
+
+    bound = _read(found, delta, ("rdp",)).epsilon
+    if bound > LARGEST:
+        return None
+    reach = 4 * bound + max(1 / (2 * step.multiplier**2) + 8 / step.multiplier for step, _ in found)
+    accountant = PLDAccountant(value_discretization_interval=max(INTERVAL, reach / CELLS))
     for step, count in found:
         plain = GaussianDpEvent(step.multiplier)
         accountant.compose(SelfComposedDpEvent(PoissonSampledDpEvent(step.rate, plain) if step.sampling == "poisson" else plain, count))

@@ -22,15 +22,17 @@ def calibrate(make: Callable[[float], History], epsilon: float, delta: float) ->
 
     Raises PrivacyRefused where even MOST is too little: other releases of the history already cost too much.
     """
-    def fits(z: float, accountants: tuple[str, ...]) -> bool:
-        return read_epsilon(make(z), delta, accountants).epsilon <= epsilon
+    def over(z: float, accountants: tuple[str, ...]) -> float:
+        """Logarithm of what is read over what is allowed: at most 0 where it fits."""
+        found = read_epsilon(make(z), delta, accountants).epsilon
+        return math.log(min(max(found, 1e-9), 1e9) / epsilon)
 
-    if not fits(MOST, ("pld", "rdp")):
+    both, quick = ("pld", "rdp"), ("rdp",)
+    if over(MOST, both) > 0:
         raise PrivacyRefused(f"privacy.epsilon = {epsilon:g}: no noise reaches it at delta = {delta:g}; allow a larger epsilon, or send less beside the updates")
-    above = _lowest(lambda z: fits(z, ("rdp",)), LEAST, MOST, 1e-2) if fits(MOST, ("rdp",)) else MOST
-    found = _lowest(lambda z: fits(z, ("pld", "rdp")), max(LEAST, above / 2), above, 10.0 ** (1 - DIGITS) / 2)
-    z = rounded_up(found)
-    while not fits(z, ("pld", "rdp")):  # readings are not exactly monotone in their last digits
+    above = _root(lambda z: over(z, quick), LEAST, MOST, 1e-2) if over(MOST, quick) <= 0 else MOST
+    z = rounded_up(_root(lambda z: over(z, both), max(LEAST, above / 2), above * 1.02, 10.0 ** (1 - DIGITS) / 2))
+    while over(z, both) > 0:  # readings are not exactly monotone in their last digits
         z = rounded_up(z * (1 + 2 * 10.0 ** (1 - DIGITS)))
     return z
 
@@ -45,11 +47,10 @@ def rounded_up(z: float) -> float:
     return round(math.ceil(round(z / unit, 6)) * unit, 12)
 
 
-def _lowest(fits: Callable[[float], bool], low: float, high: float, precision: float) -> float:
-    """The smallest value that fits, within a relative `precision` and from above; `high` fits."""
-    if fits(low):
+def _root(over: Callable[[float], float], low: float, high: float, precision: float) -> float:
+    """Where `over` becomes 0, within a relative `precision`; `low` where it is 0 there already."""
+    from scipy.optimize import brentq
+
+    if over(low) <= 0:
         return low
-    while high / low > 1 + precision:
-        middle = math.sqrt(low * high)
-        low, high = (low, middle) if fits(middle) else (middle, high)
-    return high
+    return math.exp(brentq(lambda x: over(math.exp(x)), math.log(low), math.log(high), xtol=precision))

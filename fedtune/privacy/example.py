@@ -5,14 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedtune.errors import Refused
+from fedtune.errors import PrivacyRefused, Refused
 from fedtune.job import Job
-from fedtune.privacy.noise import Noise
+from fedtune.privacy.noise import SIGMAS, Noise
 from fedtune.privacy.plan import METRIC_CAP, local_steps, sampling_rate
 from fedtune.types import Metrics
 
-SIGMAS = 6.0
-"""The noise that was added may be off by so many standard deviations of its own measurement."""
 METRIC_NORM = math.sqrt(3.0)
 """L2 bound of one example's (loss / METRIC_CAP, right, 1)."""
 
@@ -39,7 +37,7 @@ def example_privacy(job: Job) -> ExamplePrivacy | None:
     if privacy.unit != "example":
         return None
     if not privacy.noise_multiplier:
-        raise Refused("privacy", "the job names no noise multiplier, so nothing would be protected")
+        raise PrivacyRefused("privacy.noise-multiplier = 0: was not computed before the rounds began, so nothing would be protected")
     return ExamplePrivacy(privacy.clip, privacy.noise_multiplier, float(job.federation.batch_size), sampling_rate(job), local_steps(job), privacy.metrics_noise)
 
 

@@ -9,6 +9,9 @@ import numpy as np
 from fedtune.job import Job
 from fedtune.seeds import generator
 
+SIGMAS = 6.0
+"""Noise that was added may be off by so many standard deviations of its own measurement."""
+
 
 class Noise(Protocol):
     """`private`: whether nobody can know what was drawn."""
@@ -60,8 +63,8 @@ class SeededNoise:
         return self.rng.standard_normal(shape)
 
 
-def noise_of(job: Job, round: int, client: str) -> Noise:
-    """The randomness of one client's round, or (client "") of the coordinator's."""
+def noise_of(job: Job, round: int, client: str, purpose: str = "privacy") -> Noise:
+    """The randomness of one client's round, or (client "") of the coordinator's; each purpose has its own."""
     if job.privacy.noise == "system":
         return SystemNoise()
-    return SeededNoise(generator(job.federation.seed, "privacy", round, client))
+    return SeededNoise(generator(job.federation.seed, purpose, round, client))

@@ -8,7 +8,9 @@ from fedtune.errors import PrivacyRefused
 from fedtune.job import Job
 from fedtune.privacy.accounting import Reading, read_epsilon
 from fedtune.privacy.calibration import calibrate
+from fedtune.privacy.distributed import excess
 from fedtune.privacy.releases import History, Release, Sampling, history
+from fedtune.secagg.graph import design
 from fedtune.types import Metrics
 
 METRIC_CAP = 10.0
@@ -61,6 +63,11 @@ class Plan:
     def _amplified(self) -> bool:
         return self.unit == "client" and self.job.privacy.amplification
 
+    @property
+    def distributed(self) -> bool:
+        """Whether each client adds its share of the noise itself."""
+        return self.unit == "client" and self.job.privacy.secure_aggregation
+
     def release(self, clients: Sequence[str], clip: float = 0.0) -> Release:
         """The event of one round with these clients; `clip`: as adapted, where it is not the job's."""
         privacy, fed = self.job.privacy, self.job.federation
@@ -71,9 +78,9 @@ class Plan:
             rate, sample = (min(1.0, fed.cohort / self.population), 0) if sampling == "poisson" else (1.0, min(fed.cohort, self.population))
             population = 0 if sampling == "poisson" else population
         return Release(
-            release="updates", mechanism="gaussian", unit=privacy.unit, clients=[] if self._amplified else list(clients), noise=privacy.noise,
+            release="updates", mechanism="distributed" if self.distributed else "gaussian", unit=privacy.unit, clients=[] if self._amplified else list(clients), noise=privacy.noise,
             parts=self.parts, clip=clip or privacy.clip, sampling=sampling, rate=rate, sample=sample, population=population,
-            count=self.steps,
+            count=self.steps, excess=excess(self.parts["update"], fewest(self.job)) if self.distributed else 0.0,
         )
 
     def whole(self) -> History:
@@ -83,6 +90,19 @@ class Plan:
     def reading(self, accountants: Sequence[str] = ("pld", "rdp")) -> Reading:
         """The most that one unit can be charged."""
         return read_epsilon(self.whole(), self.delta, accountants)
+
+
+def fewest(job: Job) -> int:
+    """Clients that must be in a round's mean for it to count. In a secure sum the design's threshold: with fewer it does not open.
+
+    Raises PrivacyRefused for a cohort that no design holds.
+    """
+    if job.privacy.secure_aggregation:
+        try:
+            return design(job.federation.cohort).threshold
+        except ValueError as e:
+            raise PrivacyRefused(f"federation.cohort = {job.federation.cohort}: secure aggregation of {e}") from None
+    return 0 if job.privacy.unit == "client" else job.federation.min_replies  # there a void round would tell who took part
 
 
 def local_steps(job: Job) -> int:
@@ -116,14 +136,19 @@ def default_delta(count: int) -> float:
 def plan_of(job: Job, population: int) -> Plan | None:
     """The plan of a job, its noise calibrated where the job gives an epsilon; None where the job protects nothing.
 
+    Args:
+        population: clients that may be drawn; 0 where nobody knows yet, which only client level needs.
+
     Raises PrivacyRefused for settings that claim more than they give.
     """
     privacy = job.privacy
     if privacy.unit == "none":
         return None
     count = units(job, population)
+    if not privacy.delta and not count:
+        raise PrivacyRefused("privacy.delta = 0: how many devices there will be is not known yet; give a delta below 1 / their number")
     delta = privacy.delta or default_delta(max(2, count))
-    if delta >= 1 / count:
+    if count and delta >= 1 / count:
         raise PrivacyRefused(f"privacy.delta = {delta:g}: with {count} {privacy.unit}s it must be below {1 / count:.2g}, or giving away one whole {privacy.unit} would count as private; "
                              f"lower it, {default_delta(count):g} would do")
 
@@ -132,12 +157,20 @@ def plan_of(job: Job, population: int) -> Plan | None:
 
     plan = made(privacy.noise_multiplier or calibrate(lambda z: made(z).whole(), privacy.epsilon, delta))
     epsilon = plan.reading().epsilon
-    if epsilon > DANGEROUS and not privacy.i_understand:
-        raise PrivacyRefused(f"privacy: epsilon = {epsilon:.3g} is above {DANGEROUS:g}, which protects little; add noise, or say that you mean it with --i-understand")
-    if privacy.epsilon and privacy.noise_multiplier and epsilon > privacy.epsilon:
+    if privacy.epsilon and epsilon > privacy.epsilon:
         raise PrivacyRefused(f"privacy.noise-multiplier = {privacy.noise_multiplier:g}: gives epsilon = {epsilon:.4g}, the job promises {privacy.epsilon:g}; "
                              "leave out one of the two keys")
+    if epsilon > DANGEROUS and not privacy.i_understand:
+        raise PrivacyRefused(f"privacy.epsilon: this run's is {epsilon:.3g}, above {DANGEROUS:g}, which protects little; add noise, or say that you mean it with --i-understand")
     return plan
+
+
+def kept(job: Job, population: int) -> Plan | None:
+    """The plan of a job that a run keeps, whose noise and delta were filled in when it began: nothing is worked out or refused again."""
+    privacy = job.privacy
+    if privacy.unit == "none" or not (privacy.noise_multiplier and privacy.delta):
+        return plan_of(job, population)
+    return Plan(job, population, privacy.delta, _parts(job, privacy.noise_multiplier))
 
 
 def resolved(job: Job, population: int) -> Job:
@@ -152,7 +185,7 @@ def resolved(job: Job, population: int) -> Job:
 def outward(job: Job, examples: int, metrics: Metrics) -> tuple[float, Metrics]:
     """(weight, metrics) of an update as they may leave a client. Under privacy nothing tells how many examples it holds."""
     if job.privacy.unit == "none":
-        return float(examples), metrics
+        return float(examples), metrics  # under secure aggregation they go no further than the device's own part that makes its vector
     if job.privacy.unit == "example":
         return 1.0, metrics  # which hold noise already
     if not job.privacy.metrics_noise:
@@ -167,7 +200,8 @@ def warnings_of(plan: Plan) -> Iterator[str]:
     if privacy.noise == "seeded":
         yield "privacy.noise = \"seeded\": noise from a known seed protects nobody; every reading of this run is infinite"
     if plan.unit == "client" and plan.population < FEW:
-        yield (f"{plan.population} clients: the noise of client-level privacy is {plan.parts['update'] * privacy.clip / fed.cohort:.2g} in each number of the mean of {fed.cohort} updates, "
+        more = math.sqrt(fed.cohort / fewest(plan.job)) if plan.distributed else 1.0
+        yield (f"{plan.population} clients: the noise of client-level privacy is {more * plan.parts['update'] * privacy.clip / fed.cohort:.2g} in each number of the mean of {fed.cohort} updates, "
                f"each of L2 norm at most {privacy.clip:g}; with so few, protect examples (privacy.unit = \"example\")")
     if plan.unit == "example" and privacy.examples < 10 * fed.batch_size:
         yield f"privacy.examples = {privacy.examples}: batches of {fed.batch_size} are {100 * sampling_rate(plan.job):.0f} % of it, so sampling hides little; smaller batches need less noise"

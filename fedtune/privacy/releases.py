@@ -52,6 +52,8 @@ class Release(BaseModel):
     excess: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     count: Annotated[int, Field(ge=1)] = 1
     """Uses of the mechanism in this release: the optimizer steps of example-level DP-SGD."""
+    note: Annotated[str, Field(max_length=64)] = ""
+    """Tells two releases of one round apart."""
 
     @model_validator(mode="after")
     def _whole(self) -> "Release":

@@ -6,13 +6,13 @@ from rich.console import Console
 from rich.text import Text
 
 from fedtune.errors import ContractError
-from fedtune.report import facts, tables, terminal
+from fedtune.report import facts, privacy, tables, terminal
 from fedtune.report.format import ABSENT, clean, count, duration, number, plural, size, unique
 from fedtune.report.summary import Summary
 
 CLOCK = "simulated time"
 """A further column where any of the runs has device classes."""
-HEADER = ("run", "accuracy", "worst tenth", "loss", "rounds", "sent in all", "one update", "numbers trained")
+HEADER = ("run", "accuracy", "worst tenth", "loss", "rounds", "sent in all", "one update", "numbers trained", "epsilon")
 COLOURS = ("fed", "head", "local", "c3", "c1", "majority", "c4", "c5")
 DASHES = ("solid", "dashed", "dashdot", "dotted")
 
@@ -117,6 +117,7 @@ def rows(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
             size(_sent(s)),
             size(s["communication"]["update_bytes"]),
             count(s["communication"]["trainable_numbers"]),
+            privacy.shown(s["privacy"]["epsilon"]),
             *([duration(facts.clock(s))] if timed else []),
         )
         for name, s in zip(names(summaries), summaries, strict=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedtune.metrics import tenth, worst_tenth
+from fedtune.report import privacy as words
 from fedtune.report.format import ABSENT, clean, count, duration, number, percent, plural, size
 from fedtune.report.summary import Against, Round, Summary
 
@@ -113,6 +114,8 @@ def notices(s: Summary) -> list[str]:
     found = []
     if not s["complete"]:
         found.append(f"This run is unfinished: {count(rounds_done(s))} of {plural(rounds_planned(s), 'round')} done.")
+    if s["privacy"]["unit"] != "none" and words.lost(s["privacy"]):
+        found.append(f"NOT PRIVATE, though the job asks for it. {clean(s['privacy']['note'])}".strip())
     broken = next((r["round"] for r in s["rounds"] if _diverged(r)), None)
     if broken is not None:
         found.append(f"The loss is not a number from round {broken} on: training diverged. A lower federation.lr may help.")
@@ -149,6 +152,7 @@ def key_figures(s: Summary) -> list[Fact]:
         Fact("numbers trained", count(c["trainable_numbers"]), f"{percent(c['trainable_numbers'], s['base']['parameters'])} of the base"),
         Fact("one update", size(c["update_bytes"]), "each way, per client and round"),
         Fact("sent in all", size(total), f"in {plural(c['messages'], 'message')}"),
+        Fact("epsilon", words.shown(s["privacy"]["epsilon"]), words.short(s["privacy"])),
     ]
 
 
@@ -228,12 +232,7 @@ def refusals(s: Summary) -> list[tuple[int, str, str]]:
 
 def privacy(s: Summary) -> str:
     """The privacy line, as plain as it is."""
-    p = s["privacy"]
-    if p["unit"] == "none":
-        line = "No differential privacy: epsilon is infinite."
-    else:
-        line = f"Epsilon is {clean(p['epsilon'])}, protecting each {clean(p['unit'])}."
-    return f"{line} {clean(p['note'])}".strip()
+    return words.sentence(s["privacy"])
 
 
 def scores(s: Summary) -> list[tuple[str, float, float | None, int]]:

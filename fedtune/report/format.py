@@ -43,6 +43,20 @@ def small(value: float | None) -> str:
     return "0" if value == 0 else f"{value:.2g}"
 
 
+def bound(value: float) -> str:
+    """An upper bound, such as epsilon: four digits, never rounded down.
+
+    >>> bound(4.98211), bound(161.01), bound(0.0), bound(float("inf"))
+    ('4.983', '161.1', '0', 'infinite')
+    """
+    if not math.isfinite(value):
+        return "infinite"
+    if value <= 0:
+        return "0"
+    unit = 10.0 ** (math.floor(math.log10(value)) - 3)
+    return f"{math.ceil(round(value / unit, 6)) * unit:.4g}"
+
+
 def count(value: int) -> str:
     """A whole number with thousands separated.
 

@@ -42,6 +42,12 @@ def section(name: str, title: str, *parts: str) -> str:
     )
 
 
+def heading(title: str, *parts: str) -> str:
+    """A heading below that of a section, with what stands under it; empty without that."""
+    inside = "\n".join(part for part in parts if part)
+    return f'<h3 class="under">{text(title)}</h3>\n{inside}' if inside else ""
+
+
 def bullets(lines: Sequence[str], kind: str) -> str:
     return f"<ul{_class(kind)}>{''.join(f'<li>{text(line)}</li>' for line in lines)}</ul>" if lines else ""
 

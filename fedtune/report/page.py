@@ -2,7 +2,7 @@
 
 import re
 
-from fedtune.report import facts, html, plots, plots_clients, tables
+from fedtune.report import facts, html, plots, plots_clients, privacy, privacy_page, tables
 from fedtune.report.facts import Fact
 from fedtune.report.format import ABSENT, clean, count, number, percent, plural, size
 from fedtune.report.summary import Summary
@@ -40,14 +40,18 @@ def render(summary: Summary) -> str:
         _devices(s),
         _refused(s),
         _exports(s),
-        _privacy(s),
+        privacy_page.section(s["privacy"]),
         _made(s),
-        html.section("glossary", "Words", html.glossary(GLOSSARY | (FLEET_GLOSSARY if s.get("devices") else {}))),
+        html.section("glossary", "Words", html.glossary(_words(s))),
     ]
     version = s["versions"].get("fedtune", "")
     footer = f"<p>Written by fedtune {html.text(version)} from the run of {html.text(s['created'])}.</p>"
     eyebrow = f"fedtune run report · {s['task']} · {clean(s['created'])[:10]}"
     return html.document(clean(s["title"]) or "fedtune run", eyebrow, _lead(s), "\n".join(part for part in body if part), footer)
+
+
+def _words(s: Summary) -> dict[str, str]:
+    return GLOSSARY | (FLEET_GLOSSARY if s.get("devices") else {}) | (privacy.GLOSSARY if "delta" in s["privacy"] else {})
 
 
 def _lead(s: Summary) -> str:
@@ -187,11 +191,6 @@ def _exports(s: Summary) -> str:
         html.paragraph("Each file was run on held-out data and compared with the trained model."),
         html.table("Exported files", tables.EXPORT_HEADER, rows, (0, 1)),
     )
-
-
-def _privacy(s: Summary) -> str:
-    line = facts.privacy(s)
-    return html.section("privacy", "Privacy", html.card(html.paragraph(line), kind="privacy"))
 
 
 def _made(s: Summary) -> str:

@@ -1,7 +1,7 @@
 """Plots of learning: accuracy and loss against rounds, bytes and simulated time."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,8 +101,10 @@ def levels(s: Summary) -> list[Level]:
     return [level for level in found if facts.is_number(level.value)]
 
 
-def curves(key: str, title: str, axis: str, lines: Sequence[Line], flat: Sequence[Level], note: str = "") -> Plot | None:
-    """Lines against one of AXES, with flat lines for baselines. None when no line has a number."""
+def curves(
+    key: str, title: str, axis: str, lines: Sequence[Line], flat: Sequence[Level], note: str = "", show: Callable[[float], str] = number,
+) -> Plot | None:
+    """Lines against one of AXES, with flat lines for baselines; `show` writes their figures. None when no line has a number."""
     lines = [line for line in lines if line.finite]
     if not lines:
         return None
@@ -120,9 +122,9 @@ def curves(key: str, title: str, axis: str, lines: Sequence[Line], flat: Sequenc
                 level.value, color=colour(level.variable), linestyle=DASHES[level.dash], linewidth=1.6, gid=f"mark-level-{i}", zorder=2
             )
         _axis(axes, axis, start, max(xs))
-        text = to_svg(made, key, title, describe(lines, flat))
-    legend = [Key(line.variable, line.dash, line.name, number(line.points[-1][1])) for line in lines]
-    legend += [Key(level.variable, level.dash, level.name, number(level.value)) for level in flat]
+        text = to_svg(made, key, title, describe(lines, flat, show))
+    legend = [Key(line.variable, line.dash, line.name, show(line.points[-1][1])) for line in lines]
+    legend += [Key(level.variable, level.dash, level.name, show(level.value)) for level in flat]
     return Plot(key, title, text, tuple(legend), note)
 
 
@@ -156,13 +158,13 @@ def _even_time(seconds: float) -> float:
     return next((step for step in steps if seconds / step <= 5), steps[-1])
 
 
-def describe(lines: Sequence[Line], flat: Sequence[Level]) -> str:
+def describe(lines: Sequence[Line], flat: Sequence[Level], show: Callable[[float], str] = number) -> str:
     """The plot in words, for those who do not see it."""
     parts = []
     for line in lines:
         first, last, best = line.points[0][1], line.points[-1][1], max(y for _, y in line.finite)
         parts.append(
-            f"{clean(line.name)}: {plural(len(line.points), 'point')}, from {number(first)} to {number(last)}, highest {number(best)}"
+            f"{clean(line.name)}: {plural(len(line.points), 'point')}, from {show(first)} to {show(last)}, highest {show(best)}"
         )
-    parts += [f"horizontal line {level.name} at {number(level.value)}" for level in flat]
+    parts += [f"horizontal line {level.name} at {show(level.value)}" for level in flat]
     return "; ".join(parts) + "."

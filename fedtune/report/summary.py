@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from fedtune.errors import RunError
+from fedtune.report.privacy import Privacy
 
 FILE = "summary.json"
 LISTED = 1000
@@ -230,12 +231,6 @@ class Exported(TypedDict, total=False):
     of: int
     note: str
     accuracy: float | None
-
-
-class Privacy(TypedDict):
-    unit: str
-    epsilon: str | float
-    note: str
 
 
 class Summary(TypedDict):

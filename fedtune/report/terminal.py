@@ -8,9 +8,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from fedtune.report import facts, tables
+from fedtune.report import facts, privacy, tables
 from fedtune.report.facts import Fact
 from fedtune.report.format import clean, count, number
+from fedtune.report.privacy import Privacy
 from fedtune.report.summary import Summary
 
 MOST_ROUNDS = 12
@@ -42,6 +43,31 @@ def show(summary: Summary, console: Console) -> None:
     _rows(console, "Exported files", tables.EXPORT_HEADER, tables.exports(s), words=(0, 1))
     _heading(console, "Privacy")
     console.print(Padding(Text(facts.privacy(s)), (0, 0, 0, 2)))
+    _accountants(console, s["privacy"])
+
+
+def show_privacy(p: Privacy, title: str, console: Console) -> None:
+    """Prints all that a summary says of privacy."""
+    console.print(Text(clean(title), style="bold"))
+    console.print(Text(privacy.sentence(p), style="bold cyan"))
+    _accountants(console, p)
+    if privacy.spread(p):
+        _heading(console, "Clients")
+        console.print(Padding(Text(privacy.spread(p)), (0, 0, 0, 2)))
+    _rows(console, "By round", privacy.ROUND_HEADER, privacy.round_rows(p), words=())
+    _rows(console, "What each kind of release cost", privacy.PART_HEADER, privacy.part_rows(p))
+    if p.get("assumptions"):
+        _heading(console, privacy.assumed(p))
+        for line in p["assumptions"]:
+            grid = Table.grid(padding=(0, 1))
+            grid.add_row("  -", Text(clean(line)))
+            console.print(grid)
+
+
+def _accountants(console: Console, p: Privacy) -> None:
+    rows = privacy.accountant_rows(p)
+    if rows:
+        console.print(table(privacy.ACCOUNTANT_HEADER, rows, (0, 2)))
 
 
 def _devices(console: Console, s: Summary) -> None:

@@ -102,14 +102,21 @@ def short(text: str | None) -> str:
     return one_line(((text or "").strip().splitlines() or [""])[-1])[:200]
 
 
-def run_rounds(coordinator: Coordinator, exchange: Ask, gather: Callable[[Coordinator], None] = lambda coordinator: None) -> None:
-    """Runs what is left of the run. `gather` is called before each round and may change whom the coordinator can draw."""
+def run_rounds(
+    coordinator: Coordinator, exchange: Ask, gather: Callable[[Coordinator], None] = lambda coordinator: None,
+    through: Callable[[Coordinator, Pairs], object] | None = None,
+) -> None:
+    """Runs what is left of the run. `gather` is called before each round and may change whom the coordinator can draw; `through` takes it
+    from the planned pairs to its end where one exchange is not enough."""
     gather(coordinator)
     coordinator.begin()
     while not coordinator.done:
         gather(coordinator)
         pairs = coordinator.plan()
-        coordinator.finish(exchange(pairs, round=coordinator.state.round + 1))
+        if through is None:
+            coordinator.finish(exchange(pairs, round=coordinator.state.round + 1))
+        else:
+            through(coordinator, pairs)
 
 
 def make_server_app(run: Callable[[Ask], None], deadline: float) -> ServerApp:

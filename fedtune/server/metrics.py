@@ -26,7 +26,7 @@ class Exporter:
         self._bytes = Gauge("fedtune_bytes", "bytes of this run's messages", ["direction"], registry=self.registry)
         self._seconds = Gauge("fedtune_round_seconds", "seconds of the last round", registry=self.registry)
         self._scores = Gauge("fedtune_score", "held-out loss and accuracy of the last evaluation", ["metric"], registry=self.registry)
-        self._epsilon = Gauge("fedtune_epsilon", "privacy spent so far; +Inf when nothing is protected", registry=self.registry)
+        self._epsilon = Gauge("fedtune_epsilon", "privacy spent so far by the client that lost most; +Inf once anything left unprotected", registry=self.registry)
         self._line: Mapping[str, Any] | None = None
         try:
             start_http_server(port, host, self.registry)
@@ -44,6 +44,8 @@ class Exporter:
         for state in ("ready", "asked", "refused", "offline"):
             self._devices.labels(state).set(sum((d["state"] if d["online"] else "offline") == state for d in facts["devices"]))
         line = facts.get("line")
+        if facts.get("epsilon") is not None:
+            self._epsilon.set(float(facts["epsilon"]))
         if line is not None and line is not self._line:
             self._finished(line)
         self._line = line
@@ -56,7 +58,6 @@ class Exporter:
         self._replies.labels("accepted").inc(len(line["clients"]))
         self._replies.labels("refused").inc(len(line["refused"]))
         self._seconds.set(line["seconds"])
-        self._epsilon.set(float("inf"))
         for direction in ("up", "down"):
             self._bytes.labels(direction).set(line[direction])
         for metric in ("loss", "accuracy"):

@@ -4,6 +4,7 @@ Gradients of single examples come from Opacus where it can give them, which is t
 pass for each example, the slow and obvious way.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -107,7 +108,9 @@ class PerExample:
         try:
             for m in owners:
                 m.training = True
-            yield
+            with warnings.catch_warnings():  # the lowest trained layer's input needs no gradient, which torch finds worth a word
+                warnings.filterwarnings("ignore", "Full backward hook is firing")
+                yield
         finally:
             hooks.remove_hooks()
             for m, before in owners.items():

@@ -149,8 +149,9 @@ class _StackedLoRA(_Stacked):
         plain: LoRALinear = self.plain
         flat = x.reshape(-1, x.shape[-1])
         rows = self.rows(*x.shape[:-1])
-        up, down = self.values["up.weight"], self.values["down.weight"]
-        delta = rows.scatter(rows.gather(flat) @ down.transpose(1, 2) @ up.transpose(1, 2))
+        up, down = self.values["up.weight"], self.get("down.weight")
+        thin = rows.gather(flat @ plain.down.weight.T) if down is None else rows.gather(flat) @ down.transpose(1, 2)
+        delta = rows.scatter(thin @ up.transpose(1, 2))
         return plain.base(x) + plain.scale * delta.view(*x.shape[:-1], -1)
 
 

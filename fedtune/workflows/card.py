@@ -7,7 +7,9 @@ from typing import Any
 from fedtune.bundle import Bundle, Manifest
 from fedtune.job import ModelSection
 from fedtune.report.format import count, number, size, small
+from fedtune.report.privacy import Privacy, sentence
 from fedtune.run import RunFolder
+from fedtune.workflows.privacy import privacy_of
 from fedtune.workflows.setup import Setup
 
 Exports = dict[str, dict[str, Any]]
@@ -25,7 +27,7 @@ def model_card(run: RunFolder, setup: Setup, bundle: Bundle, round: int, exports
     parts = [
         _front_matter(manifest, name, public_name(setup.job.data.source), lines[-1]["accuracy"] if lines else None, exports),
         f"# {' '.join(str(summary.get('title') or name).split())}",
-        _table(_facts(setup, manifest, round, lines[-1] if lines else {}, summary.get("baselines", {}))),
+        _table(_facts(setup, manifest, round, lines[-1] if lines else {}, summary.get("baselines", {}), _privacy(privacy_of(run)))),
         "## Files", _files(exports), "## Use", _usage(setup.job.model, manifest, exports),
     ]
     return "\n\n".join(parts) + "\n"
@@ -59,7 +61,7 @@ def _front_matter(manifest: Manifest, name: str, data: str, accuracy: float | No
     return "---\n" + "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in lines.items()) + "---"
 
 
-def _facts(setup: Setup, manifest: Manifest, round: int, last: dict[str, Any], baselines: dict[str, Any]) -> list[tuple[str, str]]:
+def _facts(setup: Setup, manifest: Manifest, round: int, last: dict[str, Any], baselines: dict[str, Any], privacy: str) -> list[tuple[str, str]]:
     """Rows of name and value; an empty value is left out. `last` is the last line of metrics.jsonl."""
     spec, split, fed = manifest.spec, setup.split, setup.job.federation
     train, held_out = (count(len(part.rows)) for part in (split.train, split.held_out))
@@ -77,9 +79,14 @@ def _facts(setup: Setup, manifest: Manifest, round: int, last: dict[str, Any], b
         ("accuracy", f"{number(last['accuracy'])} on {count(last['evaluated'])} {where}" if measured else "not measured"),
         ("accuracy of the most common label", number(baselines["majority"]["accuracy"]) if "majority" in baselines else ""),
         ("accuracy of the frozen base, head fitted on pooled data", number(baselines["head"]["accuracy"]) if "head" in baselines else ""),
-        ("privacy", "no differential privacy: epsilon is infinite"),
+        ("privacy", privacy),
         ("made with", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
     ]
+
+
+def _privacy(p: Privacy) -> str:
+    """The figure, and for whom and against whom it holds."""
+    return " ".join([sentence(p), *p.get("assumptions", [])[:2]])
 
 
 def _table(rows: list[tuple[str, str]]) -> str:

@@ -1,5 +1,6 @@
 """fedtune plan: what a job will train, send and need, before anything runs. Needs a base's config, not its weights."""
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from fedtune.job import DeviceClass, Job
 from fedtune.models.base import layout
 from fedtune.models.load import load_encoder, sketch_model
 from fedtune.models.sources import check_hash, locate
+from fedtune.privacy.plan import plan_of, warnings_of
 from fedtune.report.format import duration, size
 from fedtune.simulation.devices import able, assign, span
 from fedtune.training.memory import NUMBER, step_memory
 from fedtune.wire import packet_bytes
+from fedtune.workflows.privacy import figure
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class DeviceTime:
 class Plan:
     """Bytes are those of serialised messages. Totals that depend on who is drawn are expectations, said as such.
 
+    `unit` is what privacy protects, "none" for nothing, and `epsilon` at `delta` the most one unit can lose: "inf" without protection.
     `device` is the memory of one training client in bytes: its parts are computed from shapes, not measured.
     """
 
@@ -82,7 +86,10 @@ class Plan:
     total_bytes: float
     device: dict[str, int | None]
     devices: tuple[DeviceTime, ...]
-    epsilon: str
+    unit: str
+    epsilon: float | str
+    delta: float
+    noise_multiplier: float
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -109,13 +116,17 @@ def make_plan(job: Job) -> Plan:
     drawable = max(1, sum(d.clients for d in devices if d.able)) if devices else clients
     cohort = min(fed.cohort, drawable)
     first = holders(drawable, cohort, fed.rounds)
+    privacy = plan_of(job, clients)
+    notes += list(warnings_of(privacy)) if privacy else []
+    lost = privacy.reading().epsilon if privacy and job.privacy.noise == "system" else math.inf
     if not source.weights:
         notes.append("the weights are not here: numbers and bytes are exact, but nothing can be trained yet")
     notes += [note for device, made in zip(job.simulation.devices, devices) for note in _device_notes(job, device, made, memory["total"])]
     return Plan(
         job.model.source, bool(source.weights), parameters, spec.method, spec.rank, len(spec.linears), spec.size, spec.head_size, _units(spec),
         model, update, frame, fed.rounds, cohort, clients, cohort * (model + update), first, init,
-        fed.rounds * cohort * (model + update) + first * frame + init, memory, devices, "inf", tuple(notes),
+        fed.rounds * cohort * (model + update) + first * frame + init, memory, devices,
+        job.privacy.unit, figure(lost), privacy.delta if privacy else 0.0, privacy.parts["update"] if privacy else 0.0, tuple(notes),
     )
 
 

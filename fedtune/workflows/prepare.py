@@ -6,6 +6,7 @@ from pathlib import Path
 from fedtune.bundle import Bundle
 from fedtune.errors import RunError
 from fedtune.job import Job
+from fedtune.privacy.plan import resolved
 from fedtune.storage import failing_clearly
 from fedtune.workflows.setup import data_free_frame, make_bundle, open_base, require_trainable
 
@@ -19,7 +20,7 @@ def prepare(job: Job, folder: Path, stage: Callable[[str], None] = lambda text: 
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise RunError(f"{folder} already exists and is not empty; choose another -o")
     stage("opening the base")
-    base = open_base(job)
+    base = open_base(resolved(job, 0))
     require_trainable(base)
     _ = base.spec
     model = base.fresh_model()

@@ -24,17 +24,23 @@ from fedtune.adapters.frames import from_gradients
 from fedtune.bundle import Bundle, open_bundle, write_bundle
 from fedtune.errors import EnvironmentProblem, FedtuneError, Refused, RunError, UserError
 from fedtune.gradient_init import gather_gradients, gradient_schema
+from fedtune.job import Job
 from fedtune.metrics import merge, plausible
+from fedtune.privacy.contribution import message_bytes, secure_of
+from fedtune.privacy.plan import Plan, fewest, plan_of
 from fedtune.provision import days_left, load_devices
 from fedtune.rounds import Coordinator, Reply, Traffic, Watch, evaluated, make_algorithm, most_predictions, start
 from fedtune.run import RunFolder, create_run, open_run, versions
-from fedtune.server.app import Exchange, run_rounds
+from fedtune.secagg.terms import session_of
+from fedtune.server.app import Exchange, Pairs, run_rounds
 from fedtune.server.lobby import Guest, Lobby
+from fedtune.server.secure import SecureRounds
 from fedtune.server.superlink import LinkGrid, SuperLink, Tls, superlink
 from fedtune.storage import failing_clearly, lock, write_atomic, write_json
 from fedtune.types import Arrays, Metrics
-from fedtune.waits import DESK_SECONDS, GRID_POLL, LOBBY_POLL, QUEUE_POLL, ROSTER_POLL
+from fedtune.waits import DESK_SECONDS, GRID_POLL, LOBBY_POLL, QUEUE_POLL, ROSTER_POLL, STAGE_SECONDS
 from fedtune.wire import Schema, decode, encode, packet_bytes
+from fedtune.workflows.privacy import LIGHT, spent_so_far
 from fedtune.workflows.summary import client_row, facts, final_of, follow, write_summary
 
 log = logging.getLogger(__name__)
@@ -199,13 +205,12 @@ class Live:
         self.job = self.bundle.job
         self.schema = self.bundle.manifest.spec.schema
         self.lobby = Lobby(self.link, self.grid, self.bundle, self.roster, self._changed, self._sent)
-        self.exchange = Exchange(
-            self.grid, self.job.federation.deadline, lambda grid, names: self.lobby.nodes(list(names)),
-            {"job": self.bundle.digest}, GRID_POLL, self.look)
+        self.exchange = self._exchange(self.job.federation.deadline)
         self.coordinator = start(
             self.job, self.run, self.schema, self.bundle.frame_digest, self.bundle.frame_bytes, make_algorithm(self.job, self.schema),
-            (), lambda: self.bundle.initial, self.evaluate, self.traffic)
+            (), lambda: self.bundle.initial, self.evaluate, self.traffic, self._plan())
         self.traffic = self.coordinator.traffic  # of the checkpoint, on a run that continues
+        self.desk.note(epsilon=spent_so_far(self.run, self.coordinator.privacy))
         follow(self.coordinator, replace(self.watch, line=self._noted))
 
     def gradient_bundle(self) -> Bundle:
@@ -221,9 +226,19 @@ class Live:
             parameters=manifest.parameters, task=manifest.task, labels=manifest.labels, spec=spec, versions=manifest.versions)
 
     def rounds(self) -> None:
-        run_rounds(self.coordinator, self.ask, self.gather)
+        run_rounds(self.coordinator, self.ask, self.gather, self._through())
 
-    def ask(self, pairs: list[tuple[str, bytes]], round: int) -> Iterator[Reply]:
+    def _through(self) -> SecureRounds | None:
+        """How a round goes where its updates are summed securely."""
+        if self.coordinator.secure is None:
+            return None
+        later = self._exchange(min(self.job.federation.deadline, STAGE_SECONDS))
+        return SecureRounds(self.coordinator.secure, session_of(self.bundle.digest), self.ask, later, lambda: {info.name for info in self.lobby.ready()})
+
+    def _exchange(self, deadline: float) -> Exchange:
+        return Exchange(self.grid, deadline, lambda grid, names: self.lobby.nodes(list(names)), {"job": self.bundle.digest}, GRID_POLL, self.look)
+
+    def ask(self, pairs: Pairs, round: int) -> Iterator[Reply]:
         self.desk.note(state="training", round=round - 1, deadline_at=time.time() + self.job.federation.deadline, asked=len(pairs))
         yield from self.exchange(pairs, round=round)
 
@@ -235,8 +250,8 @@ class Live:
             self._looked = time.monotonic()
 
     def gather(self, coordinator: Coordinator) -> None:
-        """Waits until `min-replies` devices are ready. Raises EnvironmentProblem after server.wait seconds."""
-        need, end = self.job.federation.min_replies, time.monotonic() + self.job.server.wait
+        """Waits until as many devices are ready as a round needs. Raises EnvironmentProblem after server.wait seconds."""
+        need, end = needed(self.job), time.monotonic() + self.job.server.wait
         self.look()
         waited = not self._began
         while len(ready := self.lobby.ready()) < need:
@@ -252,7 +267,7 @@ class Live:
 
     def evaluate(self, round: int, arrays: Arrays) -> Metrics | None:
         """Held-out metrics over the devices that are ready, in the rounds the job evaluates. The data stay where they are."""
-        if not evaluated(self.job, round):
+        if not evaluated(self.job, round) or self.job.privacy.hides_clients:  # scores of devices' held-out examples come one by one and have no noise
             return None
         packet = encode("model", self.schema, arrays, round=round, frame=self.bundle.frame_digest)
         names = [info.name for info in self.lobby.ready()]
@@ -278,7 +293,7 @@ class Live:
             self.look()
             self.evaluate(self.job.federation.rounds, self.coordinator.state.arrays)
         held = {g.name: g for g in self.lobby.guests.values()}
-        summary = facts(self.run) | {
+        summary = facts(self.run, LIGHT) | {
             "engine": "live",
             "split": [{"name": n, "natural": None, "train": g.examples, "held_out": g.held_out, "labels": []} for n, g in sorted(held.items())],
             "final": final_of(merge(self.scores.values()), [client_row(n, m, int(m["accuracy"][1])) for n, m in self.scores.items()]),
@@ -287,8 +302,14 @@ class Live:
         write_summary(self.run, summary)
         return summary
 
+    def _plan(self) -> Plan | None:
+        """Raises PrivacyRefused for a job whose delta is too large for the devices that are let in."""
+        return plan_of(self.job, len(self.roster()) if self.roster is not None else 0)
+
     def _noted(self, line: dict[str, Any]) -> None:
-        self.desk.note(round=line["round"], line=line, deadline_at=None)
+        before = self.desk.facts["epsilon"]  # what is infinite stays so
+        epsilon = before if before == "inf" else spent_so_far(self.run, self.coordinator.privacy)
+        self.desk.note(round=line["round"], line=line, deadline_at=None, epsilon=epsilon)
         self.watch.line(line)
 
     def _sent(self, size: int) -> None:
@@ -315,7 +336,7 @@ def serve(
         while True:
             waiting = [e for e in home.entries() if not e.finished]
             if not waiting:
-                desk.note(state="idle", job=None, queue=[], devices=[])
+                desk.note(state="idle", job=None, epsilon=None, queue=[], devices=[])
                 if not stay:
                     return
                 if roster is not None:
@@ -326,6 +347,11 @@ def serve(
             summary = _run(entry, link, roster, desk, watch, [e.name for e in waiting[1:]])
             write_atomic(entry.bundle / DONE, b"")
             yield entry, summary
+
+
+def needed(job: Job) -> int:
+    """Devices without which no round begins."""
+    return max(job.federation.min_replies, fewest(job))
 
 
 def _warn_of_expiry(home: Home, insecure: bool) -> None:
@@ -341,10 +367,11 @@ def _run(
     bundle = open_bundle(entry.bundle)
     run = _open_run(entry, bundle)
     spec = bundle.manifest.spec
-    asks = gradient_schema(spec) if bundle.job.adapter.init == "gradient" else Schema(())
-    link.body_limit = max(packet_bytes(spec.schema)[1], 4 * sum(t.size for t in asks.tensors)) + REQUEST_ROOM
-    desk.note(state="waiting", job=entry.name, run=str(run.path), rounds=bundle.job.federation.rounds, round=None, line=None, queue=queue,
-              ready=0, need=bundle.job.federation.min_replies)
+    asks, secure = gradient_schema(spec) if bundle.job.adapter.init == "gradient" else Schema(()), secure_of(bundle.job, spec.schema)
+    summed = message_bytes(secure, secure.cohort)[0] if secure else 0
+    link.body_limit = max(packet_bytes(spec.schema)[1], 4 * sum(t.size for t in asks.tensors), summed) + REQUEST_ROOM
+    desk.note(state="waiting", job=entry.name, run=str(run.path), rounds=bundle.job.federation.rounds, round=None, line=None, epsilon=None, queue=queue,
+              ready=0, need=needed(bundle.job))
     with run.locked(), link.run() as grid:
         watching, traffic = watch(entry, run, bundle), Traffic()
         if bundle.job.adapter.init == "gradient":

@@ -117,6 +117,8 @@ def make_bundle(setup: OpenBase, folder: Path, frame: Arrays, model: TunableMode
 
 def data_free_frame(setup: OpenBase, model: TunableModel) -> Arrays:
     """The frame of init "weights" or "random"; empty for methods without one."""
+    if setup.job.adapter.method == "ffa-lora":
+        return frames.ffa_frame(setup.spec, setup.job.federation.seed)
     if setup.job.adapter.method != "fed-sb":
         return {}
     if setup.job.adapter.init == "random":

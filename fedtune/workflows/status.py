@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.errors import RunError
-from fedtune.report.format import duration, size
+from fedtune.report.format import bound, duration, size
 from fedtune.run import RunFolder
 from fedtune.storage import is_held
 
@@ -43,7 +43,7 @@ def read(folder: Path) -> dict[str, Any]:
     return status | {
         "running": running, "devices": devices, "finished": _finished(folder),
         "accuracy": last and last["accuracy"], "loss": last and last["loss"], "bytes": last["total_bytes"] if last else 0, "late": last["late"] if last else 0,
-        "refused": sum(len(x["refused"]) for x in lines), "epsilon": "inf" if len(lines) > 1 else 0.0, "seconds_left": _left(lines, status),
+        "refused": sum(len(x["refused"]) for x in lines), "epsilon": status.get("epsilon"), "seconds_left": _left(lines, status),
     }
 
 
@@ -56,13 +56,19 @@ def lines(status: dict[str, Any]) -> Iterator[str]:
             yield f"waiting for devices: {status.get('ready', 0)} of {status.get('need', '?')} ready"
         if status["accuracy"] is not None:
             yield f"held-out: accuracy {status['accuracy']:.4f}" + (f", loss {status['loss']:.4f}" if status["loss"] is not None else "")
-        yield f"sent: {size(status['bytes'])}; updates refused: {status['refused']}, late: {status['late']}; privacy spent: epsilon {status['epsilon']}" + (" (unprotected)" if status["epsilon"] == "inf" else "")
+        yield f"sent: {size(status['bytes'])}; updates refused: {status['refused']}, late: {status['late']}; privacy spent: {_spent(status['epsilon'])}"
         if status["seconds_left"] is not None:
             yield f"time left: about {duration(status['seconds_left'])}"
     for run in status["finished"]:
         yield f"finished: {run['name']}, accuracy {'not measured' if run['accuracy'] is None else format(run['accuracy'], '.4f')}; run folder {run['run']}"
     if status["queue"]:
         yield f"queued: {', '.join(status['queue'])}"
+
+
+def _spent(epsilon: float | str | None) -> str:
+    if epsilon is None:
+        return "not read yet"
+    return "epsilon infinite (unprotected)" if epsilon == "inf" else f"epsilon {bound(float(epsilon))}"
 
 
 def _finished(folder: Path) -> list[dict[str, Any]]:

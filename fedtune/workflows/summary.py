@@ -8,6 +8,7 @@ from fedtune.bundle import Bundle, open_bundle
 from fedtune.errors import RunError
 from fedtune.ledger import require_whole
 from fedtune.metrics import value, worst_tenth
+from fedtune.privacy.accounting import ACCOUNTANTS
 from fedtune.report.events import Events
 from fedtune.report.summary import Summary, check, few
 from fedtune.rounds import Coordinator, Traffic, Watch
@@ -15,11 +16,10 @@ from fedtune.run import RunFolder
 from fedtune.storage import write_atomic, write_json
 from fedtune.types import Metrics
 from fedtune.wire import packet_bytes
+from fedtune.workflows.privacy import privacy_of
 
-NO_PRIVACY = "Updates were sent as trained."
 
-
-def facts(run: RunFolder) -> dict[str, Any]:
+def facts(run: RunFolder, accountants: Sequence[str] = ACCOUNTANTS) -> dict[str, Any]:
     """All of a summary but the final scores, baselines and exports, of a run finished or not.
 
     Raises RunError when not even round 0 is there, or the ledger is not that of its rounds.
@@ -43,7 +43,7 @@ def facts(run: RunFolder) -> dict[str, Any]:
             "modules": len(spec.linears),
         },
         "split": started["split"], **({"population": started["population"]} if "population" in started else {}), "rounds": per_round(lines), "communication": communication(bundle, Traffic(**checkpoint.counters)),
-        "privacy": {"unit": job.privacy.unit, "epsilon": "inf", "note": NO_PRIVACY},
+        "privacy": privacy_of(run, accountants),
         "complete": False, "wall_seconds": round(sum(line["seconds"] for line in lines), 3),
     } | devices(lines)
 

@@ -70,7 +70,7 @@ def test_lora_layer_is_pefts():
 
 
 @pytest.mark.parametrize("changes", [
-    ("adapter.method=fed-sb",), ("adapter.method=fed-sb", "adapter.alpha=8.0", "adapter.init=random"), ("adapter.method=lora", "adapter.alpha=8.0"),
+    ("adapter.method=fed-sb",), ("adapter.method=fed-sb", "adapter.alpha=8.0", "adapter.init=random"), ("adapter.method=lora", "adapter.alpha=8.0"), ("adapter.method=ffa-lora", "adapter.alpha=8.0"),
     ("adapter.method=bias",), ("adapter.method=full",), ("adapter.method=head",),
 ])
 def test_merged_equals_adapted(opened, changes):
@@ -84,7 +84,7 @@ def test_merged_equals_adapted(opened, changes):
     assert not torch.allclose(plain, merged(**BATCH), atol=1e-3)
 
 
-@pytest.mark.parametrize("method", ["fed-sb", "lora", "bias", "full", "head"])
+@pytest.mark.parametrize("method", ["fed-sb", "lora", "ffa-lora", "bias", "full", "head"])
 def test_round_0_is_the_base_and_only_the_adapter_trains(opened, method):
     setup, model, frame = opened(f"adapter.method={method}")
     plain = model(**BATCH)

@@ -11,7 +11,7 @@ from fedtune.cli import common
 from fedtune.cli.main import app, main
 
 COMMANDS = ("init", "validate", "plan", "fetch", "prepare", "simulate", "server", "client", "status", "report", "compare")
-BAD_JOB = "[federation]\nrounds = 0\nbogus = 1\n[privacy]\nepsilon = 8.0\n"
+BAD_JOB = "[federation]\nrounds = 0\nbogus = 1\n[edge]\nmemory-limit-mb = 8\n"
 
 
 def invoke(arguments, wide=500):
@@ -68,7 +68,7 @@ def check_refused(place, arguments, code, expected, lines=1):
     (["status", "--dir", "folder"], 2, r"folder: no service was started in it; start one with `fedtune server JOB --dir folder`"),
     (["simulate", "--resume", "none"], 2, r"none: not a run folder \(no run\.json and job\.toml in it\)"),
     (["simulate", "--resume", "folder"], 2, r"folder: not a run folder"),
-    (["simulate", "--resume", "folder", "--seed", "3"], 2, r"--resume takes the job from the run folder; remove the job, --set, --out and --seed"),
+    (["simulate", "--resume", "folder", "--seed", "3"], 2, r"--resume takes the job from the run folder; remove the job, --set, --out, --seed and --i-understand"),
     (["simulate", "bad.toml", "--resume", "folder"], 2, r"--resume takes the job from the run folder"),
     (["report", "none"], 2, r"none: not a run folder"),
     (["report", "folder/file"], 2, r"folder/file: not a run folder"),
@@ -88,7 +88,7 @@ def test_a_mistake_is_one_line(arguments, code, expected, place):
     (["folder"], 1, r"folder is a folder; give the \.toml file in it"),
     (["bytes.toml"], 1, r"not UTF-8 text \(byte 0\); save the file as UTF-8"),
     (["broken.toml"], 1, r"not valid TOML: .*line 1"),
-    (["bad.toml"], 3, r"federation\.rounds = 0: .*\n  federation\.bogus: unknown key; .*\n  privacy\.epsilon = 8\.0: not available yet"),
+    (["bad.toml"], 3, r"federation\.rounds = 0: .*\n  federation\.bogus: unknown key; .*\n  edge\.memory-limit-mb = 8: not available yet"),
     (["--set", "rounds"], 1, r"--set rounds: not of the form section\.key=value"),
     (["--set", "adapter.rank=0", "--set", "federation.lr=-1.0"], 2, r"adapter\.rank = 0: .*\n  federation\.lr = -1\.0: "),
 ])
@@ -209,13 +209,13 @@ def test_help_shows_an_example(command):
 def test_every_command_is_tested_here():
     names = {command.name for command in app.registered_commands}
     assert set(COMMANDS) <= names <= {*COMMANDS, "export", "predict"}
-    assert {group.typer_instance.info.name for group in app.registered_groups} == {"provision"}  # tested in test_cli_provision
+    assert {group.typer_instance.info.name for group in app.registered_groups} == {"provision", "privacy"}  # tested in test_cli_provision and tests/privacy
 
 
 def test_examples_in_help_are_commands_that_exist():
     for command in app.registered_commands:
         for example in re.findall(r"fedtune (\S+)((?: --?\S+)*)", command.epilog):
-            assert example[0] in {c.name for c in app.registered_commands} | {"provision"}
+            assert example[0] in {c.name for c in app.registered_commands} | {"provision", "privacy"}
             options = invoke([example[0], "--help"]).stdout
             assert all(option in options for option in re.findall(r"--[a-z-]+", example[1]))
 

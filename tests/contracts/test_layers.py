@@ -15,6 +15,7 @@ LAYERS = (  # from the bottom up; a module stands where its longest prefix here 
     ("errors", "types", "seeds", "waits", "child"),
     ("trees", "metrics", "storage", "packages", "address", "flower"),
     ("job", "wire", "provision"),
+    ("secagg",),
     ("aggregation", "ledger", "privacy", "adapters.spec", "data", "report"),
     ("algorithms", "adapters.frames", "bundle"),
     ("checkpoint", "offer"),
@@ -39,7 +40,7 @@ ONLY_IN = {  # a library, and the only parts of fedtune that may import it
     "matplotlib": ("report",),
     "sklearn": ("workflows",),
     "grpc": ("client", "training"),
-    "cryptography": ("provision",),
+    "cryptography": ("provision", "secagg"),
     "prometheus_client": ("server",),
 }
 
@@ -118,7 +119,7 @@ def test_roles_do_not_import_each_other(role):
     assert reached.isdisjoint(set(ROLES) - {role})
 
 
-@pytest.mark.parametrize("role", ["server", "edge", "client", "workflows.serve", "workflows.status"])
+@pytest.mark.parametrize("role", ["server", "edge", "client", "workflows.serve", "workflows.status", "workflows.privacy"])
 def test_service_device_and_edge_reach_no_torch(role):
     for member in [name for name in MODULES if name == role or name.startswith(f"{role}.")]:
         for name in closure(member):
@@ -139,7 +140,10 @@ def test_a_library_is_imported_only_where_it_belongs(library):
     ("fedtune.flower", ("torch", "transformers", "flwr")),
     ("fedtune.client.supernode_process", ("torch", "transformers", "flwr")),
     ("fedtune.workflows.status", ("torch", "transformers", "flwr")),
+    ("fedtune.workflows.privacy", ("torch", "transformers", "flwr", "matplotlib", "opacus")),
     ("fedtune.edge", ("torch", "transformers", "flwr")),
+    ("fedtune.secagg.server", ("torch", "transformers", "flwr")),
+    ("fedtune.secagg.client", ("torch", "transformers", "flwr")),
     ("fedtune.cli.main", ("torch", "transformers", "flwr", "onnxruntime")),
 ])
 def test_a_fresh_interpreter_stays_light(module, absent):

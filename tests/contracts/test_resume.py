@@ -18,6 +18,9 @@ FLEET = (
     *GRADIENT, "adapter.init-clients=4", "federation.deadline=5.0",
     'simulation.devices=[{name = "phone", speed = 4, up-kbps = 1000, available = 0.8, drop-out = 0.3}, {name = "laptop", down-kbps = 1000}]')
 SELDOM = ("evaluation.every=2",)
+EXAMPLE = ("privacy.unit=example", "privacy.noise-multiplier=2.0", "privacy.clip=0.5", "privacy.examples=160", "federation.weighting=equal",
+           "privacy.participations=2", "privacy.noise=seeded", "privacy.metrics-noise=5.0")
+CLIENT = ("privacy.unit=client", "privacy.noise-multiplier=3.0", "privacy.clip=0.5", "federation.weighting=equal", "privacy.adaptive-clip=true", "privacy.noise=seeded")
 
 
 def fedtune(arguments, log):
@@ -112,6 +115,8 @@ INSTANTS = {
     "round 2 is in metrics, not in a checkpoint": ("fedtune.run:RunFolder", "append_metrics", False, "'round': 2", 1, ()),
     "devices: the gradients came, no frame yet": ("fedtune.adapters.frames", "from_gradients", True, "", 1, FLEET),
     "devices: round 2 is in metrics, not in a checkpoint": ("fedtune.run:RunFolder", "append_metrics", False, "'round': 2", 1, FLEET),
+    "example level: round 2 is charged, nobody asked": ("fedtune.ledger:Ledger", "record", False, "2, {", 1, EXAMPLE),
+    "client level: the clip was adapted, no checkpoint yet": ("fedtune.run:RunFolder", "append_metrics", False, "'round': 2", 1, CLIENT),
     "round 2's checkpoint is written, not in its place": ("os", "replace", True, "round-00002", 1, ()),
     "round 3's checkpoint is there, the old one too": ("fedtune.run", "save_checkpoint", False, "round-00003", 1, ()),
     "all rounds are done, the summary is not": ("fedtune.workflows.finish", "write_summary", True, "", 1, ()),
@@ -127,6 +132,16 @@ def test_killed_and_resumed_is_never_stopped(instant, start, never_stopped, tiny
     assert start(fedtune, ["simulate", "--resume", folder], log) == 0, log.read_text()
     assert left(folder) == never_stopped(changes)
     assert before <= 4 and RunFolder(folder).summary.exists()
+
+
+def test_what_was_charged_stays_charged_and_only_once(start, tiny_settings, tmp_path):
+    """With noise that nobody can draw again: the models differ, the ledger does not."""
+    changes = (*EXAMPLE, "privacy.noise=system")
+    whole, folder, log = tmp_path / "whole", tmp_path / "run", tmp_path / "log"
+    assert start(fedtune, simulate(tiny_settings, changes, whole), log) == 0, log.read_text()
+    assert start(fedtune_killed, simulate(tiny_settings, changes, folder), log, "fedtune.training.cohort:CohortTrainer", "train", False, "", 2) == -signal.SIGKILL
+    assert start(fedtune, ["simulate", "--resume", folder], log) == 0, log.read_text()
+    assert left(folder)[2] == left(whole)[2] and left(folder)[0] != left(whole)[0]
 
 
 def test_killed_again_and_again(start, never_stopped, tiny_settings, tmp_path):

@@ -105,7 +105,7 @@ def test_a_list_of_tables_is_set_whole():
     ("[data]\nlabels = ['a', 'a']", 'data.labels = ["a", "a"]: a label stands twice; name each once'),
     ("[model]\nsha256 = 'ABC'", 'model.sha256 = "ABC": must be 64 lower-case hexadecimal digits'),
     ("[model]\nsource = ''", 'model.source = "": must have at least 1 character; default is "package:'),
-    ("[adapter]\nmethod = 'qlora'", 'adapter.method = "qlora": must be "fed-sb", "lora", "bias", "head" or "full"'),
+    ("[adapter]\nmethod = 'qlora'", 'adapter.method = "qlora": must be "fed-sb", "lora", "ffa-lora", "bias", "head" or "full"'),
     ("[units]\nstrategy = 'some'", 'units.strategy = "some": must be "all"'),
     ("[evaluation]\nbaselines = ['tail']", 'evaluation.baselines.0 = "tail": must be "head" or "local"'),
     ("[evaluation]\nbaselines = ['head', 'head']", 'evaluation.baselines = ["head", "head"]: a baseline stands twice; name each once'),
@@ -178,9 +178,9 @@ def test_an_override_replaces_a_key_however_either_is_spelled(written, typed):
 
 
 def test_all_problems_come_at_once():
-    text = "[federation]\nrounds = 0\nbatchsize = 3\nproximal = 0.1\n[adapter]\nmethod = 'flora'\n[privacy]\nepsilon = 8.0\n[nothing]\n"
+    text = "[federation]\nrounds = 0\nbatchsize = 3\nproximal = 0.1\n[adapter]\nmethod = 'flora'\n[nothing]\n"
     assert [line.split(":")[0].split(" =")[0] for line in problems(text)] == [
-        "federation.rounds", "federation.batchsize", "nothing", "federation.proximal", "adapter.method", "privacy.epsilon"]
+        "federation.rounds", "federation.batchsize", "nothing", "federation.proximal", "adapter.method"]
 
 
 def test_disagreements_come_with_what_is_not_there_yet():
@@ -209,9 +209,8 @@ def test_what_is_available_is_taken(key, value):
 
 def test_everything_later_is_marked():
     """No key of a feature that nothing implements slips through: these are the whole sections and what is left of others."""
-    assert {key.partition(".")[0] for key in LATER} == {"units", "federation", "privacy", "edge"}
+    assert {key.partition(".")[0] for key in LATER} == {"units", "federation", "edge"}
     assert all(key in LATER for key in FIELDS if key.startswith("edge."))
-    assert {key for key in FIELDS if key.startswith("privacy.")} - set(LATER) == {"privacy.unit"}
 
 
 def test_a_job_cannot_be_changed():

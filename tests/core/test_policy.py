@@ -6,7 +6,7 @@ import pytest
 
 from fedtune.adapters.spec import AdapterSpec
 from fedtune.bundle import Manifest
-from fedtune.client.policy import FILE, Policy, claimed_epsilon, load_policy
+from fedtune.client.policy import FILE, Policy, load_policy, own_epsilon
 from fedtune.errors import Refused, UserError
 from fedtune.job import Job, parse_job
 
@@ -21,9 +21,8 @@ def policy(tmp_path, text: str) -> Policy:
 
 @pytest.fixture
 def private():
-    """A job that claims privacy; its keys are not in use yet, so it is put together here."""
-    job = Job()
-    return job.model_copy(update={"privacy": job.privacy.model_copy(update={"unit": "example", "epsilon": 8.0, "noise_multiplier": 1.0})})
+    """A job whose epsilon is 4.17."""
+    return parse_job("", ["privacy.unit=example", "privacy.epsilon=8.0", "privacy.noise-multiplier=1.0", "privacy.clip=1.0", "privacy.examples=160", "federation.weighting=equal"])
 
 
 def test_an_empty_policy_allows_every_job(tmp_path):
@@ -55,11 +54,19 @@ def test_what_is_allowed_is_taken(tmp_path, text):
 
 
 def test_privacy_that_a_job_claims_is_held_against_the_policy(tmp_path, private):
-    policy(tmp_path, 'privacy-unit = "example"\nmin-noise-multiplier = 1.0\nmax-epsilon = 8.0').check(MANIFEST, private)
-    for text in ('privacy-unit = "client"', "min-noise-multiplier = 1.1", "max-epsilon = 7.9"):
+    policy(tmp_path, 'privacy-unit = "example"\nmin-noise-multiplier = 1.0\nmax-epsilon = 4.18').check(MANIFEST, private)
+    for text in ('privacy-unit = "client"', "min-noise-multiplier = 1.1", "max-epsilon = 4.16"):
         with pytest.raises(Refused, match=r"^policy: "):
             policy(tmp_path, text).check(MANIFEST, private)
-    assert claimed_epsilon(private.privacy) == 8.0 and claimed_epsilon(Job().privacy) == float("inf")
+    seeded = private.model_copy(update={"privacy": private.privacy.model_copy(update={"noise": "seeded"})})
+    assert 4.16 < own_epsilon(private) < 4.18 and own_epsilon(Job()) == own_epsilon(seeded) == float("inf")
+
+
+def test_a_promise_that_the_noise_does_not_keep_is_refused(tmp_path, private):
+    """Epsilon is worked out here: what the coordinator writes beside it does not count."""
+    less = private.model_copy(update={"privacy": private.privacy.model_copy(update={"noise_multiplier": 0.6})})
+    with pytest.raises(Refused, match=r"^privacy: privacy.noise-multiplier = 0.6: gives epsilon = "):
+        policy(tmp_path, "max-epsilon = 100.0").check(MANIFEST, less)
 
 
 def test_a_manifest_that_names_another_task_or_method_than_its_job_does_not_help(tmp_path):

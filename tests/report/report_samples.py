@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.report import page
+from fedtune.report import page, privacy_page
 
 HOSTILE = '<script>alert("x")</script>'
 MAJOR = ("negative", "neutral", "positive")
@@ -245,6 +245,30 @@ def crowd() -> dict[str, Any]:
     return made
 
 
+def private() -> dict[str, Any]:
+    """Examples protected, with every field, and a client whose name tries to leave its place."""
+    shares = {4.98004: 1, 4.61: 3, 4.2: 6, 3.7: 9, 3.1: 4, 0.0: 1}
+    made = sample(privacy={
+        "unit": "example", "epsilon": 4.98004, "note": f"Of 24 clients, {HOSTILE} lost most.", "delta": 0.0004, "noise_multiplier": 1.031, "clip": 0.5,
+        "accountant": "pld", "readings": {"pld": 4.98004, "rdp": 5.61, "prv": 4.981}, "target": 5.0, "left": 0.01996, "client": HOSTILE,
+        "spread": [{"epsilon": e, "clients": n} for e, n in shares.items()],
+        "rounds": [{"round": r, "epsilon": 4.98004 * (r / 10) ** 0.6} for r in range(1, 11)], "parts": {"update": 4.9, "metrics": 0.31, HOSTILE: 0.1},
+        "assumptions": ["Unit: one training example of one client.", f"Trusted: {HOSTILE}", "Delta = 0.0004: with that chance epsilon may not hold."],
+    })
+    made["job"]["privacy"] = {"unit": "example", "epsilon": 5.0}
+    return made
+
+
+def seeded() -> dict[str, Any]:
+    """Noise that a seed gives away: nothing is protected, and all of it says so."""
+    made = private()
+    made["privacy"] |= {
+        "epsilon": "inf", "note": "The noise came from a known seed.", "accountant": "unprotected", "readings": {"unprotected": "inf"}, "left": 0.0, "client": "",
+        "spread": [{"epsilon": "inf", "clients": 24}], "rounds": [{"round": r, "epsilon": "inf"} for r in range(1, 11)], "parts": {},
+    }
+    return made
+
+
 def hostile() -> dict[str, Any]:
     """Strings that try to leave their place: markup, templates, terminal codes, mathtext, other scripts."""
     bad = [
@@ -289,9 +313,17 @@ CASES = {
     "diverged": diverged,
     "hostile": hostile,
     "crowd": crowd,
+    "private": private,
+    "seeded": seeded,
     "images": lambda: sample(clients=60, labels=tuple(f"flower-{i}" for i in range(37)), naturals=("",), task="image-classification"),
     "causal-many": lambda: sample(clients=130, labels=(), naturals=tuple(f"book {i}" for i in range(20)), task="causal-lm"),
 }
+
+
+def privacy_alone() -> str:
+    """The privacy of a run as a page of its own."""
+    made = private()
+    return privacy_page.render(made["privacy"], made["title"], made["created"], made["versions"]["fedtune"])
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_samples import CASES, rendered, sample
+from report_samples import CASES, privacy_alone, rendered, sample
 
 from fedtune.report import compare
 
@@ -17,6 +17,7 @@ USUAL = [*LEARNING, "run-clients", "run-split"]
 PLOTS = {
     "usual": USUAL, "many-clients": USUAL, "hostile": USUAL, "diverged": USUAL, "images": USUAL,
     "unfinished": [*LEARNING, "run-split"], "not-begun": ["run-split"], "devices": [*LEARNING, "run-accuracy-time", "run-loss-time", "run-clients", "run-split"],
+    "private": [*USUAL, "run-epsilon-rounds", "run-epsilon-clients"], "privacy-alone": ["run-epsilon-rounds", "run-epsilon-clients"],
     "compare": ["compare-rounds", "compare-bytes"],
 }  # fmt: skip
 MEASURE = """
@@ -68,7 +69,7 @@ def browser() -> Iterator[Any]:
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder, made = tmp_path_factory.mktemp("pages"), {}
     for name in PLOTS:
-        html = compare.render([sample(), CASES["unfinished"]()]) if name == "compare" else rendered(name)
+        html = compare.render([sample(), CASES["unfinished"]()]) if name == "compare" else privacy_alone() if name == "privacy-alone" else rendered(name)
         made[name] = folder / f"{name}.html"
         made[name].write_text(html, encoding="utf-8")
     return made

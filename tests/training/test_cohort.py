@@ -19,7 +19,7 @@ def bench(tiny_job):
 
 @pytest.mark.parametrize("chunk", [1, 20, 10_000])
 @pytest.mark.parametrize("changes", [
-    (), ("adapter.method=lora", "federation.optimizer=sgd"), ("adapter.method=bias", "federation.optimizer=sgd"), ("adapter.method=full", "federation.optimizer=sgd"), ("adapter.method=head",),
+    (), ("adapter.method=lora", "federation.optimizer=sgd"), ("adapter.method=ffa-lora", "federation.optimizer=sgd"), ("adapter.method=bias", "federation.optimizer=sgd"), ("adapter.method=full", "federation.optimizer=sgd"), ("adapter.method=head",),
     ("federation.local-steps=2", "federation.weight-decay=0.1", "federation.lr-decay=0.5", "federation.head-lr=0.1")], ids=" ".join)
 def test_a_ragged_cohort(changes, chunk, bench):
     made = bench(*changes)

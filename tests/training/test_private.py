@@ -19,7 +19,6 @@ from fedtune.training.chunks import Task
 from fedtune.training.local import to_batch
 from fedtune.training.private import PerExample, capped, clipped, train_privately
 
-pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook")
 PRIVATE = ("privacy.unit=example", "privacy.noise-multiplier=0.7", "privacy.clip=0.05", "privacy.examples=8", "federation.weighting=equal",
            "privacy.noise=seeded", "privacy.metrics-noise=2.0")
 
@@ -73,7 +72,7 @@ def test_texts_that_are_predicted_count_as_their_mean(bench, tiny_llama):
     np.testing.assert_allclose(found, expected, rtol=0, atol=5e-5)
 
 
-@pytest.mark.parametrize(("method", "hooks"), [("fed-sb", True), ("lora", True), ("bias", True), ("head", True), ("full", False)])
+@pytest.mark.parametrize(("method", "hooks"), [("fed-sb", True), ("lora", True), ("ffa-lora", True), ("bias", True), ("head", True), ("full", False)])
 def test_opacus_is_used_where_it_is_right(method, hooks, bench):
     """Positions are embedded once for the whole batch, which Opacus takes for one example: then examples go one by one."""
     made = bench(f"adapter.method={method}")
@@ -88,6 +87,7 @@ def test_opacus_is_used_where_it_is_right(method, hooks, bench):
     assert [m.training for m in made.model.modules()] == before and all(p.grad is None for p in made.parameters.values())
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook")
 @pytest.mark.parametrize("way", ["serial", "together"])
 def test_a_step_is_opacus_step(way, bench, monkeypatch):
     """Cut, summed and divided by a fixed number: against Opacus' own optimizer on the same batch, without the noise."""

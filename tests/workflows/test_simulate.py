@@ -27,7 +27,7 @@ from fedtune.wire import Schema, encode
 from fedtune.workflows.finish import finish
 from fedtune.workflows.summary import facts
 
-METHODS = ("fed-sb", "lora", "bias", "head", "full")
+METHODS = ("fed-sb", "lora", "ffa-lora", "bias", "head", "full")
 
 
 @pytest.fixture(scope="session")

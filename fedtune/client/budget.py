@@ -1,0 +1,70 @@
+"""A device's own account of what leaves it, whatever the coordinator says: written before the training, kept through restarts."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from fedtune.errors import PrivacyRefused, Refused
+from fedtune.job import Job
+from fedtune.ledger import Ledger
+from fedtune.privacy.account import OWN
+from fedtune.privacy.plan import Plan, plan_of
+from fedtune.storage import failing_clearly, write_atomic
+from fedtune.wire import kind_of, round_of
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Of one job. `folder` is this device's own; `name` the job's digest."""
+
+    folder: Path
+    name: str
+    job: Job
+
+    @cached_property
+    def plan(self) -> Plan | None:
+        """Worked out here, not taken from the coordinator. Raises Refused for a job that promises more than its noise gives."""
+        try:
+            return plan_of(self.job, 0)
+        except PrivacyRefused as e:
+            raise Refused("privacy", str(e)) from None
+
+    def charge(self, packet: bytes) -> bytes | None:
+        """Writes the release that answering this packet will be to the ledger.
+
+        Returns the answer, where the same packet was answered before: sending that again tells nothing new and costs nothing.
+
+        Raises Refused when the job's rounds are used up.
+        """
+        if self.plan is None:
+            return None
+        if kind_of(packet) != "model":
+            raise Refused("privacy", "only trained models are protected; this asks for something else")
+        if (sent := self._sent(packet)) is not None:
+            return sent
+        with failing_clearly(self.folder):
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        ledger = Ledger(self.ledger)
+        joined = len(ledger.events())
+        if joined >= self.plan.rounds:
+            raise Refused("privacy", f"the budget of {self.plan.rounds} rounds (epsilon {self.plan.reading().epsilon:.3g}) is spent on this device")
+        release = self.plan.release([OWN])
+        ledger.record(round_of(packet), release.facts() | {"note": hashlib.sha256(packet).hexdigest()[:16]})
+        return None
+
+    def keep(self, packet: bytes, answer: bytes) -> None:
+        """For when the coordinator asks the same again, because it was restarted before the answer reached its disk."""
+        if self.plan is not None:
+            write_atomic(self.folder / f"{self.name[:16]}.answer", hashlib.sha256(packet).digest() + answer)
+
+    @property
+    def ledger(self) -> Path:
+        return self.folder / f"{self.name[:16]}.sqlite"
+
+    def _sent(self, packet: bytes) -> bytes | None:
+        try:
+            kept = (self.folder / f"{self.name[:16]}.answer").read_bytes()
+        except OSError:
+            return None
+        return kept[32:] if kept[:32] == hashlib.sha256(packet).digest() else None

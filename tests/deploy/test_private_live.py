@@ -1,0 +1,49 @@
+"""Example-level privacy on real devices: each keeps its own account, which a coordinator that is killed does not change, and stops at its end."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import until
+
+from fedtune.job import parse_job
+from fedtune.ledger import Ledger
+from fedtune.privacy.releases import read
+from fedtune.run import open_run
+
+pytestmark = pytest.mark.slow
+PRIVATE = ("privacy.unit=example", "privacy.noise-multiplier=2.0", "privacy.clip=0.5", "privacy.examples=160", "federation.weighting=equal",
+           "privacy.noise=seeded", "federation.batch-size=8", "federation.local-steps=3")
+
+
+def test_a_private_federation_survives_its_coordinator(federation, domain_csv, live_settings, make_bundle, run_rounds, tmp_path):
+    changes = (*PRIVATE, "federation.rounds=5", "privacy.participations=4")
+    live = federation()
+    bundle = make_bundle(*changes)
+    server = live.server(bundle)
+    devices = {name: live.client(name, data) for name, data in domain_csv.items()}
+    until(lambda: (live.metrics() or [{"round": -1}])[-1]["round"] >= 1, "round 1", lambda: server.text)
+    server.kill()
+    server = live.server(bundle, name="again")
+    assert server.wait() == 0, server.text
+
+    run = open_run(live.run())
+    simulated = run_rounds(parse_job("", ["simulation.engine=serial", *live_settings, *changes]), tmp_path / "simulated").run
+    ours, theirs = run.newest().state, simulated.newest().state
+    assert ours.round == theirs.round == 5
+    for name, array in theirs.arrays.items():
+        np.testing.assert_allclose(ours.arrays[name], array, atol=1e-5, rtol=0)
+    assert [(e.round, e.facts, e.chain) for e in Ledger(run.ledger).events()] == [(e.round, e.facts, e.chain) for e in Ledger(simulated.ledger).events()]
+
+    lines = run.metrics()
+    assert [len(line["clients"]) for line in lines] == [0, 3, 3, 3, 3, 0]  # the fifth round is more than anyone's budget
+    assert all("budget of 4 rounds is spent" in why for why in lines[-1]["refused"].values()) and len(lines[-1]["refused"]) == 3
+    assert all(line["accuracy"] is None and line["train_loss"] is None for line in lines)  # nothing that holds no noise
+    summary = json.loads(run.summary.read_text())
+    assert summary["complete"] and summary["privacy"]["epsilon"] == "inf" and "known seed" in summary["privacy"]["note"]
+    for name, device in devices.items():
+        (own,) = (live.keys / "devices" / name / "privacy").glob("*.sqlite")
+        events = Ledger(own).events()
+        assert [e.round for e in events] == [1, 2, 3, 4]  # also when it was asked twice for one round
+        assert all(read(e.facts).count == 3 for e in events)
+        assert device.stop() == 130 and "Traceback" not in device.text
