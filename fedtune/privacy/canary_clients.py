@@ -14,8 +14,9 @@ class ClientCanaries:
     """Clients that answer with a vector LOUD times as long as the clip in a direction of their own, or not at all.
 
     The attacker modelled chooses those updates, knows all others, and sees the model after every round. It knows who was asked,
-    too, unless the job's promise rests on that being secret. What is out does not answer; but where a fixed number is drawn, neighbours are
-    data sets with one client exchanged for another, and what is out then pulls the other way.
+    too, unless the job's promise rests on that being secret. What is out does not answer, with two exceptions. Where a fixed number is drawn,
+    neighbours are data sets with one client exchanged for another, and what is out pulls the other way. Where clients add the noise
+    themselves, what is out answers with the model it was sent, as a sum needs its share of the noise.
 
     Attributes:
         found: evidence so far, float64 [m].
@@ -36,7 +37,7 @@ class ClientCanaries:
 
     def silent(self, client: str) -> bool:
         """Whether it is a canary that does not answer."""
-        return client in self and not self.canaries.coins[self._place[client]] and not self._replaced
+        return client in self and not self.canaries.coins[self._place[client]] and not self._replaced and not self.plan.distributed
 
     def pull(self, client: str, model: np.ndarray, clip: float) -> np.ndarray:
         """The update, float32 [numbers], of a canary that was sent `model`, float32 [numbers]; within the job's largest norm."""
@@ -44,7 +45,7 @@ class ClientCanaries:
         places, values = self.directions.vectors(self.canaries.direction[[number]])
         norm = min(LOUD * clip, 0.9 * self.plan.job.federation.max_norm)
         update = model.astype(np.float32)
-        update[places[0]] += values[0] * np.float32(norm if self.canaries.coins[number] else -norm)
+        update[places[0]] += values[0] * np.float32(norm if self.canaries.coins[number] else -norm if self._replaced else 0.0)
         return update
 
     def released(self, change: np.ndarray, clip: float, asked: frozenset[str]) -> None:

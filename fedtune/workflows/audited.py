@@ -171,7 +171,7 @@ class AuditedClients(Audited):
         return self._live
 
     def _ask(self, ask: Ask, pairs: Pairs, kind: str = "train", round: int = 0) -> Iterator[Reply]:
-        clip = float(self._live.state.slots[CLIP])
+        clip = float(self._live.state.slots.get(CLIP, self.setup.job.privacy.clip))
         mine = [(client, packet) for client, packet in pairs if client in self.audit]
         self._asked, self._known = (clip, frozenset(client for client, _ in mine)), np.zeros_like(self._model)
         sent = {packet: decode(packet, self.setup.spec.schema, kinds=["model"], frame=self._live.frame_digest) for packet in {packet for _, packet in mine}}

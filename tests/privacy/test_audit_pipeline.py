@@ -8,19 +8,19 @@ import csv
 import json
 import sys
 
+import numpy as np
 import pytest
-import typer
 from typer.testing import CliRunner
 
-from fedtune.cli import audit as shell
+from fedtune.cli.main import app
 from fedtune.errors import PrivacyRefused, UserError
 from fedtune.privacy.clipping import flat_norm
+from fedtune.privacy.distributed import Distributed
 from fedtune.privacy.example import SelfCheck
 from fedtune.privacy.noise import SeededNoise
 from fedtune.training import cohort, private
 from fedtune.workflows.audit import audit
 
-pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook")
 DP_FED_AVG = sys.modules["fedtune.algorithms.dp_fed_avg"]  # of this name the package has a function
 COMMON = ("federation.weighting=equal", "data.partition=iid", "adapter.rank=16", "federation.rounds=1", "privacy.noise-multiplier=2.0", "privacy.clip=0.05",
           "privacy.delta=1e-5", "privacy.noise=seeded")
@@ -121,6 +121,16 @@ def test_weights_that_are_believed_are_caught(tiny_job, crowd, weights_believed)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("broken", [False, True])
+def test_noise_that_clients_share(broken, tiny_job, crowd, monkeypatch):
+    """Under secure aggregation each adds its part of the noise. Without it next to nothing hides a canary."""
+    if broken:
+        monkeypatch.setattr(Distributed, "shares", lambda self, exact, source: np.rint(exact).astype(np.int64))
+    found = audit(tiny_job(*crowd(300, "privacy.secure-aggregation=true")), seed=1)
+    assert (found.verdict == "VIOLATION") == broken and found.outcome.made == found.outcome.guesses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", [False, True])
 def test_half_the_noise_on_the_mean_is_caught(broken, tiny_job, crowd, request):
     if broken:
         request.getfixturevalue("half_the_noise")
@@ -186,9 +196,8 @@ def test_input_canaries_are_examples(tiny_job, crowd):
 
 
 def invoke(tiny_settings, *options):
-    app = typer.Typer()
-    app.command()(shell.command)
-    return CliRunner().invoke(app, [*(word for setting in (*tiny_settings, *EXAMPLE) for word in ("--set", setting)), *options])
+    settings = [word for setting in (*tiny_settings, *EXAMPLE) for word in ("--set", setting)]
+    return CliRunner().invoke(app, ["privacy", "audit", *settings, *options], env={"COLUMNS": "200", "NO_COLOR": "1"})
 
 
 def test_the_command_prints_a_table_or_json(tiny_settings):
