@@ -6,13 +6,13 @@ from typing import Annotated
 
 import typer
 
-from fedtune.cli import calibrate
+from fedtune.cli import audit, calibrate
 from fedtune.cli.common import JsonOption, busy, out, shell
 from fedtune.run import open_run
 
 EXAMPLES = "Examples:  fedtune privacy report runs/fed-sb-001   |   fedtune privacy report runs/fed-sb-001 --json"
 
-app = typer.Typer(name="privacy", help="Differential privacy: what a run spent, and which noise a job needs.", no_args_is_help=True, suggest_commands=False, pretty_exceptions_enable=False)
+app = typer.Typer(name="privacy", help="Differential privacy: what a run spent, which noise a job needs, and whether it does what it claims.", no_args_is_help=True, suggest_commands=False, pretty_exceptions_enable=False)
 
 
 @app.command(epilog=EXAMPLES)
@@ -36,5 +36,5 @@ def report(
     out.print(f"page: {write_privacy_page(folder, found).resolve()}", markup=False, highlight=False, soft_wrap=True)
 
 
-for module in (calibrate,):
+for module in (audit, calibrate):
     app.command(name=module.__name__.rpartition(".")[2], epilog=module.EXAMPLES)(module.command)

@@ -16,13 +16,12 @@ from fedtune.adapters.methods import Parameters
 from fedtune.job import FederationSection
 from fedtune.models.base import TunableModel
 from fedtune.privacy.example import ExamplePrivacy, SelfCheck
-from fedtune.privacy.noise import Noise
 from fedtune.training import optimizers
 from fedtune.training.chunks import Picked, Task, balanced, join, pick, predictions, stretches
 from fedtune.training.features import FeatureStore
 from fedtune.training.local import learning_rate
 from fedtune.training.passes import Pass
-from fedtune.training.private import capped, clipped
+from fedtune.training.private import Audit, capped, clipped
 from fedtune.training.stacked import Examples, Stack
 from fedtune.types import TensorSpec
 
@@ -51,6 +50,7 @@ class CohortTrainer:
         self.through, self.features, self.chunk = through, features, chunk
         self.unused: frozenset[str] = frozenset()
         """Tensors without a part in the loss: an optimizer leaves them alone, weight decay included."""
+        self.audit: Audit | None = None
         self.stack = Stack(model, parameters)
         self.device = self.stack.device
         ends = np.cumsum([t.size for t in trainable]).tolist()
@@ -83,7 +83,7 @@ class CohortTrainer:
                 if check is None:
                     gradients = self._step(models[:active], picked, totals)
                 else:
-                    gradients = self._private_step(models, picked, totals, check, [task.noise for task in ordered])
+                    gradients = self._private_step(models, picked, totals, check, ordered)
                 optimizers.update(models[:active], gradients, moments, rates, step + 1, self.settings)
                 if mask is not None:
                     torch.where(mask[:active], models[:active], begin, out=models[:active])
@@ -117,7 +117,7 @@ class CohortTrainer:
             np.add.at(totals, part.row, scores)
         return gradients
 
-    def _private_step(self, models: Tensor, picked: Picked, totals: np.ndarray, check: SelfCheck, noises: Sequence[Noise | None]) -> Tensor:
+    def _private_step(self, models: Tensor, picked: Picked, totals: np.ndarray, check: SelfCheck, tasks: Sequence[Task]) -> Tensor:
         """The same with example-level privacy. Every example has a model of its own in the stack, whose gradients are then the examples'."""
         private, gradients = check.settings, torch.zeros_like(models)
         made = predictions(picked.lengths, self.model.task).astype(np.float32)
@@ -125,14 +125,28 @@ class CohortTrainer:
         for chunk in self._chunks(means):
             for begin in range(0, len(chunk), most := max(1, NUMBERS // models.shape[1])):
                 part = chunk.take(np.arange(begin, min(begin + most, len(chunk))))
-                index = torch.from_numpy(part.row).to(self.device)
-                flat, scores = self.gradients(models[index], part, np.arange(len(part)))
-                gradients.index_add_(0, index, clipped(flat, private.clip, check))
+                flat, scores = self._singly(models, part)
+                gradients.index_add_(0, torch.from_numpy(part.row).to(self.device), clipped(flat, private.clip, check))
                 np.add.at(totals, part.row, capped(scores / np.maximum(scores[:, 2:], 1)))
-        drawn = np.stack([private.multiplier * private.clip * noise.normal(models.shape[1]) for noise in noises if noise is not None]).astype(np.float32)
+        drawn = np.stack([private.multiplier * private.clip * task.noise.normal(models.shape[1]) for task in tasks if task.noise is not None]).astype(np.float32)
         noisy = gradients + torch.from_numpy(drawn).to(self.device)
         check.noise((noisy - gradients).cpu().numpy())
-        return noisy / private.batch
+        released = noisy / private.batch
+        if self.audit is not None:
+            for row, (task, gradient) in enumerate(zip(tasks, released)):
+                self.audit.released(row, task.client, gradient)
+        return released
+
+    def _singly(self, models: Tensor, part: Picked) -> tuple[Tensor, np.ndarray]:
+        """Gradient of each example's scale * loss by the model of its row, [n, P], and its scores, float64 [n, 3]."""
+
+        def computed(examples: Picked) -> tuple[Tensor, np.ndarray]:
+            return self.gradients(models[torch.from_numpy(examples.row).to(self.device)], examples, np.arange(len(examples)))
+
+        if self.audit is None:
+            return computed(part)
+        flat, scores = self.audit.insert(part.row, part.labels, lambda places: computed(part.take(places)))
+        return flat, scores.numpy()
 
     def gradients(self, models: Tensor, part: Picked, owner: np.ndarray) -> tuple[Tensor, np.ndarray]:
         """Gradient of each model's sum of scale * loss over its examples.

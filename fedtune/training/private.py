@@ -5,9 +5,10 @@ pass for each example, the slow and obvious way.
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -31,6 +32,19 @@ _SAMPLED = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.Conv1d, nn.Conv2d)
 """Layers whose gradient by example Opacus knows, and which compute the same in training mode, in which alone it watches them."""
 
 
+class Audit(Protocol):
+    """Tries the mechanism from inside, for `fedtune privacy audit` alone; where there is none nothing differs."""
+
+    def insert(self, rows: np.ndarray, labels: np.ndarray, real: Callable[[np.ndarray], tuple[Tensor, Any]]) -> tuple[Tensor, Tensor]:
+        """Gradients [n, P], before they are clipped, and scores [n, 3] of examples of the clients int64 [n] of this step and with labels [n],
+        an audit's own among them; `real` gives those of the examples at some of these places."""
+        ...
+
+    def released(self, row: int, client: str, gradient: Tensor) -> None:
+        """What the optimizer of a client gets in the step: the noisy sum over the public number of examples, [P]."""
+        ...
+
+
 @dataclass
 class PerExample:
     """Gradients by example. Made once for a model with its adapter on it.
@@ -43,9 +57,16 @@ class PerExample:
     parameters: Parameters
     by_hooks: bool | None = field(default=None)
     """Whether Opacus' hooks are used: None until they were tried."""
+    audit: Audit | None = None
 
     def __call__(self, batch: Mapping[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
         """Gradient of each example's mean loss over its predictions, [n, P], and its [loss, right, 1], [n, 3], means too."""
+        if self.audit is None:
+            return self._computed(batch, labels)
+        rows = np.zeros(len(labels), np.int64)
+        return self.audit.insert(rows, labels.cpu().numpy(), lambda places: self._computed({k: v[places] for k, v in batch.items()}, labels[places]))
+
+    def _computed(self, batch: Mapping[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
         if self.by_hooks is None:
             self.by_hooks = self._agree({k: v[:TRIED] for k, v in batch.items()}, labels[:TRIED])
         return self.with_opacus(batch, labels) if self.by_hooks else self.one_by_one(batch, labels)
@@ -112,8 +133,12 @@ class PerExample:
 
 def train_privately(
     gradients: PerExample, data: ClientData, encoder: Encoder, settings: FederationSection, privacy: ExamplePrivacy, round: int, noise: Noise,
+    client: str = "",
 ) -> Metrics:
     """DP-SGD on `gradients.parameters`, in place, with a fresh optimizer; empty batches make a step of noise alone.
+
+    Args:
+        client: whose data it is, as an audit knows it.
 
     Returns:
         Noisy training metrics, or none where the job sends none.
@@ -132,7 +157,10 @@ def train_privately(
             totals += capped(scores.double().cpu().numpy()).sum(0)
         noisy = total + torch.from_numpy((privacy.multiplier * privacy.clip * noise.normal(len(start))).astype(np.float32)).to(device)
         check.noise((noisy - total).cpu().numpy())
-        _put(parameters, noisy / privacy.batch)
+        released = noisy / privacy.batch
+        if gradients.audit is not None:
+            gradients.audit.released(0, client, released)
+        _put(parameters, released)
         optimizer.step()
     check.require(start, _flat(parameters))
     return noisy_metrics(totals, privacy, noise)

@@ -16,7 +16,7 @@ from fedtune.privacy.noise import noise_of
 from fedtune.privacy.plan import outward
 from fedtune.seeds import generator
 from fedtune.training.local import ClientData, train_locally, weight_gradients
-from fedtune.training.private import PerExample, train_privately
+from fedtune.training.private import Audit, PerExample, train_privately
 from fedtune.types import Arrays, Metrics
 from fedtune.wire import Packet, Schema, decode, encode, kind_of
 
@@ -38,6 +38,7 @@ class Worker:
     parameters: Parameters = field(default_factory=dict)
     frame_digest: str | None = None
     gradients: PerExample | None = None
+    audit: Audit | None = None
 
     def handle(self, payload: bytes, client: str, data: ClientData) -> bytes:
         """Answers a "model" packet with an "update", a "gradient-request" with a "gradient".
@@ -66,8 +67,8 @@ class Worker:
             metrics = train_locally(self.model, self.parameters, data, self.encoder, fed, round, rng)
             require_converged(metrics)
         else:
-            self.gradients = self.gradients or PerExample(self.model, self.parameters)
-            metrics = train_privately(self.gradients, data, self.encoder, fed, private, round, noise_of(self.job, round, client))
+            self.gradients = self.gradients or PerExample(self.model, self.parameters, audit=self.audit)
+            metrics = train_privately(self.gradients, data, self.encoder, fed, private, round, noise_of(self.job, round, client), client)
         weight, metrics = outward(self.job, len(data), metrics)
         return encode("update", self.spec.schema, read(self.parameters), round=round, frame=self.frame_digest or "", weight=weight, metrics=metrics)
 

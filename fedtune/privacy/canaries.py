@@ -1,0 +1,134 @@
+"""Canaries: who is in by the toss of a coin, in which direction each pulls, and what a release says of it. No torch."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from scipy.linalg import hadamard
+
+from fedtune.seeds import generator
+
+WIDTH = 64
+"""Numbers that a direction is spread over: enough that it lies in several tensors, and that no single number's gradient drowns it."""
+LOUD = 10.0
+"""Norm of a canary over the clip: so that it is the clipping that bounds it."""
+REHEARSED, FEWEST_REHEARSED = 2 * 10**7, 200
+"""About the most numbers drawn in a rehearsal, and the fewest canaries in one."""
+
+
+@dataclass(frozen=True)
+class Directions:
+    """`count` orthonormal vectors of `numbers` numbers: rows of Hadamard matrices over blocks of WIDTH places drawn by chance.
+
+    What points in one of them adds nothing to what is seen in another, so that canaries do not disturb each other.
+    """
+
+    numbers: int
+    seed: int
+
+    @cached_property
+    def width(self) -> int:
+        return min(WIDTH, 2 ** int(math.log2(max(1, self.numbers))))
+
+    @property
+    def count(self) -> int:
+        return self.numbers // self.width * self.width
+
+    @cached_property
+    def places(self) -> np.ndarray:
+        """int64 [blocks, width]."""
+        return generator(self.seed, "canary-places").permutation(self.numbers)[: self.count].reshape(-1, self.width)
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """float32 [width, width], orthonormal."""
+        return (hadamard(self.width) / math.sqrt(self.width)).astype(np.float32)
+
+    def vectors(self, which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Places int64 [n, width] and values float32 [n, width] of the directions int64 [n]; all other numbers are 0."""
+        return self.places[which // self.width], self.rows[which % self.width]
+
+    def along(self, vector: np.ndarray) -> np.ndarray:
+        """Inner products of float [numbers] with every direction, float64 [count]."""
+        return (vector[self.places].astype(np.float64) @ self.rows.astype(np.float64).T).ravel()
+
+
+@dataclass(frozen=True)
+class Canaries:
+    """m canaries. Canary i belongs to clients[owner[i]], pulls in direction[i], and is in where coins[i].
+
+    Attributes:
+        owner, direction: int64 [m]; no two canaries of one client share a direction.
+        coins: bool [m], from a generator of their own: nothing in the run draws from it.
+    """
+
+    clients: Sequence[str]
+    owner: np.ndarray
+    direction: np.ndarray
+    coins: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.coins)
+
+    @cached_property
+    def of(self) -> dict[str, np.ndarray]:
+        """The canaries of each client, int64."""
+        order = np.argsort(self.owner, kind="stable")
+        ends = np.searchsorted(self.owner[order], np.arange(len(self.clients) + 1))
+        return {name: order[a:b] for name, a, b in zip(self.clients, ends[:-1], ends[1:])}
+
+
+def coins(m: int, seed: int) -> np.ndarray:
+    """Fair ones, bool [m]."""
+    return generator(seed, "canary-coins").random(m) < 0.5
+
+
+def evidence(seen: np.ndarray, multiplier: float, rate: float = 1.0, replaced: bool = False) -> np.ndarray:
+    """Logarithm of how much likelier a release is with a canary in than out, if the mechanism is as it says.
+
+    Args:
+        seen: inner products of the released sum with canaries' directions, in units of the clip.
+        multiplier: of the Gaussian noise. rate: chance that a unit is in the sum at all.
+        replaced: what is out pulls the other way, instead of not at all.
+    """
+    there = _ratio(seen, multiplier, rate)
+    return there - _ratio(-seen, multiplier, rate) if replaced else there
+
+
+def _ratio(seen: np.ndarray, z: float, rate: float) -> np.ndarray:
+    """log((1 - rate) + rate N(seen; 1, z) / N(seen; 0, z))."""
+    whole = (2 * np.asarray(seen, np.float64) - 1) / (2 * z * z)
+    return whole if rate >= 1 else np.logaddexp(math.log1p(-rate), math.log(rate) + whole)
+
+
+@dataclass(frozen=True)
+class View:
+    """What an attacker sees of one canary over a run: `uses` times the sum in the canary's direction, in units of the clip.
+
+    multiplier: of the noise. rate: chance to be in the sum of a use. replaced: as in `evidence`.
+    """
+
+    multiplier: float
+    rate: float
+    uses: int
+    replaced: bool = False
+
+
+def rehearse(view: View, shrink: float = 1.0, count: int = 10_000) -> tuple[np.ndarray, np.ndarray]:
+    """(evidence float64 [n], coins bool [n]) of canaries that do not disturb each other, in a run that exists only here.
+
+    Args:
+        shrink: the noise is that part of what it should be; the attacker does not know it.
+        count: of canaries; fewer for a view of very many uses.
+    """
+    n = max(FEWEST_REHEARSED, min(count, REHEARSED // view.uses))
+    rng = generator(0, "canary-rehearsal")
+    inside, found = rng.random(n) < 0.5, np.zeros(n)
+    pull = np.where(inside, 1.0, -1.0 if view.replaced else 0.0)
+    for begin in range(0, view.uses, step := max(1, 2**17 // n)):
+        shape = min(step, view.uses - begin), n
+        seen = pull * (rng.random(shape) < view.rate) + shrink * view.multiplier * rng.standard_normal(shape)
+        found += evidence(seen, view.multiplier, view.rate, view.replaced).sum(0)
+    return found, inside
