@@ -308,7 +308,7 @@ def _privacy_disagreements(job: Job) -> Iterator[str]:
     else:
         if privacy.examples:
             yield f'privacy.examples = {privacy.examples}: only for unit = "example"; remove it'
-        if fed.min_replies > 1:
+        if fed.min_replies > 1 and not privacy.secure_aggregation:  # there, who takes part is not hidden
             yield f'federation.min-replies = {fed.min_replies}: a round that is void for want of replies would tell who took part; leave it at 1 with unit = "client"'
         if privacy.amplification and privacy.participations:
             yield f"privacy.participations = {privacy.participations}: with amplification every client counts as in every round; remove one of the two"

@@ -43,6 +43,7 @@ def test_a_federation_that_learns_only_sums(federation, four_files, live_setting
     settings = (*SECURE, f"data.source={four_files / 'all.csv'}")
     live, seen = federation(NAMES), tmp_path / "vectors"
     server = live.server(make_bundle(*settings))
+    server.wait_for("listening")
     silent = {"books": "", "films": "", "meals": "2", "songs": "2,3"}  # round 2: two of four are missing; round 3: one
     devices = {}
     for name in NAMES:
@@ -77,6 +78,8 @@ def test_a_federation_that_learns_only_sums(federation, four_files, live_setting
     plain = [(seen / name / str(r)).read_bytes() for name in NAMES for r in range(1, 4)]
     assert len(plain) == 12 and all(v[:64] not in kept and v[1000:1064] not in kept for v in plain)
     assert json.loads(run.summary.read_text())["complete"]
+    for device in devices.values():
+        device.process.terminate()
     for name, device in devices.items():
         assert (live.keys / "devices" / name / "secagg").is_dir()
-        assert device.stop() == 130 and "Traceback" not in device.text, device.text
+        assert device.wait() == 130 and "Traceback" not in device.text, device.text
