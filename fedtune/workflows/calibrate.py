@@ -98,7 +98,7 @@ def read_job(path: Path | None, overrides: Sequence[str] = ()) -> Job:
 def make_calibration(job: Job, epsilons: Sequence[float] = (), noises: Sequence[float] = ()) -> Calibration:
     """Answers for these epsilons and noise multipliers; for none, those of the job and EPSILONS.
 
-    Client level is answered with and without amplification; the job's own way is checked as a run would be.
+    Client level without secure aggregation is answered with and without amplification; the job's own way is checked as a run would be.
 
     Raises PrivacyRefused for a delta that is too large, and for an epsilon above 10 unless the job says that it is meant.
     """
@@ -108,7 +108,7 @@ def make_calibration(job: Job, epsilons: Sequence[float] = (), noises: Sequence[
     jobs = list(_asked(job, epsilons, noises))
     plans = [(text, _plan(one)) for text, one in jobs]
     rows, other = [_row(text, plan, parts) for text, plan in plans], []
-    if job.privacy.unit == "client":
+    if job.privacy.unit == "client" and not job.privacy.secure_aggregation:  # no accountant reads distributed noise with amplification
         for text, one in jobs:
             try:
                 other.append(_row(text, _plan(_turned(one)), parts))

@@ -101,6 +101,8 @@ def test_with_and_without_amplification():
         answers(*settings, noises=[0.9])
     lone = answers(*settings, "privacy.participations=1", noises=[1.0])
     assert [(row.amplification, row.rounds) for row in lone.rows] == [(False, 1), (True, 10)]
+    (shared,) = answers(*CLIENT, "data.clients=1000", "privacy.secure-aggregation=true", noises=[8.0]).rows
+    assert not shared.amplification and set(shared.readings) == {"rdp"}
 
 
 @pytest.mark.parametrize("arguments, settings, code, said", [
