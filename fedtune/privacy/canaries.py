@@ -16,7 +16,7 @@ LOUD = 10.0
 """Norm of a canary over the clip: so that it is the clipping that bounds it."""
 SCALES = (1.0, 0.7, 0.5, 0.35, 0.25)
 """Of the noise that was promised: what an attacker thinks there may be."""
-REHEARSED, FEWEST_REHEARSED = 5 * 10**6, 200
+REHEARSED, FEWEST_REHEARSED = 3 * 10**6, 200
 """About the most numbers drawn in a rehearsal, and the fewest canaries in one."""
 
 

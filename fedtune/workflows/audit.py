@@ -119,7 +119,8 @@ def audit(
     assert plan is not None  # the job protects something
     delta, room = delta or plan.delta, Room(setup, plan, seed)
     claimed = read_epsilon(plan.whole(), delta).epsilon
-    count, tries = _planned(room, kind, canaries, guesses, delta)
+    with_half = accuracy(*rehearse(room.view, shrink=0.5))
+    count, tries = _planned(room, kind, canaries, guesses, with_half, delta)
     with tempfile.TemporaryDirectory(prefix="fedtune-audit-") as folder:
         placed, simulation = _with_canaries(room, count, kind, create_run(Path(folder) / "run", setup.job, run_facts(setup)), watch)
         simulation.rounds()
@@ -128,7 +129,7 @@ def audit(
     taken = take_guesses(simulation.evidence, tries)
     outcome = Outcome(count, tries, int((taken != 0).sum()), count_right(taken, placed.coins), delta)
     asked = [simulation.asked.get(placed.clients[owner], 0) for owner in placed.owner.tolist()] if simulation.asked else []
-    right, halved = (expected_bound(accuracy(*rehearse(room.view, part)), count, tries, delta) if kind == "gradient" else None for part in (1.0, 0.5))
+    right, halved = (expected_bound(rehearsed, count, tries, delta) if kind == "gradient" else None for rehearsed in (accuracy(*rehearse(room.view)), with_half))
     return Report(
         plan.unit, kind, setup.job.simulation.engine, outcome, claimed, seed, float(np.mean(asked)) if asked else None, plan.rounds,
         right, halved, best_ceiling(count, delta), tuple(_notes(setup.job, outcome, claimed, halved, simulation)))
@@ -143,14 +144,13 @@ def _require_auditable(job: Job, kind: Kind) -> None:
         raise UserError(f'--kind input: canaries are examples, but privacy.unit = "{job.privacy.unit}"; use --kind gradient')
 
 
-def _planned(room: Room, kind: Kind, canaries: int, guesses: int, delta: float) -> tuple[int, int]:
-    """(canaries, guesses): as asked for, or so that noise of half its size would show best. Raises UserError for too many."""
+def _planned(room: Room, kind: Kind, canaries: int, guesses: int, rehearsed: np.ndarray, delta: float) -> tuple[int, int]:
+    """(canaries, guesses): as asked for, or so that what was rehearsed, noise of half its size, would show best. Raises UserError for too many."""
     useful, most, why = room.text_room() if kind == "input" else room.client_room() if room.plan.unit == "client" else room.example_room()
     if not most:
         raise UserError(f"federation.cohort = {room.setup.job.federation.cohort}: with this seed nobody is asked in any round, so there is nothing to audit; raise it, or federation.rounds")
     if canaries > most:
         raise UserError(f"--canaries {canaries}: at most {most:,}, as {why}; lower it, or leave it out")
-    rehearsed = accuracy(*rehearse(room.view, shrink=0.5))
     count = canaries or planned_canaries(rehearsed, useful, delta)
     if guesses > count:
         raise UserError(f"--guesses {guesses}: there are {count:,} canaries; lower it, or leave it out")

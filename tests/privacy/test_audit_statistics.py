@@ -127,7 +127,7 @@ def test_a_rehearsal_is_what_will_be():
     """Accuracy by hand: of a Gaussian with mu = 2, those who are guessed at all are on their side of 1 with chance Phi(1)."""
     right = accuracy(*rehearse(View(0.5, 1.0, 1)))
     assert right[-1] == pytest.approx(stats.norm.cdf(1.0), abs=0.02) and right[100] > 0.99
-    assert rehearse(View(1.0, 0.1, 10**4))[0].shape == (500,)
+    assert rehearse(View(1.0, 0.1, 10**4))[0].shape == (300,)
 
 
 def test_what_is_not_drawn_cannot_be_told():
