@@ -74,7 +74,7 @@ def _show(report: "Report") -> None:
         ("right", count(o.correct), f"{o.correct / o.guesses:.1%} of the guesses"),
         ("epsilon is at least", f"{o.lower:.3f}", f"with {CONFIDENCE:.0%} confidence, at delta = {o.delta:g}"),
         ("the job claims", f"{report.claimed:.3f}", f"at the same delta; unit: {report.unit}"),
-        *(() if report.expected is None else (("a right one shows", f"{report.expected:.3f}", "about: one run shows less than the truth"),)),
+        *(() if report.expected is None else (("a right one shows", f"{report.expected:.3f}", f"about, and one with half of the noise {report.halved:.3f}"),)),
         ("could have shown", f"{o.ceiling:.3f}", f"every guess right; {report.best:.3f} with the best number of guesses"),
         ("verdict", report.verdict, "more is lost than is claimed" if report.verdict == "VIOLATION" else "nothing speaks against the claim; no proof of it"),
     ]

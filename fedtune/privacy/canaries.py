@@ -14,7 +14,9 @@ WIDTH = 64
 """Numbers that a direction is spread over: enough that it lies in several tensors, and that no single number's gradient drowns it."""
 LOUD = 10.0
 """Norm of a canary over the clip: so that it is the clipping that bounds it."""
-REHEARSED, FEWEST_REHEARSED = 2 * 10**7, 200
+SCALES = (1.0, 0.7, 0.5, 0.35, 0.25)
+"""Of the noise that was promised: what an attacker thinks there may be."""
+REHEARSED, FEWEST_REHEARSED = 3 * 10**6, 200
 """About the most numbers drawn in a rehearsal, and the fewest canaries in one."""
 
 
@@ -86,26 +88,20 @@ def coins(m: int, seed: int) -> np.ndarray:
 
 
 def evidence(seen: np.ndarray, multiplier: float, rate: float = 1.0, replaced: bool = False) -> np.ndarray:
-    """Logarithm of how much likelier a release is with a canary in than out, if the mechanism is as it says.
+    """Logarithm of how much likelier a release is with a canary in than out, if the noise has this multiplier.
 
     Args:
         seen: inner products of the released sum with canaries' directions, in units of the clip.
-        multiplier: of the Gaussian noise. rate: chance that a unit is in the sum at all.
+        rate: chance that a unit is in the sum at all.
         replaced: what is out pulls the other way, instead of not at all.
     """
     there = _ratio(seen, multiplier, rate)
     return there - _ratio(-seen, multiplier, rate) if replaced else there
 
 
-def _ratio(seen: np.ndarray, z: float, rate: float) -> np.ndarray:
-    """log((1 - rate) + rate N(seen; 1, z) / N(seen; 0, z))."""
-    whole = (2 * np.asarray(seen, np.float64) - 1) / (2 * z * z)
-    return whole if rate >= 1 else np.logaddexp(math.log1p(-rate), math.log(rate) + whole)
-
-
 @dataclass(frozen=True)
 class View:
-    """What an attacker sees of one canary over a run: `uses` times the sum in the canary's direction, in units of the clip.
+    """What an attacker is told of a mechanism: `uses` times it sees the sum in a canary's direction.
 
     multiplier: of the noise. rate: chance to be in the sum of a use. replaced: as in `evidence`.
     """
@@ -116,19 +112,53 @@ class View:
     replaced: bool = False
 
 
-def rehearse(view: View, shrink: float = 1.0, count: int = 10_000) -> tuple[np.ndarray, np.ndarray]:
+@dataclass
+class Sight:
+    """What was seen of m canaries so far, under each of SCALES times the noise that was promised: an attacker believes no promise.
+
+    ratio: as `evidence`, summed. out: logarithm of the likelihood if all are out. Both float64 [scales, m].
+    """
+
+    view: View
+    ratio: np.ndarray
+    out: np.ndarray
+
+    @classmethod
+    def of(cls, view: View, m: int) -> "Sight":
+        return cls(view, np.zeros((len(SCALES), m)), np.zeros((len(SCALES), m)))
+
+    def add(self, which: np.ndarray | slice, seen: np.ndarray) -> None:
+        """What one use shows of these canaries: float [n], or of several uses float [uses, n]; in units of the clip."""
+        for row, scale in enumerate(SCALES):
+            z = scale * self.view.multiplier
+            away = _ratio(-seen, z, self.view.rate) if self.view.replaced else np.zeros(1)
+            self.ratio[row, which] += np.atleast_2d(_ratio(seen, z, self.view.rate) - away).sum(0)
+            self.out[row, which] += np.atleast_2d(away - seen**2 / (2 * z * z) - math.log(z)).sum(0)
+
+    def evidence(self) -> np.ndarray:
+        """float64 [m], under the noise that makes most likely what was seen, whoever is in: no coin is looked at."""
+        whole = (self.out + np.logaddexp(0.0, self.ratio)).sum(1)
+        return self.ratio[int(np.argmax(whole))]
+
+
+def _ratio(seen: np.ndarray, z: float, rate: float) -> np.ndarray:
+    """log((1 - rate) + rate N(seen; 1, z) / N(seen; 0, z))."""
+    whole = (2 * np.asarray(seen, np.float64) - 1) / (2 * z * z)
+    return whole if rate >= 1 else np.logaddexp(math.log1p(-rate), math.log(rate) + whole)
+
+
+def rehearse(view: View, shrink: float = 1.0, count: int = 100_000) -> tuple[np.ndarray, np.ndarray]:
     """(evidence float64 [n], coins bool [n]) of canaries that do not disturb each other, in a run that exists only here.
 
     Args:
-        shrink: the noise is that part of what it should be; the attacker does not know it.
-        count: of canaries; fewer for a view of very many uses.
+        shrink: the noise is that part of what was promised.
+        count: of canaries; fewer for a view of many uses.
     """
     n = max(FEWEST_REHEARSED, min(count, REHEARSED // view.uses))
-    rng = generator(0, "canary-rehearsal")
-    inside, found = rng.random(n) < 0.5, np.zeros(n)
+    rng, sight = generator(0, "canary-rehearsal"), Sight.of(view, n)
+    inside = rng.random(n) < 0.5
     pull = np.where(inside, 1.0, -1.0 if view.replaced else 0.0)
     for begin in range(0, view.uses, step := max(1, 2**17 // n)):
         shape = min(step, view.uses - begin), n
-        seen = pull * (rng.random(shape) < view.rate) + shrink * view.multiplier * rng.standard_normal(shape)
-        found += evidence(seen, view.multiplier, view.rate, view.replaced).sum(0)
-    return found, inside
+        sight.add(slice(None), pull * (rng.random(shape) < view.rate) + shrink * view.multiplier * rng.standard_normal(shape))
+    return sight.evidence(), inside

@@ -5,7 +5,7 @@ from functools import cached_property
 
 import numpy as np
 
-from fedtune.privacy.canaries import LOUD, Canaries, Directions, evidence
+from fedtune.privacy.canaries import LOUD, Canaries, Directions, Sight, View
 from fedtune.privacy.plan import Plan
 
 
@@ -19,25 +19,26 @@ class ClientCanaries:
     themselves, what is out answers with the model it was sent, as a sum needs its share of the noise.
 
     Attributes:
-        found: evidence so far, float64 [m].
+        view: what there is to see of a canary. sight: what was.
         asked: rounds of each canary that was asked.
     """
 
     canaries: Canaries
     directions: Directions
     plan: Plan
-    found: np.ndarray = field(init=False)
+    view: View
+    sight: Sight = field(init=False)
     asked: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.found = np.zeros(len(self.canaries))
+        self.sight = Sight.of(self.view, len(self.canaries))
 
     def __contains__(self, client: str) -> bool:
         return client in self._place
 
     def silent(self, client: str) -> bool:
         """Whether it is a canary that does not answer."""
-        return client in self and not self.canaries.coins[self._place[client]] and not self._replaced and not self.plan.distributed
+        return client in self and not self.canaries.coins[self._place[client]] and not self.view.replaced and not self.plan.distributed
 
     def pull(self, client: str, model: np.ndarray, clip: float) -> np.ndarray:
         """The update, float32 [numbers], of a canary that was sent `model`, float32 [numbers]; within the job's largest norm."""
@@ -45,25 +46,18 @@ class ClientCanaries:
         places, values = self.directions.vectors(self.canaries.direction[[number]])
         norm = min(LOUD * clip, 0.9 * self.plan.job.federation.max_norm)
         update = model.astype(np.float32)
-        update[places[0]] += values[0] * np.float32(norm if self.canaries.coins[number] else -norm if self._replaced else 0.0)
+        update[places[0]] += values[0] * np.float32(norm if self.canaries.coins[number] else -norm if self.view.replaced else 0.0)
         return update
 
     def released(self, change: np.ndarray, clip: float, asked: frozenset[str]) -> None:
         """A round's new model without the one before and without what other clients added, float64 [numbers]; `asked`: these canaries were."""
-        release, z = self.plan.release([], clip), self.plan.parts["update"]
         seen = self.directions.along(change * (self.plan.job.federation.cohort / clip))[self.canaries.direction]
-        if release.sampling == "none":
-            mine = np.array(sorted(self._place[name] for name in asked), np.int64)
-            self.found[mine] += evidence(seen[mine], z)
-        else:
-            self.found += evidence(seen, z, release.rate if release.sampling == "poisson" else release.sample / release.population, self._replaced)
+        known = self.plan.release([], clip).sampling == "none"
+        which = np.array(sorted(self._place[name] for name in asked), np.int64) if known else np.arange(len(seen))
+        self.sight.add(which, seen[which])
         for name in asked:
             self.asked[name] = self.asked.get(name, 0) + 1
 
     @cached_property
     def _place(self) -> dict[str, int]:
         return {name: place for place, name in enumerate(self.canaries.clients)}
-
-    @cached_property
-    def _replaced(self) -> bool:
-        return self.plan.release([]).sampling == "fixed"

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedtune.privacy.canaries import LOUD, Canaries, Directions, evidence
+from fedtune.privacy.canaries import LOUD, Canaries, Directions, Sight, View
 from fedtune.privacy.example import ExamplePrivacy
 from fedtune.training.clients import ClientStore
 from fedtune.training.local import ClientData
@@ -28,22 +28,23 @@ class GradientCanaries:
     """A `training.private.Audit`.
 
     Attributes:
-        found: evidence so far, float64 [m], of steps whose updates left.
+        sight: what was seen so far, of steps whose updates left.
         asked: rounds of each client whose updates left.
     """
 
     canaries: Canaries
     directions: Directions
     privacy: ExamplePrivacy
-    found: np.ndarray = field(init=False)
+    sight: Sight = field(init=False)
     asked: dict[str, int] = field(default_factory=dict)
-    _held: dict[str, np.ndarray] = field(default_factory=dict)
-    """Evidence of clients whose updates have not left yet."""
+    _held: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    """What was seen of clients whose updates have not left yet."""
     _others: dict[int, Tensor] = field(default_factory=dict)
     """What the attacker knows of the step under way: the sum of the real examples' gradients, cut to the clip, by row."""
 
     def __post_init__(self) -> None:
-        self.found = np.zeros(len(self.canaries))
+        private = self.privacy
+        self.sight = Sight.of(View(private.multiplier, private.rate, private.steps), len(self.canaries))
 
     def hide(self, client: str, data: ClientData) -> ClientData:
         """A client's data with those of its canaries that are in."""
@@ -79,15 +80,15 @@ class GradientCanaries:
             return
         total = gradient * self.privacy.batch
         seen = self.directions.along((total if known is None else total - known).cpu().numpy() / self.privacy.clip)[self.canaries.direction[own]]
-        self._held[client] = self._held.get(client, np.zeros(len(own))) + evidence(seen, self.privacy.multiplier, self.privacy.rate)
+        self._held.setdefault(client, []).append(seen)
 
     def left(self, client: str, sent: bool) -> None:
         """A client's round is over: its update left, or was held back by the client's own checks, and what was seen inside stays there."""
-        held = self._held.pop(client, None)
+        held = self._held.pop(client, [])
         if sent:
             self.asked[client] = self.asked.get(client, 0) + 1
-            if held is not None:
-                self.found[self.canaries.of[client]] += held
+            if held:
+                self.sight.add(self.canaries.of[client], np.stack(held))
 
 
 @dataclass

@@ -55,7 +55,8 @@ class Report:
         claimed: epsilon at outcome.delta that the job promises.
         seed: of the coins.
         rounds: in how many rounds a canary's client was asked, mean; None where that is not seen. charged: what the claim is for.
-        expected: the bound that such an audit shows of a mechanism that does what it promises; None for input canaries.
+        expected, halved: the bound that such an audit shows of a mechanism that does what it promises, and of one with half of its noise;
+            None for input canaries.
         best: the most that so many canaries could show, with the best number of guesses.
     """
 
@@ -68,6 +69,7 @@ class Report:
     rounds: float | None
     charged: int
     expected: float | None
+    halved: float | None
     best: float
     notes: tuple[str, ...]
 
@@ -117,7 +119,8 @@ def audit(
     assert plan is not None  # the job protects something
     delta, room = delta or plan.delta, Room(setup, plan, seed)
     claimed = read_epsilon(plan.whole(), delta).epsilon
-    count, tries = _planned(room, kind, canaries, guesses, delta)
+    with_half = accuracy(*rehearse(room.view, shrink=0.5))
+    count, tries = _planned(room, kind, canaries, guesses, with_half, delta)
     with tempfile.TemporaryDirectory(prefix="fedtune-audit-") as folder:
         placed, simulation = _with_canaries(room, count, kind, create_run(Path(folder) / "run", setup.job, run_facts(setup)), watch)
         simulation.rounds()
@@ -126,10 +129,10 @@ def audit(
     taken = take_guesses(simulation.evidence, tries)
     outcome = Outcome(count, tries, int((taken != 0).sum()), count_right(taken, placed.coins), delta)
     asked = [simulation.asked.get(placed.clients[owner], 0) for owner in placed.owner.tolist()] if simulation.asked else []
+    right, halved = (expected_bound(rehearsed, count, tries, delta) if kind == "gradient" else None for rehearsed in (accuracy(*rehearse(room.view)), with_half))
     return Report(
         plan.unit, kind, setup.job.simulation.engine, outcome, claimed, seed, float(np.mean(asked)) if asked else None, plan.rounds,
-        expected_bound(accuracy(*rehearse(room.view)), count, tries, delta) if kind == "gradient" else None, best_ceiling(count, delta),
-        tuple(_notes(setup.job, outcome, claimed, simulation)))
+        right, halved, best_ceiling(count, delta), tuple(_notes(setup.job, outcome, claimed, halved, simulation)))
 
 
 def _require_auditable(job: Job, kind: Kind) -> None:
@@ -141,14 +144,13 @@ def _require_auditable(job: Job, kind: Kind) -> None:
         raise UserError(f'--kind input: canaries are examples, but privacy.unit = "{job.privacy.unit}"; use --kind gradient')
 
 
-def _planned(room: Room, kind: Kind, canaries: int, guesses: int, delta: float) -> tuple[int, int]:
-    """(canaries, guesses): as asked for, or so that noise of half its size would show best. Raises UserError for too many."""
+def _planned(room: Room, kind: Kind, canaries: int, guesses: int, rehearsed: np.ndarray, delta: float) -> tuple[int, int]:
+    """(canaries, guesses): as asked for, or so that what was rehearsed, noise of half its size, would show best. Raises UserError for too many."""
     useful, most, why = room.text_room() if kind == "input" else room.client_room() if room.plan.unit == "client" else room.example_room()
     if not most:
         raise UserError(f"federation.cohort = {room.setup.job.federation.cohort}: with this seed nobody is asked in any round, so there is nothing to audit; raise it, or federation.rounds")
     if canaries > most:
         raise UserError(f"--canaries {canaries}: at most {most:,}, as {why}; lower it, or leave it out")
-    rehearsed = accuracy(*rehearse(room.view, shrink=0.5))
     count = canaries or planned_canaries(rehearsed, useful, delta)
     if guesses > count:
         raise UserError(f"--guesses {guesses}: there are {count:,} canaries; lower it, or leave it out")
@@ -163,18 +165,21 @@ def _with_canaries(room: Room, count: int, kind: Kind, run: RunFolder, watch: Wa
         return placed, AuditedTexts(spiked(setup, texts.hide), run, watch, audit=texts)
     if private is None:
         placed = room.clients(count)
-        return placed, AuditedClients(setup, run, watch, audit=ClientCanaries(placed, room.directions, room.plan))
+        return placed, AuditedClients(setup, run, watch, audit=ClientCanaries(placed, room.directions, room.plan, room.view))
     placed = room.examples(count)
     inside = GradientCanaries(placed, room.directions, private)
     return placed, AuditedSteps(spiked(setup, inside.hide), run, watch, audit=inside)
 
 
-def _notes(job: Job, outcome: Outcome, claimed: float, simulation: Audited) -> Iterator[str]:
+def _notes(job: Job, outcome: Outcome, claimed: float, halved: float | None, simulation: Audited) -> Iterator[str]:
     if job.privacy.noise == "seeded":
         yield 'privacy.noise = "seeded": such a run protects nobody; it is held against what noise of this size would promise'
+    steps = ", or a job that takes everybody in each of a few steps at an epsilon of about 2, which tries the same code"
     if outcome.ceiling <= claimed:
         means = f"a smaller --delta than {outcome.delta:g}" if outcome.canaries * outcome.delta > 0.1 else "more canaries"
-        yield f"no violation could have been shown: {outcome.guesses} guesses, all of them right, prove {outcome.ceiling:.3g} at most; use {means}, or a job with a smaller epsilon"
+        yield f"no violation could have been shown: {outcome.guesses} guesses, all of them right, prove {outcome.ceiling:.3g} at most; use {means}{steps}"
+    elif halved is not None and halved <= claimed:
+        yield f"only a gross violation could have been shown: with half of the noise it would be about {halved:.3g}; use more canaries{steps}"
     if simulation.refused:
         client, why = next(iter(simulation.refused.items()))
         yield f"{len(simulation.refused)} clients' updates did not leave or were not taken, and were not seen: {client}: {why}"

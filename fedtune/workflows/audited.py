@@ -105,7 +105,7 @@ class AuditedSteps(Audited):
 
     @property
     def evidence(self) -> np.ndarray:
-        return self.audit.found
+        return self.audit.sight.evidence()
 
     @property
     def asked(self) -> Mapping[str, int]:
@@ -154,7 +154,7 @@ class AuditedClients(Audited):
 
     @property
     def evidence(self) -> np.ndarray:
-        return self.audit.found
+        return self.audit.sight.evidence()
 
     @property
     def asked(self) -> Mapping[str, int]:

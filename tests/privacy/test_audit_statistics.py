@@ -20,7 +20,7 @@ from fedtune.privacy.audit import (
     planned_guesses,
     take_guesses,
 )
-from fedtune.privacy.canaries import Directions, View, coins, evidence, rehearse
+from fedtune.privacy.canaries import Directions, Sight, View, coins, evidence, rehearse
 
 RUNS = 400
 SEVERAL = stats.binom.ppf(1 - 1e-6, RUNS, 1 - CONFIDENCE)
@@ -127,7 +127,7 @@ def test_a_rehearsal_is_what_will_be():
     """Accuracy by hand: of a Gaussian with mu = 2, those who are guessed at all are on their side of 1 with chance Phi(1)."""
     right = accuracy(*rehearse(View(0.5, 1.0, 1)))
     assert right[-1] == pytest.approx(stats.norm.cdf(1.0), abs=0.02) and right[100] > 0.99
-    assert rehearse(View(1.0, 0.1, 10**4))[0].shape == (2000,)
+    assert rehearse(View(1.0, 0.1, 10**4))[0].shape == (300,)
 
 
 def test_what_is_not_drawn_cannot_be_told():
@@ -175,6 +175,20 @@ def test_evidence_is_the_ratio_of_likelihoods(rate, replaced):
         return (1 - rate) * stats.norm.pdf(x, 0, z) + rate * stats.norm.pdf(x, side, z)
 
     np.testing.assert_allclose(evidence(x, z, rate, replaced), np.log(density(1.0) / (density(-1.0) if replaced else stats.norm.pdf(x, 0, z))), atol=1e-9)
+
+
+@pytest.mark.parametrize("shrink", [1.0, 0.5, 0.25])
+@pytest.mark.parametrize("replaced", [False, True])
+def test_the_noise_that_is_there_is_found_without_looking_at_coins(shrink, replaced):
+    """Evidence is then of the true noise, and better for it."""
+    rng, m, uses, rate, view = np.random.default_rng(6), 4000, 8, 0.25, View(0.8, 0.25, 8, replaced)
+    inside, sight = rng.random(m) < 0.5, Sight.of(view, m)
+    pull = np.where(inside, 1.0, -1.0 if replaced else 0.0)
+    seen = pull * (rng.random((uses, m)) < rate) + shrink * 0.8 * rng.standard_normal((uses, m))
+    sight.add(slice(None), seen[:3])
+    sight.add(np.arange(m), seen[3:])
+    np.testing.assert_allclose(sight.evidence(), evidence(seen, shrink * 0.8, rate, replaced).sum(0), atol=1e-9)
+    assert accuracy(sight.evidence(), inside)[-1] >= accuracy(evidence(seen, 0.8, rate, replaced).sum(0), inside)[-1]
 
 
 def test_coins_are_fair_and_their_own():
