@@ -310,6 +310,8 @@ def _privacy_disagreements(job: Job) -> Iterator[str]:
             yield f'privacy.examples = {privacy.examples}: only for unit = "example"; remove it'
         if fed.min_replies > 1 and not privacy.secure_aggregation:  # there, who takes part is not hidden
             yield f'federation.min-replies = {fed.min_replies}: a round that is void for want of replies would tell who took part; leave it at 1 with unit = "client"'
+        if privacy.amplification and any(device.available < 1 or device.memory_mb for device in job.simulation.devices):
+            yield "privacy.amplification = true: with simulation.devices that are not always there, cohorts are drawn from fewer than all clients, so it would claim too much; remove one of the two"
         if privacy.amplification and privacy.participations:
             yield f"privacy.participations = {privacy.participations}: with amplification every client counts as in every round; remove one of the two"
 

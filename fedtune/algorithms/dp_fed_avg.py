@@ -18,7 +18,7 @@ from fedtune.algorithms.fed_avg import draw_cohort
 from fedtune.errors import PrivacyRefused, Refused, ShapeMismatch
 from fedtune.privacy.client import METRIC_NORM, ClientPrivacy
 from fedtune.privacy.clipping import clip as clipped
-from fedtune.privacy.noise import SIGMAS, Noise
+from fedtune.privacy.noise import Noise, off
 from fedtune.privacy.plan import METRIC_CAP
 from fedtune.seeds import generator
 from fedtune.types import Arrays, Assignment, ClientInfo, Metrics, RoundReport, Update
@@ -52,7 +52,7 @@ def dp_fed_avg(
             sums.add(update, state.arrays, bound)
         drawn = _drawn(state.arrays, privacy.multiplier * bound, source)
         arrays = {name: (a + (sums.delta[name] + drawn[name]) / cohort).astype(a.dtype) for name, a in state.arrays.items()}
-        slots = {CLIP: np.array(_adapted(bound, sums.within, cohort, privacy, source))}
+        slots = {CLIP: np.array(_adapted(bound, sums.within, len(sums.clients), cohort, privacy, source))}
         report = RoundReport(round, tuple(sums.clients), float(cohort), _metrics(sums, cohort, privacy, source))
         return replace(state, round=round, arrays=arrays, slots=slots), report
 
@@ -88,16 +88,19 @@ def _drawn(model: Arrays, sigma: float, source: Noise) -> Arrays:
     drawn = {name: sigma * source.normal(*a.shape) for name, a in model.items()}
     count = sum(a.size for a in drawn.values())
     measured = math.fsum(float(np.square(a).sum()) for a in drawn.values()) / max(count, 1)
-    if not abs(measured / sigma**2 - 1) <= SIGMAS * math.sqrt(2 / max(count, 1)):
+    if not abs(measured / sigma**2 - 1) <= off(count):
         raise PrivacyRefused(f"the noise of this round measured {math.sqrt(measured):.4g}, {sigma:.4g} was promised; nothing was released")
     return drawn
 
 
-def _adapted(bound: float, within: int, cohort: int, privacy: ClientPrivacy, source: Noise) -> float:
-    """C exp(-rate (share of updates within C - quantile)): a clip that too many are within shrinks."""
+def _adapted(bound: float, within: int, came: int, cohort: int, privacy: ClientPrivacy, source: Noise) -> float:
+    """C exp(-rate (share of updates within C - quantile)): a clip that too many are within shrinks.
+
+    A bit counts as its distance from 1/2, so that a client more or less changes the sum by 1/2, as it is charged.
+    """
     if not privacy.quantile:
         return bound
-    share = (within + privacy.bits * float(source.normal(1)[0])) / cohort
+    share = 0.5 + (within - 0.5 * came + privacy.bits * float(source.normal(1)[0])) / cohort
     return bound * math.exp(-privacy.rate * (min(max(share, 0.0), 1.0) - privacy.quantile))
 
 

@@ -152,5 +152,6 @@ def assumptions(plan: Plan) -> list[str]:
                + ("the operating system's generator." if privacy.noise == "system" else "A KNOWN SEED: NOT PRIVATE, no epsilon holds."))
     out.append("Training metrics: " + (f"sent with noise of multiplier {privacy.metrics_noise:g}, charged." if privacy.metrics_noise else "not sent.")
                + " Held-out examples are another matter: where a simulation scores them, it does so exactly, and no bound covers them.")
-    out.append("Not covered: settings that were chosen by looking at the data, and other runs on the same data, whose losses add up.")
+    out.append("Not covered: settings and labels that were chosen by looking at the data; a simulation's baselines, and what its page and run folder say of who holds what; "
+               "and other runs on the same data, whose losses add up.")
     return out

@@ -12,7 +12,7 @@ import numpy as np
 
 from fedtune.errors import PrivacyRefused
 from fedtune.privacy.discrete import discrete_gaussian, round_within, rounded_norm, shortfall
-from fedtune.privacy.noise import SIGMAS, Noise
+from fedtune.privacy.noise import Noise, off
 from fedtune.secagg.quantise import Grid, headroom
 from fedtune.secagg.terms import MAX_LENGTH
 
@@ -39,7 +39,7 @@ class Distributed:
         """
         drawn = discrete_gaussian(self.sigma, exact.size, source.uniform)
         measured = float(np.square(drawn, dtype=np.float64).mean())
-        if not abs(measured / self.sigma**2 - 1) <= SIGMAS * math.sqrt(2 / exact.size):
+        if not abs(measured / self.sigma**2 - 1) <= off(exact.size):
             raise PrivacyRefused(f"this client's noise measured {math.sqrt(measured):.4g} steps, {self.sigma:.4g} were promised; nothing was sent")
         return round_within(exact, self.norm, source.uniform) + drawn
 

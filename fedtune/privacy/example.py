@@ -7,7 +7,7 @@ import numpy as np
 
 from fedtune.errors import PrivacyRefused, Refused
 from fedtune.job import Job
-from fedtune.privacy.noise import SIGMAS, Noise
+from fedtune.privacy.noise import Noise, off
 from fedtune.privacy.plan import METRIC_CAP, local_steps, sampling_rate
 from fedtune.types import Metrics
 
@@ -79,7 +79,7 @@ class SelfCheck:
         sigma, measured = self.settings.multiplier * self.settings.clip, math.sqrt(self.squares / max(1, self.drawn))
         if not self.largest <= self.settings.clip * (1 + 1e-5):
             raise Refused("privacy-check", f"a gradient of norm {self.largest:.6g} got past the clip of {self.settings.clip:g}; nothing was sent")
-        if not abs((measured / sigma) ** 2 - 1) <= SIGMAS * math.sqrt(2 / max(1, self.drawn)):
+        if not abs((measured / sigma) ** 2 - 1) <= off(self.drawn):
             raise Refused("privacy-check", f"the noise measured {measured:.4g}, {sigma:.4g} was promised; nothing was sent")
         if not np.isfinite(end).all() or np.array_equal(start, end):
             raise Refused("privacy-check", "the trained weights did not move, or not to numbers; nothing was sent")

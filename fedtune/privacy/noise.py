@@ -1,5 +1,6 @@
 """Randomness that privacy rests on. The operating system's, or for tests and comparisons a seed's, which protects nobody."""
 
+import math
 import os
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,8 +10,12 @@ import numpy as np
 from fedtune.job import Job
 from fedtune.seeds import generator
 
-SIGMAS = 6.0
-"""Noise that was added may be off by so many standard deviations of its own measurement."""
+
+def off(count: int) -> float:
+    """How far the mean square of `count` standard normal numbers may be from 1: further with a chance below 2e-12, which no delta notices
+    (Laurent and Massart 2000, Annals of Statistics 28, Lemma 1, with x = 28)."""
+    return 2 * math.sqrt(28 / max(1, count)) + 2 * 28 / max(1, count)
+
 
 
 class Noise(Protocol):

@@ -128,7 +128,9 @@ class CohortTrainer:
                 flat, scores = self._singly(models, part)
                 gradients.index_add_(0, torch.from_numpy(part.row).to(self.device), clipped(flat, private.clip, check))
                 np.add.at(totals, part.row, capped(scores / np.maximum(scores[:, 2:], 1)))
-        drawn = np.stack([private.multiplier * private.clip * task.noise.normal(models.shape[1]) for task in tasks if task.noise is not None]).astype(np.float32)
+        noises = [task.noise for task in tasks if task.noise is not None]
+        assert len(noises) == len(tasks), "a client without noise"
+        drawn = np.stack([private.multiplier * private.clip * noise.normal(models.shape[1]) for noise in noises]).astype(np.float32)
         noisy = gradients + torch.from_numpy(drawn).to(self.device)
         check.noise((noisy - gradients).cpu().numpy())
         released = noisy / private.batch

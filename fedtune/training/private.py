@@ -168,10 +168,10 @@ def train_privately(
 
 def clipped(flat: Tensor, bound: float, check: SelfCheck) -> Tensor:
     """Gradients [n, P] cut to an L2 norm of at most `bound`, one by one; one that is not finite becomes 0. Overwrites `flat`."""
-    norms = flat.norm(dim=1)
+    norms = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64)  # over millions of numbers, float32 finds too little
     flat[~torch.isfinite(norms)] = 0.0
-    flat *= (bound * (1 - 1e-6) / norms.clamp(min=1e-30)).clamp(max=1.0).nan_to_num(0.0)[:, None]
-    check.clipped(flat.norm(dim=1).cpu().numpy())
+    flat *= (bound * (1 - 1e-6) / norms.clamp(min=1e-30)).clamp(max=1.0).nan_to_num(0.0).to(flat.dtype)[:, None]
+    check.clipped(torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64).cpu().numpy())
     return flat
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from fedtune.adapters.frames import from_gradients
 from fedtune.bundle import Bundle, open_bundle, write_bundle
-from fedtune.errors import EnvironmentProblem, FedtuneError, Refused, RunError, UserError
+from fedtune.errors import EnvironmentProblem, FedtuneError, PrivacyRefused, Refused, RunError, UserError
 from fedtune.gradient_init import gather_gradients, gradient_schema
 from fedtune.job import Job
 from fedtune.metrics import merge, plausible
@@ -303,7 +303,9 @@ class Live:
         return summary
 
     def _plan(self) -> Plan | None:
-        """Raises PrivacyRefused for a job whose delta is too large for the devices that are let in."""
+        """Raises PrivacyRefused for a job whose delta is too large for the devices that are let in, or that counts on cohorts nobody knows."""
+        if self.job.privacy.amplification:
+            raise PrivacyRefused("privacy.amplification = true: devices come when they can and are not drawn from all, so sampling hides nothing here; remove the key")
         return plan_of(self.job, len(self.roster()) if self.roster is not None else 0)
 
     def _noted(self, line: dict[str, Any]) -> None:
