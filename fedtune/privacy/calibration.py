@@ -30,7 +30,7 @@ def calibrate(make: Callable[[float], History], epsilon: float, delta: float) ->
     both, quick = ("pld", "rdp"), ("rdp",)
     if over(MOST, both) > 0:
         raise PrivacyRefused(f"privacy.epsilon = {epsilon:g}: no noise reaches it at delta = {delta:g}; allow a larger epsilon, or send less beside the updates")
-    above = _root(lambda z: over(z, quick), LEAST, MOST, 1e-2) if over(MOST, quick) <= 0 else MOST
+    above = _root(lambda z: over(z, quick), *_around(lambda z: over(z, quick)), 1e-2) if over(MOST, quick) <= 0 else MOST
     z = rounded_up(_root(lambda z: over(z, both), max(LEAST, above / 2), above * 1.02, 10.0 ** (1 - DIGITS) / 2))
     while over(z, both) > 0:  # readings are not exactly monotone in their last digits
         z = rounded_up(z * (1 + 2 * 10.0 ** (1 - DIGITS)))
@@ -45,6 +45,16 @@ def rounded_up(z: float) -> float:
     """
     unit = 10.0 ** (math.floor(math.log10(z)) + 1 - DIGITS)
     return round(math.ceil(round(z / unit, 6)) * unit, 12)
+
+
+def _around(over: Callable[[float], float]) -> tuple[float, float]:
+    """Two values, of which the second fits and the first does not, unless it is LEAST: found from 1, as readings at very little noise are slow."""
+    low = high = 1.0
+    while high < MOST and over(high) > 0:
+        low, high = high, min(2 * high, MOST)
+    while low > LEAST and over(low) <= 0:
+        low, high = max(low / 2, LEAST), low
+    return low, high
 
 
 def _root(over: Callable[[float], float], low: float, high: float, precision: float) -> float:

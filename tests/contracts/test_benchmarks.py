@@ -10,8 +10,7 @@ import pytest
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 BENCHMARKS = sorted(FOLDER.glob("*.py"))
-MINUTES = ("live_overhead",)  # starts two real federations, of which tests/deploy covers ours
-SLOW = ("privacy_cost",)  # loads MiniLM
+MINUTES = ("live_overhead", "privacy_cost")  # starts two real federations, of which tests/deploy covers ours; loads MiniLM, on steps that tests/training covers
 PART = {"simulation": ("--cases", "c", "--peers", "flower", "--threads", "1")}  # the rest loads MiniLM five times, and pfl from a registry
 
 
@@ -19,7 +18,7 @@ def run(path, *options):
     return subprocess.run([sys.executable, path, "--quick", *options], capture_output=True, text=True, timeout=600, check=True).stdout
 
 
-@pytest.mark.parametrize("path", [pytest.param(p, marks=[pytest.mark.slow] * (p.stem in SLOW)) for p in BENCHMARKS if p.stem not in MINUTES], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [p for p in BENCHMARKS if p.stem not in MINUTES], ids=lambda p: p.stem)
 def test_a_quick_run_ends_with_its_targets(path):
     found = json.loads(run(path, "--json", *PART.get(path.stem, ())).splitlines()[-1])
     assert found["targets"]
