@@ -21,6 +21,8 @@ from fedtune.privacy.noise import SeededNoise
 from fedtune.training import cohort, private
 from fedtune.workflows.audit import audit
 
+pytestmark = pytest.mark.slow
+
 DP_FED_AVG = sys.modules["fedtune.algorithms.dp_fed_avg"]  # of this name the package has a function
 COMMON = ("federation.weighting=equal", "data.partition=iid", "adapter.rank=16", "federation.rounds=1", "privacy.noise-multiplier=2.0", "privacy.clip=0.05",
           "privacy.delta=1e-5", "privacy.noise=seeded")

@@ -16,6 +16,7 @@ EXAMPLE = ("privacy.unit=example", "privacy.clip=1.0", "privacy.examples=200", "
 CLIENT = ("privacy.unit=client", "privacy.clip=1.0", "federation.weighting=equal", "data.clients=500", "federation.cohort=25")
 
 
+@pytest.mark.slow
 @given(st.floats(0.3, 8.0), st.floats(0.005, 0.5), st.integers(1, 100), st.sampled_from([1e-6, 1e-4, 1e-2]))
 @settings(max_examples=5, deadline=None)
 def test_never_overspends(epsilon, rate, count, delta):
