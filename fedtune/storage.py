@@ -69,6 +69,12 @@ def failing_clearly(path: Path) -> Iterator[None]:
         raise EnvironmentProblem(f"cannot write {path}: {e.strerror or e}; free space, check permissions, or choose another place") from e
 
 
+def private_folder(path: Path) -> None:
+    """Makes a folder that only its owner may enter, unless it is there. Raises as `failing_clearly`."""
+    with failing_clearly(path):
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
 def sync_folder(folder: Path) -> None:
     """Makes what was renamed into the folder, or made in it, outlast a crash."""
     fd = os.open(folder, os.O_RDONLY)

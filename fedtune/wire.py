@@ -66,7 +66,7 @@ class Schema:
         """Numbers in all tensors together."""
         return sum(t.size for t in self.tensors)
 
-    @property
+    @cached_property
     def units(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(t.unit for t in self.tensors))
 

@@ -18,8 +18,8 @@ from fedtune.algorithms.fed_avg import draw_cohort
 from fedtune.errors import PrivacyRefused, Refused, ShapeMismatch
 from fedtune.privacy.client import METRIC_NORM, ClientPrivacy
 from fedtune.privacy.clipping import clip as clipped
-from fedtune.privacy.noise import Noise, off
-from fedtune.privacy.plan import METRIC_CAP
+from fedtune.privacy.noise import Noise, as_promised
+from fedtune.privacy.plan import bounded_scores, scored
 from fedtune.seeds import generator
 from fedtune.types import Arrays, Assignment, ClientInfo, Metrics, RoundReport, Update
 
@@ -78,8 +78,7 @@ class _Sums:
         for name, a in part.items():
             self.delta[name] += a
         self.within += norm <= bound
-        loss, right = (update.metrics.get(name, (0.0, 1.0)) for name in ("loss", "accuracy"))
-        self.scores += np.clip([loss[0] / max(loss[1], 1e-9) / METRIC_CAP, right[0] / max(right[1], 1e-9)], 0.0, 1.0)
+        self.scores += bounded_scores(update.metrics)
         self.clients.append(update.client)
 
 
@@ -87,9 +86,9 @@ def _drawn(model: Arrays, sigma: float, source: Noise) -> Arrays:
     """The noise of a round, which is measured before it is used. Raises PrivacyRefused when it is not of the size that was promised."""
     drawn = {name: sigma * source.normal(*a.shape) for name, a in model.items()}
     count = sum(a.size for a in drawn.values())
-    measured = math.fsum(float(np.square(a).sum()) for a in drawn.values()) / max(count, 1)
-    if not abs(measured / sigma**2 - 1) <= off(count):
-        raise PrivacyRefused(f"the noise of this round measured {math.sqrt(measured):.4g}, {sigma:.4g} was promised; nothing was released")
+    squares = math.fsum(float(np.square(a).sum()) for a in drawn.values())
+    if not as_promised(squares, count, sigma):
+        raise PrivacyRefused(f"the noise of this round measured {math.sqrt(squares / max(count, 1)):.4g}, {sigma:.4g} was promised; nothing was released")
     return drawn
 
 
@@ -108,7 +107,7 @@ def _metrics(sums: _Sums, cohort: int, privacy: ClientPrivacy, source: Noise) ->
     if not privacy.metrics:
         return {}
     loss, right = np.clip((sums.scores + privacy.metrics * METRIC_NORM * source.normal(2)) / cohort, 0.0, 1.0).tolist()
-    return {"loss": (METRIC_CAP * loss * cohort, float(cohort)), "accuracy": (right * cohort, float(cohort))}
+    return scored(loss, right, float(cohort))
 
 
 def _generator(source: Noise) -> np.random.Generator:

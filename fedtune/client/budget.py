@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from fedtune.errors import PrivacyRefused, Refused
+from fedtune.client.policy import refusing
+from fedtune.errors import Refused
 from fedtune.job import Job
 from fedtune.ledger import Ledger
 from fedtune.privacy.account import OWN
 from fedtune.privacy.plan import Plan, plan_of
-from fedtune.storage import failing_clearly, write_atomic
+from fedtune.storage import private_folder, write_atomic
 from fedtune.wire import kind_of, round_of
 
 
@@ -25,10 +26,8 @@ class Budget:
     @cached_property
     def plan(self) -> Plan | None:
         """Worked out here, not taken from the coordinator. Raises Refused for a job that promises more than its noise gives."""
-        try:
+        with refusing():
             return plan_of(self.job, 0)
-        except PrivacyRefused as e:
-            raise Refused("privacy", str(e)) from None
 
     def charge(self, packet: bytes) -> bytes | None:
         """Writes the release that answering this packet will be to the ledger.
@@ -43,8 +42,7 @@ class Budget:
             raise Refused("privacy", "only trained models are protected; this asks for something else")
         if (sent := self._sent(packet)) is not None:
             return sent
-        with failing_clearly(self.folder):
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private_folder(self.folder)
         ledger = Ledger(self.ledger)
         joined = len(ledger.events())
         if joined >= self.plan.rounds:

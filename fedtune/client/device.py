@@ -18,7 +18,7 @@ from fedtune.client.supernode import NodeSettings, SuperNode, execute
 from fedtune.client.trainer import Trainer, TrainerSettings
 from fedtune.errors import DataError, FedtuneError, ModelError, Refused, RunError, UserError
 from fedtune.offer import Answer, Offer
-from fedtune.storage import failing_clearly, lock
+from fedtune.storage import lock, private_folder
 from fedtune.waits import GOODBYE_SECONDS, OFFER_SECONDS, STEADY_SECONDS, WATCH_POLL, backoff
 
 log = logging.getLogger(__name__)
@@ -256,8 +256,7 @@ def _require_files(settings: DeviceSettings) -> None:
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Two clients with one key would take each other's messages."""
-    with failing_clearly(folder):
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    private_folder(folder)
     with lock(folder / ".lock") as mine:
         if not mine:
             raise RunError(f"{folder}: another client runs with this folder; stop it, or give this one a folder and key of its own")

@@ -2,7 +2,8 @@
 
 import math
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -51,22 +52,27 @@ class Policy(BaseModel):
 
 
 def _in_company(job: Job, least: int) -> None:
-    try:
+    with refusing():
         found = fewest(job)
-    except PrivacyRefused as e:
-        raise Refused("privacy", str(e)) from None
     if found < least:
         raise _forbidden("min-cohort", f"sums of {found} clients would open, this device is only part of those of {least}")
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """A job that promises more than it gives is refused by the device that works that out."""
+    try:
+        yield
+    except PrivacyRefused as e:
+        raise Refused("privacy", str(e)) from None
 
 
 def own_epsilon(job: Job) -> float:
     """The most that the job can cost this device's data, worked out here from its noise; infinite when it protects nothing."""
     if job.privacy.unit == "none" or job.privacy.noise == "seeded":
         return math.inf
-    try:
+    with refusing():
         plan = plan_of(job, 0)
-    except PrivacyRefused as e:
-        raise Refused("privacy", str(e)) from None
     return math.inf if plan is None else plan.reading().epsilon
 
 

@@ -13,7 +13,7 @@ from fedtune.secagg import messages
 from fedtune.secagg.client import ClientRound
 from fedtune.secagg.messages import Kind
 from fedtune.secagg.terms import session_of
-from fedtune.storage import failing_clearly, write_atomic
+from fedtune.storage import private_folder, write_atomic
 from fedtune.wire import decode, kind_of, round_of
 
 
@@ -53,8 +53,7 @@ class SecureWork:
         round, last = round_of(packet), self._last()
         if round <= last:
             raise Refused("secure-aggregation", f"round {round}: this device has begun round {last} already, and begins none twice")
-        with failing_clearly(self.folder):
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private_folder(self.folder)
         write_atomic(self.file, str(round).encode())
 
     def first(self, packet: bytes, update: bytes, client: str) -> bytes:

@@ -3,7 +3,8 @@
 import importlib.util
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -130,16 +131,14 @@ def _prv(found: History, delta: float) -> float | None:
 _READERS: dict[str, Callable[[History, float], float | None]] = {"pld": _pld, "rdp": _rdp, "prv": _prv}
 
 
-class _quiet:
+@contextmanager
+def _quiet() -> Iterator[None]:
     """Silences absl's warning about orders that RDP leaves out: leaving some out can only make the bound larger."""
+    from absl import logging
 
-    def __enter__(self) -> None:
-        from absl import logging
-
-        self._before = logging.get_verbosity()
-        logging.set_verbosity(logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
-        from absl import logging
-
-        logging.set_verbosity(self._before)
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

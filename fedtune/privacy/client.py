@@ -3,9 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from fedtune.errors import PrivacyRefused
 from fedtune.job import Job
-from fedtune.privacy.plan import BITS
+from fedtune.privacy.plan import BITS, noise_multiplier
 
 METRIC_NORM = math.sqrt(2.0)
 """L2 bound of one client's (mean loss / METRIC_CAP, accuracy)."""
@@ -25,12 +24,11 @@ class ClientPrivacy:
 
 
 def client_privacy(job: Job) -> ClientPrivacy | None:
-    """None where the job does not protect clients. The job's noise multiplier must have been resolved."""
+    """None where the job does not protect clients. Raises PrivacyRefused as `noise_multiplier`."""
     privacy = job.privacy
     if privacy.unit != "client":
         return None
-    if not privacy.noise_multiplier:
-        raise PrivacyRefused("privacy.noise-multiplier = 0: was not computed before the rounds began, so nothing would be protected")
-    bits = (privacy.clip_noise or BITS * privacy.noise_multiplier / 2) if privacy.adaptive_clip else 0.0
+    z = noise_multiplier(job)
+    bits = (privacy.clip_noise or BITS * z / 2) if privacy.adaptive_clip else 0.0
     return ClientPrivacy(
-        privacy.clip, privacy.noise_multiplier, privacy.clip_quantile if privacy.adaptive_clip else 0.0, privacy.clip_rate, bits, privacy.metrics_noise)
+        privacy.clip, z, privacy.clip_quantile if privacy.adaptive_clip else 0.0, privacy.clip_rate, bits, privacy.metrics_noise)

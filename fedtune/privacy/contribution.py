@@ -10,11 +10,10 @@ import numpy as np
 
 from fedtune.errors import PrivacyRefused
 from fedtune.job import Job
-from fedtune.metrics import value
 from fedtune.privacy.clipping import clip as clipped
 from fedtune.privacy.distributed import Distributed, distributed
 from fedtune.privacy.noise import Noise
-from fedtune.privacy.plan import METRIC_CAP, fewest
+from fedtune.privacy.plan import bounded_scores, fewest, noise_multiplier, scored
 from fedtune.secagg.graph import Design, design
 from fedtune.secagg.quantise import Grid, headroom, quantise
 from fedtune.secagg.terms import Terms
@@ -60,7 +59,7 @@ class Secure:
         check_same(update, {name: model[name] for name in update.keys() & model.keys()})
         part, _ = clipped({name: a.astype(np.float64) - model[name] for name, a in update.items()}, self.clip)
         if self.scores and metrics.get("loss", (0.0, 0.0))[1] > 0:
-            part[SCORES] = self.clip * np.clip([value(metrics, "loss") / METRIC_CAP, value(metrics, "accuracy")], 0.0, 1.0)
+            part[SCORES] = self.clip * bounded_scores(metrics)
         units = tuple(dict.fromkeys(t.unit for t in self.schema.tensors if t.name in part))
         numbers = flat(part, self.schema, units)
         if self.noise is None:
@@ -82,7 +81,7 @@ class Secure:
         if not count:
             return mean, {}
         loss, right = np.clip(scores, 0.0, 1.0).tolist()
-        return mean, {"loss": (METRIC_CAP * loss * count, count), "accuracy": (right * count, count)}
+        return mean, scored(loss, right, count)
 
 
 def secure_of(job: Job, schema: Schema) -> Secure | None:
@@ -95,9 +94,7 @@ def secure_of(job: Job, schema: Schema) -> Secure | None:
         if privacy.unit != "client":
             both = (*schema.tensors, TensorSpec(SCORES, (2,), SCORES))
             return Secure(Schema(both) if privacy.unit == "none" else schema, cohort, shape, headroom(bound, cohort), bound)
-        if not privacy.noise_multiplier:
-            raise PrivacyRefused("privacy.noise-multiplier = 0: was not computed before the rounds began, so nothing would be protected")
-        grid, noise = distributed(bound, privacy.noise_multiplier, schema.size, cohort, fewest(job))
+        grid, noise = distributed(bound, noise_multiplier(job), schema.size, cohort, fewest(job))
         return Secure(schema, cohort, shape, grid, bound, noise)
     except ValueError as e:
         raise PrivacyRefused(f"privacy.secure-aggregation = true: {e}") from None

@@ -12,7 +12,7 @@ import numpy as np
 
 from fedtune.errors import PrivacyRefused
 from fedtune.privacy.discrete import discrete_gaussian, round_within, rounded_norm, shortfall
-from fedtune.privacy.noise import Noise, off
+from fedtune.privacy.noise import Noise, as_promised
 from fedtune.secagg.quantise import Grid, headroom
 from fedtune.secagg.terms import MAX_LENGTH
 
@@ -38,9 +38,9 @@ class Distributed:
         Raises PrivacyRefused when the noise is not of the size that was promised.
         """
         drawn = discrete_gaussian(self.sigma, exact.size, source.uniform)
-        measured = float(np.square(drawn, dtype=np.float64).mean())
-        if not abs(measured / self.sigma**2 - 1) <= off(exact.size):
-            raise PrivacyRefused(f"this client's noise measured {math.sqrt(measured):.4g} steps, {self.sigma:.4g} were promised; nothing was sent")
+        squares = float(np.square(drawn, dtype=np.float64).sum())
+        if not as_promised(squares, exact.size, self.sigma):
+            raise PrivacyRefused(f"this client's noise measured {math.sqrt(squares / exact.size):.4g} steps, {self.sigma:.4g} were promised; nothing was sent")
         return round_within(exact, self.norm, source.uniform) + drawn
 
 

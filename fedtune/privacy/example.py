@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedtune.errors import PrivacyRefused, Refused
+from fedtune.errors import Refused
 from fedtune.job import Job
-from fedtune.privacy.noise import Noise, off
-from fedtune.privacy.plan import METRIC_CAP, local_steps, sampling_rate
+from fedtune.privacy.noise import Noise, as_promised
+from fedtune.privacy.plan import METRIC_CAP, local_steps, noise_multiplier, sampling_rate
 from fedtune.types import Metrics
 
 METRIC_NORM = math.sqrt(3.0)
@@ -32,13 +32,11 @@ class ExamplePrivacy:
 
 
 def example_privacy(job: Job) -> ExamplePrivacy | None:
-    """None where the job does not protect examples. The job's noise multiplier must have been resolved."""
+    """None where the job does not protect examples. Raises PrivacyRefused as `noise_multiplier`."""
     privacy = job.privacy
     if privacy.unit != "example":
         return None
-    if not privacy.noise_multiplier:
-        raise PrivacyRefused("privacy.noise-multiplier = 0: was not computed before the rounds began, so nothing would be protected")
-    return ExamplePrivacy(privacy.clip, privacy.noise_multiplier, float(job.federation.batch_size), sampling_rate(job), local_steps(job), privacy.metrics_noise)
+    return ExamplePrivacy(privacy.clip, noise_multiplier(job), float(job.federation.batch_size), sampling_rate(job), local_steps(job), privacy.metrics_noise)
 
 
 def poisson_batches(count: int, settings: ExamplePrivacy, noise: Noise) -> list[np.ndarray]:
@@ -76,10 +74,10 @@ class SelfCheck:
 
     def require(self, start: np.ndarray, end: np.ndarray) -> None:
         """Raises Refused unless the clip held, the noise has the size that was promised, and the weights moved."""
-        sigma, measured = self.settings.multiplier * self.settings.clip, math.sqrt(self.squares / max(1, self.drawn))
+        sigma = self.settings.multiplier * self.settings.clip
         if not self.largest <= self.settings.clip * (1 + 1e-5):
             raise Refused("privacy-check", f"a gradient of norm {self.largest:.6g} got past the clip of {self.settings.clip:g}; nothing was sent")
-        if not abs((measured / sigma) ** 2 - 1) <= off(self.drawn):
-            raise Refused("privacy-check", f"the noise measured {measured:.4g}, {sigma:.4g} was promised; nothing was sent")
+        if not as_promised(self.squares, self.drawn, sigma):
+            raise Refused("privacy-check", f"the noise measured {math.sqrt(self.squares / max(1, self.drawn)):.4g}, {sigma:.4g} was promised; nothing was sent")
         if not np.isfinite(end).all() or np.array_equal(start, end):
             raise Refused("privacy-check", "the trained weights did not move, or not to numbers; nothing was sent")

@@ -11,11 +11,11 @@ from fedtune.job import Job
 from fedtune.seeds import generator
 
 
-def off(count: int) -> float:
-    """How far the mean square of `count` standard normal numbers may be from 1: further with a chance below 2e-12, which no delta notices
-    (Laurent and Massart 2000, Annals of Statistics 28, Lemma 1, with x = 28)."""
-    return 2 * math.sqrt(28 / max(1, count)) + 2 * 28 / max(1, count)
-
+def as_promised(squares: float, count: int, sigma: float) -> bool:
+    """Whether `count` numbers with this sum of squares can be noise of standard deviation sigma: a mean square further from sigma^2 than this
+    comes by chance less often than 2e-12, which no delta notices (Laurent and Massart 2000, Annals of Statistics 28, Lemma 1, with x = 28)."""
+    n = max(1, count)
+    return abs(squares / n / sigma**2 - 1) <= 2 * math.sqrt(28 / n) + 2 * 28 / n
 
 
 class Noise(Protocol):

@@ -4,8 +4,11 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from fedtune.errors import PrivacyRefused
 from fedtune.job import Job
+from fedtune.metrics import value
 from fedtune.privacy.accounting import Reading, read_epsilon
 from fedtune.privacy.calibration import calibrate
 from fedtune.privacy.distributed import excess
@@ -105,6 +108,13 @@ def fewest(job: Job) -> int:
     return 0 if job.privacy.unit == "client" else job.federation.min_replies  # there a void round would tell who took part
 
 
+def noise_multiplier(job: Job) -> float:
+    """Of a protected job that was `resolved`. Raises PrivacyRefused for one that was not."""
+    if not job.privacy.noise_multiplier:
+        raise PrivacyRefused("privacy.noise-multiplier = 0: was not computed before the rounds began, so nothing would be protected")
+    return job.privacy.noise_multiplier
+
+
 def local_steps(job: Job) -> int:
     """Optimizer steps of a client in a round of example-level privacy: from public numbers, not from its data."""
     fed = job.federation
@@ -190,8 +200,19 @@ def outward(job: Job, examples: int, metrics: Metrics) -> tuple[float, Metrics]:
         return 1.0, metrics  # which hold noise already
     if not job.privacy.metrics_noise:
         return 1.0, {}
-    loss, right = (metrics[name][0] / max(metrics[name][1], 1.0) for name in ("loss", "accuracy"))
-    return 1.0, {"loss": (min(max(loss, 0.0), METRIC_CAP), 1.0), "accuracy": (min(max(right, 0.0), 1.0), 1.0)}
+    loss, right = bounded_scores(metrics).tolist()
+    return 1.0, scored(loss, right, 1.0)
+
+
+def bounded_scores(metrics: Metrics) -> np.ndarray:
+    """float64 [2]: (mean loss over METRIC_CAP, accuracy), each within [0, 1]; zeros where nothing was counted."""
+    means = [value(metrics, name) for name in ("loss", "accuracy")]
+    return np.clip(np.nan_to_num(means, nan=0.0) / [METRIC_CAP, 1.0], 0.0, 1.0)
+
+
+def scored(loss: float, accuracy: float, count: float) -> Metrics:
+    """The reverse: metrics over `count` clients with these means of `bounded_scores`."""
+    return {"loss": (METRIC_CAP * loss * count, count), "accuracy": (accuracy * count, count)}
 
 
 def warnings_of(plan: Plan) -> Iterator[str]:

@@ -21,12 +21,9 @@ from fedtune.training.chunks import Picked, Task, balanced, join, pick, predicti
 from fedtune.training.features import FeatureStore
 from fedtune.training.local import learning_rate
 from fedtune.training.passes import Pass
-from fedtune.training.private import Audit, capped, clipped
+from fedtune.training.private import NUMBERS, Audit, capped, clipped
 from fedtune.training.stacked import Examples, Stack
 from fedtune.types import TensorSpec
-
-NUMBERS = 2**26
-"""Most numbers of single examples' gradients that are held side by side."""
 
 
 class CohortTrainer:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from fedtune.adapters.methods import Parameters, attach, read, write
 from fedtune.adapters.spec import AdapterSpec
@@ -37,8 +38,12 @@ class Worker:
     device: str = "cpu"
     parameters: Parameters = field(default_factory=dict)
     frame_digest: str | None = None
-    gradients: PerExample | None = None
     audit: Audit | None = None
+
+    @cached_property
+    def gradients(self) -> PerExample:
+        """By example; asked for once the adapter is on the model."""
+        return PerExample(self.model, self.parameters, audit=self.audit)
 
     def handle(self, payload: bytes, client: str, data: ClientData) -> bytes:
         """Answers a "model" packet with an "update", a "gradient-request" with a "gradient".
@@ -67,7 +72,6 @@ class Worker:
             metrics = train_locally(self.model, self.parameters, data, self.encoder, fed, round, rng)
             require_converged(metrics)
         else:
-            self.gradients = self.gradients or PerExample(self.model, self.parameters, audit=self.audit)
             metrics = train_privately(self.gradients, data, self.encoder, fed, private, round, noise_of(self.job, round, client), client)
         weight, metrics = outward(self.job, len(data), metrics)
         return encode("update", self.spec.schema, read(self.parameters), round=round, frame=self.frame_digest or "", weight=weight, metrics=metrics)
