@@ -139,10 +139,10 @@ class RunFolder:
             raise RunError(f"{path}: rounds are missing or out of order; restore it or begin a new run")
         return lines
 
-    def require_metrics(self, round: int) -> None:
-        """Raises RunError unless there is a line for each round up to `round`, where a checkpoint stands."""
-        lines = len(self.metrics())
-        if lines <= round:
+    def require_metrics(self, checkpoint: Checkpoint) -> None:
+        """Raises RunError unless there is a line for each finished round of the checkpoint."""
+        lines, round = len(self.metrics()), checkpoint.state.round
+        if lines < round + (checkpoint.unfinished is None):
             raise RunError(f"{self.path / 'metrics.jsonl'}: {lines} rounds, the checkpoint stands after round {round}; restore it")
 
     def _checkpoint(self, round: int) -> Path:

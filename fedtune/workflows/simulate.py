@@ -79,7 +79,7 @@ class Simulation:
     def rounds(self) -> None:
         """Runs what is left of the rounds on the job's engine."""
         job, done = self.setup.job, self.run.newest()
-        if done and done.state.round >= job.federation.rounds:
+        if done and done.unfinished is None and done.state.round >= job.federation.rounds:
             return
         engine, deadline = job.simulation.engine, job.federation.deadline if self.fleet is None else WEEK
         if engine == "vectorised":

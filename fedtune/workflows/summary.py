@@ -26,7 +26,7 @@ def facts(run: RunFolder, accountants: Sequence[str] = ACCOUNTANTS) -> dict[str,
     """
     lines, checkpoint = run.metrics(), run.newest()
     if checkpoint is not None:
-        run.require_metrics(checkpoint.state.round)
+        run.require_metrics(checkpoint)
     if not lines or checkpoint is None:
         raise RunError(f"{run.path}: no round is finished yet, not even the start; continue it with `fedtune simulate --resume {run.path}`")
     require_whole(run.ledger, lines[-1]["round"])
