@@ -309,10 +309,10 @@ def start(
         state, traffic = algorithm.init(initial()), traffic or Traffic()
     else:
         state, traffic = found.state, Traffic(**found.counters)
-        require_whole(run.ledger, state.round)
+        require_whole(run.ledger, state.round, 0 if job.adapter.asks_gradients else 1)
         run.require_metrics(found)
     asked = [(event.round, sorted(read(event.facts).names)) for event in Ledger(run.ledger).events()] if privacy else []
-    joined = Counter(name for round, names in asked if round <= state.round for name in names)
+    joined = Counter(name for round, names in asked if 0 < round <= state.round for name in names)
     aborted = [names for round, names in asked if round > state.round]
     return Coordinator(
         job, schema, frame_digest, frame_bytes, algorithm, clients, run, evaluate, state, traffic, privacy=privacy, secure=secure_of(job, schema), _joined=joined, _aborted=aborted,

@@ -53,6 +53,7 @@ class Privacy(TypedDict):
 ACCOUNTANTS = {"pld": ("PLD", "dp-accounting, privacy loss distributions"), "rdp": ("RDP", "dp-accounting, Rényi divergences"), "prv": ("PRV", "Opacus, privacy random variables")}
 PARTS = {
     "update": "what was trained", "clip-bits": "number of updates within the clip, for the clip that adapts", "metrics": "training loss and accuracy",
+    "init": "the gradient that the frame was made from",
 }
 """Kinds of releases; one that stands not here keeps its name."""
 GLOSSARY = {

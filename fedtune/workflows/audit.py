@@ -139,6 +139,8 @@ def _require_auditable(job: Job, kind: Kind) -> None:
         raise UserError('privacy.unit = "none": such a job promises nothing, so there is nothing to audit; set it to "example" or "client"')
     if job.simulation.engine == "ray":
         raise UserError('simulation.engine = "ray": an audit stands inside the process that trains; use "vectorised" or "serial"')
+    if job.adapter.init == "gradient-dp":
+        raise UserError('adapter.init = "gradient-dp": canaries are in the rounds, so what the first step\'s gradient loses would not be seen; audit the job with init = "weights"')
     if kind == "input" and job.privacy.unit != "example":
         raise UserError(f'--kind input: canaries are examples, but privacy.unit = "{job.privacy.unit}"; use --kind gradient')
 

@@ -25,7 +25,7 @@ def prepare(job: Job, folder: Path, stage: Callable[[str], None] = lambda text: 
     _ = base.spec
     model = base.fresh_model()
     _ = base.encoder  # a tokenizer that is not this base's is found here and not on every device
-    if job.adapter.init == "gradient":  # the coordinator makes the frame, once devices have sent gradients
+    if job.adapter.asks_gradients:  # the coordinator makes the frame, once devices have sent gradients
         return make_bundle(base, folder, {}, model, {})
     stage("making the frame")
     return make_bundle(base, folder, data_free_frame(base, model), model, {})

@@ -16,8 +16,12 @@ PRIVATE = ("privacy.unit=example", "privacy.noise-multiplier=2.0", "privacy.clip
            "privacy.noise=seeded", "federation.batch-size=8", "federation.local-steps=3")
 
 
-def test_a_private_federation_survives_its_coordinator(federation, domain_csv, live_settings, make_bundle, run_rounds, tmp_path):
-    changes = (*PRIVATE, "federation.rounds=5", "privacy.participations=4")
+NOISY = ("adapter.init=gradient-dp", "adapter.init-clients=3", "adapter.init-step=0.1")
+
+
+@pytest.mark.parametrize("first", [(), NOISY], ids=["rounds", "a noisy frame, and rounds"])
+def test_a_private_federation_survives_its_coordinator(first, federation, domain_csv, live_settings, make_bundle, run_rounds, tmp_path):
+    changes = (*PRIVATE, *first, "federation.rounds=5", "privacy.participations=4")
     live = federation()
     bundle = make_bundle(*changes)
     server = live.server(bundle)
@@ -44,6 +48,6 @@ def test_a_private_federation_survives_its_coordinator(federation, domain_csv, l
     for name, device in devices.items():
         (own,) = (live.keys / "devices" / name / "privacy").glob("*.sqlite")
         events = Ledger(own).events()
-        assert [e.round for e in events] == [1, 2, 3, 4]  # also when it was asked twice for one round
-        assert all(read(e.facts).count == 3 for e in events)
+        assert [e.round for e in events] == [*([0] if first else []), 1, 2, 3, 4]  # also when it was asked twice for one round
+        assert all(read(e.facts).count == (3 if e.round else 1) for e in events)
         assert device.stop() == 130 and "Traceback" not in device.text
