@@ -56,6 +56,9 @@ PARTS = {
     "init": "the gradient that the frame was made from",
 }
 """Kinds of releases; one that stands not here keeps its name."""
+UNSCORED = ("No accuracy: devices score nothing in this job, as the scores of a single one have no noise. To measure the model, have labelled examples of your own where "
+            "the job's data.source says, and run `fedtune export RUN`, which says how many it gets right; `fedtune predict RUN` then labels others.")
+"""Of a live run that hides its clients."""
 GLOSSARY = {
     "delta": "the chance with which epsilon may not hold",
     "noise multiplier": "standard deviation of the noise over the clip, the most that one unit can add",

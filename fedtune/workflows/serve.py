@@ -373,7 +373,7 @@ def _run(
     asks, secure = gradient_schema(spec) if bundle.job.adapter.asks_gradients else Schema(()), secure_of(bundle.job, spec.schema)
     summed = message_bytes(secure, secure.cohort)[0] if secure else 0
     link.body_limit = max(packet_bytes(spec.schema)[1], 4 * sum(t.size for t in asks.tensors), summed) + REQUEST_ROOM
-    desk.note(state="waiting", job=entry.name, run=str(run.path), rounds=bundle.job.federation.rounds, round=None, line=None, epsilon=None, queue=queue,
+    desk.note(state="waiting", job=entry.name, run=str(run.path), rounds=bundle.job.federation.rounds, round=None, line=None, epsilon=None, queue=queue, scored=not bundle.job.privacy.hides_clients,
               ready=0, need=needed(bundle.job))
     with run.locked(), link.run() as grid:
         watching, traffic = watch(entry, run, bundle), Traffic()

@@ -6,10 +6,15 @@ import numpy as np
 import pytest
 from conftest import until
 
-from fedtune.job import parse_job
+from fedtune.job import load_job, parse_job
 from fedtune.ledger import Ledger
 from fedtune.privacy.releases import read
+from fedtune.report.privacy import UNSCORED
 from fedtune.run import open_run
+from fedtune.workflows.export import export_run
+from fedtune.workflows.setup import open_setup
+from fedtune.workflows.status import lines as lines_of
+from fedtune.workflows.status import read as read_status
 
 pytestmark = pytest.mark.slow
 PRIVATE = ("privacy.unit=example", "privacy.noise-multiplier=2.0", "privacy.clip=0.5", "privacy.examples=160", "federation.weighting=equal",
@@ -27,6 +32,7 @@ def test_a_private_federation_survives_its_coordinator(first, federation, domain
     server = live.server(bundle)
     devices = {name: live.client(name, data) for name, data in domain_csv.items()}
     until(lambda: (live.metrics() or [{"round": -1}])[-1]["round"] >= 1, "round 1", lambda: server.text)
+    assert UNSCORED in list(lines_of(read_status(live.home)))
     server.kill()
     server = live.server(bundle, name="again")
     assert server.wait() == 0, server.text
@@ -44,6 +50,10 @@ def test_a_private_federation_survives_its_coordinator(first, federation, domain
     assert all("budget of 4 rounds is spent" in why for why in lines[-1]["refused"].values()) and len(lines[-1]["refused"]) == 3
     assert all(line["accuracy"] is None and line["train_loss"] is None for line in lines)  # nothing that holds no noise
     summary = json.loads(run.summary.read_text())
+    assert UNSCORED in server.text and list(lines_of(read_status(live.home)))[-1].endswith("accuracy not measured" + f"; run folder {run.path}")
+    if not first:
+        setup = open_setup(load_job(run.path / "job.toml", ["export.onnx=true"]))
+        assert export_run(run, setup)["float32"]["accuracy"] > 0  # as that line says
     assert summary["complete"] and summary["privacy"]["epsilon"] == "inf" and "known seed" in summary["privacy"]["note"]
     for name, device in devices.items():
         (own,) = (live.keys / "devices" / name / "privacy").glob("*.sqlite")
