@@ -39,4 +39,32 @@ def convolution_backward(
 MOST_GROUPS = 8
 """Groups whose weights get their gradient one by one, each with nodes of its own in the graph."""
 
-TABLE: dict[Any, Callable[..., Any]] = {aten.convolution_backward.default: convolution_backward}
+
+def batch_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor | None, invstd: Tensor | None,
+    train: bool, eps: float, wanted: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of a batch norm that uses its running statistics, of which dx and the bias's need no x. Raises NotImplementedError for one that does not."""
+    if train or running_mean is None or running_var is None:
+        raise NotImplementedError("training through a batch norm with the statistics of its batch")
+    over, scale = [0, *range(2, dy.dim())], torch.rsqrt(running_var + eps)
+    wide = [1, -1, *[1] * (dy.dim() - 2)]
+    dx = dy * (scale if weight is None else scale * weight).view(wide) if wanted[0] else None
+    dw = (dy * (x - running_mean.view(wide))).sum(over) * scale if wanted[1] else None
+    return dx, dw, dy.sum(over) if wanted[2] else None
+
+
+def hardtanh_backward(dy: Tensor, x: Tensor, low: float, high: float) -> Tensor:
+    """Of ReLU6 among others: one bool a number, which need not wait for dy."""
+    return torch.where((x > low) & (x < high), dy, 0.0)
+
+
+def threshold_backward(dy: Tensor, x: Tensor, threshold: float) -> Tensor:
+    """Of ReLU."""
+    return torch.where(x > threshold, dy, 0.0)
+
+
+TABLE: dict[Any, Callable[..., Any]] = {
+    aten.convolution_backward.default: convolution_backward, aten.native_batch_norm_backward.default: batch_norm_backward,
+    aten.hardtanh_backward.default: hardtanh_backward, aten.threshold_backward.default: threshold_backward,
+}
