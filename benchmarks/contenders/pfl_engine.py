@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from contenders.serve import Commands, Stopwatch
 from contenders.work import BATCH, CASES, STEPS, Order, Plain, drawn, moved, shuffled
-from fedtune.training.local import ClientData
+from fedtune.data.encoded import ClientData
 
 
 class Trained(nn.Module):

@@ -27,7 +27,7 @@ KEEP_BUNDLES = 3
 
 @dataclass(frozen=True)
 class DeviceSettings:
-    """What `fedtune client` was told.
+    """What `fedtune client` or `fedtune edge train` was told.
 
     Attributes:
         server: HOST:PORT of the coordinator.
@@ -37,6 +37,7 @@ class DeviceSettings:
         policy: the owner's limits; None takes policy.toml of the folder, if there is one.
         name: what to be called where devices have no keys.
         insecure: no TLS and no key; the caller allows it for loopback only.
+        graphs: folder of training graphs, for a device without torch; memory_mb: MB that its trainer keeps to, 0 for no limit.
     """
 
     server: str
@@ -48,6 +49,8 @@ class DeviceSettings:
     insecure: bool = False
     threads: int = 0
     idle_seconds: float = 600.0
+    graphs: Path | None = None
+    memory_mb: int = 0
 
 
 Say = Callable[[str], None]
@@ -150,7 +153,7 @@ class Work:
         secure = SecureWork(self.settings.folder / "secagg", bundle, self.policy.min_cohort) if bundle.job.privacy.secure_aggregation else None
         trainer = Trainer(TrainerSettings(
             bundle.folder, self.settings.data, self.settings.base, self.settings.threads, self.settings.idle_seconds,
-            self.settings.folder / "trainer.log", self.settings.folder))
+            self.settings.folder / "trainer.log", self.settings.folder, self.settings.graphs, self.settings.memory_mb))
         try:
             self._facts = trainer.open(OFFER_SECONDS)
         except BaseException:

@@ -1,7 +1,7 @@
 """The light end of the trainer: starts the trainer process, watches it, and passes packets to it. Imports no torch.
 
 The process is started by the first call, and again by a call that finds it gone: idle, killed, or out of memory. Its socket
-and settings lie in a private folder made for each start and removed when it ends; see fedtune.training.service.
+and settings lie in a private folder made for each start and removed when it ends; see `fedtune.trainer_service`.
 """
 
 import contextlib
@@ -28,6 +28,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fedtune.errors import DataError, EnvironmentProblem, FedtuneError, JobError, ModelError, Refused, RunError, UserError
 from fedtune.storage import failing_clearly
+from fedtune.trainer_service import CLIENT, ERROR, MAX_MESSAGE, SERVICE
 from fedtune.waits import TRAINER_DEATH as DEATH_SECONDS
 from fedtune.waits import TRAINER_HEALTH as HEALTH_SECONDS
 from fedtune.waits import TRAINER_POLL as POLL_SECONDS
@@ -36,17 +37,15 @@ from fedtune.waits import TRAINER_STOP as STOP_SECONDS
 
 MAX_SOCKET = 107  # bytes of a socket's path, of the 108 with its closing zero
 MAX_LOG = 2**20  # bytes from which a log is begun anew at a start
-MAX_MESSAGE = 512 * 2**20
 OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE), ("grpc.max_receive_message_length", MAX_MESSAGE),
     ("grpc.max_metadata_size", 2**16),  # a status carries an error's message
     ("grpc.enable_http_proxy", 0),
 )
-SERVICE = "fedtune.Trainer"
-CLIENT, ERROR, BUG = "client-bin", "error", "bug"  # as in fedtune.training.service, which this module may not import
 _PREFIX = "fedtune-trainer-"
 _PLAIN = re.compile(r"[\w/.+-]*", re.ASCII)  # what a path in a gRPC address may hold without being quoted
 _SOCKET, _CONFIG = "s", "config.json"
+_WITH_TORCH, _WITHOUT = "fedtune.training.service", "fedtune.edge.service"
 
 
 @dataclass(frozen=True)
@@ -57,10 +56,11 @@ class TrainerSettings:
         bundle: folder of the bundle.
         data: file of texts or folder of images.
         base: folder of the base; None for the one that the bundle names.
-        threads: torch threads; 0 for torch's default.
+        threads: to compute with; 0 for all cores.
         idle_seconds: time without a call after which the process ends and gives its memory back; 0 for never.
         log: file that the process's output is appended to.
         folder: where the private folders go; where its path is too long for a socket, the system's temporary folder is used.
+        graphs: folder of training graphs: the trainer is then the one without torch, which keeps to `memory_mb` MB (10^6 bytes; 0: no limit).
     """
 
     bundle: Path
@@ -70,6 +70,8 @@ class TrainerSettings:
     idle_seconds: float
     log: Path
     folder: Path
+    graphs: Path | None = None
+    memory_mb: int = 0
 
 
 class Trainer:
@@ -196,7 +198,7 @@ class _Process:
                 self._lease = _write_config(self.folder, settings)
                 self.address = f"unix:{self.folder / _SOCKET}"
                 # -P: a file called random.py in the folder one stands in is not what `import random` means
-                command = [sys.executable, "-P", "-m", "fedtune.training.service", str(self.folder / _CONFIG)]
+                command = [sys.executable, "-P", "-m", _WITH_TORCH if settings.graphs is None else _WITHOUT, str(self.folder / _CONFIG)]
                 self.popen = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
             except BaseException:
                 shutil.rmtree(self.folder, ignore_errors=True)
@@ -326,7 +328,8 @@ def _write_config(folder: Path, settings: TrainerSettings) -> Any:
     """Writes the settings for the process and returns the open file, which stays locked as long as this process lives."""
     config = {
         "socket": str(folder / _SOCKET), "bundle": _absolute(settings.bundle), "data": _absolute(settings.data),
-        "base": _absolute(settings.base) if settings.base is not None else "", "threads": settings.threads,
+        "base": _absolute(settings.base) if settings.base is not None else "",
+        "graphs": _absolute(settings.graphs) if settings.graphs is not None else "", "memory_mb": settings.memory_mb, "threads": settings.threads,
         "idle_seconds": settings.idle_seconds, "parent": os.getpid(),
     }
     file = os.fdopen(os.open(folder / _CONFIG, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8")

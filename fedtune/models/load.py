@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fedtune.data.encoded import Encoder
 from fedtune.data.images import ImageEncoder
 from fedtune.data.text import TextEncoder
 from fedtune.errors import FedtuneError, ModelError
@@ -21,7 +22,6 @@ from fedtune.models.sources import Source, read_config
 from fedtune.seeds import generator
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-Encoder = TextEncoder | ImageEncoder
 _SEES_BOTH_SIDES = ("bert-generation", "xlnet")  # encoders without a masked-LM class in transformers
 
 

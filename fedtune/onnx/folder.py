@@ -42,6 +42,7 @@ class EdgeCard:
     opset: int
     fedtune: str
     files: dict[str, str]
+    pooling: str = "mean"
 
 
 CARD_FILE = TypeAdapter(EdgeCard)

@@ -45,13 +45,17 @@ class Agreement:
 
 def open_graph(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
     """A session on the CPU; `threads` 0 leaves their number to onnxruntime. Raises ModelError for a file that is no graph."""
-    options = onnxruntime.SessionOptions()
+    return open_session(path, onnxruntime.SessionOptions(), threads, "export the run again")
+
+
+def open_session(path: Path, options: onnxruntime.SessionOptions, threads: int, remedy: str) -> onnxruntime.InferenceSession:
+    """As `open_graph`, with these options."""
     options.log_severity_level, options.intra_op_num_threads = _ERRORS_ONLY, threads
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as e:  # onnxruntime's errors have no base of their own
         reason = (str(e).strip().splitlines() or [""])[0][:160]
-        raise ModelError(f"{path}: onnxruntime cannot open it ({reason}); export the run again") from None
+        raise ModelError(f"{path}: onnxruntime cannot open it ({reason}); {remedy}") from None
 
 
 def compare(graphs: Mapping[str, Path], checks: Iterable[Check], threads: int = 0) -> dict[str, Agreement]:

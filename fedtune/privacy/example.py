@@ -1,6 +1,7 @@
 """Example-level privacy: the numbers of DP-SGD (Abadi et al. 2016, arXiv:1607.00133, Algorithm 1) and its checks of itself. No torch."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,6 +51,18 @@ def first_gradient(job: Job) -> ExamplePrivacy | None:
 def poisson_batches(count: int, settings: ExamplePrivacy, noise: Noise) -> list[np.ndarray]:
     """Which of `count` examples are in each step: every example on its own with chance `rate`, so a step may have none."""
     return [np.flatnonzero(noise.uniform(count) < settings.rate) for _ in range(settings.steps)]
+
+
+def drawn_noise(sizes: Sequence[int], settings: ExamplePrivacy, noise: Noise) -> np.ndarray:
+    """What is added to a step's sum of gradients, float32 [P], where P is the sum of `sizes`, the numbers of each trained tensor."""
+    sigma = settings.multiplier * settings.clip
+    return np.concatenate([(sigma * noise.normal(size)).astype(np.float32) for size in sizes])  # in parts: a draw takes ten times its room
+
+
+def capped(scores: np.ndarray) -> np.ndarray:
+    """Of each example (loss, right, 1), float64 [n, 3], within [0, METRIC_CAP], [0, 1] and [0, 1]."""
+    bounded = np.nan_to_num(scores, nan=METRIC_CAP, posinf=METRIC_CAP)
+    return np.minimum(np.maximum(bounded, 0.0), [METRIC_CAP, 1.0, 1.0])
 
 
 def noisy_metrics(totals: np.ndarray, settings: ExamplePrivacy, noise: Noise) -> Metrics:

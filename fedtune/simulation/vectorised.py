@@ -7,6 +7,7 @@ from functools import cached_property
 import numpy as np
 import psutil
 
+from fedtune.data.encoded import ClientData
 from fedtune.errors import Refused
 from fedtune.job import SimulationSection
 from fedtune.privacy.example import ExamplePrivacy, example_privacy, noisy_metrics, poisson_batches
@@ -17,8 +18,8 @@ from fedtune.seeds import generator
 from fedtune.training.batches import local_batches
 from fedtune.training.chunks import Task, trainable_batches
 from fedtune.training.cohort import CohortTrainer
-from fedtune.training.local import ClientData
-from fedtune.training.worker import Worker, require_converged
+from fedtune.training.holder import require_converged
+from fedtune.training.worker import Worker
 from fedtune.types import Metrics
 from fedtune.wire import Header, Packet, Pieces, decode, finite_norm, kind_of, packed_size
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fedtune.data.encoded import ClientData
 from fedtune.privacy.noise import Noise
-from fedtune.training.local import ClientData
 
 UNEVEN = 4
 """Room for rows brought together by model, as a multiple of the rows there are."""

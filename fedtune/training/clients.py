@@ -8,10 +8,9 @@ from typing import overload
 
 import numpy as np
 
+from fedtune.data.encoded import ClientData, Encoder
 from fedtune.data.examples import Dataset, Examples
 from fedtune.data.partition import Split
-from fedtune.models.load import Encoder
-from fedtune.training.local import ClientData
 from fedtune.types import ClientInfo
 
 CACHE_BYTES = 256 * 2**20

@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedtune.data.encoded import ClientData, Encoder
 from fedtune.data.slices import Slices
 from fedtune.models.base import TunableModel, summed_loss
-from fedtune.models.load import Encoder
 from fedtune.training.batches import by_length
 from fedtune.training.clients import Stream
-from fedtune.training.local import ClientData, device_of, to_batch
+from fedtune.training.local import device_of, to_batch
 from fedtune.types import Metrics
 
 

@@ -1,40 +1,19 @@
 """Local training: what one client does with the model in one round. The truth for every engine."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedtune.adapters.methods import Parameters
+from fedtune.data.encoded import ClientData, Encoder
 from fedtune.job import FederationSection
 from fedtune.models.base import TunableModel, summed_loss
-from fedtune.models.load import Encoder
 from fedtune.training.batches import local_batches
+from fedtune.training.rates import learning_rate
 from fedtune.types import Metrics
-
-
-@dataclass(frozen=True)
-class ClientData:
-    """One client's examples, encoded: model inputs by example and labels [n] (zeros for causal-lm)."""
-
-    encoded: Sequence[Mapping[str, np.ndarray]]
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.encoded)
-
-    def take(self, index: np.ndarray) -> "ClientData":
-        """The examples at these places, in this order."""
-        return ClientData([self.encoded[i] for i in index], self.labels[index])
-
-    @cached_property
-    def lengths(self) -> Sequence[int]:
-        """Size of each example's first input: tokens for a text, the same for every image."""
-        return [next(iter(e.values())).shape[0] for e in self.encoded]
 
 
 def to_batch(data: ClientData, index: np.ndarray, encoder: Encoder, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], Tensor]:
@@ -85,12 +64,6 @@ def make_optimizer(parameters: Parameters, settings: FederationSection, round: i
     if settings.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=settings.momentum, weight_decay=settings.weight_decay)
     return torch.optim.AdamW(groups, weight_decay=settings.weight_decay)  # adam too: the two are one here
-
-
-def learning_rate(settings: FederationSection, name: str, round: int) -> float:
-    """Of the trained tensor of this name in this round; the head may have its own."""
-    lr = settings.head_lr if settings.head_lr and name.startswith("head.") else settings.lr
-    return lr * settings.lr_decay ** (round - 1)
 
 
 def weight_gradients(

@@ -12,9 +12,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from fedtune.job import FederationSection
-
-BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
-"""torch.optim.AdamW's own, which the serial engine uses."""
+from fedtune.training.rates import BETA1, BETA2, EPS
 
 
 @dataclass

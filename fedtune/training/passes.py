@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedtune.data.encoded import Encoder
 from fedtune.models.base import TunableModel, summed_loss
 from fedtune.models.cut import Cut
-from fedtune.models.load import Encoder
 from fedtune.models.packed import PackedModel, Packing
 
 Encoded = Sequence[Mapping[str, np.ndarray]]

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.adapters.methods import Parameters
+from fedtune.data.encoded import ClientData, Encoder
 from fedtune.job import FederationSection
 from fedtune.models.base import TunableModel, summed_loss
-from fedtune.models.load import Encoder
-from fedtune.privacy.example import METRIC_CAP, ExamplePrivacy, SelfCheck, noisy_metrics, poisson_batches
+from fedtune.privacy.clipping import SHRINK
+from fedtune.privacy.example import ExamplePrivacy, SelfCheck, capped, drawn_noise, noisy_metrics, poisson_batches
 from fedtune.privacy.noise import Noise
-from fedtune.training.local import ClientData, base_weights, device_of, make_optimizer, to_batch
+from fedtune.training.local import base_weights, device_of, make_optimizer, to_batch
 from fedtune.types import Metrics
 
 PHYSICAL, NUMBERS = 32, 2**26
@@ -183,8 +184,7 @@ def _noisy_mean(gradients: PerExample, data: ClientData, encoder: Encoder, index
         flat, seen = gradients(*to_batch(data, index[begin : begin + physical], encoder, device))
         total += clipped(flat, privacy.clip, check).sum(0)
         scores += capped(seen.double().cpu().numpy()).sum(0)
-    drawn = np.concatenate([(privacy.multiplier * privacy.clip * noise.normal(size)).astype(np.float32) for size in sizes])  # in parts: a draw takes ten times its room
-    noisy = total + torch.from_numpy(drawn).to(device)
+    noisy = total + torch.from_numpy(drawn_noise(sizes, privacy, noise)).to(device)
     check.noise((noisy - total).cpu().numpy())
     return noisy / privacy.batch, scores
 
@@ -193,15 +193,9 @@ def clipped(flat: Tensor, bound: float, check: SelfCheck) -> Tensor:
     """Gradients [n, P] cut to an L2 norm of at most `bound`, one by one; one that is not finite becomes 0. Overwrites `flat`."""
     norms = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64)  # over millions of numbers, float32 finds too little
     flat[~torch.isfinite(norms)] = 0.0
-    flat *= (bound * (1 - 1e-6) / norms.clamp(min=1e-30)).clamp(max=1.0).nan_to_num(0.0).to(flat.dtype)[:, None]
+    flat *= (bound * SHRINK / norms.clamp(min=1e-30)).clamp(max=1.0).nan_to_num(0.0).to(flat.dtype)[:, None]
     check.clipped(torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64).cpu().numpy())
     return flat
-
-
-def capped(scores: np.ndarray) -> np.ndarray:
-    """Of each example (loss, right, 1), float64 [n, 3], within [0, METRIC_CAP], [0, 1] and [0, 1]."""
-    bounded = np.nan_to_num(scores, nan=METRIC_CAP, posinf=METRIC_CAP)
-    return np.minimum(np.maximum(bounded, 0.0), [METRIC_CAP, 1.0, 1.0])
 
 
 def _flat(parameters: Parameters) -> np.ndarray:

@@ -1,171 +1,29 @@
-"""The trainer process: keeps one device's base in memory and works for the light process that started it.
+"""The trainer process with torch; see `fedtune.trainer_service`.
 
     python -m fedtune.training.service CONFIG.json
-
-It listens on a Unix socket in a folder that only its user may enter. Service `fedtune.Trainer`, bytes in and bytes out:
-
-    Open        -> JSON of Device.facts; reads the data and loads the base, once
-    Handle      packet, client's name as metadata "client-bin" -> packet
-    Evaluate    packet -> packet of kind "scores"
-
-beside the standard health service: "" serves as soon as the socket listens, "fedtune.Trainer" once the device is open. Health
-is answered while work runs. An error raised on purpose has its message as the status's details and the name of its class as
-trailing metadata "error"; any other is "bug", with type and message, and its traceback goes to stderr, which is the log.
-
-The process ends after `idle_seconds` without a request, with its parent, and at once on SIGTERM: it holds nothing to save.
 """
 
-import json
-import logging
-import os
-import signal
 import sys
-import threading
-import time
-import traceback
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from typing import TYPE_CHECKING
 
 from fedtune.bundle import open_bundle
-from fedtune.child import end_with_parent, require_parent
-from fedtune.errors import ContractError, FedtuneError
-from fedtune.waits import TRAINER_CHECK as CHECK_SECONDS
-from fedtune.waits import TRAINER_CLOSE as CLOSE_SECONDS
+from fedtune.trainer_service import Config, run
 
 if TYPE_CHECKING:
-    from fedtune.training.device import Device
-
-SERVICE = "fedtune.Trainer"
-CLIENT, ERROR, BUG = "client-bin", "error", "bug"  # as in fedtune.client.trainer, which may not import this module
-MAX_MESSAGE = 512 * 2**20
-OPTIONS = (("grpc.max_send_message_length", MAX_MESSAGE), ("grpc.max_receive_message_length", MAX_MESSAGE))
-ANSWERING = 4  # threads that take requests: one waits for the work, the others answer health
-MAX_DETAILS = 2000  # characters of a message; a status travels in a header, which has room for 64 KiB when percent-encoded
+    from fedtune.training.holder import Device
 
 
-@dataclass(frozen=True)
-class Config:
-    """What CONFIG.json holds. base "": the one that the bundle names; threads 0: torch's default; idle_seconds 0: never."""
-
-    socket: str
-    bundle: str
-    data: str
-    base: str
-    threads: int
-    idle_seconds: float
-    parent: int
-
-
-class Trainer:
-    """The three methods. Work is done by one thread, one request after the other."""
-
-    def __init__(self, open_: "Callable[[], Device]", on_open: Callable[[], None] = lambda: None) -> None:
-        self._open, self._on_open = open_, on_open
-        self._device: Device | None = None
-        # one thread for all work: OpenMP keeps a team of threads for each that calls it
-        self._work = ThreadPoolExecutor(1, "work")
-        self._lock = threading.Lock()
-        self._active, self._last = 0, time.monotonic()
-
-    def idle(self) -> float:
-        """Seconds since the last request ended; 0 while one is worked on."""
-        with self._lock:
-            return 0.0 if self._active else time.monotonic() - self._last
-
-    def open(self, body: bytes, context: grpc.ServicerContext) -> bytes:
-        return self._answer(lambda: json.dumps(self.device().facts()).encode(), context)
-
-    def handle(self, body: bytes, context: grpc.ServicerContext) -> bytes:
-        client = dict(context.invocation_metadata()).get(CLIENT, b"")
-        return self._answer(lambda: self.device().handle(body, client.decode()), context)
-
-    def evaluate(self, body: bytes, context: grpc.ServicerContext) -> bytes:
-        return self._answer(lambda: self.device().evaluate(body), context)
-
-    def device(self) -> "Device":
-        """Opened by the first request; a request after one that failed tries again, as the user may have mended the data."""
-        if self._device is None:
-            self._device = self._open()
-            self._on_open()
-        return self._device
-
-    def _answer(self, work: Callable[[], bytes], context: grpc.ServicerContext) -> bytes:
-        with self._lock:
-            self._active += 1
-        try:
-            return self._work.submit(work).result()
-        except ContractError as e:  # a caller inside fedtune is wrong: nothing that a user could mend
-            _abort(context, grpc.StatusCode.INTERNAL, BUG, e)
-        except FedtuneError as e:
-            _abort(context, grpc.StatusCode.FAILED_PRECONDITION, type(e).__name__, e)
-        except Exception as e:
-            _abort(context, grpc.StatusCode.INTERNAL, BUG, e)
-        finally:
-            with self._lock:
-                self._active, self._last = self._active - 1, time.monotonic()
-        raise AssertionError("abort raises")
-
-
-def _abort(context: grpc.ServicerContext, code: grpc.StatusCode, name: str, error: Exception) -> None:
-    text = str(error)
-    if name == BUG:
-        traceback.print_exception(error)
-        text = " ".join(f"{type(error).__name__}: {text}".split())
-    context.set_trailing_metadata(((ERROR, name),))
-    context.abort(code, text[:MAX_DETAILS])
-
-
-def serve(config: Config) -> None:
-    """Serves until the time without requests is over. Never returns otherwise: the parent's end or a signal ends the process."""
+def ready(config: Config) -> "Callable[[], Device]":
     import torch
 
     from fedtune.training.device import open_device
 
     if config.threads:
         torch.set_num_threads(config.threads)
-
-    status = health.HealthServicer()
-
-    def open_() -> "Device":
-        return open_device(open_bundle(Path(config.bundle)), Path(config.data), Path(config.base) if config.base else None)
-
-    trainer = Trainer(open_, lambda: status.set(SERVICE, health_pb2.HealthCheckResponse.SERVING))
-    server = grpc.server(ThreadPoolExecutor(ANSWERING, "answer"), options=OPTIONS)
-    methods = {"Open": trainer.open, "Handle": trainer.handle, "Evaluate": trainer.evaluate}
-    handlers = {name: grpc.unary_unary_rpc_method_handler(method) for name, method in methods.items()}  # no serialisers: bytes
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
-    health_pb2_grpc.add_HealthServicer_to_server(status, server)
-    status.set("", health_pb2.HealthCheckResponse.SERVING)
-    status.set(SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
-    server.add_insecure_port(f"unix:{config.socket}")  # nobody else can enter the socket's folder
-    server.start()
-    while not config.idle_seconds or trainer.idle() < config.idle_seconds:
-        time.sleep(CHECK_SECONDS)
-        require_parent(config.parent)
-    server.stop(CLOSE_SECONDS).wait()
-
-
-def main(arguments: list[str]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent decides what it means
-    logging.basicConfig(format="%(asctime)s %(name)s: %(message)s")  # warnings to stderr; gRPC would swallow its own
-    config = Config(**_read(Path(arguments[0])))
-    end_with_parent(config.parent, signal.SIGKILL)
-    # OpenMP threads that spin while they wait make a busy machine several times slower; read when torch is first imported
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    serve(config)
-    sys.stderr.flush()
-    os._exit(0)  # not held up by threads
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return lambda: open_device(open_bundle(Path(config.bundle)), Path(config.data), Path(config.base) if config.base else None)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(sys.argv[1:], ready)

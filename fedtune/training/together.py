@@ -9,17 +9,17 @@ from torch import Tensor, nn
 
 from fedtune.adapters.methods import Parameters, write
 from fedtune.adapters.spec import AdapterSpec
+from fedtune.data.encoded import ClientData, Encoder
 from fedtune.data.images import ImageEncoder
 from fedtune.errors import EnvironmentProblem
 from fedtune.job import FederationSection
 from fedtune.models.base import TunableModel, summed_loss
 from fedtune.models.cut import lowest_unit
-from fedtune.models.load import Encoder
 from fedtune.models.packed import NotPackable
 from fedtune.training.chunks import Task, join
 from fedtune.training.cohort import CohortTrainer
 from fedtune.training.features import FeatureStore
-from fedtune.training.local import ClientData, device_of, to_batch
+from fedtune.training.local import device_of, to_batch
 from fedtune.training.passes import Packed, Padded, Pass
 from fedtune.training.stacked import NotStackable, Stack
 from fedtune.types import Arrays

@@ -1,22 +1,24 @@
 """A client's side of a round, bytes in and bytes out: the same for simulated and live clients."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from fedtune.adapters.methods import Parameters, attach, read, write
 from fedtune.adapters.spec import AdapterSpec
+from fedtune.data.encoded import ClientData, Encoder
 from fedtune.errors import Refused
 from fedtune.gradient_init import gradient_schema
 from fedtune.job import Job
 from fedtune.models.base import TunableModel
-from fedtune.models.load import Encoder
 from fedtune.privacy.example import example_privacy, first_gradient
 from fedtune.privacy.noise import noise_of
 from fedtune.privacy.plan import outward
 from fedtune.seeds import generator
-from fedtune.training.local import ClientData, train_locally, weight_gradients
+from fedtune.training.clients import Stream
+from fedtune.training.evaluate import score
+from fedtune.training.holder import require_converged
+from fedtune.training.local import train_locally, weight_gradients
 from fedtune.training.private import Audit, PerExample, private_gradients, train_privately
 from fedtune.types import Arrays, Metrics
 from fedtune.wire import Packet, Schema, decode, encode, kind_of
@@ -56,6 +58,12 @@ class Worker:
         packet = decode(payload, self.spec.schema, kinds=["model"], frame=self.frame_digest)
         return self._train(packet, client, data)
 
+    def metrics(self, arrays: Arrays, data: ClientData | Stream) -> Metrics:
+        """Loss and accuracy of the model with these trained values, summed over the predictions on `data`."""
+        self.open()
+        write(self.parameters, arrays)
+        return score(self.model, data, self.encoder, self.job.evaluation.batch_size).metrics()
+
     def open(self) -> None:
         """Puts the adapter on the model, once."""
         if self.frame_digest is None:
@@ -88,9 +96,3 @@ class Worker:
         gradients = weight_gradients(self.model, names, data, self.encoder, index, fed.batch_size)
         weight, _ = outward(self.job, len(index), {})
         return encode("gradient", gradient_schema(self.spec), gradients, round=0, weight=weight)
-
-
-def require_converged(metrics: Metrics) -> None:
-    """Raises Refused for a training whose loss is not a number."""
-    if not all(math.isfinite(s) for s, _ in metrics.values()):
-        raise Refused("not-finite", "training diverged here: its loss is not a number; a lower federation.lr may help")

@@ -14,6 +14,7 @@ import numpy as np
 from fedtune.adapters import methods
 from fedtune.algorithms import State
 from fedtune.algorithms.dp_fed_avg import CLIP
+from fedtune.data.encoded import ClientData
 from fedtune.errors import Refused, UserError
 from fedtune.privacy.canaries import Canaries, ClientCanaries, Directions, View, coins
 from fedtune.privacy.clipping import clip as bounded
@@ -24,7 +25,6 @@ from fedtune.server.app import Ask, Pairs
 from fedtune.training.canaries import GradientCanaries, InputCanaries, SpikedStore, mislabelled
 from fedtune.training.cohort import CohortTrainer
 from fedtune.training.evaluate import score
-from fedtune.training.local import ClientData
 from fedtune.types import Arrays, Metrics
 from fedtune.wire import Packet, Pieces, decode, encode
 from fedtune.workflows.setup import Setup

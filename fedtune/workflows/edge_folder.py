@@ -59,7 +59,7 @@ def write_edge_folder(base: OpenBase, bundle: Bundle, target: Path, stage: Calla
         manifest = bundle.manifest
         card = files.EdgeCard(
             files.FORMAT, manifest.task, manifest.labels, job.model.max_length, spec, public_name(manifest.source), manifest.sha256, manifest.frame_sha256,
-            job.export.opset, versions()["fedtune"], {p.name: files.sha256_of(p) for p in sorted(made.iterdir())})
+            job.export.opset, versions()["fedtune"], {p.name: files.sha256_of(p) for p in sorted(made.iterdir())}, job.model.pooling)
         write_json(made / files.CARD, files.CARD_FILE.dump_python(card, mode="json"))
         made.rename(target)
     return card

@@ -21,10 +21,10 @@ from safetensors.numpy import save
 from fedtune.adapters import methods
 from fedtune.adapters.spec import AdapterSpec
 from fedtune.bundle import Bundle, open_bundle
+from fedtune.data.encoded import ClientData, Encoder
 from fedtune.data.images import ImageEncoder
 from fedtune.errors import ContractError, RunError
 from fedtune.models.base import TunableModel
-from fedtune.models.load import Encoder
 from fedtune.onnx import verify
 from fedtune.onnx.export import export_graph
 from fedtune.onnx.predict import CARD, CARD_FILE, FLOAT32, FORMAT, INT8, ModelCard
@@ -33,7 +33,7 @@ from fedtune.run import RunFolder, versions
 from fedtune.seeds import generator
 from fedtune.storage import failing_clearly, write_atomic, write_json
 from fedtune.training.batches import by_length
-from fedtune.training.local import ClientData, to_batch
+from fedtune.training.local import to_batch
 from fedtune.types import Arrays
 from fedtune.workflows.card import Exports, model_card, public_name
 from fedtune.workflows.setup import Setup, open_setup

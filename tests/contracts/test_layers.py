@@ -13,7 +13,7 @@ import fedtune
 ROOT = Path(fedtune.__file__).parent
 LAYERS = (  # from the bottom up; a module stands where its longest prefix here says
     ("errors", "types", "seeds", "waits", "child"),
-    ("trees", "metrics", "storage", "packages", "address", "flower"),
+    ("trees", "metrics", "storage", "packages", "address", "flower", "trainer_service"),
     ("job", "wire", "provision"),
     ("secagg",),
     ("aggregation", "ledger", "privacy", "adapters.spec", "data", "report"),
@@ -39,7 +39,7 @@ ONLY_IN = {  # a library, and the only parts of fedtune that may import it
     "onnxruntime": ("onnx", "edge"),
     "matplotlib": ("report",),
     "sklearn": ("workflows",),
-    "grpc": ("client", "training"),
+    "grpc": ("client", "trainer_service"),
     "cryptography": ("provision", "secagg"),
     "prometheus_client": ("server",),
 }
@@ -141,7 +141,7 @@ def test_a_library_is_imported_only_where_it_belongs(library):
     ("fedtune.client.supernode_process", ("torch", "transformers", "flwr")),
     ("fedtune.workflows.status", ("torch", "transformers", "flwr")),
     ("fedtune.workflows.privacy", ("torch", "transformers", "flwr", "matplotlib", "opacus")),
-    ("fedtune.edge", ("torch", "transformers", "flwr")),
+    ("fedtune.edge.service", ("torch", "transformers", "flwr", "onnx")),
     ("fedtune.secagg.server", ("torch", "transformers", "flwr")),
     ("fedtune.secagg.client", ("torch", "transformers", "flwr")),
     ("fedtune.cli.main", ("torch", "transformers", "flwr", "onnxruntime")),

@@ -120,7 +120,7 @@ def test_nobody_answers_and_nobody_can_tell(tiny_job, tmp_path):
 @pytest.fixture
 def answered(tiny_job, run_rounds, tmp_path):
     """answered(changes) -> (what a client sends [numbers], times its public number of examples; how many it has)."""
-    from fedtune.training.local import ClientData
+    from fedtune.data.encoded import ClientData
     from fedtune.training.worker import Worker
     from fedtune.wire import decode
 

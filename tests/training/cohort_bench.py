@@ -5,11 +5,12 @@ from dataclasses import replace
 import numpy as np
 
 from fedtune.adapters.methods import attach, initial, write
+from fedtune.data.encoded import ClientData
 from fedtune.seeds import generator
 from fedtune.training.batches import local_batches
 from fedtune.training.chunks import Task, trainable_batches
 from fedtune.training.features import FeatureStore
-from fedtune.training.local import ClientData, train_locally
+from fedtune.training.local import train_locally
 from fedtune.training.together import open_trainer
 from fedtune.workflows.setup import data_free_frame, open_setup
 

@@ -12,12 +12,12 @@ from scipy import stats
 from fedtune.adapters.methods import write
 from fedtune.errors import Refused
 from fedtune.privacy import example
-from fedtune.privacy.example import METRIC_CAP, ExamplePrivacy, SelfCheck, example_privacy, noisy_metrics, poisson_batches
+from fedtune.privacy.example import METRIC_CAP, ExamplePrivacy, SelfCheck, capped, example_privacy, noisy_metrics, poisson_batches
 from fedtune.privacy.noise import SystemNoise, noise_of
 from fedtune.training import private
 from fedtune.training.chunks import Task
 from fedtune.training.local import to_batch
-from fedtune.training.private import PerExample, capped, clipped, train_privately
+from fedtune.training.private import PerExample, clipped, train_privately
 
 PRIVATE = ("privacy.unit=example", "privacy.noise-multiplier=0.7", "privacy.clip=0.05", "privacy.examples=8", "federation.weighting=equal",
            "privacy.noise=seeded", "privacy.metrics-noise=2.0")

@@ -1,0 +1,130 @@
+"""A device without torch: its own data, the graphs made for its bundle, and a worker."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fedtune.bundle import Bundle
+from fedtune.data.encoded import ClientData
+from fedtune.data.images import ImageEncoder
+from fedtune.edge.graphs import Graphs
+from fedtune.edge.memory import rows_within
+from fedtune.edge.training import Engine, score, train_locally, train_privately
+from fedtune.errors import ModelError, Refused
+from fedtune.onnx.folder import STEP, EdgeCard
+from fedtune.privacy.example import example_privacy
+from fedtune.privacy.noise import noise_of
+from fedtune.privacy.plan import outward
+from fedtune.seeds import generator
+from fedtune.training.clients import ClientStore, Stream
+from fedtune.training.holder import Device, read_data, require_converged
+from fedtune.types import Arrays, Metrics
+from fedtune.wire import decode, encode
+
+TOKENS, IMAGES = 256, 4
+"""What goes through the graph at once where memory sets no lower bound. On MiniLM, 4 texts of 64 tokens a time take no longer for a text
+than 16, and a third of the memory."""
+
+
+@dataclass(frozen=True)
+class EdgeWorker:
+    """Answers packets as `fedtune.training.worker.Worker` does."""
+
+    bundle: Bundle
+    engine: Engine
+
+    def handle(self, payload: bytes, client: str, data: ClientData | Stream) -> bytes:
+        """Answers a "model" packet with an "update".
+
+        Raises Refused when the packet is not for this bundle: another schema, another frame, another kind, or not the whole model.
+        """
+        job, spec = self.bundle.job, self.bundle.manifest.spec
+        packet = decode(payload, spec.schema, kinds=["model"], frame=self.bundle.frame_digest)
+        if packet.header.tensors is not None:
+            raise Refused("tensors", "holds a part of the model; a device without torch trains all of it")
+        fed, round, private, values = job.federation, packet.header.round, example_privacy(job), packet.arrays
+        if private is None:
+            metrics = train_locally(self.engine, values, data, fed, round, generator(fed.seed, "local", round, client))
+            require_converged(metrics)
+        else:
+            metrics = train_privately(self.engine, values, data, fed, private, round, noise_of(job, round, client))
+        weight, metrics = outward(job, len(data), metrics)
+        return encode("update", spec.schema, values, round=round, frame=self.bundle.frame_digest, weight=weight, metrics=metrics)
+
+    def metrics(self, arrays: Arrays, data: ClientData | Stream) -> Metrics:
+        """Loss and accuracy of the model with these trained values, summed over the predictions on `data`."""
+        return score(self.engine, arrays, data, self.bundle.job.evaluation.batch_size)
+
+
+def open_device(bundle: Bundle, data: Path, folder: Path, threads: int = 0, memory_mb: int = 0) -> Device:
+    """Checks that the graphs are those of the bundle, reads the data, and finds how much fits the memory.
+
+    Args:
+        data: what `--data` named: a file of texts or a folder of images, as the bundle's job has it.
+        folder: what `fedtune prepare --edge` made with the bundle.
+        threads: 0 for all cores. memory_mb: what this process may have in memory, in MB; 0 for no limit.
+
+    Raises:
+        DataError, ModelError, RunError: one line about the data, the graphs, or a bundle that is not whole.
+        UserError: a limit that not even a step of one example keeps.
+    """
+    graphs = Graphs.open(folder, threads)
+    require_same(graphs.card, bundle, folder)
+    dataset, parts = read_data(bundle, data)
+    engine = engine_of(graphs, bundle.job.model.max_length)
+    store = ClientStore(dataset, parts, engine.encoder)
+    if memory_mb:
+        engine = within(engine, store.stream(np.arange(len(dataset.examples))), memory_mb)
+    return Device(bundle, store, EdgeWorker(bundle, engine), streams=True)
+
+
+def engine_of(graphs: Graphs, max_length: int) -> Engine:
+    """With as much at once as is fastest."""
+    encoder = graphs.encoder(max_length)
+    return Engine(graphs, encoder, IMAGES * encoder.size if isinstance(encoder, ImageEncoder) else TOKENS)
+
+
+def within(engine: Engine, data: Stream, memory_mb: int) -> Engine:
+    """The same with no more at once than the limit allows, as steps with the longest example tell. Raises UserError as `rows_within`."""
+    longest = int(np.argmax(data.lengths)) if len(data) else 0
+    values = engine.graphs.zeros()
+
+    def run(rows: int) -> None:
+        taken = data.take(np.full(rows, longest))
+        engine.graphs.step(engine.encoder.collate(taken.encoded), taken.labels, np.zeros(rows, np.float32), values)  # type: ignore[arg-type]
+
+    length = max(data.lengths)
+    engine.graphs.session(STEP)
+    rows = rows_within(memory_mb, max(1, engine.span // length), run)
+    return Engine(engine.graphs, engine.encoder, rows * length)
+
+
+def require_same(card: EdgeCard, bundle: Bundle, folder: Path) -> None:
+    """Raises ModelError, naming both, when the graphs were made for another base, frame, task, or other trained tensors."""
+    manifest, model = bundle.manifest, bundle.job.model
+    both = {
+        "base": (_short(card.base_sha256), _short(manifest.sha256)),
+        "frame": (_short(card.frame_sha256), _short(manifest.frame_sha256)),
+        "task": (card.task, manifest.task),
+        "labels": (", ".join(card.labels), ", ".join(manifest.labels)),
+        "pooling": (card.pooling, model.pooling),
+        "adapter": (_named(card.spec.method, card.spec.rank, card.spec.schema.digest), _named(manifest.spec.method, manifest.spec.rank, manifest.spec.schema.digest)),
+    }
+    for what, (here, there) in both.items():
+        if here != there:
+            raise _not_of_this(folder, what, here, there)
+    if card.spec != manifest.spec:
+        raise _not_of_this(folder, "adapter", "scale or places differ", "those of its bundle")
+
+
+def _not_of_this(folder: Path, what: str, here: str, there: str) -> ModelError:
+    return ModelError(f"--graphs {folder}: made for the {what} {here}, the coordinator's bundle has {there}; copy the folder that `fedtune prepare --edge` made with this bundle")
+
+
+def _short(sha256: str) -> str:
+    return f"{sha256[:12] or 'none'}…"
+
+
+def _named(method: str, rank: int, digest: str) -> str:
+    return f"{method} of rank {rank} ({digest})"

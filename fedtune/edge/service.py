@@ -1,0 +1,25 @@
+"""The trainer process without torch; see `fedtune.trainer_service`.
+
+    python -m fedtune.edge.service CONFIG.json
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedtune.bundle import open_bundle
+from fedtune.trainer_service import Config, run
+
+if TYPE_CHECKING:
+    from fedtune.training.holder import Device
+
+
+def ready(config: Config) -> "Callable[[], Device]":
+    from fedtune.edge.device import open_device
+
+    return lambda: open_device(open_bundle(Path(config.bundle)), Path(config.data), Path(config.graphs), config.threads, config.memory_mb)
+
+
+if __name__ == "__main__":
+    run(sys.argv[1:], ready)

@@ -1,0 +1,142 @@
+"""Local training and evaluation on opened graphs: what `fedtune.training.local`, `private` and `evaluate` do, with numpy.
+
+Batches go through the graph in pieces, whose gradients are added up, so that memory is that of a piece and not of a batch.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedtune.data.encoded import ClientData, Encoder
+from fedtune.edge.graphs import Graphs, Passed
+from fedtune.edge.optimizers import Optimizer
+from fedtune.job import FederationSection
+from fedtune.privacy.clipping import SHRINK
+from fedtune.privacy.example import ExamplePrivacy, SelfCheck, capped, drawn_noise, noisy_metrics, poisson_batches
+from fedtune.privacy.noise import Noise
+from fedtune.training.batches import by_length, local_batches
+from fedtune.training.clients import Stream
+from fedtune.types import Arrays, Metrics
+from fedtune.wire import Pieces
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Graphs with the encoder of their inputs. span: tokens (of an image: rows of pixels), padding counted, that go through at once."""
+
+    graphs: Graphs
+    encoder: Encoder
+    span: int
+
+    def added(self, values: Pieces, data: ClientData, weight: np.ndarray) -> Passed:
+        """`Graphs.step` of any number of examples, piece by piece. weight: float32 [n]."""
+        gradient, totals = np.zeros_like(values.vector), np.zeros(3)
+        for rows in pieces(self.lengths(data), self.span):
+            part = data.take(rows)
+            found = self.graphs.step(self.encoder.collate(part.encoded), part.labels, weight[rows], values)  # type: ignore[arg-type]  # encoded by this encoder
+            gradient += found.gradient
+            totals += found.totals
+        return Passed(gradient, totals)
+
+    def lengths(self, data: ClientData) -> Sequence[int]:
+        """In the unit of `span`."""
+        return data.lengths if self.graphs.card.task != "image-classification" else [self.encoder.size] * len(data)  # type: ignore[union-attr]
+
+    def predictions(self, data: ClientData) -> np.ndarray:
+        """Predictions that each example makes, int64 [n]: one, or one per token after the first."""
+        if self.graphs.card.task != "causal-lm":
+            return np.ones(len(data), np.int64)
+        return np.maximum(np.array(data.lengths, np.int64) - 1, 0)
+
+
+def pieces(lengths: Sequence[int], span: int) -> Iterator[np.ndarray]:
+    """Places of examples in their order, as many at a time as fit `span` when padded to their longest, and at least one."""
+    start, longest = 0, 0
+    for place, length in enumerate(lengths):
+        longest = max(longest, length)
+        if place > start and (place + 1 - start) * longest > span:
+            yield np.arange(start, place)
+            start, longest = place, length
+    if start < len(lengths):
+        yield np.arange(start, len(lengths))
+
+
+def train_locally(
+    engine: Engine, values: Pieces, data: ClientData | Stream, settings: FederationSection, round: int, rng: np.random.Generator,
+) -> Metrics:
+    """Runs the round's optimizer steps on `values` in place, with a fresh optimizer; see `training.local.train_locally`."""
+    optimizer, totals = Optimizer(engine.graphs.card.spec, settings, round), np.zeros(3)
+    for index in local_batches(data.lengths, settings.batch_size, settings.local_epochs, settings.local_steps, rng):
+        taken = data.take(index)
+        count = int(engine.predictions(taken).sum())
+        if count:  # a batch of one-token texts predicts nothing
+            gradient, found = engine.added(values, taken, np.full(len(taken), 1.0 / count, np.float32))
+            optimizer.step(values.vector, gradient)
+            totals += found
+    return _metrics(totals)
+
+
+def train_privately(
+    engine: Engine, values: Pieces, data: ClientData | Stream, settings: FederationSection, privacy: ExamplePrivacy, round: int, noise: Noise,
+) -> Metrics:
+    """DP-SGD on `values`, in place, one example at a time; see `training.private.train_privately`. Raises Refused as that does."""
+    spec = engine.graphs.card.spec
+    optimizer, check = Optimizer(spec, settings, round), SelfCheck(privacy)
+    scores, start, sizes = np.zeros(3), values.vector.copy(), [t.size for t in spec.trainable]
+    for index in poisson_batches(len(data), privacy, noise):
+        total = np.zeros_like(values.vector)
+        for place in index:
+            gradient, score = _of_one(engine, values, data.take(np.array([place])))
+            total += clipped(gradient, privacy.clip, check)
+            scores += capped(score[None])[0]
+        noisy = total + drawn_noise(sizes, privacy, noise)
+        check.noise(noisy - total)
+        optimizer.step(values.vector, noisy / np.float32(privacy.batch))
+    check.require(start, values.vector)
+    return noisy_metrics(scores, privacy, noise)
+
+
+def _of_one(engine: Engine, values: Pieces, one: ClientData) -> Passed:
+    """Gradient of one example's mean loss over its predictions, and its [loss, right, 1], means too."""
+    made = max(int(engine.predictions(one)[0]), 1)
+    gradient, totals = engine.added(values, one, np.full(1, 1.0 / made, np.float32))
+    return Passed(gradient, np.array([totals[0] / made, totals[1] / made, 1.0]))
+
+
+def clipped(gradient: np.ndarray, bound: float, check: SelfCheck) -> np.ndarray:
+    """A gradient [P] cut to an L2 norm of at most `bound`; one that is not finite becomes 0."""
+    norm = float(np.linalg.norm(gradient.astype(np.float64)))
+    cut = gradient * np.float32(min(1.0, bound * SHRINK / max(norm, 1e-30))) if np.isfinite(norm) else np.zeros_like(gradient)
+    check.clipped(np.array([np.linalg.norm(cut.astype(np.float64))]))
+    return cut
+
+
+def score(engine: Engine, values: Arrays, data: ClientData | Stream, batch_size: int) -> Metrics:
+    """Loss and accuracy over all examples, summed over predictions."""
+    totals = np.zeros(3)
+    for index in by_length(data.lengths, batch_size) if len(data) else ():
+        taken = data.take(index)
+        for rows in pieces(engine.lengths(taken), engine.span):
+            part = taken.take(rows)
+            batch = engine.encoder.collate(part.encoded)  # type: ignore[arg-type]
+            totals += summed_loss(engine.graphs.logits(batch, values), batch, part.labels, engine.graphs.card.task)
+    return _metrics(totals)
+
+
+def summed_loss(logits: np.ndarray, batch: Arrays, labels: np.ndarray, task: str) -> np.ndarray:
+    """float64 [3]: cross-entropy, right predictions and predictions, summed; see `models.base.summed_loss`."""
+    if task == "causal-lm":
+        mask = batch["attention_mask"][:, 1:].astype(bool)
+        logits, labels = logits[:, :-1][mask], batch["input_ids"][:, 1:][mask]
+    if not len(labels):
+        return np.zeros(3)
+    highest = logits.max(-1, keepdims=True)
+    scale = np.log(np.exp(logits - highest).sum(-1, dtype=np.float64)) + highest[:, 0]
+    chosen = logits[np.arange(len(labels)), labels]
+    return np.array([(scale - chosen).sum(), (logits.argmax(-1) == labels).sum(), len(labels)], np.float64)
+
+
+def _metrics(totals: np.ndarray) -> Metrics:
+    loss, correct, count = totals.tolist()
+    return {"loss": (loss, count), "accuracy": (correct, count)}
