@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -35,6 +35,11 @@ def command(
     log_json: Annotated[bool, typer.Option("--log-json", help="One JSON object a line on standard output, for log collectors.")] = False,
 ) -> None:
     """Joins a federation and trains when asked, until stopped. The data stay here; what leaves are the adapter's values and counts."""
+    join(server, folder, data, policy, name, insecure, log_json, base=base, threads=threads, idle_seconds=idle)
+
+
+def join(server: str, folder: Path, data: Path, policy: Path | None, name: str, insecure: bool, log_json: bool, **settings: Any) -> None:
+    """Runs a device, with torch or without, until it is stopped. `settings`: further ones of `DeviceSettings`. Raises UserError."""
     from fedtune.offer import NAME
 
     host, _ = parse_address(server)
@@ -47,8 +52,8 @@ def command(
     with _stopping() as stop, Journal(log_json) as journal:
         from fedtune.client.device import DeviceSettings, run_device
 
-        settings = DeviceSettings(server, folder, data, base, policy, name, insecure, threads, idle)
-        run_device(settings, lambda text: journal.event("device", text), stop)
+        device = DeviceSettings(server, folder, data, policy=policy, name=name, insecure=insecure, **settings)
+        run_device(device, lambda text: journal.event("device", text), stop)
         journal.event("stopped", "stopped")
     sys.exit(INTERRUPTED)
 

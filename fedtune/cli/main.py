@@ -9,6 +9,7 @@ import typer
 from fedtune.cli import (
     client,
     compare,
+    edge,
     export,
     fetch,
     init,
@@ -28,6 +29,7 @@ from fedtune.cli.common import INTERRUPTED, err
 app = typer.Typer(name="fedtune", help="Federated fine-tuning with adapters of kilobytes.", no_args_is_help=True, suggest_commands=False, pretty_exceptions_enable=False)
 for module in (init, validate, plan, fetch, prepare, simulate, server, client, status, report, compare, export, predict):
     app.command(name=module.__name__.rpartition(".")[2], epilog=module.EXAMPLES)(module.command)
+app.add_typer(edge.app)
 app.add_typer(provision.app)
 app.add_typer(privacy.app)
 

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -29,7 +30,7 @@ TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 def command(
     run: Annotated[Path, typer.Argument(help="Run folder, or a copy of its onnx folder.")],
     inputs: Annotated[
-        list[str] | None, typer.Argument(metavar="[TEXT]...", help="Texts; image files for a model of images.", show_default=False),
+        list[str] | None, typer.Argument(metavar="[TEXT]...", help="Texts; image files for a model of images. - reads them from standard input, one a line.", show_default=False),
     ] = None,
     files: Annotated[list[Path] | None, typer.Option("--file", help=FILE_HELP, show_default=False)] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Use the int8 graph.")] = False,
@@ -44,7 +45,12 @@ def command(
     except ModuleNotFoundError as e:
         raise EnvironmentProblem(f"fedtune predict needs the package {e.name}; install fedtune[edge]") from None
     predictor = Predictor.open(run, int8)
-    given = gather(predictor, inputs or [], files or [], column)
+    show(predictor, inputs or [], files or [], column, out_, batch_size, json_)
+
+
+def show(predictor: "Predictor", inputs: list[str], files: list[Path], column: str, out_: Path | None, batch_size: int, json_: bool) -> None:
+    """Labels everything that was given, and prints or writes what it found."""
+    given = gather(predictor, inputs, files, column)
     labels, probabilities = predictor.predict(given, batch_size)
     rows = [(x, label, float(p)) for x, label, p in zip(given, labels, probabilities)]
     if out_:
@@ -59,9 +65,13 @@ def command(
 
 
 def gather(predictor: "Predictor", inputs: list[str], files: list[Path], column: str) -> list[str]:
-    """Everything to label: what was typed, then what the files hold. Raises UserError for a file that this model cannot read."""
+    """Everything to label: what was typed, "-" standing for the lines of standard input, then what the files hold.
+
+    Raises UserError for a file that this model cannot read.
+    """
     from fedtune.data.images import SUFFIXES
 
+    inputs = [line for text in inputs for line in (_lines() if text == "-" else [text])]
     if not predictor.reads_images:
         for text in inputs:  # a file's name is a text too, but nobody means it
             if Path(text).suffix.lower() in (*TABLES, ".txt", *SUFFIXES) and os.path.isfile(text):
@@ -72,6 +82,13 @@ def gather(predictor: "Predictor", inputs: list[str], files: list[Path], column:
     for image in found:
         if not os.path.isfile(image):
             raise UserError(f"{image}: no such file; this model labels images, give image files or a folder of them with --file")
+    return found
+
+
+def _lines() -> list[str]:
+    found = [line for line in sys.stdin.read().splitlines() if line.strip()]
+    if not found:
+        raise UserError("standard input holds no line; pipe texts in, one a line")
     return found
 
 

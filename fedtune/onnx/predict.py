@@ -1,6 +1,7 @@
 """Answers from an exported folder, with onnxruntime, numpy, tokenizers and Pillow: all that a device needs."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -8,14 +9,18 @@ from typing import Literal
 import numpy as np
 import onnxruntime
 from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
 from fedtune.data.images import ImageEncoder
 from fedtune.data.text import TextEncoder
-from fedtune.errors import RunError, UserError
+from fedtune.errors import ModelError, RunError, UserError
+from fedtune.onnx.folder import FORWARD, EdgeCard, open_card
 from fedtune.onnx.verify import open_graph
+from fedtune.types import Arrays
 
 FORMAT = "1"
-CARD = "model.json"
+CARD, ADAPTER = "model.json", "adapter.safetensors"
 FLOAT32, INT8 = "model.onnx", "model.int8.onnx"
 
 
@@ -39,11 +44,12 @@ CARD_FILE = TypeAdapter(ModelCard)
 
 @dataclass(frozen=True)
 class Predictor:
-    """An opened folder: the card, the encoder of its inputs, and the graph."""
+    """An opened folder: the card, the encoder of its inputs, the graph, and what it takes beside them (an adapter's values)."""
 
-    card: ModelCard
+    card: ModelCard | EdgeCard
     encoder: TextEncoder | ImageEncoder
     session: onnxruntime.InferenceSession
+    values: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
     def open(cls, place: Path, int8: bool = False, threads: int = 0) -> "Predictor":
@@ -63,6 +69,19 @@ class Predictor:
         image = card.task == "image-classification"
         encoder = ImageEncoder.from_folder(folder) if image else TextEncoder.from_folder(folder, card.max_length)
         return cls(card, encoder, open_graph(path, threads))
+
+    @classmethod
+    def adapted(cls, folder: Path, adapter: Path, threads: int = 0) -> "Predictor":
+        """Opens a folder that `fedtune prepare --edge` made, with an adapter trained on its base and frame.
+
+        Raises:
+            RunError: a folder that is not whole, an adapter that cannot be read.
+            ModelError: an adapter of other tensors than the graph takes.
+        """
+        card = open_card(folder)
+        image = card.task == "image-classification"
+        encoder = ImageEncoder.from_folder(folder) if image else TextEncoder.from_folder(folder, card.max_length)
+        return cls(card, encoder, open_graph(folder / FORWARD, threads), _read_adapter(adapter, card))
 
     @property
     def reads_images(self) -> bool:
@@ -89,7 +108,7 @@ class Predictor:
     def _probabilities(self, inputs: Sequence[str]) -> np.ndarray:
         """float32 [n, classes], or [n, vocabulary] for the token after each text."""
         batch = self.encoder.collate(self.encoder.encode(list(inputs)))
-        logits = self.session.run(["logits"], batch)[0]
+        logits = self.session.run(["logits"], {**batch, **self.values})[0]
         if self.card.task == "causal-lm":
             logits = logits[np.arange(len(logits)), batch["attention_mask"].sum(1) - 1]
         elif logits.shape[1] != len(self.card.labels):
@@ -101,6 +120,24 @@ class Predictor:
         if isinstance(self.encoder, TextEncoder) and self.card.task == "causal-lm":
             return self.encoder.tokenizer.decode([label], skip_special_tokens=False)
         return self.card.labels[label]
+
+
+def _read_adapter(path: Path, card: EdgeCard) -> Arrays:
+    """The trained values, float32. `path`: adapter.safetensors, or the folder that `fedtune export` puts it in."""
+    file = path / ADAPTER if path.is_dir() else path
+    try:
+        arrays = load_file(file)
+    except (OSError, SafetensorError) as e:
+        raise RunError(f"--adapter {file}: cannot be read ({str(e).splitlines()[0][:120]}); give the adapter folder of a run") from None
+    found, wanted = {name: a.shape for name, a in arrays.items()}, {t.name: t.shape for t in card.spec.trainable}
+    if found != wanted:
+        other = next(iter(sorted({*found.items()} ^ {*wanted.items()})))
+        raise ModelError(f"--adapter {file}: holds {len(found)} tensors, the graph takes {len(wanted)}, and {other[0]} differs; give an adapter trained with these graphs")
+    if (description := file.with_name("adapter.json")).is_file():
+        frame = json.loads(description.read_bytes()).get("frame_sha256", card.frame_sha256)
+        if frame != card.frame_sha256:
+            raise ModelError(f"--adapter {file}: trained with the frame {frame[:12]}…, the graphs hold {card.frame_sha256[:12]}…; give an adapter trained with these graphs")
+    return {name: a.astype(np.float32) for name, a in arrays.items()}
 
 
 def _find(place: Path) -> Path:

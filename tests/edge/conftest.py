@@ -18,15 +18,14 @@ class Prepared(NamedTuple):
 
 @pytest.fixture(scope="session")
 def prepared(tiny_settings: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Prepared]:
-    """prepared("section.key=value", ...) -> bundle and graphs; jobs that trace alike share their graphs."""
+    """prepared("section.key=value", ..., graphs=False) -> bundle and, without that, graphs; jobs that trace alike share them."""
     traced: dict[tuple[str, ...], Path] = {}
 
-    def make(*changes: str) -> Prepared:
+    def make(*changes: str, graphs: bool = True) -> Prepared:
         job = parse_job("", [*tiny_settings, "data.id=id", 'data.labels=["bad", "good"]', *changes])
         root = tmp_path_factory.mktemp("prepared")
         shape = tuple(c for c in changes if c.startswith(("model.", "adapter.")))
-        graphs = None if shape in traced else root / "graphs"
-        prepare(job, root / "bundle", graphs)
-        return Prepared(open_bundle(root / "bundle"), traced.setdefault(shape, root / "graphs"))
+        prepare(job, root / "bundle", root / "graphs" if graphs and shape not in traced else None)
+        return Prepared(open_bundle(root / "bundle"), traced.setdefault(shape, root / "graphs") if graphs else root)
 
     return make
