@@ -60,7 +60,7 @@ def bench(folder: Path, examples: int, length: int, steps: int, threads: int, me
     long = engine.lengths(data)[0]
     weight, values = np.full(examples, 1.0 / examples, np.float32), graphs.zeros()
     one = Engine(graphs, engine.encoder, 1)
-    rows = rows_within(memory_mb, max(1, engine.span // long), lambda n: _once(one, data, n))
+    rows = rows_within(memory_mb, max(1, engine.span // long), lambda n: _once(one, data, n), graphs.weights)
     engine = Engine(graphs, engine.encoder, rows * long)
     times = []
     for _ in range(steps + 1):

@@ -96,7 +96,7 @@ def within(engine: Engine, data: Stream, memory_mb: int) -> Engine:
 
     length = max(data.lengths)
     engine.graphs.session(STEP)
-    rows = rows_within(memory_mb, max(1, engine.span // length), run)
+    rows = rows_within(memory_mb, max(1, engine.span // length), run, engine.graphs.weights)
     return Engine(engine.graphs, engine.encoder, rows * length)
 
 

@@ -17,7 +17,7 @@ import onnxruntime
 
 from fedtune.data.images import ImageEncoder
 from fedtune.data.text import TextEncoder
-from fedtune.onnx.folder import CORRECT, COUNT, FORWARD, LABELS, LOGITS, LOSS, STEP, WEIGHT, EdgeCard, gradient_of, open_card
+from fedtune.onnx.folder import CORRECT, COUNT, FORWARD, LABELS, LOGITS, LOSS, STEP, WEIGHT, WEIGHTS, EdgeCard, gradient_of, open_card
 from fedtune.onnx.verify import open_session
 from fedtune.types import Arrays
 from fedtune.wire import Pieces
@@ -68,6 +68,11 @@ class Graphs:
     def logits(self, batch: Arrays, values: Mapping[str, np.ndarray]) -> np.ndarray:
         """float32 [n, classes], or [n, length, vocabulary] for a causal language model."""
         return self.session(FORWARD).run([LOGITS], {**batch, **values})[0]
+
+    @property
+    def weights(self) -> int:
+        """Bytes of the file that both graphs map."""
+        return (self.folder / WEIGHTS).stat().st_size
 
     def zeros(self) -> Pieces:
         """Trained tensors that are all 0."""

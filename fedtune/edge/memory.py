@@ -31,24 +31,26 @@ def _status(key: str) -> int:
         return 0
 
 
-def rows_within(limit_mb: int, most: int, run: Callable[[int], None]) -> int:
+def rows_within(limit_mb: int, most: int, run: Callable[[int], None], weights: int) -> int:
     """How many of the largest examples may go through at once, between 1 and `most`, as tried steps tell. limit_mb 0: no limit.
 
     Args:
         run: makes a step of so many examples.
+        weights: bytes of the file that the graph maps. What tried steps did not touch of it, rows of a word table, later ones may.
 
     Raises UserError when a step of one takes more.
     """
     if not limit_mb:
         return most
-    limit, before = limit_mb * MB * (1 - SPARE), resident()
+    limit, before, mapped = limit_mb * MB * (1 - SPARE), resident(), _status("RssFile")
     run(1)
-    one = peak()
+    untouched = max(0, weights - (_status("RssFile") - mapped))
+    one = peak() + untouched
     if one > limit:
         needed = int(one / (1 - SPARE) / MB) + 1
         raise UserError(f"--memory-mb {limit_mb}: a step of one example takes {one / MB:.0f} MB here, and {SPARE:.0%} stays free; give at least {needed}")
-    if most == 1 or one + (one - before) > limit:  # the first step also brought the weights in, so a second row takes less than this
+    if most == 1 or one + (peak() - before) > limit:  # the first step also brought weights in, so a second row takes less than this
         return 1
     run(2)
-    two = peak()
+    two = peak() + untouched
     return min(most, 2 + int(max(0.0, limit - two) / max(two - one, 1))) if two <= limit else 1

@@ -17,7 +17,7 @@ from fedtune.adapters.spec import AdapterSpec
 from fedtune.errors import RunError
 
 FORMAT = "1"
-CARD, STEP, FORWARD = "edge.json", "step.onnx", "forward.onnx"
+CARD, STEP, FORWARD, WEIGHTS = "edge.json", "step.onnx", "forward.onnx", "weights.bin"
 LABELS, WEIGHT = "labels", "weight"
 LOSS, CORRECT, COUNT, LOGITS = "loss", "correct", "count", "logits"
 

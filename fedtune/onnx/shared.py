@@ -7,9 +7,9 @@ from typing import Any
 
 from onnx import TensorProto
 
+from fedtune.onnx.folder import WEIGHTS
 from fedtune.storage import write_atomic
 
-WEIGHTS = "weights.bin"
 LEAST = 1024
 """Bytes of a tensor that is worth a place outside of its graph."""
 ALIGN = 4096
