@@ -272,7 +272,7 @@ def _avg_pool2d(
 
 def _adaptive_avg_pool2d(input: Tensor, output_size: Any) -> Tensor | None:
     size = _pair(output_size)
-    return None if None in size else _AdaptiveAvgPool2d.apply(input, size)
+    return None if None in size or size == [1, 1] else _AdaptiveAvgPool2d.apply(input, size)  # to one value is a mean, which keeps nothing
 
 
 def _layer_norm(input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor | None:
