@@ -4,7 +4,7 @@
 
 EfficientNet-Lite0 at 128 and 224 pixels and MiniLM at 64 tokens, batch 8, SGD. Stock: the same parameters trained by torch's own autograd
 (full, biases and head, head alone, and for MiniLM PEFT's LoRA of rank 16 on all linears of the blocks). fedtune: its adapters with
-federation.lean on. Figures:
+federation.lean = "all". Figures:
 
     planned   bytes kept between forward and backward, from shapes alone, as `fedtune plan` has them
     saved     the same, counted in a real step: the storages that autograd's hooks for saved tensors see, each once, without the model's own
@@ -128,7 +128,7 @@ def planned(section: ModelSection, method: str, lean: bool) -> int | None:
     spec: AdapterSpec = describe(layout(sketch), AdapterSection(method=method, rank=RANK))  # type: ignore[arg-type]
     with torch.device("meta"):
         methods.attach(sketch, spec, frames.random_frame(spec, 0) if spec.frame else {})
-    found = saved_bytes(sketch, BATCH, section.image_size if section.task == "image-classification" else section.max_length, lean)
+    found = saved_bytes(sketch, BATCH, section.image_size if section.task == "image-classification" else section.max_length, "all" if lean else "off")
     return None if found is None else found.bytes
 
 

@@ -108,7 +108,9 @@ class FederationSection(_Section):
     proximal: float = _key(0.0, "FedProx mu", later=True, ge=0.0)
     min_replies: int = _key(1, "fewest valid replies for a round to count; below it the model stays and the round is reported as void", ge=1)
     deadline: float = _key(3600.0, "seconds a round waits for replies", gt=0.0, le=604_800.0)
-    lean: bool = _key(True, "keep no more than the gradients need between forward and backward of a local step, on a CPU and without example-level privacy (false: what torch keeps)")
+    lean: Literal["off", "exact", "all"] = _key(
+        "exact", "what a local step on a CPU keeps for its backward pass; off: all that torch keeps; exact: in CNNs no more than needed, with the same gradients bit for bit; "
+        "all: in transformers too, with gradients equal to rounding and up to half more time. Off with example-level privacy")
     max_norm: float = _key(1e4, "an update whose difference from the model has a larger L2 norm is refused", gt=0.0)
     max_weight: float = _key(1e6, "an update that claims more examples than this is refused", gt=0.0)
     seed: int = _key(0, "seed of everything drawn", ge=0, le=2**63 - 1)

@@ -1,7 +1,7 @@
 """A training step that keeps as little for its backward pass as the maths allows (TinyTL, Cai et al. 2020, arXiv:2007.11622, section 3.1).
 
 Stock autograd keeps the input of a convolution, a norm or a pooling even where nothing in it is trained. While `Lean.running`, calls of
-the functions in `TWINS` go to twins that keep less; which module calls them, and how it is written, makes no difference:
+the functions in `lean_functions.ALL` go to twins that keep less; which module calls them, and how it is written, makes no difference:
 
     what                            stock keeps              here                       gradients against stock
     convolution, frozen kernel      its input                nothing                    equal, bit for bit
@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from fedtune.adapters.fed_sb import SBLinear
-from fedtune.training.lean_functions import TWINS, SBProduct
+from fedtune.training.lean_functions import ALL, EXACT, SBProduct
 
 Forward = Callable[..., Any]
 
@@ -37,17 +37,19 @@ Forward = Callable[..., Any]
 class Lean:
     """Runs steps of a model leanly. Made once for a model with its adapter on it; the model is changed only while it runs."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, exact: bool = False) -> None:
+        """`exact`: only that of the table whose gradients are equal bit for bit, so that a run is the same with it and without."""
+        self.twins = EXACT if exact else ALL
         self.unread = False
         """Whether an attention is being made again whose result nobody reads."""
         self.attended: Tensor | None = None
         """The result of the attention that ran last."""
-        cores: dict[nn.Module, Forward] = {m: partial(_core_forward, m) for m in model.modules() if isinstance(m, SBLinear)}
-        attentions: dict[nn.Module, Forward] = {m: partial(_made_again, self, m, m.forward) for m in model.modules() if is_self_attention(m)}
+        cores: dict[nn.Module, Forward] = {m: partial(_core_forward, m) for m in model.modules() if isinstance(m, SBLinear) and not exact}
+        attentions: dict[nn.Module, Forward] = {m: partial(_made_again, self, m, m.forward) for m in model.modules() if is_self_attention(m) and not exact}
         self._forwards = cores | attentions
         self._inside = {m: {c: cores[c] for c in m.modules() if c in cores} for m in attentions}
         configs: dict[int, Any] = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "use_cache")}
-        self._configs = list(configs.values())
+        self._configs = [] if exact else list(configs.values())
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -106,7 +108,7 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        twin = TWINS.get(func) if torch.is_grad_enabled() else None
+        twin = self.lean.twins.get(func) if torch.is_grad_enabled() else None
         if func is F.scaled_dot_product_attention and (twin is None or not self.lean.unread):
             self.lean.attended = func(*args, **kwargs)
             return self.lean.attended

@@ -308,10 +308,14 @@ def _attention(
     return _Attention.apply(query, key, value, attn_mask, query.shape[-1] ** -0.5 if scale is None else scale)
 
 
-TWINS: Mapping[Any, Callable[..., Tensor | None]] = {
+EXACT: Mapping[Any, Callable[..., Tensor | None]] = {
     torch.conv2d: _conv2d, F.batch_norm: _batch_norm, F.hardtanh: _hardtanh, F.relu6: _relu6, F.relu: _relu, torch.relu: _relu,
-    F.avg_pool2d: _avg_pool2d, F.adaptive_avg_pool2d: _adaptive_avg_pool2d, F.layer_norm: _layer_norm, F.gelu: _gelu,
-    F.silu: partial(_smooth, aten.silu_backward.grad_input, F.silu), F.hardswish: partial(_smooth, _hardswish_backward, F.hardswish),
-    F.scaled_dot_product_attention: _attention,
+    F.avg_pool2d: _avg_pool2d, F.adaptive_avg_pool2d: _adaptive_avg_pool2d,
 }
-"""Twins by torch function, called like it; None where the twin does not apply, and torch's own is used."""
+"""Twins by torch function, called like it; None where the twin does not apply, and torch's own is used. Gradients are stock autograd's, bit for bit."""
+
+ALL: Mapping[Any, Callable[..., Tensor | None]] = {
+    **EXACT, F.layer_norm: _layer_norm, F.gelu: _gelu, F.silu: partial(_smooth, aten.silu_backward.grad_input, F.silu),
+    F.hardswish: partial(_smooth, _hardswish_backward, F.hardswish), F.scaled_dot_product_attention: _attention,
+}
+"""With those whose gradients differ by rounding."""

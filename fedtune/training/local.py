@@ -62,7 +62,7 @@ def train_locally(
     """
     optimizer = make_optimizer(parameters, settings, round)
     totals, device = torch.zeros(3, dtype=torch.float64), device_of(model)
-    lean = Lean(model) if settings.lean and device.type == "cpu" else None
+    lean = Lean(model, settings.lean == "exact") if settings.lean != "off" and device.type == "cpu" else None
     for index in local_batches(data.lengths, settings.batch_size, settings.local_epochs, settings.local_steps, rng):
         totals += step(model, optimizer, *to_batch(data, index, encoder, device), lean.running() if lean else nullcontext()).cpu()
     loss, correct, count = totals.tolist()

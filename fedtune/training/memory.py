@@ -52,7 +52,7 @@ def step_memory(job: Job, spec: AdapterSpec, sketch: TunableModel) -> dict[str, 
     side = job.model.image_size if job.model.task == "image-classification" else job.model.max_length
     with torch.device("meta"):
         attach(sketch, spec, {t.name: np.zeros(t.shape, np.float32) for t in spec.frame})
-    found, stock = (saved_bytes(sketch, job.federation.batch_size, side, lean) for lean in (is_lean(job), False))
+    found, stock = (saved_bytes(sketch, job.federation.batch_size, side, lean) for lean in (lean_of(job), "off"))
     parts: dict[str, int | None] = {
         "base": NUMBER * (parameters + spec.head_size),
         "frame": NUMBER * sum(t.size for t in spec.frame),
@@ -65,18 +65,19 @@ def step_memory(job: Job, spec: AdapterSpec, sketch: TunableModel) -> dict[str, 
         "activations_without_lean": None if stock is None else stock.bytes, "curved": None if found is None else found.curved}
 
 
-def is_lean(job: Job) -> bool:
-    """Whether the local steps of this job keep no more than they need: gradients by example are made in another way."""
-    return job.federation.lean and job.privacy.unit != "example"
+def lean_of(job: Job) -> str:
+    """federation.lean as it counts: gradients by example are made from what stock torch keeps."""
+    return "off" if job.privacy.unit == "example" else job.federation.lean
 
 
-def saved_bytes(model: TunableModel, batch: int, side: int, lean: bool) -> Saved | None:
+def saved_bytes(model: TunableModel, batch: int, side: int, lean: str) -> Saved | None:
     """From shapes alone.
 
     Args:
         model: on the meta device and with its adapter; what it holds is replaced, and it is good for nothing else afterwards.
         batch: examples in the step.
         side: tokens of each text, or pixels of an image's side.
+        lean: as federation.lean.
 
     Returns:
         None for a base whose code looks at values and so cannot run without them.
@@ -94,8 +95,8 @@ def saved_bytes(model: TunableModel, batch: int, side: int, lean: bool) -> Saved
 
         try:
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), ExitStack() as around:
-                if lean:
-                    around.enter_context(Lean(model).running())
+                if lean != "off":
+                    around.enter_context(Lean(model, lean == "exact").running())
                 around.enter_context(calls)
                 _loss(model, batch, side)
         except (RuntimeError, NotImplementedError, ValueError, TypeError):

@@ -96,7 +96,7 @@ def test_memory_of_a_base_that_needs_values_is_not_known(error, tiny_job, monkey
     assert make_plan(tiny_job()).device["activations"] is None
 
 
-@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize("lean", ["off", "exact", "all"])
 @pytest.mark.parametrize("method", ["fed-sb", "lora", "bias", "full", "head"])
 def test_saved_bytes_are_those_that_autograd_keeps(tiny_job, method, lean):
     job = tiny_job(f"adapter.method={method}")
@@ -105,7 +105,7 @@ def test_saved_bytes_are_those_that_autograd_keeps(tiny_job, method, lean):
     frame = data_free_frame(setup, model)
     methods.attach(model, setup.spec, frame)
     batch = {"input_ids": torch.full((8, 16), 5), "attention_mask": torch.ones(8, 16, dtype=torch.long)}
-    with kept_bytes(model) as kept, Lean(model).running() if lean else nullcontext():
+    with kept_bytes(model) as kept, Lean(model, lean == "exact").running() if lean != "off" else nullcontext():
         summed_loss(model(**batch), batch, torch.zeros(8, dtype=torch.long), "text-classification")[0].sum()
 
     sketch = sketch_model(job.model, setup.source, setup.classes)
@@ -116,10 +116,10 @@ def test_saved_bytes_are_those_that_autograd_keeps(tiny_job, method, lean):
 
 
 def test_a_plan_shows_what_lean_steps_keep(tiny_job):
-    lean, stock = (make_plan(tiny_job(f"federation.lean={value}")) for value in ("true", "false"))
+    lean, stock = (make_plan(tiny_job(f"federation.lean={value}")) for value in ("all", "off"))
     assert lean.device["activations"] < stock.device["activations"] == lean.device["activations_without_lean"] == stock.device["activations_without_lean"]
     assert lean.device["total"] - lean.device["activations"] == stock.device["total"] - stock.device["activations"]
-    private = make_plan(tiny_job("privacy.unit=example", "privacy.epsilon=8.0", "privacy.clip=1.0", "privacy.examples=16", "federation.weighting=equal"))
+    private = make_plan(tiny_job("federation.lean=all", "privacy.unit=example", "privacy.epsilon=8.0", "privacy.clip=1.0", "privacy.examples=16", "federation.weighting=equal"))
     assert private.device["activations"] == stock.device["activations"]  # gradients by example are made from what stock torch keeps
 
 
@@ -142,6 +142,6 @@ def test_curved_activations_and_gates_are_told_what_they_cost(activation, gate, 
     """Bytes a value, from shapes alone."""
     model = TunableModel(Gated(activation, gate), "image-classification", nn.Linear(8, 2)).eval().requires_grad_(False)
     model.body.norm.bias.requires_grad_(True)
-    found = saved_bytes(model, 4, 32, lean=True)
+    found = saved_bytes(model, 4, 32, "all")
     values = 4 * 8 * 32 * 32
     assert found.bytes == pytest.approx(kept * values, rel=0.02) and found.curved == pytest.approx(curved * values, rel=0.02)

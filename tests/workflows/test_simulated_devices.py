@@ -27,7 +27,7 @@ FLEET = (
     'simulation.devices=[{name = "phone", share = 2, speed = 5, up-kbps = 100, down-kbps = 1000, available = 0.8, drop-out = 0.2}, '
     '{name = "laptop", speed = 50, up-kbps = 1000, down-kbps = 10000}]')
 DEADLINE = "federation.deadline=40.0"
-LARGE = "federation.batch-size=64"  # a step of the tiny base then needs between 1 and 2 MB
+LARGE = "federation.batch-size=32"  # a step of the tiny base then needs between 1 and 2 MB
 
 
 def left(run):
