@@ -19,10 +19,14 @@ KEY = "fedtune"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """State after `state.round` rounds, and what the coordinator counts beside it (bytes, who holds the frame…)."""
+    """State after `state.round` rounds, and what the coordinator counts beside it (bytes, who holds the frame…).
+
+    `unfinished`: the round's line of metrics, where the model has not been scored yet.
+    """
 
     state: State
     counters: dict[str, Any]
+    unfinished: dict[str, Any] | None = None
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -31,6 +35,8 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     tensors = {f"model/{n}": np.asarray(a, order="C") for n, a in state.arrays.items()}
     tensors |= {f"slots/{n}": np.asarray(a, order="C") for n, a in state.slots.items()}
     facts = {"format": FORMAT, "round": state.round, "counters": checkpoint.counters}
+    if checkpoint.unfinished is not None:
+        facts["unfinished"] = checkpoint.unfinished
     write_atomic(path, save(tensors, {KEY: json.dumps(facts)}))  # one key: safetensors writes several in random order
 
 
@@ -43,7 +49,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         if facts["format"] != FORMAT:
             raise RunError(f"{path}: checkpoint format {facts['format']}, this fedtune reads {FORMAT}; use the version that wrote it")
         arrays, slots = ({n[len(p) :]: a for n, a in tensors.items() if n.startswith(p)} for p in ("model/", "slots/"))
-        return Checkpoint(State(int(facts["round"]), arrays, slots), dict(facts["counters"]))
+        return Checkpoint(State(int(facts["round"]), arrays, slots), dict(facts["counters"]), facts.get("unfinished"))
     except FileNotFoundError:
         raise RunError(f"{path}: is missing; restore it or begin a new run") from None
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as e:

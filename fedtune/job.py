@@ -73,11 +73,16 @@ class AdapterSection(_Section):
     alpha: float = _key(0.0, "scale is alpha / rank; 0 means alpha = rank, scale 1", ge=0.0, le=1e6)
     targets: tuple[str, ...] = _key(("all-linear",), "linears to adapt: all-linear, or whole names inside a block such as attention.self.query, or globs such as *.dense")
     init: Literal["weights", "random", "gradient", "gradient-dp"] = _key(
-        "weights", "frame from the SVD of each weight (weights), random orthonormal, or the SVD of the first step (gradient)", available=("weights", "random", "gradient"))
-    init_clients: int = _key(4, "gradient: clients that send the gradient of the first step", ge=1, le=10_000)
-    init_examples: int = _key(32, "gradient: examples each of them uses", ge=1, le=1_000_000)
-    init_step: float = _key(0.0, "gradient: start R at this learning rate times the first step's singular values; 0 starts at R = 0", ge=0.0, le=10.0)
+        "weights", "frame from the SVD of each weight (weights), random orthonormal, the SVD of the first step (gradient), or of a noisy first step that privacy charges (gradient-dp)")
+    init_clients: int = _key(4, "gradient, gradient-dp: clients that send the gradient of the first step", ge=1, le=10_000)
+    init_examples: int = _key(32, "gradient, gradient-dp: examples each of them uses (privacy.unit = example: expected, at most privacy.examples)", ge=1, le=1_000_000)
+    init_step: float = _key(0.0, "gradient, gradient-dp: start R at this learning rate times the first step's singular values; 0 starts at R = 0", ge=0.0, le=10.0)
     train_head: bool = _key(True, "train the task head beside the adapter (classification)")
+
+    @property
+    def asks_gradients(self) -> bool:
+        """Whether clients are asked for the gradient of the first step before round 1."""
+        return self.init in ("gradient", "gradient-dp")
 
 
 class UnitsSection(_Section):
@@ -133,6 +138,8 @@ class PrivacySection(_Section):
     clip_rate: float = _key(0.2, "adaptive-clip: learning rate of the logarithm of clip", gt=0.0, le=10.0)
     clip_noise: float = _key(0.0, "adaptive-clip: standard deviation of the noise on the number of unclipped updates (0: 5 times noise-multiplier)", ge=0.0)
     metrics_noise: float = _key(0.0, "noise multiplier of training loss and accuracy (0: they are not sent)", ge=0.0)
+    init_noise: float = _key(0.0, "adapter.init = gradient-dp: noise multiplier of the first step's gradient, one more release (0: noise-multiplier)", ge=0.0, le=1e4)
+    init_clip: float = _key(0.0, "adapter.init = gradient-dp: L2 bound of an example's, or of a client's, gradient over all adapted weights (0: clip)", ge=0.0, le=1e6)
     noise: Literal["system", "seeded"] = _key("system", "system: the operating system's generator; seeded: from federation.seed, for comparisons: protects nobody")
     secure_aggregation: bool = _key(False, "let the coordinator learn only sums of updates; with unit = client each client adds its share of the noise itself")
     update_clip: float = _key(0.0, "secure-aggregation with unit = example: L2 bound of a client's update (else clip is)", ge=0.0, le=1e6)
@@ -267,8 +274,8 @@ def _disagreements(job: Job) -> Iterator[str]:
         yield f"federation.momentum = {fed.momentum}: only used by optimizer = \"sgd\"; remove it or change the optimizer from {toml_value(fed.optimizer)}"
     if job.model.task == "causal-lm" and adapter.method == "head":
         yield 'adapter.method = "head": a causal-lm has no task head; use fed-sb, lora, bias or full'
-    if adapter.init == "gradient" and adapter.method != "fed-sb":
-        yield f"adapter.init = \"gradient\": only for method = \"fed-sb\", not {toml_value(adapter.method)}; use init = \"weights\""
+    if adapter.asks_gradients and adapter.method != "fed-sb":
+        yield f"adapter.init = {toml_value(adapter.init)}: only for method = \"fed-sb\", not {toml_value(adapter.method)}; use init = \"weights\""
     if not adapter.targets:
         yield 'adapter.targets = []: names no linear, so nothing would be adapted; use ["all-linear"] or name some'
     if adapter.method == "head" and not adapter.train_head:
@@ -292,6 +299,8 @@ def _privacy_disagreements(job: Job) -> Iterator[str]:
         for name in type(privacy).model_fields:
             if not (privacy.secure_aggregation and name in _SECURE) and getattr(privacy, name) != getattr(_NO_PRIVACY, name):
                 yield f'privacy.{name.replace("_", "-")} = {toml_value(getattr(privacy, name))}: privacy.unit = "none" protects nothing; set unit to "example" or "client", or remove the key'
+        if job.adapter.init == "gradient-dp":
+            yield 'adapter.init = "gradient-dp": privacy.unit = "none" has no noise for it; set unit to "example" or "client", or use "gradient"'
         return
     if privacy.epsilon == 0 and privacy.noise_multiplier == 0:
         yield f"privacy.epsilon = 0: unit = {toml_value(privacy.unit)} needs epsilon, or a noise-multiplier"
@@ -300,7 +309,12 @@ def _privacy_disagreements(job: Job) -> Iterator[str]:
     if fed.weighting != "equal":
         yield f"federation.weighting = {toml_value(fed.weighting)}: how many examples a client holds is not protected; set it to \"equal\""
     if job.adapter.init == "gradient":
-        yield 'adapter.init = "gradient": sends gradients of raw data that no noise protects; use "weights"'
+        yield 'adapter.init = "gradient": sends gradients of raw data that no noise protects; use "weights", or "gradient-dp"'
+    for name in ("init_noise", "init_clip"):
+        if getattr(privacy, name) and job.adapter.init != "gradient-dp":
+            yield f'privacy.{name.replace("_", "-")} = {toml_value(getattr(privacy, name))}: only for adapter.init = "gradient-dp"; remove it'
+    if job.adapter.init == "gradient-dp" and privacy.amplification and fed.sampling == "fixed":
+        yield 'adapter.init = "gradient-dp": who sends a gradient is no secret, so its bound is of a client added or removed, that of amplification with sampling = "fixed" of one exchanged; use "poisson"'
     if privacy.unit == "example":
         if privacy.examples == 0:
             yield "privacy.examples = 0: unit = \"example\" needs the public number of examples a client is taken to hold"
@@ -333,11 +347,10 @@ def _secure_disagreements(job: Job) -> Iterator[str]:
         yield f'privacy.update-clip = {privacy.update_clip:g}: only for unit = "example"; clip is the bound here, remove it'
     elif privacy.unit == "none" and not privacy.clip:
         yield "privacy.clip = 0: secure-aggregation needs the L2 bound of an update, or its sum has no range; look at the norms of a run without"
-    if privacy.unit == "none":
-        if fed.weighting != "equal":
-            yield f"federation.weighting = {toml_value(fed.weighting)}: a secure sum counts all clients alike; set it to \"equal\""
-        if job.adapter.init == "gradient":
-            yield 'adapter.init = "gradient": sends single gradients in the clear; use "weights" with secure-aggregation'
+    if privacy.unit == "none" and fed.weighting != "equal":
+        yield f"federation.weighting = {toml_value(fed.weighting)}: a secure sum counts all clients alike; set it to \"equal\""
+    if job.adapter.asks_gradients:
+        yield f'adapter.init = {toml_value(job.adapter.init)}: sends single gradients in the clear; use "weights" with secure-aggregation'
     if fed.cohort < 3:
         yield f"federation.cohort = {fed.cohort}: at least 3 with secure-aggregation, as each of two could take itself from the sum; raise it"
     if fed.sampling != "fixed":

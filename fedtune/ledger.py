@@ -73,12 +73,12 @@ class Ledger:
         return db
 
 
-def require_whole(path: Path, rounds: int) -> None:
-    """Raises RunError unless the ledger is there, unchanged, and has an event for each of rounds 1..`rounds`."""
+def require_whole(path: Path, rounds: int, first: int = 1) -> None:
+    """Raises RunError unless the ledger is there, unchanged, and has an event for each of rounds `first`..`rounds`; 0 is what precedes the first."""
     if not path.exists():
         raise RunError(f"{path}: is missing; restore it, what left the clients cannot be accounted for without it")
     known = {event.round for event in Ledger(path).events()}
-    for round in range(1, rounds + 1):
+    for round in range(first, rounds + 1):
         if round not in known:
             raise RunError(f"{path}: has no event of round {round}, but that round was run; restore the ledger")
 

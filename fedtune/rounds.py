@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from fedtune.algorithms import Algorithm, State, dp_fed_avg, fed_avg, secure_avg
 from fedtune.algorithms.dp_fed_avg import CLIP
@@ -126,6 +127,8 @@ class Coordinator:
     """Whom the next round had asked when the process before this one ended."""
     _spent: tuple[str, ...] = ()
     _planned: tuple[str, ...] = ()
+    _unfinished: dict[str, Any] | None = None
+    """Of a round whose model the process before this one stored and may not have scored."""
     _began: float = 0.0
 
     @property
@@ -133,10 +136,13 @@ class Coordinator:
         return self.state.round >= self.job.federation.rounds
 
     def begin(self) -> None:
-        """Before round 1: evaluates the start and writes checkpoint 0. Does nothing on a resumed run."""
+        """Before the first round of this process: evaluates the start and writes checkpoint 0; on a resumed run ends a round that was cut off."""
+        self._began = time.monotonic()
         if self.run.newest() is None:
-            self._began = time.monotonic()
             self._record(RoundReport(0, (), 0.0, {}))
+        elif self._unfinished is not None:
+            self._show(self._unfinished)
+        self._unfinished = None
 
     def plan(self) -> list[tuple[str, bytes]]:
         """The next round's (client, packet) pairs. Writes the round's ledger event before anything is sent.
@@ -275,9 +281,16 @@ class Coordinator:
             raise Refused("norm", f"{size:.4g} from the model, federation.max-norm is {fed.max_norm:g}")
 
     def _record(self, report: RoundReport) -> None:
-        """Metrics line, then checkpoint: a crash between them repeats the round, which rewrites the same line."""
-        held_out = self.evaluate(report.round, self.state.arrays)
-        line = round_line(report, held_out, self.traffic, time.monotonic() - self._began) | self.more(report)
+        """Under privacy the new model is on the disk before anything is made of it. A round that a crash repeats draws its noise again, and two
+        noisy versions of one sum would tell more than the one that is charged: so nobody sees a version that is not the one kept."""
+        line = round_line(report, None, self.traffic, 0.0) | self.more(report)
+        if self.privacy is not None:
+            self.run.save(Checkpoint(self.state, self.traffic.dump(), line))
+        self._show(line)
+
+    def _show(self, line: dict[str, Any]) -> None:
+        """Metrics line, then checkpoint: a crash between them writes the same line again."""
+        line = line | held_out_of(self.evaluate(self.state.round, self.state.arrays)) | {"seconds": round(time.monotonic() - self._began, 3)}
         self.run.append_metrics(line)
         self.run.save(Checkpoint(self.state, self.traffic.dump()))
         self.on_round(line)
@@ -296,13 +309,14 @@ def start(
         state, traffic = algorithm.init(initial()), traffic or Traffic()
     else:
         state, traffic = found.state, Traffic(**found.counters)
-        require_whole(run.ledger, state.round)
-        run.require_metrics(state.round)
+        require_whole(run.ledger, state.round, 0 if job.adapter.asks_gradients else 1)
+        run.require_metrics(found)
     asked = [(event.round, sorted(read(event.facts).names)) for event in Ledger(run.ledger).events()] if privacy else []
-    joined = Counter(name for round, names in asked if round <= state.round for name in names)
+    joined = Counter(name for round, names in asked if 0 < round <= state.round for name in names)
     aborted = [names for round, names in asked if round > state.round]
     return Coordinator(
-        job, schema, frame_digest, frame_bytes, algorithm, clients, run, evaluate, state, traffic, privacy=privacy, secure=secure_of(job, schema), _joined=joined, _aborted=aborted)
+        job, schema, frame_digest, frame_bytes, algorithm, clients, run, evaluate, state, traffic, privacy=privacy, secure=secure_of(job, schema), _joined=joined, _aborted=aborted,
+        _unfinished=found.unfinished if found else None)
 
 
 def most_predictions(job: Job) -> float:
@@ -327,17 +341,20 @@ def make_algorithm(job: Job, schema: Schema) -> Algorithm:
     return fed_avg(seed=fed.seed, cohort=fed.cohort, units=schema.units, sampling=fed.sampling, weighting=fed.weighting)
 
 
-def round_line(report: RoundReport, held_out: Metrics | None, traffic: Traffic, seconds: float) -> dict:
+def round_line(report: RoundReport, held_out: Metrics | None, traffic: Traffic, seconds: float) -> dict[str, Any]:
     """One round as metrics.jsonl has it. Figures that were not measured are null."""
-
-    def number(metrics: Metrics | None, name: str) -> float | None:
-        found = value(metrics or {}, name)
-        return found if math.isfinite(found) else None
-
     return {
-        "round": report.round, "train_loss": number(report.metrics, "loss"), "train_accuracy": number(report.metrics, "accuracy"),
-        "loss": number(held_out, "loss"), "accuracy": number(held_out, "accuracy"),
-        "evaluated": int(held_out["accuracy"][1]) if held_out else 0,
+        "round": report.round, "train_loss": _figure(report.metrics, "loss"), "train_accuracy": _figure(report.metrics, "accuracy"), **held_out_of(held_out),
         "up": sum(traffic.up.values()), "down": sum(traffic.down.values()), "total_bytes": traffic.total,
         "seconds": round(seconds, 3), "clients": list(report.clients), "refused": dict(report.refused), "late": traffic.late,
     }
+
+
+def held_out_of(metrics: Metrics | None) -> dict[str, Any]:
+    """What a line says of the held-out examples."""
+    return {"loss": _figure(metrics, "loss"), "accuracy": _figure(metrics, "accuracy"), "evaluated": int(metrics["accuracy"][1]) if metrics else 0}
+
+
+def _figure(metrics: Metrics | None, name: str) -> float | None:
+    found = value(metrics or {}, name)
+    return found if math.isfinite(found) else None

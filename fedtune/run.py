@@ -3,6 +3,7 @@
     job.toml            the job as it ran, every key
     run.json            when and with what it began: versions, hashes of the job and the base, who holds how much of what
     bundle/             manifest and frame (fedtune.bundle)
+    start.json          bytes spent on a frame that clients' gradients made, written before that frame
     checkpoints/        round-00003.safetensors…; the newest is where --resume starts
     metrics.jsonl       one line a round; tensorboard/ has the same figures
     ledger.sqlite       what left the devices, before it left
@@ -94,6 +95,20 @@ class RunFolder:
                 raise RunError(f"{self.path}: another process is running it; wait for that one or stop it")
             yield
 
+    def keep_start(self, counters: dict[str, Any]) -> None:
+        """Before the bundle is written whose frame clients' gradients made: what they cost."""
+        write_json(self.path / "start.json", counters)
+
+    def start(self) -> dict[str, Any] | None:
+        """What `keep_start` wrote, once the bundle is whole: then that frame stays, and nobody is asked again."""
+        path = self.path / "start.json"
+        if not (path.exists() and (self.bundle / "manifest.json").exists()):
+            return None
+        try:
+            return dict(json.loads(path.read_bytes()))
+        except ValueError as e:
+            raise RunError(f"{path}: damaged ({e}); restore it or begin a new run") from None
+
     def save(self, checkpoint: Checkpoint) -> None:
         """Writes the checkpoint of its round, then removes all but the first (round 0) and the newest few."""
         save_checkpoint(self._checkpoint(checkpoint.state.round), checkpoint)
@@ -139,10 +154,10 @@ class RunFolder:
             raise RunError(f"{path}: rounds are missing or out of order; restore it or begin a new run")
         return lines
 
-    def require_metrics(self, round: int) -> None:
-        """Raises RunError unless there is a line for each round up to `round`, where a checkpoint stands."""
-        lines = len(self.metrics())
-        if lines <= round:
+    def require_metrics(self, checkpoint: Checkpoint) -> None:
+        """Raises RunError unless there is a line for each finished round of the checkpoint."""
+        lines, round = len(self.metrics()), checkpoint.state.round
+        if lines < round + (checkpoint.unfinished is None):
             raise RunError(f"{self.path / 'metrics.jsonl'}: {lines} rounds, the checkpoint stands after round {round}; restore it")
 
     def _checkpoint(self, round: int) -> Path:

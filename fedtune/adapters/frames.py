@@ -62,7 +62,7 @@ def ffa_frame(spec: AdapterSpec, seed: int) -> Arrays:
 
 
 def from_gradients(spec: AdapterSpec, gradients: Mapping[str, np.ndarray], step: float) -> tuple[Arrays, Arrays]:
-    """init = "gradient": the frame of the first optimizer step, and the cores to start from.
+    """init = "gradient" and "gradient-dp": the frame of the first optimizer step, and the cores to start from.
 
     Adam's first step is about -step·sign(G), so the SVD is of -sign(G) for the clients' mean gradient G = dL/dW (LoRA-SB,
     algorithm 1; Fed-SB averages before the sign, because sign(mean) is not mean(sign)).

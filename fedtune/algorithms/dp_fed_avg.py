@@ -50,7 +50,7 @@ def dp_fed_avg(
         sums = _Sums({name: np.zeros(a.shape) for name, a in state.arrays.items()})
         for update in updates:
             sums.add(update, state.arrays, bound)
-        drawn = _drawn(state.arrays, privacy.multiplier * bound, source)
+        drawn = drawn_noise(state.arrays, privacy.multiplier * bound, source)
         arrays = {name: (a + (sums.delta[name] + drawn[name]) / cohort).astype(a.dtype) for name, a in state.arrays.items()}
         slots = {CLIP: np.array(_adapted(bound, sums.within, len(sums.clients), cohort, privacy, source))}
         report = RoundReport(round, tuple(sums.clients), float(cohort), _metrics(sums, cohort, privacy, source))
@@ -82,13 +82,13 @@ class _Sums:
         self.clients.append(update.client)
 
 
-def _drawn(model: Arrays, sigma: float, source: Noise) -> Arrays:
-    """The noise of a round, which is measured before it is used. Raises PrivacyRefused when it is not of the size that was promised."""
+def drawn_noise(model: Arrays, sigma: float, source: Noise) -> Arrays:
+    """The noise of one release in the shapes of `model`, which is measured before it is used. Raises PrivacyRefused when it is not of the size that was promised."""
     drawn = {name: sigma * source.normal(*a.shape) for name, a in model.items()}
     count = sum(a.size for a in drawn.values())
     squares = math.fsum(float(np.square(a).sum()) for a in drawn.values())
     if not as_promised(squares, count, sigma):
-        raise PrivacyRefused(f"the noise of this round measured {math.sqrt(squares / max(count, 1)):.4g}, {sigma:.4g} was promised; nothing was released")
+        raise PrivacyRefused(f"the noise measured {math.sqrt(squares / max(count, 1)):.4g}, {sigma:.4g} was promised; nothing was released")
     return drawn
 
 

@@ -11,12 +11,16 @@ from fedtune.cli.progress import Board
 from fedtune.job import load_job
 from fedtune.report.format import size
 
-EXAMPLES = "Examples:  fedtune prepare job.toml -o bundle   |   fedtune server bundle --dir coordinator"
+EXAMPLES = (
+    "Examples:  fedtune prepare job.toml -o bundle   |   fedtune prepare job.toml -o bundle --edge edge-folder"
+    "   |   fedtune server bundle --dir coordinator"
+)
 
 
 @shell
 def command(
     folder: Annotated[Path, typer.Option("--out", "-o", help="Folder to make.", show_default=False)],
+    edge: Annotated[Path | None, typer.Option("--edge", help="Also make this folder, with which a device trains without torch (fedtune edge).", show_default=False)] = None,
     job: JobArgument = None, set_: SetOption = None, understand: UnderstandOption = False, as_json: JsonOption = False,
 ) -> None:
     """Makes the bundle that a coordinator serves and devices receive: the job, the frame and the start. Needs the base, no data."""
@@ -24,9 +28,12 @@ def command(
     with Board(out) as board:
         from fedtune.workflows.prepare import prepare
 
-        bundle = prepare(checked, folder, (lambda text: None) if as_json else board.stage)
+        bundle = prepare(checked, folder, edge, (lambda text: None) if as_json else board.stage)
     shipped = sum(map(len, bundle.shipped().values()))
+    taken = 0 if edge is None else sum(p.stat().st_size for p in edge.iterdir())
     if as_json:
-        print(json.dumps({"bundle": bundle.digest, "folder": str(folder), "shipped_bytes": shipped}))
+        print(json.dumps({"bundle": bundle.digest, "folder": str(folder), "shipped_bytes": shipped} | ({"edge": str(edge), "edge_bytes": taken} if edge else {})))
     else:
         out.print(f"bundle {bundle.digest[:12]} in {folder}: {size(shipped)} to each device, once", markup=False, highlight=False, soft_wrap=True)
+        if edge is not None:
+            out.print(f"training graphs in {edge}: {size(taken)}, to be copied to devices without torch", markup=False, highlight=False, soft_wrap=True)

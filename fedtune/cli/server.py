@@ -20,6 +20,7 @@ from fedtune.cli.simulate import round_text
 from fedtune.errors import EnvironmentProblem, UserError
 from fedtune.job import Job, load_job, to_toml
 from fedtune.privacy.plan import resolved
+from fedtune.report.privacy import UNSCORED
 from fedtune.rounds import Reply, Watch
 from fedtune.run import RunFolder
 
@@ -161,6 +162,8 @@ def _serve(home: Any, where: tuple[str, int], insecure: bool, stay: bool, scrape
     def watch(entry: Any, run: RunFolder, bundle: Bundle) -> Watch:
         rounds = bundle.job.federation.rounds
         journal.event("run", f"run folder: {run.path}", run=str(run.path), bundle=bundle.digest)
+        if bundle.job.privacy.hides_clients:
+            journal.event("unscored", UNSCORED)
 
         def line(values: dict[str, Any]) -> None:
             journal.event("round", round_text(values, rounds), **values)

@@ -17,7 +17,7 @@ from fedtune.wire import kind_of, round_of
 
 @dataclass(frozen=True)
 class Budget:
-    """Of one job. `folder` is this device's own; `name` the job's digest."""
+    """Of one job. `folder` is this device's own; `name` the job's digest, the same for the bundles before and after a frame was made from gradients."""
 
     folder: Path
     name: str
@@ -38,17 +38,20 @@ class Budget:
         """
         if self.plan is None:
             return None
-        if kind_of(packet) != "model":
+        first = self.plan.gradients([OWN]) if kind_of(packet) == "gradient-request" else None
+        if kind_of(packet) != "model" and first is None:
             raise Refused("privacy", "only trained models are protected; this asks for something else")
         if (sent := self._sent(packet)) is not None:
             return sent
         private_folder(self.folder)
-        ledger = Ledger(self.ledger)
-        joined = len(ledger.events())
+        ledger, note = Ledger(self.ledger), hashlib.sha256(packet).hexdigest()[:16]
+        events = ledger.events()
+        joined = sum(event.facts["release"] == "updates" for event in events)
+        if first is not None and (joined or any(event.facts["note"] != note for event in events)):
+            raise Refused("privacy", "the gradient of the first step left this device before; the job pays for one")
         if joined >= self.plan.rounds:
             raise Refused("privacy", f"the budget of {self.plan.rounds} rounds (epsilon {self.plan.reading().epsilon:.3g}) is spent on this device")
-        release = self.plan.release([OWN])
-        ledger.record(round_of(packet), release.facts() | {"note": hashlib.sha256(packet).hexdigest()[:16]})
+        ledger.record(round_of(packet), (first or self.plan.release([OWN])).facts() | {"note": note})
         return None
 
     def keep(self, packet: bytes, answer: bytes) -> None:

@@ -128,7 +128,7 @@ class Work:
         self._trainer = self._bundle = self._secure = None
 
     def _budget(self, bundle: Bundle) -> Budget:
-        return Budget(self.settings.folder / "privacy", bundle.digest, bundle.job)
+        return Budget(self.settings.folder / "privacy", bundle.manifest.job_sha256, bundle.job)
 
     def _opened(self, job: str) -> tuple[Bundle, Trainer]:
         """A round may come to a device that was restarted since it was ready: then the job is opened from the cache."""

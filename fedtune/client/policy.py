@@ -41,8 +41,9 @@ class Policy(BaseModel):
             _among("allowed-methods", self.allowed_methods, method, "the method")
         if self.privacy_unit is not None and job.privacy.unit != self.privacy_unit:
             raise _forbidden("privacy-unit", f"the job protects {_shown(job.privacy.unit)}, this device wants {self.privacy_unit!r}")
-        if self.min_noise_multiplier is not None and job.privacy.noise_multiplier < self.min_noise_multiplier:
-            raise _forbidden("min-noise-multiplier", f"the job adds {job.privacy.noise_multiplier:g}, at least {self.min_noise_multiplier:g} is wanted")
+        least = min(job.privacy.noise_multiplier, job.privacy.init_noise or math.inf)
+        if self.min_noise_multiplier is not None and least < self.min_noise_multiplier:
+            raise _forbidden("min-noise-multiplier", f"the job adds {least:g}, at least {self.min_noise_multiplier:g} is wanted")
         if self.max_epsilon is not None and (epsilon := own_epsilon(job)) > self.max_epsilon:
             raise _forbidden("max-epsilon", f"the job's epsilon is {epsilon:.4g}, at most {self.max_epsilon:g} is allowed")
         if self.max_rounds is not None and job.federation.rounds > self.max_rounds:

@@ -42,7 +42,7 @@ def export_graph(model: TunableModel, example: Arrays, path: Path, opset: int, f
     made = next(o.version for o in proto.opset_import if o.domain == "")
     if made != opset:
         raise ModelError(f"export.opset = {opset}: the exporter could only make opset {made} of this model; set export.opset = {made}")
-    _strip(proto)
+    strip(proto)
     for key, value in facts.items():
         proto.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))
     write_atomic(path, proto.SerializeToString(deterministic=True))
@@ -75,16 +75,16 @@ def _trace(model: TunableModel, example: Arrays, opset: int) -> Any:
     except ModuleNotFoundError as e:
         raise EnvironmentProblem(f"ONNX export needs the package {e.name}; install fedtune[sim], or {REMEDY}") from None
     except Exception as e:  # whatever an architecture does that torch.export cannot follow; the last cause says what
-        raise ModelError(f"ONNX export: torch cannot export {type(model.body).__name__} ({_cause(e)}); {REMEDY}") from e
+        raise ModelError(f"ONNX export: torch cannot export {type(model.body).__name__} ({cause(e)}); {REMEDY}") from e
 
 
-def _cause(error: BaseException) -> str:
+def cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:160]}"
 
 
-def _strip(proto: Any) -> None:
+def strip(proto: Any) -> None:
     """Takes out notes for debugging (stack traces with this machine's paths among them) and shapes of inner values.
 
     The inner shapes would contradict the ones that quantising changes.

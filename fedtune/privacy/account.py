@@ -150,6 +150,8 @@ def assumptions(plan: Plan) -> list[str]:
     out.append(f"Delta = {plan.delta:g}: with that chance epsilon may not hold.{held}")
     out.append(f"Clip {privacy.clip:g}{', adapted with the clip bits charged' if privacy.adaptive_clip else ''}; noise multiplier {plan.parts['update']:g} in double precision from "
                + ("the operating system's generator." if privacy.noise == "system" else "A KNOWN SEED: NOT PRIVATE, no epsilon holds."))
+    if first := plan.gradients([]):
+        out.append(f"Frame: made from one noisy sum of gradients alone, clip {first.clip:g} and noise multiplier {plan.init_noise:g}, charged beside the rounds.")
     out.append("Training metrics: " + (f"sent with noise of multiplier {privacy.metrics_noise:g}, charged." if privacy.metrics_noise else "not sent.")
                + " Held-out examples are another matter: where a simulation scores them, it does so exactly, and no bound covers them.")
     out.append("Not covered: settings and labels that were chosen by looking at the data; a simulation's baselines, and what its page and run folder say of who holds what; "

@@ -8,7 +8,7 @@ import numpy as np
 from fedtune.errors import Refused
 from fedtune.job import Job
 from fedtune.privacy.noise import Noise, as_promised
-from fedtune.privacy.plan import METRIC_CAP, local_steps, noise_multiplier, sampling_rate
+from fedtune.privacy.plan import METRIC_CAP, init_batch, init_clip, local_steps, noise_multiplier, sampling_rate
 from fedtune.types import Metrics
 
 METRIC_NORM = math.sqrt(3.0)
@@ -37,6 +37,14 @@ def example_privacy(job: Job) -> ExamplePrivacy | None:
     if privacy.unit != "example":
         return None
     return ExamplePrivacy(privacy.clip, noise_multiplier(job), float(job.federation.batch_size), sampling_rate(job), local_steps(job), privacy.metrics_noise)
+
+
+def first_gradient(job: Job) -> ExamplePrivacy | None:
+    """Of the first step's gradient; None where the job does not protect examples. Raises PrivacyRefused as `noise_multiplier`."""
+    if job.privacy.unit != "example":
+        return None
+    batch, rate = init_batch(job)
+    return ExamplePrivacy(init_clip(job), job.privacy.init_noise or noise_multiplier(job), batch, rate, 1)
 
 
 def poisson_batches(count: int, settings: ExamplePrivacy, noise: Noise) -> list[np.ndarray]:

@@ -86,9 +86,27 @@ class Plan:
             count=self.steps, excess=excess(self.parts["update"], fewest(self.job)) if self.distributed else 0.0,
         )
 
+    def gradients(self, clients: Sequence[str]) -> Release | None:
+        """The event of the first step's gradient, from these clients; None where the frame is made without.
+
+        Example level: one step of DP-SGD that moves nothing. Client level: nothing is claimed for not having been drawn.
+        """
+        if self.job.adapter.init != "gradient-dp":
+            return None
+        sampling: Sampling = "poisson" if self.unit == "example" else "none"
+        return Release(
+            release="gradients", mechanism="gaussian", unit=self.job.privacy.unit, clients=list(clients), noise=self.job.privacy.noise,
+            parts={"init": self.init_noise}, clip=init_clip(self.job), sampling=sampling, rate=init_batch(self.job)[1] if sampling == "poisson" else 1.0)
+
+    @property
+    def init_noise(self) -> float:
+        """Multiplier of the first step's gradient."""
+        return self.job.privacy.init_noise or self.parts["update"]
+
     def whole(self) -> History:
-        """Of a unit that is in as many rounds as it may."""
-        return history([self.release(["one"])] * self.rounds)
+        """Of a unit that is in all that it may be in."""
+        first = self.gradients(["one"])
+        return history([*([first] if first else []), *[self.release(["one"])] * self.rounds])
 
     def reading(self, accountants: Sequence[str] = ("pld", "rdp")) -> Reading:
         """The most that one unit can be charged."""
@@ -125,6 +143,17 @@ def local_steps(job: Job) -> int:
 def sampling_rate(job: Job) -> float:
     """Chance of an example to be in a step's batch."""
     return min(1.0, job.federation.batch_size / job.privacy.examples)
+
+
+def init_clip(job: Job) -> float:
+    """L2 bound of a gradient of the first step over all adapted weights."""
+    return job.privacy.init_clip or job.privacy.clip
+
+
+def init_batch(job: Job) -> tuple[float, float]:
+    """(examples of a client expected in the first step's gradient, chance of each to be in it), from public numbers."""
+    expected = min(job.adapter.init_examples, job.privacy.examples)
+    return float(expected), expected / job.privacy.examples
 
 
 def units(job: Job, population: int) -> int:
@@ -189,6 +218,8 @@ def resolved(job: Job, population: int) -> Job:
     if plan is None:
         return job
     found = {"delta": plan.delta, "noise_multiplier": plan.parts["update"]}
+    if plan.gradients([]):
+        found |= {"init_noise": plan.init_noise, "init_clip": init_clip(job)}
     return job.model_copy(update={"privacy": job.privacy.model_copy(update=found)})
 
 

@@ -75,7 +75,7 @@ def headline(s: Summary) -> str:
         done = f"{count(rounds_done(s))} of {plural(rounds_planned(s), 'round')}, unfinished"
     cost = f"{size(s['communication']['update_bytes'])} per client and round"
     if accuracy(s) is None:
-        return f"Nothing evaluated yet after {done}; {cost}."
+        return f"{'Not evaluated' if s['complete'] else 'Nothing evaluated yet'} after {done}; {cost}."
     return f"{number(accuracy(s))} {metric(s)} on held-out data after {done}; {cost}."
 
 
@@ -116,7 +116,10 @@ def notices(s: Summary) -> list[str]:
         found.append(f"This run is unfinished: {count(rounds_done(s))} of {plural(rounds_planned(s), 'round')} done.")
     if s["privacy"]["unit"] != "none" and words.lost(s["privacy"]):
         found.append(f"NOT PRIVATE, though the job asks for it. {clean(s['privacy']['note'])}".strip())
-    broken = next((r["round"] for r in s["rounds"] if _diverged(r)), None)
+    if _unscored(s):
+        found.append(words.UNSCORED)
+    told = s["privacy"]["unit"] == "none" or any(is_number(r["train_loss"]) for r in s["rounds"])  # under privacy training metrics may stay with the clients
+    broken = next((r["round"] for r in s["rounds"] if _diverged(r, told)), None)
     if broken is not None:
         found.append(f"The loss is not a number from round {broken} on: training diverged. A lower federation.lr may help.")
     found += [
@@ -130,9 +133,15 @@ def notices(s: Summary) -> list[str]:
     return found
 
 
-def _diverged(r: Round) -> bool:
-    """A loss was measured and is not a number: null (or NaN) although examples were evaluated or clients trained."""
-    return bool((r["evaluated"] and not is_number(r["loss"])) or (r["clients"] and not is_number(r["train_loss"])))
+def _unscored(s: Summary) -> bool:
+    """A live run whose devices may not say how well the model does."""
+    private = s["job"].get("privacy", {})
+    return s["engine"] == "live" and accuracy(s) is None and (s["privacy"]["unit"] != "none" or private.get("secure-aggregation") is True)
+
+
+def _diverged(r: Round, told: bool) -> bool:
+    """A loss was measured and is not a number: null (or NaN) although examples were evaluated, or clients trained and `told` theirs."""
+    return bool((r["evaluated"] and not is_number(r["loss"])) or (told and r["clients"] and not is_number(r["train_loss"])))
 
 
 def key_figures(s: Summary) -> list[Fact]:
@@ -162,6 +171,8 @@ def clients(s: Summary) -> int:
 
 
 def _measured(s: Summary) -> str:
+    if "final" in s and accuracy(s) is None:
+        return "not measured"
     if "final" in s:
         listed = sum(c["examples"] for c in s["final"]["clients"])
         return f"on {plural(s['final']['whole']['examples'] if 'whole' in s['final'] else listed, 'example')}"

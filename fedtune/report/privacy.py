@@ -53,8 +53,12 @@ class Privacy(TypedDict):
 ACCOUNTANTS = {"pld": ("PLD", "dp-accounting, privacy loss distributions"), "rdp": ("RDP", "dp-accounting, Rényi divergences"), "prv": ("PRV", "Opacus, privacy random variables")}
 PARTS = {
     "update": "what was trained", "clip-bits": "number of updates within the clip, for the clip that adapts", "metrics": "training loss and accuracy",
+    "init": "the gradient that the frame was made from",
 }
 """Kinds of releases; one that stands not here keeps its name."""
+UNSCORED = ("No accuracy: devices score nothing in this job, as the scores of a single one have no noise. To measure the model, have labelled examples of your own where "
+            "the job's data.source says, and run `fedtune export RUN`, which says how many it gets right; `fedtune predict RUN` then labels others.")
+"""Of a live run that hides its clients."""
 GLOSSARY = {
     "delta": "the chance with which epsilon may not hold",
     "noise multiplier": "standard deviation of the noise over the clip, the most that one unit can add",

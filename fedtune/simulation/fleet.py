@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fedtune.job import DeviceClass, Job
-from fedtune.rounds import Coordinator, Reply
+from fedtune.rounds import Coordinator, Reply, Traffic
 from fedtune.simulation.devices import Chosen, able, assign, available, drops_out, examples_run, round_seconds, span
 from fedtune.types import ClientInfo, RoundReport
 
@@ -95,6 +95,11 @@ class Fleet:
                 yield reply
 
         return through
+
+    def recall(self, traffic: Traffic) -> None:
+        """After a restart: what preceded round 1, from the bytes it took."""
+        self._turns = {client: self._turn(client, size, 0) for client, size in traffic.down.items()}
+        self._up = dict(traffic.up)
 
     def _turn(self, client: str, size: int, round: int) -> Turn:
         fed, place = self.job.federation, self._place[client]

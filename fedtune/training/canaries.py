@@ -46,6 +46,11 @@ class GradientCanaries:
         private = self.privacy
         self.sight = Sight.of(View(private.multiplier, private.rate, private.steps), len(self.canaries))
 
+    @property
+    def evidence(self) -> np.ndarray:
+        """What was seen of each canary, float64 [m]; see `privacy.audit.take_guesses`."""
+        return self.sight.evidence()
+
     def hide(self, client: str, data: ClientData) -> ClientData:
         """A client's data with those of its canaries that are in."""
         own = self.canaries.of.get(client, np.zeros(0, np.int64))
@@ -110,10 +115,12 @@ class InputCanaries:
 
     Attributes:
         data: the canaries, in their order.
+        asked: stays empty, as nobody outside sees who was asked.
     """
 
     canaries: Canaries
     data: ClientData
+    asked: dict[str, int] = field(default_factory=dict)
     losses: list[np.ndarray] = field(default_factory=list)
 
     def hide(self, client: str, data: ClientData) -> ClientData:
@@ -127,7 +134,7 @@ class InputCanaries:
         self.losses.append(losses)
 
     @property
-    def found(self) -> np.ndarray:
+    def evidence(self) -> np.ndarray:
         """How much more each was learnt than the median canary with its label, float64 [m]: labels as such get likelier or not."""
         learnt = self.losses[0] - self.losses[-1]
         for label in np.unique(self.data.labels):

@@ -1,7 +1,7 @@
 """Local training: what one client does with the model in one round. The truth for every engine."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -102,10 +102,7 @@ def weight_gradients(
     model: TunableModel, names: Iterable[str], data: ClientData, encoder: Encoder, index: np.ndarray, batch_size: int,
 ) -> dict[str, np.ndarray]:
     """Gradient of the mean loss over `index` to the weights of the named linears of an un-adapted base, [outputs, inputs]."""
-    weights = {name: model.linear(name).weight for name in names}
-    for w in weights.values():
-        w.requires_grad_(True)
-    try:
+    with base_weights(model, names) as weights:
         total = 0.0
         for start in range(0, len(index), batch_size):
             batch, labels = to_batch(data, index[start : start + batch_size], encoder)
@@ -113,6 +110,16 @@ def weight_gradients(
             loss.sum().backward()
             total += float(count.sum())
         return {name: (w.grad / max(total, 1.0)).numpy().copy() for name, w in weights.items() if w.grad is not None}
+
+
+@contextmanager
+def base_weights(model: TunableModel, names: Iterable[str]) -> Iterator[Parameters]:
+    """The weights of the named linears of an un-adapted base, which inside have gradients."""
+    weights = {name: model.linear(name).weight for name in names}
+    for w in weights.values():
+        w.requires_grad_(True)
+    try:
+        yield weights
     finally:
         for w in weights.values():
             w.requires_grad_(False)

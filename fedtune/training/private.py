@@ -20,7 +20,7 @@ from fedtune.models.base import TunableModel, summed_loss
 from fedtune.models.load import Encoder
 from fedtune.privacy.example import METRIC_CAP, ExamplePrivacy, SelfCheck, noisy_metrics, poisson_batches
 from fedtune.privacy.noise import Noise
-from fedtune.training.local import ClientData, device_of, make_optimizer, to_batch
+from fedtune.training.local import ClientData, base_weights, device_of, make_optimizer, to_batch
 from fedtune.types import Metrics
 
 PHYSICAL, NUMBERS = 32, 2**26
@@ -145,25 +145,48 @@ def train_privately(
 
     Raises Refused when the mechanism did not do what it promises: nothing may then leave.
     """
-    parameters, device = gradients.parameters, device_of(gradients.model)
+    parameters = gradients.parameters
     optimizer, check = make_optimizer(parameters, settings, round), SelfCheck(privacy)
     totals, start = np.zeros(3), _flat(parameters)
-    physical = max(1, min(PHYSICAL, NUMBERS // len(start)))
     for index in poisson_batches(len(data), privacy, noise):
-        total = torch.zeros(len(start), device=device)
-        for begin in range(0, len(index), physical):
-            flat, scores = gradients(*to_batch(data, index[begin : begin + physical], encoder, device))
-            total += clipped(flat, privacy.clip, check).sum(0)
-            totals += capped(scores.double().cpu().numpy()).sum(0)
-        noisy = total + torch.from_numpy((privacy.multiplier * privacy.clip * noise.normal(len(start))).astype(np.float32)).to(device)
-        check.noise((noisy - total).cpu().numpy())
-        released = noisy / privacy.batch
+        released, scores = _noisy_mean(gradients, data, encoder, index, check, noise)
+        totals += scores
         if gradients.audit is not None:
             gradients.audit.released(0, client, released)
         _put(parameters, released)
         optimizer.step()
     check.require(start, _flat(parameters))
     return noisy_metrics(totals, privacy, noise)
+
+
+def private_gradients(
+    model: TunableModel, names: Sequence[str], data: ClientData, encoder: Encoder, privacy: ExamplePrivacy, noise: Noise,
+) -> dict[str, np.ndarray]:
+    """As `local.weight_gradients` of a batch that is drawn here, with noise: one step of DP-SGD that moves nothing, [outputs, inputs] by name.
+
+    One clip holds over all weights together. Raises Refused as `train_privately`.
+    """
+    check = SelfCheck(privacy)
+    with base_weights(model, names) as weights:
+        (index,) = poisson_batches(len(data), privacy, noise)
+        mean = _noisy_mean(PerExample(model, weights), data, encoder, index, check, noise)[0].cpu()
+    check.require(np.zeros(len(mean), np.float32), mean.numpy())
+    return {name: part.view_as(weights[name]).numpy() for name, part in zip(names, mean.split([weights[name].numel() for name in names]))}
+
+
+def _noisy_mean(gradients: PerExample, data: ClientData, encoder: Encoder, index: np.ndarray, check: SelfCheck, noise: Noise) -> tuple[Tensor, np.ndarray]:
+    """(sum of the clipped gradients of the examples at `index`, with noise, over the public number of examples [P]; sum of their capped scores, float64 [3])."""
+    privacy, device, sizes = check.settings, device_of(gradients.model), [p.numel() for p in gradients.parameters.values()]
+    total, scores = torch.zeros(sum(sizes), device=device), np.zeros(3)
+    physical = max(1, min(PHYSICAL, NUMBERS // len(total)))
+    for begin in range(0, len(index), physical):
+        flat, seen = gradients(*to_batch(data, index[begin : begin + physical], encoder, device))
+        total += clipped(flat, privacy.clip, check).sum(0)
+        scores += capped(seen.double().cpu().numpy()).sum(0)
+    drawn = np.concatenate([(privacy.multiplier * privacy.clip * noise.normal(size)).astype(np.float32) for size in sizes])  # in parts: a draw takes ten times its room
+    noisy = total + torch.from_numpy(drawn).to(device)
+    check.noise((noisy - total).cpu().numpy())
+    return noisy / privacy.batch, scores
 
 
 def clipped(flat: Tensor, bound: float, check: SelfCheck) -> Tensor:

@@ -12,12 +12,12 @@ from fedtune.gradient_init import gradient_schema
 from fedtune.job import Job
 from fedtune.models.base import TunableModel
 from fedtune.models.load import Encoder
-from fedtune.privacy.example import example_privacy
+from fedtune.privacy.example import example_privacy, first_gradient
 from fedtune.privacy.noise import noise_of
 from fedtune.privacy.plan import outward
 from fedtune.seeds import generator
 from fedtune.training.local import ClientData, train_locally, weight_gradients
-from fedtune.training.private import Audit, PerExample, train_privately
+from fedtune.training.private import Audit, PerExample, private_gradients, train_privately
 from fedtune.types import Arrays, Metrics
 from fedtune.wire import Packet, Schema, decode, encode, kind_of
 
@@ -79,12 +79,15 @@ class Worker:
     def _gradient(self, packet: Packet, client: str, data: ClientData) -> bytes:
         if self.frame_digest is not None:
             raise Refused("kind", "a gradient of the plain base is asked for, but the adapter is on it already")
-        fed, adapter = self.job.federation, self.job.adapter
+        fed, adapter, names = self.job.federation, self.job.adapter, [x.name for x in self.spec.linears]
+        if private := first_gradient(self.job):
+            gradients = private_gradients(self.model, names, data, self.encoder, private, noise_of(self.job, 0, client, "init"))
+            return encode("gradient", gradient_schema(self.spec), gradients, round=0, weight=1.0)
         rng = generator(fed.seed, "init", 0, client)
         index = rng.permutation(len(data))[: adapter.init_examples]
-        names = [x.name for x in self.spec.linears]
         gradients = weight_gradients(self.model, names, data, self.encoder, index, fed.batch_size)
-        return encode("gradient", gradient_schema(self.spec), gradients, round=0, weight=float(len(index)))
+        weight, _ = outward(self.job, len(index), {})
+        return encode("gradient", gradient_schema(self.spec), gradients, round=0, weight=weight)
 
 
 def require_converged(metrics: Metrics) -> None:

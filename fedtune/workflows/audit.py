@@ -27,15 +27,13 @@ from fedtune.privacy.audit import (
     planned_guesses,
     take_guesses,
 )
-from fedtune.privacy.canaries import Canaries, rehearse
-from fedtune.privacy.canary_clients import ClientCanaries
+from fedtune.privacy.canaries import ClientCanaries, rehearse
 from fedtune.privacy.example import example_privacy
 from fedtune.privacy.plan import plan_of
 from fedtune.rounds import Watch
 from fedtune.run import RunFolder, create_run
 from fedtune.training.canaries import GradientCanaries, InputCanaries
-from fedtune.workflows.audited import Audited, AuditedClients, AuditedSteps, AuditedTexts, spiked
-from fedtune.workflows.canaries import Room
+from fedtune.workflows.audited import Audited, AuditedClients, AuditedSteps, AuditedTexts, Room, spiked
 from fedtune.workflows.setup import open_setup, require_trainable, run_facts, with_noise
 
 Kind = Literal["gradient", "input"]
@@ -122,13 +120,14 @@ def audit(
     with_half = accuracy(*rehearse(room.view, shrink=0.5))
     count, tries = _planned(room, kind, canaries, guesses, with_half, delta)
     with tempfile.TemporaryDirectory(prefix="fedtune-audit-") as folder:
-        placed, simulation = _with_canaries(room, count, kind, create_run(Path(folder) / "run", setup.job, run_facts(setup)), watch)
+        simulation = _with_canaries(room, count, kind, create_run(Path(folder) / "run", setup.job, run_facts(setup)), watch)
         simulation.rounds()
     if not simulation.sent:
         raise PrivacyRefused(f"audit: no update left any client ({next(iter(simulation.refused.values()), 'nobody was asked')}); there is nothing to audit")
-    taken = take_guesses(simulation.evidence, tries)
+    placed, rounds = simulation.audit.canaries, simulation.audit.asked
+    taken = take_guesses(simulation.audit.evidence, tries)
     outcome = Outcome(count, tries, int((taken != 0).sum()), count_right(taken, placed.coins), delta)
-    asked = [simulation.asked.get(placed.clients[owner], 0) for owner in placed.owner.tolist()] if simulation.asked else []
+    asked = [rounds.get(placed.clients[owner], 0) for owner in placed.owner.tolist()] if rounds else []
     right, halved = (expected_bound(rehearsed, count, tries, delta) if kind == "gradient" else None for rehearsed in (accuracy(*rehearse(room.view)), with_half))
     return Report(
         plan.unit, kind, setup.job.simulation.engine, outcome, claimed, seed, float(np.mean(asked)) if asked else None, plan.rounds,
@@ -140,6 +139,8 @@ def _require_auditable(job: Job, kind: Kind) -> None:
         raise UserError('privacy.unit = "none": such a job promises nothing, so there is nothing to audit; set it to "example" or "client"')
     if job.simulation.engine == "ray":
         raise UserError('simulation.engine = "ray": an audit stands inside the process that trains; use "vectorised" or "serial"')
+    if job.adapter.init == "gradient-dp":
+        raise UserError('adapter.init = "gradient-dp": canaries are in the rounds, so what the first step\'s gradient loses would not be seen; audit the job with init = "weights"')
     if kind == "input" and job.privacy.unit != "example":
         raise UserError(f'--kind input: canaries are examples, but privacy.unit = "{job.privacy.unit}"; use --kind gradient')
 
@@ -157,18 +158,16 @@ def _planned(room: Room, kind: Kind, canaries: int, guesses: int, rehearsed: np.
     return count, guesses or planned_guesses(rehearsed, count, delta)
 
 
-def _with_canaries(room: Room, count: int, kind: Kind, run: RunFolder, watch: Watch) -> tuple[Canaries, Audited]:
+def _with_canaries(room: Room, count: int, kind: Kind, run: RunFolder, watch: Watch) -> Audited:
     setup, private = room.setup, example_privacy(room.setup.job)
     if kind == "input":
         placed, data = room.texts(count)
         texts = InputCanaries(placed, data)
-        return placed, AuditedTexts(spiked(setup, texts.hide), run, watch, audit=texts)
+        return AuditedTexts(spiked(setup, texts.hide), run, watch, audit=texts)
     if private is None:
-        placed = room.clients(count)
-        return placed, AuditedClients(setup, run, watch, audit=ClientCanaries(placed, room.directions, room.plan, room.view))
-    placed = room.examples(count)
-    inside = GradientCanaries(placed, room.directions, private)
-    return placed, AuditedSteps(spiked(setup, inside.hide), run, watch, audit=inside)
+        return AuditedClients(setup, run, watch, audit=ClientCanaries(room.clients(count), room.directions, room.plan, room.view))
+    inside = GradientCanaries(room.examples(count), room.directions, private)
+    return AuditedSteps(spiked(setup, inside.hide), run, watch, audit=inside)
 
 
 def _notes(job: Job, outcome: Outcome, claimed: float, halved: float | None, simulation: Audited) -> Iterator[str]:

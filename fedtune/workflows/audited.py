@@ -1,6 +1,10 @@
-"""A simulation with canaries in it: the job's own engine, workers, coordinator and mechanism; only who answers, or what is in the data, differs."""
+"""A simulation with canaries in it: the job's own engine, workers, coordinator and mechanism; only who answers, or what is in the data, differs.
 
-from collections.abc import Callable, Iterator, Mapping
+`Room` says how many canaries a job has room for, and puts them with the clients that it asks most often, as far as that is known before.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -8,14 +12,16 @@ from typing import Any
 import numpy as np
 
 from fedtune.adapters import methods
+from fedtune.algorithms import State
 from fedtune.algorithms.dp_fed_avg import CLIP
-from fedtune.errors import Refused
-from fedtune.privacy.canary_clients import ClientCanaries
+from fedtune.errors import Refused, UserError
+from fedtune.privacy.canaries import Canaries, ClientCanaries, Directions, View, coins
 from fedtune.privacy.clipping import clip as bounded
-from fedtune.privacy.plan import METRIC_CAP
-from fedtune.rounds import Coordinator, Reply
+from fedtune.privacy.plan import METRIC_CAP, Plan
+from fedtune.rounds import Coordinator, Reply, make_algorithm
+from fedtune.seeds import generator
 from fedtune.server.app import Ask, Pairs
-from fedtune.training.canaries import GradientCanaries, InputCanaries, SpikedStore
+from fedtune.training.canaries import GradientCanaries, InputCanaries, SpikedStore, mislabelled
 from fedtune.training.cohort import CohortTrainer
 from fedtune.training.evaluate import score
 from fedtune.training.local import ClientData
@@ -24,8 +30,88 @@ from fedtune.wire import Packet, Pieces, decode, encode
 from fedtune.workflows.setup import Setup
 from fedtune.workflows.simulate import Simulation
 
+MOST = 10_000
+"""Canaries unless told otherwise, or fewer where they show more: with so many, noise of half its size shows at an epsilon of about 2."""
+MOST_TEXTS = 1000
+"""The same of input canaries, each of which is trained on."""
 CLAIMED = 5.0
 """Examples that a canary client says it holds: equal weights must not listen to it."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """A job's room for canaries. `seed`: of the coins and of where canaries are."""
+
+    setup: Setup
+    plan: Plan
+    seed: int
+
+    @cached_property
+    def asked(self) -> Counter[str]:
+        """Rounds in which each client is asked, by the seed; of an amplified job all rounds, as nobody may know in which."""
+        if self.plan.job.privacy.amplification:
+            return Counter(dict.fromkeys(self.setup.split.clients, self.plan.rounds))
+        algorithm, clients = make_algorithm(self.setup.job, self.setup.spec.schema), self.setup.store.clients
+        drawn = Counter(a.client for round in range(self.setup.job.federation.rounds) for a in algorithm.plan(State(round, {}), clients))
+        return Counter({name: min(count, self.plan.budget or count) for name, count in drawn.items()})
+
+    @cached_property
+    def most_asked(self) -> list[str]:
+        """All clients that are asked, those asked most first, and of those asked as often in an order drawn by chance."""
+        names = list(self.asked)
+        order = generator(self.seed, "canary-clients").permutation(len(names))
+        return sorted((names[i] for i in order), key=lambda name: -self.asked[name])
+
+    @cached_property
+    def often(self) -> list[str]:
+        """Those asked as often as any."""
+        return [name for name in self.most_asked if self.asked[name] == max(self.asked.values())]
+
+    @cached_property
+    def directions(self) -> Directions:
+        return Directions(self.setup.spec.size, self.seed)
+
+    @property
+    def view(self) -> View:
+        """What there is to see of a canary of a client that is asked most."""
+        release, rounds = self.plan.release([]), max(self.asked.values(), default=1)
+        rate = release.sample / release.population if release.sampling == "fixed" else release.rate
+        return View(self.plan.parts["update"], rate, rounds * self.plan.steps, release.sampling == "fixed")
+
+    def clients(self, count: int) -> Canaries:
+        """Clients that are canaries."""
+        return Canaries(self.most_asked[:count], np.arange(count), np.arange(count), coins(count, self.seed))
+
+    def client_room(self) -> tuple[int, int, str]:
+        """(canaries that are of use, the most there can be, why no more)."""
+        most = min(len(self.most_asked), self.directions.count)
+        return min(MOST, most), most, f"{len(self.most_asked):,} clients are asked, and an update has {self.directions.count:,} directions"
+
+    def examples(self, count: int) -> Canaries:
+        """Examples with a gradient of their own, spread over as many clients as are asked most, or as are needed."""
+        names = self.most_asked[: max(len(self.often), -(-count // self.directions.count))]
+        return Canaries(names, np.arange(count) % len(names), np.arange(count) // len(names), coins(count, self.seed))
+
+    def example_room(self) -> tuple[int, int, str]:
+        """As `client_room`."""
+        each = self.directions.count
+        return min(MOST, len(self.often) * each), len(self.most_asked) * each, f"{len(self.most_asked):,} clients are asked, of whose gradients each has {each:,} directions"
+
+    def texts(self, count: int) -> tuple[Canaries, ClientData]:
+        """Examples of the clients asked most, once more with a wrong label."""
+        parts = [self.setup.store.train(name) for name in self.often]
+        whole = ClientData([e for part in parts for e in part.encoded], np.concatenate([part.labels for part in parts]))
+        owner, rng = np.repeat(np.arange(len(parts)), [len(part) for part in parts]), generator(self.seed, "canary-texts")
+        places = rng.permutation(len(whole))[:count]
+        data = mislabelled(whole.take(places), len(self.setup.labels), rng)
+        return Canaries(self.often, owner[places], np.zeros(count, np.int64), coins(count, self.seed)), data
+
+    def text_room(self) -> tuple[int, int, str]:
+        """As `client_room`. Raises UserError for a task without two labels."""
+        if len(self.setup.labels) < 2:
+            raise UserError(f"--kind input: mislabels examples, but a {self.setup.job.model.task} job has no labels to choose from; use --kind gradient")
+        most = sum(self.setup.store.clients[self.setup.split.clients.place(name)].examples for name in self.often)
+        return min(MOST_TEXTS, most), most, f"the clients that are asked most hold {most:,} examples"
 
 
 @dataclass(frozen=True)
@@ -49,21 +135,13 @@ class Audited(Simulation):
     """What all audits share: nothing is scored on held-out data, and who held an update back is known.
 
     Attributes:
+        audit: the canaries, and what was seen of them.
         sent: updates that left. refused: why others did not or were not taken, by client.
     """
 
+    audit: GradientCanaries | InputCanaries | ClientCanaries
     sent: int = 0
     refused: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def evidence(self) -> np.ndarray:
-        """What was seen of each canary, float64 [m]; see `privacy.audit.take_guesses`."""
-        raise NotImplementedError
-
-    @property
-    def asked(self) -> Mapping[str, int]:
-        """In how many rounds each canary's client was asked, as far as that is seen."""
-        return {}
 
     def answered(self, client: str, came: bool) -> None:
         """A client's round is over."""
@@ -103,14 +181,6 @@ class AuditedSteps(Audited):
         super().__post_init__()
         self.worker.audit = self.audit
 
-    @property
-    def evidence(self) -> np.ndarray:
-        return self.audit.sight.evidence()
-
-    @property
-    def asked(self) -> Mapping[str, int]:
-        return self.audit.asked
-
     def answered(self, client: str, came: bool) -> None:
         self.audit.left(client, came)
 
@@ -126,10 +196,6 @@ class AuditedTexts(Audited):
     """Example level, from outside: input canaries, which the setup's store hides; the model is asked at the start and at the end."""
 
     audit: InputCanaries
-
-    @property
-    def evidence(self) -> np.ndarray:
-        return self.audit.found
 
     def evaluate(self, round: int, arrays: Arrays) -> Metrics | None:
         if round in (0, self.setup.job.federation.rounds):
@@ -151,14 +217,6 @@ class AuditedClients(Audited):
     """In the round that is under way: the sum of the other clients' clipped updates, which the attacker knows."""
     _asked: tuple[float, frozenset[str]] = (1.0, frozenset())
     """In the round that is under way: the clip, and the canaries asked."""
-
-    @property
-    def evidence(self) -> np.ndarray:
-        return self.audit.sight.evidence()
-
-    @property
-    def asked(self) -> Mapping[str, int]:
-        return self.audit.asked
 
     def silent(self, client: str) -> bool:
         return self.audit.silent(client)

@@ -18,6 +18,7 @@ from typing import Any
 
 from fedtune.adapters.spec import AdapterSpec
 from fedtune.errors import EnvironmentProblem, PrivacyRefused, UserError
+from fedtune.gradient_init import init_warnings
 from fedtune.job import Job, job_from, load_raw
 from fedtune.privacy.plan import Plan, plan_of, warnings_of
 from fedtune.types import TensorSpec
@@ -104,7 +105,8 @@ def make_calibration(job: Job, epsilons: Sequence[float] = (), noises: Sequence[
     """
     if job.privacy.unit == "client" and not job.data.clients:
         raise UserError("data.clients = 0: how many clients there are decides about delta and sampling; give --clients N")
-    parts, notes = adapter_parts(job)
+    spec, notes = _shapes(job)
+    parts = adapter_parts(job, spec)
     jobs = list(_asked(job, epsilons, noises))
     plans = [(text, _plan(one)) for text, one in jobs]
     rows, other = [_row(text, plan, parts) for text, plan in plans], []
@@ -116,7 +118,8 @@ def make_calibration(job: Job, epsilons: Sequence[float] = (), noises: Sequence[
                 notes.append(f"{'without' if job.privacy.amplification else 'with'} amplification: {e}")
     gentlest = min((plan for _, plan in plans), key=lambda plan: plan.parts["update"])
     count = job.privacy.examples if job.privacy.unit == "example" else job.data.clients
-    return Calibration(job.privacy.unit, count, (*rows, *other), parts, DEFINITION[job.privacy.unit], tuple(warnings_of(gentlest)), tuple(notes))
+    return Calibration(job.privacy.unit, count, (*rows, *other), parts, DEFINITION[job.privacy.unit],
+        (*warnings_of(gentlest), *(init_warnings(spec, gentlest) if spec else ())), tuple(notes))
 
 
 def _asked(job: Job, epsilons: Sequence[float], noises: Sequence[float]) -> Iterator[tuple[str, Job]]:
@@ -160,22 +163,28 @@ def _row(asked: str, plan: Plan, parts: Sequence[Part]) -> Row:
         plan.delta, plan.rounds, plan.rounds * plan.steps, release.sampling, rate, {part.name: many / (z * math.sqrt(part.numbers)) for part in parts})
 
 
-def adapter_parts(job: Job) -> tuple[tuple[Part, ...], list[str]]:
-    """(the adapter as a whole, its units and its cores, notes), from the base's config; without that, one core where its rank says its size."""
+def _shapes(job: Job) -> tuple[AdapterSpec | None, list[str]]:
+    """(the spec, notes), from the base's config; None without that."""
     try:
-        spec, notes = _spec(job)
+        return _spec(job)
     except (UserError, EnvironmentProblem, ModuleNotFoundError) as e:
-        core = (Part("each core", 1, job.adapter.rank**2),) if job.adapter.method == "fed-sb" else ()
-        return core, [f"the shapes of the base are not known ({str(e).splitlines()[0]})" + ("" if core else ", so no signal to noise can be given")]
+        lacking = "" if job.adapter.method == "fed-sb" else ", so no signal to noise can be given"
+        return None, [f"the shapes of the base are not known ({str(e).splitlines()[0]}){lacking}"]
+
+
+def adapter_parts(job: Job, spec: AdapterSpec | None) -> tuple[Part, ...]:
+    """The adapter as a whole, its units and its cores; without a spec, one core where its rank says its size."""
+    if spec is None:
+        return (Part("each core", 1, job.adapter.rank**2),) if job.adapter.method == "fed-sb" else ()
     if not spec.size:
-        return (), notes
+        return ()
     units: dict[str, int] = {}
     for t in spec.trainable:
         units[t.unit] = units.get(t.unit, 0) + t.size
     found = [Part("the whole adapter", 1, spec.size), *_alike(units)]
     if spec.method == "fed-sb":
         found.append(Part("each core", len(spec.linears), spec.rank**2))
-    return tuple(found), notes
+    return tuple(found)
 
 
 def _alike(units: dict[str, int]) -> Iterator[Part]:

@@ -13,7 +13,7 @@ from fedtune.adapters.spec import AdapterSpec, describe
 from fedtune.data.examples import PACKAGE_READERS, load_dataset
 from fedtune.data.partition import Split, split
 from fedtune.errors import DataError, EnvironmentProblem, UserError
-from fedtune.gradient_init import gradient_bytes
+from fedtune.gradient_init import gradient_bytes, init_warnings
 from fedtune.job import DeviceClass, Job
 from fedtune.models.base import layout
 from fedtune.models.load import load_encoder, sketch_model
@@ -109,7 +109,7 @@ def make_plan(job: Job) -> Plan:
     parameters = layout(sketch).size
     model, update = packet_bytes(spec.schema)
     frame = len(save({t.name: np.zeros(t.shape, np.float32) for t in spec.frame})) if spec.frame else 0
-    init = min(job.adapter.init_clients, clients) * sum(gradient_bytes(spec)) if job.adapter.init == "gradient" else 0
+    init = min(job.adapter.init_clients, clients) * sum(gradient_bytes(spec)) if job.adapter.asks_gradients else 0
     fed = job.federation
     memory = step_memory(job, spec, sketch)
     devices = _devices(job, clients, parts, memory["total"], model, update, frame)
@@ -117,7 +117,7 @@ def make_plan(job: Job) -> Plan:
     cohort = min(fed.cohort, drawable)
     first = holders(drawable, cohort, fed.rounds)
     privacy = plan_of(job, clients)
-    notes += list(warnings_of(privacy)) if privacy else []
+    notes += [*warnings_of(privacy), *init_warnings(spec, privacy)] if privacy else []
     lost = privacy.reading().epsilon if privacy and job.privacy.noise == "system" else math.inf
     if not source.weights:
         notes.append("the weights are not here: numbers and bytes are exact, but nothing can be trained yet")

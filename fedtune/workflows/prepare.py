@@ -11,11 +11,16 @@ from fedtune.storage import failing_clearly
 from fedtune.workflows.setup import data_free_frame, make_bundle, open_base, require_trainable
 
 
-def prepare(job: Job, folder: Path, stage: Callable[[str], None] = lambda text: None) -> Bundle:
-    """Makes the bundle in `folder`, which must be new or empty.
+def prepare(job: Job, folder: Path, edge: Path | None = None, stage: Callable[[str], None] = lambda text: None) -> Bundle:
+    """Makes the bundle in `folder`, which must be new or empty, and in `edge`, which must not exist, what devices without torch train with.
 
-    Raises UserErrors: a base that is not here, a folder that holds something.
+    Raises UserErrors: a base that is not here or that no graph can be made of, a folder that holds something.
     """
+    if edge is not None:
+        if edge.exists():
+            raise RunError(f"{edge} already exists; choose another --edge")
+        if job.adapter.asks_gradients:
+            raise RunError(f'adapter.init = "{job.adapter.init}": devices make the frame, so there is none yet for --edge; use init = "weights"')
     with failing_clearly(folder):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise RunError(f"{folder} already exists and is not empty; choose another -o")
@@ -25,7 +30,12 @@ def prepare(job: Job, folder: Path, stage: Callable[[str], None] = lambda text: 
     _ = base.spec
     model = base.fresh_model()
     _ = base.encoder  # a tokenizer that is not this base's is found here and not on every device
-    if job.adapter.init == "gradient":  # the coordinator makes the frame, once devices have sent gradients
+    if job.adapter.asks_gradients:  # the coordinator makes the frame, once devices have sent gradients
         return make_bundle(base, folder, {}, model, {})
     stage("making the frame")
-    return make_bundle(base, folder, data_free_frame(base, model), model, {})
+    bundle = make_bundle(base, folder, data_free_frame(base, model), model, {})
+    if edge is not None:
+        from fedtune.workflows.edge_folder import write_edge_folder
+
+        write_edge_folder(base, bundle, edge, stage)
+    return bundle

@@ -218,9 +218,10 @@ class Live:
         spec, manifest = self.bundle.manifest.spec, self.bundle.manifest
         self.watch.stage(f"asking {self.job.adapter.init_clients} devices for the gradient of the first step", 0)
         self.gather(self.coordinator)
-        gradients, traffic = gather_gradients(self.job, spec, self.run, self.coordinator.clients, self.exchange)
+        gradients, traffic = gather_gradients(self.job, spec, self.run, self.coordinator.clients, self.exchange, self.coordinator.privacy)
         frame, first = from_gradients(spec, gradients, self.job.adapter.init_step)
         self.traffic = replace(traffic, offers=self.traffic.offers)
+        self.run.keep_start(self.traffic.dump())
         return write_bundle(
             self.run.bundle, self.job, frame, self.bundle.initial | first, source=manifest.source, sha256=manifest.sha256, licence=manifest.licence,
             parameters=manifest.parameters, task=manifest.task, labels=manifest.labels, spec=spec, versions=manifest.versions)
@@ -369,15 +370,17 @@ def _run(
     bundle = open_bundle(entry.bundle)
     run = _open_run(entry, bundle)
     spec = bundle.manifest.spec
-    asks, secure = gradient_schema(spec) if bundle.job.adapter.init == "gradient" else Schema(()), secure_of(bundle.job, spec.schema)
+    asks, secure = gradient_schema(spec) if bundle.job.adapter.asks_gradients else Schema(()), secure_of(bundle.job, spec.schema)
     summed = message_bytes(secure, secure.cohort)[0] if secure else 0
     link.body_limit = max(packet_bytes(spec.schema)[1], 4 * sum(t.size for t in asks.tensors), summed) + REQUEST_ROOM
-    desk.note(state="waiting", job=entry.name, run=str(run.path), rounds=bundle.job.federation.rounds, round=None, line=None, epsilon=None, queue=queue,
+    desk.note(state="waiting", job=entry.name, run=str(run.path), rounds=bundle.job.federation.rounds, round=None, line=None, epsilon=None, queue=queue, scored=not bundle.job.privacy.hides_clients,
               ready=0, need=needed(bundle.job))
     with run.locked(), link.run() as grid:
         watching, traffic = watch(entry, run, bundle), Traffic()
-        if bundle.job.adapter.init == "gradient":
-            if run.newest() is None:
+        if bundle.job.adapter.asks_gradients:
+            if run.newest() is None and (begun := run.start()) is not None:
+                traffic = Traffic(**begun)
+            elif run.newest() is None:
                 asking = Live(bundle, run, link, grid, roster, desk, watching)
                 asking.gradient_bundle()
                 traffic = asking.traffic
@@ -394,7 +397,7 @@ def _open_run(entry: Entry, bundle: Bundle) -> RunFolder:
             "created": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions(), "sha256": bundle.manifest.sha256, "split": []})
     run = open_run(entry.run)
     run.require_own_job()
-    if bundle.job.adapter.init == "gradient":  # its bundle is made with the devices
+    if bundle.job.adapter.asks_gradients:  # its bundle is made with the devices
         return run
     if not (run.bundle / "manifest.json").exists():
         with failing_clearly(run.bundle):

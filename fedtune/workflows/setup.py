@@ -17,6 +17,7 @@ from fedtune.data import holdings
 from fedtune.data.examples import Dataset, load_dataset
 from fedtune.data.partition import Split, split
 from fedtune.errors import DataError, ModelError, RunError, UserError
+from fedtune.gradient_init import init_warnings
 from fedtune.job import Job
 from fedtune.models.base import TunableModel, layout
 from fedtune.models.load import Encoder, load_encoder, load_model, sketch_model
@@ -100,7 +101,7 @@ def with_noise(setup: Setup, note: Callable[[str], None]) -> Setup:
     population = len(setup.split.clients)
     job = resolved(setup.job, population)
     if plan := plan_of(job, population):
-        for text in warnings_of(plan):
+        for text in (*warnings_of(plan), *init_warnings(setup.spec, plan)):
             note(text)
     return replace(setup, job=job)
 

@@ -15,7 +15,7 @@ from fedtune.errors import EnvironmentProblem
 from fedtune.gradient_init import gather_gradients
 from fedtune.job import SimulationSection
 from fedtune.models.base import TunableModel
-from fedtune.privacy.plan import plan_of
+from fedtune.privacy.plan import Plan, plan_of
 from fedtune.rounds import Coordinator, Traffic, Watch, evaluated, make_algorithm, start
 from fedtune.run import RunFolder, open_run
 from fedtune.seeds import generator
@@ -79,7 +79,7 @@ class Simulation:
     def rounds(self) -> None:
         """Runs what is left of the rounds on the job's engine."""
         job, done = self.setup.job, self.run.newest()
-        if done and done.state.round >= job.federation.rounds:
+        if done and done.unfinished is None and done.state.round >= job.federation.rounds:
             return
         engine, deadline = job.simulation.engine, job.federation.deadline if self.fleet is None else WEEK
         if engine == "vectorised":
@@ -124,15 +124,18 @@ class Simulation:
     def coordinator(self, exchange: Ask) -> Coordinator:
         """Opens or makes the bundle (asking clients for gradients where the job says so) and stands at the newest checkpoint."""
         job = self.setup.job
-        traffic = Traffic()
-        if (self.run.bundle / "manifest.json").exists() and self.run.newest() is not None:
+        plan, begun = plan_of(job, len(self.setup.split.clients)), self.run.start()
+        traffic = Traffic(**(begun or {}))
+        if begun is not None and self.fleet is not None:
+            self.fleet.recall(traffic)
+        if begun is not None or ((self.run.bundle / "manifest.json").exists() and self.run.newest() is not None):
             bundle = open_bundle(self.run.bundle)
         else:
-            frame, first, traffic = self._make_frame(exchange)
+            frame, first, traffic = self._make_frame(exchange, plan)
             bundle = make_bundle(self.setup, self.run.bundle, frame, self.model, first)
         coordinator = start(
             job, self.run, self.setup.spec.schema, bundle.frame_digest, bundle.frame_bytes, make_algorithm(job, self.setup.spec.schema),
-            self.setup.store.clients, lambda: bundle.initial, self.evaluate, traffic, plan_of(job, len(self.setup.split.clients)),
+            self.setup.store.clients, lambda: bundle.initial, self.evaluate, traffic, plan,
         )
         follow(coordinator, self.watch)
         left = job.federation.rounds - coordinator.state.round
@@ -175,13 +178,14 @@ class Simulation:
         bundle = open_bundle(self.run.bundle)
         return bundle.frame, bundle.frame_digest
 
-    def _make_frame(self, exchange: Ask) -> tuple[Arrays, Arrays, Traffic]:
+    def _make_frame(self, exchange: Ask, plan: Plan | None) -> tuple[Arrays, Arrays, Traffic]:
         job = self.setup.job
-        if job.adapter.method != "fed-sb" or job.adapter.init != "gradient":
+        if not job.adapter.asks_gradients:
             self.watch.stage("making the frame", 0)
             return data_free_frame(self.setup, self.model), {}, Traffic()
         self.watch.stage(f"asking {job.adapter.init_clients} clients for the gradient of the first step", 0)
-        gradients, traffic = gather_gradients(job, self.setup.spec, self.run, self.fleet.available(0) if self.fleet else self.setup.store.clients, exchange)
+        gradients, traffic = gather_gradients(job, self.setup.spec, self.run, self.fleet.available(0) if self.fleet else self.setup.store.clients, exchange, plan)
+        self.run.keep_start(traffic.dump())
         frame, first = frames.from_gradients(self.setup.spec, gradients, job.adapter.init_step)
         return frame, first, traffic
 

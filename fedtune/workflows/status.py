@@ -8,6 +8,7 @@ from typing import Any
 
 from fedtune.errors import RunError
 from fedtune.report.format import bound, duration, size
+from fedtune.report.privacy import UNSCORED
 from fedtune.run import RunFolder
 from fedtune.storage import is_held
 
@@ -56,6 +57,8 @@ def lines(status: dict[str, Any]) -> Iterator[str]:
             yield f"waiting for devices: {status.get('ready', 0)} of {status.get('need', '?')} ready"
         if status["accuracy"] is not None:
             yield f"held-out: accuracy {status['accuracy']:.4f}" + (f", loss {status['loss']:.4f}" if status["loss"] is not None else "")
+        elif not status.get("scored", True):
+            yield UNSCORED
         yield f"sent: {size(status['bytes'])}; updates refused: {status['refused']}, late: {status['late']}; privacy spent: {_spent(status['epsilon'])}"
         if status["seconds_left"] is not None:
             yield f"time left: about {duration(status['seconds_left'])}"

@@ -26,10 +26,10 @@ def facts(run: RunFolder, accountants: Sequence[str] = ACCOUNTANTS) -> dict[str,
     """
     lines, checkpoint = run.metrics(), run.newest()
     if checkpoint is not None:
-        run.require_metrics(checkpoint.state.round)
+        run.require_metrics(checkpoint)
     if not lines or checkpoint is None:
         raise RunError(f"{run.path}: no round is finished yet, not even the start; continue it with `fedtune simulate --resume {run.path}`")
-    require_whole(run.ledger, lines[-1]["round"])
+    require_whole(run.ledger, lines[-1]["round"], 0 if run.job().adapter.asks_gradients else 1)
     job, started, bundle = run.job(), run.facts(), open_bundle(run.bundle)
     manifest, spec = bundle.manifest, bundle.manifest.spec
     return {

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fedtune.ledger import Ledger
@@ -20,6 +21,7 @@ FLEET = (
 SELDOM = ("evaluation.every=2",)
 EXAMPLE = ("privacy.unit=example", "privacy.noise-multiplier=2.0", "privacy.clip=0.5", "privacy.examples=160", "federation.weighting=equal",
            "privacy.participations=2", "privacy.noise=seeded", "privacy.metrics-noise=5.0")
+NOISY = ("adapter.init=gradient-dp", "adapter.init-step=0.01")
 CLIENT = ("privacy.unit=client", "privacy.noise-multiplier=3.0", "privacy.clip=0.5", "federation.weighting=equal", "privacy.adaptive-clip=true", "privacy.noise=seeded")
 
 
@@ -115,8 +117,13 @@ INSTANTS = {
     "round 2 is in metrics, not in a checkpoint": ("fedtune.run:RunFolder", "append_metrics", False, "'round': 2", 1, ()),
     "devices: the gradients came, no frame yet": ("fedtune.adapters.frames", "from_gradients", True, "", 1, FLEET),
     "devices: round 2 is in metrics, not in a checkpoint": ("fedtune.run:RunFolder", "append_metrics", False, "'round': 2", 1, FLEET),
+    "noisy gradients: the frame is there, no checkpoint": ("fedtune.bundle", "write_json", False, "manifest", 1, (*EXAMPLE, *NOISY)),
+    "noisy gradients, devices: the frame is there, no checkpoint": ("fedtune.bundle", "write_json", False, "manifest", 1, (*FLEET, *CLIENT, *NOISY, "federation.rounds=2")),
     "example level: round 2 is charged, nobody asked": ("fedtune.ledger:Ledger", "record", False, "2, {", 1, EXAMPLE),
-    "client level: the clip was adapted, no checkpoint yet": ("fedtune.run:RunFolder", "append_metrics", False, "'round': 2", 1, CLIENT),
+    "client level: round 2's noise is drawn, nothing kept": ("fedtune.run:RunFolder", "save", True, "State(round=2", 1, CLIENT),
+    "client level: round 2's model is kept, not scored": ("fedtune.run:RunFolder", "save", False, "State(round=2", 1, CLIENT),
+    "client level: round 2 is in metrics, its checkpoint unfinished": ("fedtune.run:RunFolder", "append_metrics", False, "'round': 2", 1, CLIENT),
+    "client level: the last model is kept, not scored": ("fedtune.workflows.simulate:Simulation", "evaluate", True, ", 3, {", 1, CLIENT),
     "round 2's checkpoint is written, not in its place": ("os", "replace", True, "round-00002", 1, ()),
     "round 3's checkpoint is there, the old one too": ("fedtune.run", "save_checkpoint", False, "round-00003", 1, ()),
     "all rounds are done, the summary is not": ("fedtune.workflows.finish", "write_summary", True, "", 1, ()),
@@ -142,6 +149,36 @@ def test_what_was_charged_stays_charged_and_only_once(start, tiny_settings, tmp_
     assert start(fedtune_killed, simulate(tiny_settings, changes, folder), log, "fedtune.training.cohort:CohortTrainer", "train", False, "", 2) == -signal.SIGKILL
     assert start(fedtune, ["simulate", "--resume", folder], log) == 0, log.read_text()
     assert left(folder)[2] == left(whole)[2] and left(folder)[0] != left(whole)[0]
+
+
+def test_of_a_noisy_frame_one_version_is_ever_seen(start, tiny_settings, tmp_path):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    settings = simulate(tiny_settings, (*CLIENT, *NOISY, "privacy.noise=system"), folder)
+    assert start(fedtune_killed, settings, log, "fedtune.bundle", "write_json", False, "manifest", 1) == -signal.SIGKILL, log.read_text()
+    frame = (folder / "bundle" / "frame.safetensors").read_bytes()
+    assert start(fedtune, ["simulate", "--resume", folder], log) == 0, log.read_text()
+    assert (folder / "bundle" / "frame.safetensors").read_bytes() == frame
+    assert [event.round for event in Ledger(open_run(folder).ledger).events()] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("instant", [
+    ("fedtune.run:RunFolder", "save", False, "State(round=2", 1), ("fedtune.workflows.simulate:Simulation", "scores", False, "", 2),
+    ("fedtune.run:RunFolder", "append_metrics", False, "'round': 2", 1)], ids=["kept", "scored", "shown"])
+def test_of_a_noisy_model_one_version_is_ever_seen(instant, start, tiny_settings, tmp_path):
+    """With noise that nobody can draw again: what was kept before the kill is what the resumed run goes on with."""
+    changes = (*CLIENT, "privacy.noise=system", "evaluation.every=1" if instant[1] == "scores" else "evaluation.every=2")
+    folder, log = tmp_path / "run", tmp_path / "log"
+    assert start(fedtune_killed, simulate(tiny_settings, changes, folder), log, *instant) == -signal.SIGKILL, log.read_text()
+    before = open_run(folder).newest()
+    assert before is not None and before.unfinished is not None and before.state.round == (1 if instant[1] == "scores" else 2)
+    resumed = ["simulate", "--resume", folder]
+    assert start(fedtune_killed, resumed, log, "fedtune.rounds:Coordinator", "plan", True, "", 1) == -signal.SIGKILL, log.read_text()
+    after = open_run(folder).newest()
+    assert after.unfinished is None and after.state.round == before.state.round
+    assert all(np.array_equal(array, after.state.arrays[name]) for name, array in before.state.arrays.items())
+    assert len(open_run(folder).metrics()) == before.state.round + 1
+    assert start(fedtune, resumed, log) == 0, log.read_text()
+    assert [event.round for event in Ledger(open_run(folder).ledger).events()] == [1, 2, 3]
 
 
 def test_killed_again_and_again(start, never_stopped, tiny_settings, tmp_path):

@@ -6,23 +6,33 @@ import numpy as np
 import pytest
 from conftest import until
 
-from fedtune.job import parse_job
+from fedtune.job import load_job, parse_job
 from fedtune.ledger import Ledger
 from fedtune.privacy.releases import read
+from fedtune.report.privacy import UNSCORED
 from fedtune.run import open_run
+from fedtune.workflows.export import export_run
+from fedtune.workflows.setup import open_setup
+from fedtune.workflows.status import lines as lines_of
+from fedtune.workflows.status import read as read_status
 
 pytestmark = pytest.mark.slow
 PRIVATE = ("privacy.unit=example", "privacy.noise-multiplier=2.0", "privacy.clip=0.5", "privacy.examples=160", "federation.weighting=equal",
            "privacy.noise=seeded", "federation.batch-size=8", "federation.local-steps=3")
 
 
-def test_a_private_federation_survives_its_coordinator(federation, domain_csv, live_settings, make_bundle, run_rounds, tmp_path):
-    changes = (*PRIVATE, "federation.rounds=5", "privacy.participations=4")
+NOISY = ("adapter.init=gradient-dp", "adapter.init-clients=3", "adapter.init-step=0.1")
+
+
+@pytest.mark.parametrize("first", [(), NOISY], ids=["rounds", "a noisy frame, and rounds"])
+def test_a_private_federation_survives_its_coordinator(first, federation, domain_csv, live_settings, make_bundle, run_rounds, tmp_path):
+    changes = (*PRIVATE, *first, "federation.rounds=5", "privacy.participations=4")
     live = federation()
     bundle = make_bundle(*changes)
     server = live.server(bundle)
     devices = {name: live.client(name, data) for name, data in domain_csv.items()}
     until(lambda: (live.metrics() or [{"round": -1}])[-1]["round"] >= 1, "round 1", lambda: server.text)
+    assert UNSCORED in list(lines_of(read_status(live.home)))
     server.kill()
     server = live.server(bundle, name="again")
     assert server.wait() == 0, server.text
@@ -40,10 +50,14 @@ def test_a_private_federation_survives_its_coordinator(federation, domain_csv, l
     assert all("budget of 4 rounds is spent" in why for why in lines[-1]["refused"].values()) and len(lines[-1]["refused"]) == 3
     assert all(line["accuracy"] is None and line["train_loss"] is None for line in lines)  # nothing that holds no noise
     summary = json.loads(run.summary.read_text())
+    assert UNSCORED in server.text and list(lines_of(read_status(live.home)))[-1].endswith("accuracy not measured" + f"; run folder {run.path}")
+    if not first:
+        setup = open_setup(load_job(run.path / "job.toml", ["export.onnx=true"]))
+        assert export_run(run, setup)["float32"]["accuracy"] > 0  # as that line says
     assert summary["complete"] and summary["privacy"]["epsilon"] == "inf" and "known seed" in summary["privacy"]["note"]
     for name, device in devices.items():
         (own,) = (live.keys / "devices" / name / "privacy").glob("*.sqlite")
         events = Ledger(own).events()
-        assert [e.round for e in events] == [1, 2, 3, 4]  # also when it was asked twice for one round
-        assert all(read(e.facts).count == 3 for e in events)
+        assert [e.round for e in events] == [*([0] if first else []), 1, 2, 3, 4]  # also when it was asked twice for one round
+        assert all(read(e.facts).count == (3 if e.round else 1) for e in events)
         assert device.stop() == 130 and "Traceback" not in device.text

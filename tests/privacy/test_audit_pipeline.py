@@ -51,7 +51,7 @@ def crowd(tmp_path_factory):
 def unchecked(monkeypatch):
     """Switches off what the mechanisms check of themselves."""
     monkeypatch.setattr(SelfCheck, "require", lambda *_: None)
-    monkeypatch.setattr(DP_FED_AVG, "_drawn", lambda model, sigma, source: {name: sigma * source.normal(*a.shape) for name, a in model.items()})
+    monkeypatch.setattr(DP_FED_AVG, "drawn_noise", lambda model, sigma, source: {name: sigma * source.normal(*a.shape) for name, a in model.items()})
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 from report_samples import CASES, crowd, diverged, refused, rendered, sample, unfinished
 
 from fedtune.errors import ContractError, RunError
-from fedtune.report import compare, facts, format, summary
+from fedtune.report import compare, facts, format, privacy, summary
 
 
 def test_doctests() -> None:
@@ -85,6 +85,25 @@ def test_notices_say_what_went_wrong() -> None:
     broken = facts.notices(diverged())
     assert "not a number from round 4 on" in broken[0]
     assert any("Not better than “base + head”" in line for line in broken)
+
+
+def test_training_metrics_that_were_not_sent_are_no_divergence() -> None:
+    """Under privacy they may stay with the clients; a loss that was measured and is no number stays one."""
+    made = {**sample(), "privacy": {"unit": "example", "epsilon": 3.2, "note": ""}}
+    silent = {**made, "rounds": [{**r, "train_loss": None} for r in made["rounds"]]}
+    assert facts.notices(silent) == []
+    assert "not a number" in facts.notices({**made, "rounds": [{**r, "train_loss": None if r["round"] > 3 else 1.0} for r in made["rounds"]]})[0]
+    assert "not a number" in facts.notices({**silent, "rounds": [{**r, "loss": None} for r in silent["rounds"]]})[0]
+
+
+def test_a_live_private_run_says_why_it_has_no_accuracy() -> None:
+    made = {**sample(), "engine": "live", "baselines": {}, "privacy": {"unit": "example", "epsilon": 3.2, "note": ""}}
+    made["rounds"] = [{**r, "train_loss": None, "loss": None, "accuracy": None, "evaluated": 0} for r in made["rounds"]]
+    made["final"] = {"accuracy": None, "loss": None, "mean": None, "worst_tenth": None, "clients": []}
+    assert facts.notices(made) == [privacy.UNSCORED]
+    assert facts.headline(made).startswith("Not evaluated after 10 rounds;") and facts.key_figures(made)[0].note == "not measured"
+    summed = {**made, "privacy": {"unit": "none", "epsilon": "inf", "note": ""}, "job": {**made["job"], "privacy": {"secure-aggregation": True}}}
+    assert privacy.UNSCORED in facts.notices(summed)
 
 
 def test_privacy_is_plain() -> None:

@@ -1,0 +1,40 @@
+"""Graphs side by side whose weights lie in one file, each once, found by content. Needs onnx."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from onnx import TensorProto
+
+from fedtune.storage import write_atomic
+
+WEIGHTS = "weights.bin"
+LEAST = 1024
+"""Bytes of a tensor that is worth a place outside of its graph."""
+ALIGN = 4096
+"""Where a tensor begins: at a page, so that a runtime can map it into memory instead of reading it."""
+
+
+def write_graphs(folder: Path, graphs: Mapping[str, Any]) -> None:
+    """Writes onnx.ModelProtos under their file names into `folder`, with what is large in WEIGHTS. The protos are changed."""
+    places: dict[bytes, tuple[int, int]] = {}
+    parts, end = [], 0
+    for proto in graphs.values():
+        for tensor in proto.graph.initializer:
+            if len(tensor.raw_data) < LEAST:
+                continue
+            key = hashlib.sha256(tensor.raw_data).digest()
+            if key not in places:
+                places[key] = (end, len(tensor.raw_data))
+                parts.append(tensor.raw_data)
+                parts.append(bytes(-len(tensor.raw_data) % ALIGN))
+                end += len(parts[-2]) + len(parts[-1])
+            offset, length = places[key]
+            tensor.ClearField("raw_data")
+            tensor.data_location = TensorProto.EXTERNAL
+            for name, value in (("location", WEIGHTS), ("offset", offset), ("length", length)):
+                tensor.external_data.add(key=name, value=str(value))
+    write_atomic(folder / WEIGHTS, b"".join(parts))
+    for name, proto in graphs.items():
+        write_atomic(folder / name, proto.SerializeToString(deterministic=True))

@@ -1,0 +1,113 @@
+"""From a bundle to the folder that lets a device train with onnxruntime alone; see `fedtune.onnx.folder`. Needs torch and onnx."""
+
+import math
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fedtune.adapters import methods
+from fedtune.adapters.methods import Parameters
+from fedtune.bundle import Bundle
+from fedtune.data.images import ImageEncoder
+from fedtune.errors import ModelError, RunError
+from fedtune.models.base import TunableModel, summed_loss
+from fedtune.onnx import folder as files
+from fedtune.onnx.shared import write_graphs
+from fedtune.onnx.training import forward_graph, step_graph
+from fedtune.onnx.verify import open_graph
+from fedtune.run import versions
+from fedtune.seeds import generator
+from fedtune.storage import failing_clearly, write_json
+from fedtune.types import Arrays
+from fedtune.workflows.card import public_name
+from fedtune.workflows.setup import OpenBase
+
+LOSS, GRADIENT = 1e-4, 2e-3
+"""Largest difference of a loss from torch's, relative above 1, and of all gradients together as a share of their L2 norm: a value at the
+bend of a ReLU can fall on its other side."""
+TRIED = ((4, 12), (3, 5), (1, 6))
+"""Batches that the graphs are tried on, (examples, tokens of the longest): other sizes than those they were traced with."""
+SHIFT = 0.01
+"""Standard deviation of what is added to the trained values at each trial, as a start of zeros would hide much."""
+
+
+def write_edge_folder(base: OpenBase, bundle: Bundle, target: Path, stage: Callable[[str], None] = lambda text: None) -> files.EdgeCard:
+    """Traces both graphs with the bundle's frame, runs them beside torch, and only then moves them to `target`, which must not exist.
+
+    Raises RunError for a target that exists, ModelError for a base that cannot be traced, or whose graphs differ from torch.
+    """
+    if target.exists():
+        raise RunError(f"{target} already exists; choose another folder, or remove it")
+    model, spec, job = base.fresh_model(), bundle.manifest.spec, base.job
+    parameters = methods.attach(model, spec, bundle.frame)
+    methods.write(parameters, bundle.initial)
+    example = _batch(base, 5, 8)
+    with failing_clearly(target), tempfile.TemporaryDirectory(prefix=".edge-", dir=target.absolute().parent) as scratch:
+        made = Path(scratch) / "new"
+        made.mkdir()
+        stage("tracing the training step")
+        graphs = {files.STEP: step_graph(model, parameters, example, job.export.opset)}
+        stage("tracing the forward pass")
+        graphs[files.FORWARD] = forward_graph(model, parameters, example, job.export.opset)
+        write_graphs(made, graphs)
+        stage("checking the graphs against torch")
+        _require_equal(made, base, model, parameters)
+        base.encoder.save(made)
+        manifest = bundle.manifest
+        card = files.EdgeCard(
+            files.FORMAT, manifest.task, manifest.labels, job.model.max_length, spec, public_name(manifest.source), manifest.sha256, manifest.frame_sha256,
+            job.export.opset, versions()["fedtune"], {p.name: files.sha256_of(p) for p in sorted(made.iterdir())})
+        write_json(made / files.CARD, files.CARD_FILE.dump_python(card, mode="json"))
+        made.rename(target)
+    return card
+
+
+def _batch(base: OpenBase, examples: int, length: int) -> Arrays:
+    """Made-up inputs: texts of unequal length (the first has `length` tokens) from the whole vocabulary, or noise for an image."""
+    draw = generator(0, "edge-batch", examples, str(length))
+    if isinstance(base.encoder, ImageEncoder):
+        side = base.encoder.size
+        return base.encoder.collate([{"pixels": draw.standard_normal((3, side, side)).astype(np.float32)} for _ in range(examples)])
+    lengths = [length, *draw.integers(1, length + 1, examples - 1).tolist()]
+    rows = [{"input_ids": draw.integers(0, base.encoder.vocabulary, n)} | ({"token_type_ids": np.zeros(n, np.int64)} if base.encoder.needs_type_ids else {}) for n in lengths]
+    return base.encoder.collate(rows)
+
+
+def _require_equal(folder: Path, base: OpenBase, model: TunableModel, parameters: Parameters) -> None:
+    """Runs both graphs beside torch on other batches than the traced one, with trained values near the start. Raises ModelError."""
+    step, forward = open_graph(folder / files.STEP), open_graph(folder / files.FORWARD)
+    draw = generator(0, "edge-values")
+    for examples, length in TRIED:
+        methods.write(parameters, {name: v + (SHIFT * draw.standard_normal(v.shape)).astype(np.float32) for name, v in methods.read(parameters).items()})
+        batch = _batch(base, examples, length)
+        labels = draw.integers(0, base.classes, examples)
+        weight = draw.uniform(0.1, 1.0, examples).astype(np.float32)
+        values = methods.read(parameters)
+        named = {files.LABELS: labels} if model.task != "causal-lm" else {}
+        names = [o.name for o in step.get_outputs()]
+        found = dict(zip(names, step.run(None, batch | named | {files.WEIGHT: weight} | values)))
+        logits = forward.run([files.LOGITS], batch | values)[0]
+        inputs = {name: torch.from_numpy(x) for name, x in batch.items()}
+        out = model(**inputs)
+        loss, _, count = summed_loss(out, inputs, torch.from_numpy(labels), model.task)
+        gradients = torch.autograd.grad((loss * torch.from_numpy(weight)).sum(), list(parameters.values()), allow_unused=True, materialize_grads=True)
+        _near("loss", found[files.LOSS], loss.detach().numpy(), LOSS)
+        _near("count", found[files.COUNT], count.numpy(), 0.0)
+        _near("logits", logits, out.detach().numpy(), LOSS)
+        truth = np.concatenate([g.numpy().ravel() for g in gradients])
+        off = np.linalg.norm(np.concatenate([found[files.gradient_of(name)].ravel() for name in parameters]) - truth)
+        if not off <= GRADIENT * np.linalg.norm(truth) + 1e-7:
+            raise _differs("gradients", float(off / np.linalg.norm(truth)), GRADIENT)
+
+
+def _near(what: str, found: np.ndarray, truth: np.ndarray, limit: float) -> None:
+    off = float((np.abs(found - truth) / np.maximum(1.0, np.abs(truth))).max(initial=0.0)) if found.shape == truth.shape else math.inf
+    if not off <= limit:
+        raise _differs(what, off, limit)
+
+
+def _differs(what: str, off: float, limit: float) -> ModelError:
+    return ModelError(f"training graph: its {what} differ from torch by {off:.3g}, {limit:g} is allowed; nothing was written. Train this base on devices with torch")
