@@ -1,6 +1,6 @@
 """What a training step keeps in memory: saved bytes, peak of the process and seconds, for stock torch, PEFT and fedtune's lean steps.
 
-    python benchmarks/edge_memory.py [--steps 7] [--quick] [--json]
+    OMP_NUM_THREADS=1 python benchmarks/edge_memory.py [--steps 7] [--quick] [--json]
 
 EfficientNet-Lite0 at 128 and 224 pixels and MiniLM at 64 tokens, batch 8, SGD. Stock: the same parameters trained by torch's own autograd
 (full, biases and head, head alone, and for MiniLM PEFT's LoRA of rank 16 on all linears of the blocks). fedtune: its adapters with
@@ -9,9 +9,12 @@ federation.lean = "all". Figures:
     planned   bytes kept between forward and backward, from shapes alone, as `fedtune plan` has them
     saved     the same, counted in a real step: the storages that autograd's hooks for saved tensors see, each once, without the model's own
     peak      largest resident memory of a fresh process that takes two steps, less what it had before the first (base loaded, batch made)
-    seconds   of a step; all ways take turns in one process, and the ratio to the same adapter in stock torch is the median over turns
+    seconds   of processor time, of a step; all ways take turns in one process, and the ratio to the same adapter in stock torch is the
+              median over turns
 
-Bytes are the same on every machine; a resident peak has allocator and library scratch in it, and seconds are this machine's.
+Bytes are the same on every machine; a resident peak has library scratch in it, and seconds are this machine's. For the peak the
+allocator is told to give freed memory back at once (MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_): as glibc comes, it keeps so much
+of it that a lean step's peak is several times higher.
 """
 
 import argparse
@@ -174,9 +177,10 @@ def measure(case: str, turns: int) -> list[Row]:
 
 
 def timed(work: Callable[[], None]) -> float:
-    began = time.perf_counter()
+    """Processor time: on a machine with other work it says more of a step than the clock does."""
+    began = time.process_time()
     work()
-    return time.perf_counter() - began
+    return time.process_time() - began
 
 
 def name(method: str, lean: bool) -> str:

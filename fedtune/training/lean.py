@@ -16,6 +16,7 @@ the functions in `lean_functions.ALL` go to twins that keep less; which module c
 Frozen linears, sums, biases and bilinear scaling keep nothing in stock torch either. Slopes have 16 bits and not 8: 8 make
 gradients wrong by 1e-3, which shows after a round of Adam, and save only a byte more. Making the middle of an MLP again instead
 would save both bytes and cost a linear of its size; what is made again here are only the three linears of an attention.
+`exact` leaves out the last three rows.
 """
 
 from collections.abc import Callable, Iterator, Mapping
