@@ -67,7 +67,8 @@ class AdapterSection(_Section):
     """What is trained."""
 
     method: Literal["fed-sb", "lora", "ffa-lora", "flora", "fedex-lora", "fedsa-lora", "bias", "tinytl", "head", "full"] = _key(
-        "fed-sb", "fed-sb (r x r cores), lora, ffa-lora (lora with A frozen), bias, head or full", available=("fed-sb", "lora", "ffa-lora", "bias", "head", "full"))
+        "fed-sb", "fed-sb (r x r cores), lora, ffa-lora (lora with A frozen), bias, tinytl (biases and lite residuals; for inverted bottlenecks), head or full",
+        available=("fed-sb", "lora", "ffa-lora", "bias", "tinytl", "head", "full"))
     rank: int = _key(16, "rank r", ge=1, le=4096)
     alpha: float = _key(0.0, "scale is alpha / rank; 0 means alpha = rank, scale 1", ge=0.0, le=1e6)
     targets: tuple[str, ...] = _key(("all-linear",), "linears to adapt: all-linear, or whole names inside a block such as attention.self.query, or globs such as *.dense")
@@ -112,6 +113,9 @@ class FederationSection(_Section):
     proximal: float = _key(0.0, "FedProx mu", later=True, ge=0.0)
     min_replies: int = _key(1, "fewest valid replies for a round to count; below it the model stays and the round is reported as void", ge=1)
     deadline: float = _key(3600.0, "seconds a round waits for replies", gt=0.0, le=604_800.0)
+    lean: Literal["off", "exact", "all"] = _key(
+        "exact", "what a local step on a CPU keeps for its backward pass; off: all that torch keeps; exact: in CNNs no more than needed, with the same gradients bit for bit; "
+        "all: in transformers too, with gradients equal to rounding and up to half more time. Off with example-level privacy")
     max_norm: float = _key(1e4, "an update whose difference from the model has a larger L2 norm is refused", gt=0.0)
     max_weight: float = _key(1e6, "an update that claims more examples than this is refused", gt=0.0)
     seed: int = _key(0, "seed of everything drawn", ge=0, le=2**63 - 1)

@@ -6,12 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedtune.adapters import lite_residual
 from fedtune.adapters.fed_sb import SBLinear
 from fedtune.adapters.frames import lora_factor
 from fedtune.adapters.lora import LoRALinear
 from fedtune.adapters.spec import AdapterSpec
 from fedtune.errors import ShapeMismatch
-from fedtune.models.base import TunableModel
+from fedtune.models.base import TunableModel, layout
 from fedtune.types import Arrays
 
 Parameters = dict[str, Tensor]
@@ -65,7 +66,10 @@ def initial(model: TunableModel, spec: AdapterSpec, start: Arrays, seed: int) ->
 
 
 def merge(model: TunableModel, spec: AdapterSpec, frame: Arrays, arrays: Arrays) -> None:
-    """Folds trained values into an un-adapted model's own weights: W + s·B·R·A, W + s·B·A, or the values themselves."""
+    """Folds trained values into an un-adapted model's own weights: W + s·B·R·A, W + s·B·A, or the values themselves. Lite residuals stay beside it."""
+    if spec.method == "tinytl":
+        lite_residual.insert(model.body, layout(model).inverted)
+        model.requires_grad_(False)
     weights = dict(model.body.named_parameters()) | {f"head.{n}": p for n, p in (model.head.named_parameters() if model.head is not None else ())}
     factors = {linear.name: lora_factors(spec, frame, arrays, linear.name) for linear in spec.linears}
     with torch.no_grad():
@@ -113,6 +117,12 @@ def _attach_own(model: TunableModel, spec: AdapterSpec, frame: Arrays) -> Mappin
     return dict(model.body.named_parameters())
 
 
+def _attach_tinytl(model: TunableModel, spec: AdapterSpec, frame: Arrays) -> Mapping[str, Tensor]:
+    lite_residual.insert(model.body, layout(model).inverted)
+    model.body.requires_grad_(False)
+    return dict(model.body.named_parameters())
+
+
 def _zeros(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     return np.zeros(shape, np.float32)
 
@@ -122,6 +132,6 @@ def _lora_start(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
 
 
 _ATTACH: dict[str, Callable[[TunableModel, AdapterSpec, Arrays], Mapping[str, Tensor]]] = {
-    "fed-sb": _attach_fed_sb, "lora": _attach_lora, "ffa-lora": _attach_lora, "bias": _attach_own, "full": _attach_own, "head": _attach_own,
+    "fed-sb": _attach_fed_sb, "lora": _attach_lora, "ffa-lora": _attach_lora, "bias": _attach_own, "tinytl": _attach_tinytl, "full": _attach_own, "head": _attach_own,
 }
-_START: dict[str, Callable[[str, tuple[int, ...], int], np.ndarray]] = {"fed-sb": _zeros, "lora": _lora_start, "ffa-lora": _zeros}
+_START: dict[str, Callable[[str, tuple[int, ...], int], np.ndarray]] = {"fed-sb": _zeros, "lora": _lora_start, "ffa-lora": _zeros, "tinytl": lite_residual.start}

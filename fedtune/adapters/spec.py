@@ -27,12 +27,25 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Inverted:
+    """An inverted bottleneck of a CNN: channels in and out, its stride, and how much smaller its input is than the image, along a side."""
+
+    name: str
+    inputs: int
+    outputs: int
+    stride: int
+    reduction: int
+    unit: str = "outside"
+
+
+@dataclass(frozen=True)
 class Layout:
-    """The shape of a base: its linears, all its parameters, and the task head beside it (empty for causal-lm)."""
+    """The shape of a base: its linears, all its parameters, the task head beside it (empty for causal-lm), and its inverted bottlenecks."""
 
     linears: tuple[Linear, ...]
     parameters: tuple[TensorSpec, ...]
     head: tuple[TensorSpec, ...]
+    inverted: tuple[Inverted, ...] = ()
 
     @property
     def size(self) -> int:
@@ -129,6 +142,31 @@ def _bias(layout: Layout, section: AdapterSection) -> _Tensors:
     return (), tuple(p for p in layout.parameters if p.name.rpartition(".")[2] == "bias"), ()
 
 
+def _tinytl(layout: Layout, section: AdapterSection) -> _Tensors:
+    """TinyTL's L+B: all biases, and a lite residual beside each inverted bottleneck (`adapters.lite_residual`)."""
+    if not layout.inverted:
+        raise ModelError('adapter.method = "tinytl": this base has no inverted bottlenecks (1x1, depthwise and 1x1 convolution); use "bias", "head" or "full", '
+                         'or for a text model "fed-sb"')
+    return (), (*_bias(layout, section)[1], *(t for block in layout.inverted for t in lite_tensors(block))), ()
+
+
+def lite_tensors(block: Inverted) -> tuple[TensorSpec, ...]:
+    """What is trained of a block's lite residual."""
+    c, k = block.inputs, lite_kernel(block)
+    shapes = {"conv.weight": (c, c // lite_groups(c), k, k), "norm.weight": (c,), "norm.bias": (c,), "point.weight": (block.outputs, c, 1, 1), "last.weight": (block.outputs,)}
+    return tuple(TensorSpec(f"{block.name}.lite.{name}", shape, block.unit) for name, shape in shapes.items())
+
+
+def lite_kernel(block: Inverted) -> int:
+    """Side of the grouped kernel: 5, or 3 or 1 where the pooled input of an image of 256 pixels is smaller (the authors' rule, whatever the image)."""
+    side = max(1, 256 // block.reduction // 2)
+    return 5 if side >= 5 else 3 if side >= 3 else 1
+
+
+def lite_groups(channels: int) -> int:
+    return 2 if channels % 2 == 0 else 1
+
+
 def _full(layout: Layout, section: AdapterSection) -> _Tensors:
     return (), layout.parameters, ()
 
@@ -138,5 +176,5 @@ def _head(layout: Layout, section: AdapterSection) -> _Tensors:
 
 
 _METHODS: dict[str, Callable[[Layout, AdapterSection], _Tensors]] = {
-    "fed-sb": _fed_sb, "lora": _lora, "ffa-lora": _ffa_lora, "bias": _bias, "full": _full, "head": _head,
+    "fed-sb": _fed_sb, "lora": _lora, "ffa-lora": _ffa_lora, "bias": _bias, "tinytl": _tinytl, "full": _full, "head": _head,
 }

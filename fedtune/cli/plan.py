@@ -46,7 +46,7 @@ def _show(plan: "Plan", console: Console) -> None:
         ("in all", size(round(plan.total_bytes)), f"{plan.rounds} rounds; expects {plan.expected_first_time:.1f} clients to need the frame"),
         ("memory of a client", _size(device["total"]), "computed from shapes; libraries and data come on top"),
         ("  base", _size(device["base"]), ""),
-        ("  activations", _size(device["activations"]), "kept for the backward pass of one batch"),
+        ("  activations", _size(device["activations"]), _kept(device)),
         ("  adapter", _size(device["adapter_gradients_optimizer"]), "with gradients and optimizer state"),
         ("  frame", _size(device["frame"]), ""),
         ("privacy", f"epsilon {shown(plan.epsilon)}", _protects(plan)),
@@ -59,6 +59,11 @@ def _show(plan: "Plan", console: Console) -> None:
         console.print(table(header, [_device(d) for d in plan.devices]))
     for note in plan.notes:
         console.print(Text(f"! {note}", style="yellow"))
+
+
+def _kept(device: dict[str, int | None]) -> str:
+    stock, text = device["activations_without_lean"], "kept for the backward pass of one batch"
+    return text if stock is None or stock == device["activations"] else f"{text}; {_size(stock)} without federation.lean"
 
 
 def _protects(plan: "Plan") -> str:

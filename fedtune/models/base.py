@@ -1,11 +1,13 @@
 """The one shape that every base takes: a frozen body, a pooling, and a task head."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from fedtune.adapters.spec import Layout, Linear
+from fedtune.models.inverted import inverted_blocks
 from fedtune.types import TensorSpec
 
 
@@ -51,7 +53,8 @@ def layout(model: TunableModel) -> Layout:
     )
     parameters = tuple(TensorSpec(name, tuple(p.shape), units.of(name)) for name, p in model.body.named_parameters())
     head = () if model.head is None else tuple(TensorSpec(f"head.{name}", tuple(p.shape), "head") for name, p in model.head.named_parameters())
-    return Layout(linears, parameters, head)
+    inverted = tuple(replace(block, unit=units.of(f"{block.name}.")) for block in inverted_blocks(model.body))
+    return Layout(linears, parameters, head, inverted)
 
 
 class _Units:

@@ -54,6 +54,22 @@ def batch_norm_backward(
     return dx, dw, dy.sum(over) if wanted[2] else None
 
 
+def avg_pool_backward(
+    dy: Tensor, x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], ceil: bool, count_padding: bool, divisor: int | None,
+) -> Tensor:
+    """Every number goes back in equal parts to where it came from: a transposed convolution of each channel.
+
+    Raises NotImplementedError where the parts are not equal.
+    """
+    stride = list(stride) or list(kernel)
+    if ceil or divisor or (any(padding) and not count_padding):
+        raise NotImplementedError("training through an average pool whose windows differ in size")
+    extra = [x.shape[2 + i] - ((dy.shape[2 + i] - 1) * stride[i] - 2 * padding[i] + kernel[i]) for i in range(2)]
+    weight = torch.full((1, 1, *kernel), 1 / (kernel[0] * kernel[1]), dtype=dy.dtype, device=dy.device)
+    back = aten.convolution.default(dy.reshape(-1, 1, *dy.shape[2:]), weight, None, stride, padding, [1, 1], True, extra, 1)
+    return back.reshape(x.shape)
+
+
 def hardtanh_backward(dy: Tensor, x: Tensor, low: float, high: float) -> Tensor:
     """Of ReLU6 among others: one bool a number, which need not wait for dy."""
     return torch.where((x > low) & (x < high), dy, 0.0)
@@ -66,5 +82,5 @@ def threshold_backward(dy: Tensor, x: Tensor, threshold: float) -> Tensor:
 
 TABLE: dict[Any, Callable[..., Any]] = {
     aten.convolution_backward.default: convolution_backward, aten.native_batch_norm_backward.default: batch_norm_backward,
-    aten.hardtanh_backward.default: hardtanh_backward, aten.threshold_backward.default: threshold_backward,
+    aten.avg_pool2d_backward.default: avg_pool_backward, aten.hardtanh_backward.default: hardtanh_backward, aten.threshold_backward.default: threshold_backward,
 }

@@ -1,7 +1,7 @@
 """Local training: what one client does with the model in one round. The truth for every engine."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from fedtune.data.encoded import ClientData, Encoder
 from fedtune.job import FederationSection
 from fedtune.models.base import TunableModel, summed_loss
 from fedtune.training.batches import local_batches
+from fedtune.training.lean import Lean
 from fedtune.training.rates import learning_rate
 from fedtune.types import Metrics
 
@@ -40,16 +41,20 @@ def train_locally(
     """
     optimizer = make_optimizer(parameters, settings, round)
     totals, device = torch.zeros(3, dtype=torch.float64), device_of(model)
+    lean = Lean(model, settings.lean == "exact") if settings.lean != "off" and device.type == "cpu" else None
     for index in local_batches(data.lengths, settings.batch_size, settings.local_epochs, settings.local_steps, rng):
-        totals += step(model, optimizer, *to_batch(data, index, encoder, device)).cpu()
+        totals += step(model, optimizer, *to_batch(data, index, encoder, device), lean.running() if lean else nullcontext()).cpu()
     loss, correct, count = totals.tolist()
     return {"loss": (loss, count), "accuracy": (correct, count)}
 
 
-def step(model: TunableModel, optimizer: torch.optim.Optimizer, batch: Mapping[str, Tensor], labels: Tensor) -> Tensor:
-    """One optimizer step. Returns float64 [summed loss, right predictions, predictions]."""
+def step(
+    model: TunableModel, optimizer: torch.optim.Optimizer, batch: Mapping[str, Tensor], labels: Tensor, around: AbstractContextManager | None = None,
+) -> Tensor:
+    """One optimizer step, its forward pass inside `around`. Returns float64 [summed loss, right predictions, predictions]."""
     optimizer.zero_grad(set_to_none=True)
-    loss, correct, count = summed_loss(model(**batch), batch, labels, model.task)
+    with around or nullcontext():
+        loss, correct, count = summed_loss(model(**batch), batch, labels, model.task)
     predictions = count.sum()
     if predictions > 0:  # a batch of one-token texts predicts nothing
         (loss.sum() / predictions).backward()

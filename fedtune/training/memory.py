@@ -1,17 +1,40 @@
 """How much memory a training step needs, from shapes alone: the step is run on fake tensors, which hold no values."""
 
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from fedtune.adapters.methods import attach
 from fedtune.adapters.spec import AdapterSpec
 from fedtune.job import Job
 from fedtune.models.base import TunableModel, layout
+from fedtune.training.lean import Lean
 
 NUMBER = 4
 """Bytes of a float32."""
+
+
+_CURVED = frozenset({F.silu, F.gelu, F.hardswish, F.hardsigmoid, F.mish, F.elu, F.sigmoid, torch.sigmoid, Tensor.sigmoid, torch.tanh, Tensor.tanh, F.tanh})
+_PRODUCTS = frozenset({torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__})
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Bytes that autograd keeps between forward and backward of one step on a CPU, weights not counted.
+
+    `curved`: those of them that activations other than ReLU and its like keep (swish, h-swish, sigmoid), and the products with gates
+    (squeeze-and-excitation).
+    """
+
+    bytes: int
+    curved: int
 
 
 def step_memory(job: Job, spec: AdapterSpec, sketch: TunableModel) -> dict[str, int | None]:
@@ -21,50 +44,78 @@ def step_memory(job: Job, spec: AdapterSpec, sketch: TunableModel) -> dict[str, 
         sketch: the base on the meta device and without an adapter; it cannot be used afterwards.
 
     Returns:
-        "activations" and "total" are None for a base whose code looks at values.
+        "activations" and "total" are None for a base whose code looks at values. "curved" and "activations_without_lean" are no
+        parts of the total: what of the activations ReLU6 would not keep (`Saved`), and what stock torch would keep.
     """
     parameters = layout(sketch).size
     states = {"adamw": 2, "adam": 2, "sgd": 1 if job.federation.momentum else 0}[job.federation.optimizer]
     side = job.model.image_size if job.model.task == "image-classification" else job.model.max_length
+    with torch.device("meta"):
+        attach(sketch, spec, {t.name: np.zeros(t.shape, np.float32) for t in spec.frame})
+    found, stock = (saved_bytes(sketch, job.federation.batch_size, side, lean) for lean in (lean_of(job), "off"))
     parts: dict[str, int | None] = {
         "base": NUMBER * (parameters + spec.head_size),
         "frame": NUMBER * sum(t.size for t in spec.frame),
         "adapter_gradients_optimizer": NUMBER * (2 + states) * spec.size,
-        "activations": saved_bytes(sketch, spec, job.federation.batch_size, side),
+        "activations": None if found is None else found.bytes,
     }
     known = [v for v in parts.values() if v is not None]
-    return parts | {"total": sum(known) if len(known) == len(parts) else None}
+    return parts | {
+        "total": sum(known) if len(known) == len(parts) else None,
+        "activations_without_lean": None if stock is None else stock.bytes, "curved": None if found is None else found.curved}
 
 
-def saved_bytes(model: TunableModel, spec: AdapterSpec, batch: int, side: int) -> int | None:
-    """Bytes that autograd keeps between forward and backward of one step on a CPU, weights not counted.
+def lean_of(job: Job) -> str:
+    """federation.lean as it counts: gradients by example are made from what stock torch keeps."""
+    return "off" if job.privacy.unit == "example" else job.federation.lean
+
+
+def saved_bytes(model: TunableModel, batch: int, side: int, lean: str) -> Saved | None:
+    """From shapes alone.
 
     Args:
-        model: on the meta device and without an adapter; it gets one and cannot be used afterwards.
+        model: on the meta device and with its adapter; what it holds is replaced, and it is good for nothing else afterwards.
         batch: examples in the step.
         side: tokens of each text, or pixels of an image's side.
+        lean: as federation.lean.
 
     Returns:
         None for a base whose code looks at values and so cannot run without them.
     """
-    with torch.device("meta"):
-        attach(model, spec, {t.name: np.zeros(t.shape, np.float32) for t in spec.frame})
     with FakeTensorMode():
         _fake(model)
         held = {_key(t) for t in [*model.parameters(), *model.buffers()]}
-        seen: dict[int, tuple[int, Tensor]] = {}  # the tensor is kept so that no later storage takes its address
+        seen: dict[int, tuple[int, Tensor, bool]] = {}  # the tensor is kept so that no later storage takes its address
+        calls = _Calls()
 
         def pack(t: Tensor) -> Tensor:
             if _key(t) not in held:
-                seen[_key(t)] = (t.untyped_storage().nbytes(), t)
+                seen.setdefault(_key(t), (t.untyped_storage().nbytes(), t, calls.curved))
             return t
 
         try:
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), ExitStack() as around:
+                if lean != "off":
+                    around.enter_context(Lean(model, lean == "exact").running())
+                around.enter_context(calls)
                 _loss(model, batch, side)
         except (RuntimeError, NotImplementedError, ValueError, TypeError):
             return None
-    return sum(size for size, _ in seen.values())
+    return Saved(sum(size for size, _, _ in seen.values()), sum(size for size, _, curved in seen.values() if curved))
+
+
+class _Calls(TorchFunctionMode):
+    """Watches which function runs: `curved` is whether it is an activation that is not made of straight pieces, or a product of two results."""
+
+    curved = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before, gate = self.curved, func in _PRODUCTS and all(isinstance(x, Tensor) and x.requires_grad for x in args[:2])
+        self.curved = func in _CURVED or gate
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.curved = before
 
 
 def _fake(model: nn.Module) -> None:

@@ -204,17 +204,31 @@ class _StackedConv2d(_Stacked):
         return y if plain.bias is None else y + plain.bias[:, None, None]
 
 
-class _StackedBatchNorm2d(_Stacked):
-    """In eval mode: running statistics, which are never trained here."""
+class _StackedNorm2d(_Stacked):
+    """A norm of images, whose scale and shift come after it."""
+
+    def normal(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        plain: nn.BatchNorm2d = self.plain
-        rows, weight, bias = self.rows(len(x)), self.get("weight"), self.get("bias")
-        y = F.batch_norm(x, plain.running_mean, plain.running_var, plain.weight if weight is None else None, None, False, 0.0, plain.eps)
+        plain, rows, weight, bias = self.plain, self.rows(len(x)), self.get("weight"), self.get("bias")
+        y = self.normal(x, plain.weight if weight is None else None)
         if weight is not None:
             y = y * (rows.belongs @ weight)[:, :, None, None]
         shift = plain.bias[:, None, None] if bias is None else (rows.belongs @ bias)[:, :, None, None]
         return y + shift
+
+
+class _StackedBatchNorm2d(_StackedNorm2d):
+    """In eval mode: running statistics, which are never trained here."""
+
+    def normal(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        return F.batch_norm(x, self.plain.running_mean, self.plain.running_var, weight, None, False, 0.0, self.plain.eps)
+
+
+class _StackedGroupNorm(_StackedNorm2d):
+    def normal(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        return F.group_norm(x, self.plain.num_groups, weight, None, self.plain.eps)
 
 
 class _StackedEmbedding(_Stacked):
@@ -231,6 +245,7 @@ _STACKED: Mapping[type[nn.Module], tuple[type[_Stacked], frozenset[str]]] = {
     nn.LayerNorm: (_StackedLayerNorm, frozenset({"weight", "bias"})),
     nn.Conv2d: (_StackedConv2d, frozenset({"weight", "bias"})),
     nn.BatchNorm2d: (_StackedBatchNorm2d, frozenset({"weight", "bias"})),
+    nn.GroupNorm: (_StackedGroupNorm, frozenset({"weight", "bias"})),
     nn.Embedding: (_StackedEmbedding, frozenset({"weight"})),
 }
 

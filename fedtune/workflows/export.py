@@ -44,6 +44,7 @@ EXAMPLES = 512
 PARTS = ("adapter", "peft", "onnx", "README.md")
 NOT_LORA = {
     "bias": "bias trains biases, which a LoRA does not hold",
+    "tinytl": "tinytl trains biases and small convolutions, which a LoRA does not hold",
     "head": "head trains nothing but the head, which is in adapter/",
     "full": "full trains every weight, which a LoRA does not hold",
 }

