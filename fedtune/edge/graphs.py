@@ -1,10 +1,9 @@
 """The graphs that `fedtune prepare --edge` made, run by onnxruntime in little memory: loss and gradients of a batch, or its logits.
 
 What the session options below do to one step of 4 texts of 64 tokens on MiniLM with Fed-SB of rank 16 (one thread, resident memory of
-a process that does nothing else): onnxruntime's own settings 285 MB; weights left where they are mapped instead of packed into copies
-of their own 197 MB. Its memory arena stays on: freed blocks are used again at once, where malloc keeps holes (247 MB) or gives them
-back to the system and takes twice the time. Its record of each batch shape's pattern is off: batches have many shapes, and every
-record keeps a block of the arena.
+a process that does nothing else): onnxruntime's own settings 250 MB; weights left where they are mapped instead of packed into copies
+of their own 207 MB; without its record of each batch shape's pattern 179 MB, as a record keeps a block of its own. Its memory arena
+stays on: it uses freed blocks again at once, where malloc keeps holes (262 MB) or gives them back to the system and takes twice the time.
 """
 
 from collections.abc import Mapping
