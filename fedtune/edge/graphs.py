@@ -4,6 +4,8 @@ What the session options below do to one step of 4 texts of 64 tokens on MiniLM 
 a process that does nothing else): onnxruntime's own settings 250 MB; weights left where they are mapped instead of packed into copies
 of their own 207 MB; without its record of each batch shape's pattern 179 MB, as a record keeps a block of its own. Its memory arena
 stays on: it uses freed blocks again at once, where malloc keeps holes (262 MB) or gives them back to the system and takes twice the time.
+Nodes run in the order of the file, in which the masks of ReLUs come before the next layer: nothing for MiniLM, but a step of 8 images of
+128 pixels on EfficientNet-Lite0's biases takes 171 MB instead of 239.
 """
 
 from collections.abc import Mapping
@@ -90,6 +92,7 @@ def lean_options() -> onnxruntime.SessionOptions:
     """See above."""
     options = onnxruntime.SessionOptions()
     options.enable_mem_pattern = False
+    options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     options.add_session_config_entry("session.disable_prepacking", "1")
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # threads that wait busily cost a shared machine more than they gain
     return options
