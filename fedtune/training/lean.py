@@ -20,7 +20,7 @@ would save both bytes and cost a linear of its size; what is made again here are
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -49,17 +49,11 @@ class Lean:
         attentions: dict[nn.Module, Forward] = {m: partial(_made_again, self, m, m.forward) for m in model.modules() if is_self_attention(m) and not exact}
         self._forwards = cores | attentions
         self._inside = {m: {c: cores[c] for c in m.modules() if c in cores} for m in attentions}
-        configs: dict[int, Any] = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "use_cache")}
-        self._configs = [] if exact else list(configs.values())
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Inside, the forward pass is lean; its backward pass may run inside or after."""
-        with ExitStack() as after:
-            for config in self._configs:  # a cache of keys and values is for generating, and would keep them
-                after.callback(setattr, config, "use_cache", config.use_cache)
-                config.use_cache = False
-            after.enter_context(self._swapped(self._forwards))
+        with self._swapped(self._forwards):
             yield
 
     @contextmanager

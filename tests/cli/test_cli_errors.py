@@ -209,13 +209,13 @@ def test_help_shows_an_example(command):
 def test_every_command_is_tested_here():
     names = {command.name for command in app.registered_commands}
     assert set(COMMANDS) <= names <= {*COMMANDS, "export", "predict"}
-    assert {group.typer_instance.info.name for group in app.registered_groups} == {"provision", "privacy"}  # tested in test_cli_provision and tests/privacy
+    assert {group.typer_instance.info.name for group in app.registered_groups} == {"provision", "privacy", "edge"}  # tested in test_cli_provision, tests/privacy and tests/edge
 
 
 def test_examples_in_help_are_commands_that_exist():
     for command in app.registered_commands:
         for example in re.findall(r"fedtune (\S+)((?: --?\S+)*)", command.epilog):
-            assert example[0] in {c.name for c in app.registered_commands} | {"provision", "privacy"}
+            assert example[0] in {c.name for c in app.registered_commands} | {"provision", "privacy", "edge"}
             options = invoke([example[0], "--help"]).stdout
             assert all(option in options for option in re.findall(r"--[a-z-]+", example[1]))
 
