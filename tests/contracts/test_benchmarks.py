@@ -18,7 +18,8 @@ def run(path, *options):
     return subprocess.run([sys.executable, path, "--quick", *options], capture_output=True, text=True, timeout=600, check=True).stdout
 
 
-@pytest.mark.parametrize("path", [p for p in BENCHMARKS if p.stem not in MINUTES], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [
+    pytest.param(p, marks=pytest.mark.slow) if p.stem == "simulation" else p for p in BENCHMARKS if p.stem not in MINUTES], ids=lambda p: p.stem)
 def test_a_quick_run_ends_with_its_targets(path):
     found = json.loads(run(path, "--json", *PART.get(path.stem, ())).splitlines()[-1])
     assert found["targets"]
