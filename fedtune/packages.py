@@ -6,7 +6,6 @@ Other models and data come as folders and files of the user's own.
 """
 
 import difflib
-import hashlib
 import os
 import shutil
 import subprocess
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import IO, Literal
 
 from fedtune.errors import ContractError, DataError, EnvironmentProblem, ModelError, UserError
+from fedtune.storage import sha256_of
 
 Progress = Callable[[str], None]
 """Receives one line for each stage; pip draws its own bar only on terminals, so nothing finer is known."""
@@ -193,9 +193,7 @@ def unpack(package: Package, archive: Path) -> Path:
 
 def check_hash(path: Path, sha256: str, what: str) -> None:
     """Raise EnvironmentProblem unless the file has this sha256."""
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != sha256:
+    if (found := sha256_of(path)) != sha256:
         raise EnvironmentProblem(f"{what}: the archive has sha256 {found}, not the pinned {sha256}; nothing was unpacked, fetch it again")
 
 

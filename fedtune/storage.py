@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import tempfile
@@ -67,6 +68,12 @@ def failing_clearly(path: Path) -> Iterator[None]:
         if e.errno in _NO_SUCH_PLACE:
             raise UserError(f"cannot write {path}: {e.strerror}; choose another place") from e
         raise EnvironmentProblem(f"cannot write {path}: {e.strerror or e}; free space, check permissions, or choose another place") from e
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's bytes, hexadecimal. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def private_folder(path: Path) -> None:

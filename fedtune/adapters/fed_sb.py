@@ -3,6 +3,8 @@
 Sources: Fed-SB (Singhal et al. 2025), LoRA-SB and LoRA-XS; the maths is in the first two functions' docstrings.
 """
 
+from typing import Any, Protocol
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -28,3 +30,40 @@ class SBLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + F.linear(self.core(F.linear(x, self.a)), self.b)
+
+
+class Rows(Protocol):
+    """Brings rows together by the model they are of: [n, ...] -> [models, width, ...], and back."""
+
+    def gather(self, x: Tensor) -> Tensor: ...
+
+    def scatter(self, x: Tensor) -> Tensor: ...
+
+
+class SBProduct(torch.autograd.Function):
+    """x W' + bias + (x A') R' B' with gradients to x, bias and R alone, in as few passes over the wide side as there are products.
+
+    x [n, inputs], W [outputs, inputs], A [r, inputs], B [outputs, r] with the scale in it. R is [r, r] without `rows`; with them each of K
+    models has its own, [K, r, r], and row i is multiplied by that of its model. Kept for the backward pass: x A'.
+    dR = (dy B)' (x A'), summed over a model's rows; dx = dy W + (dy B R) A.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, r: Tensor, rows: Rows | None = None) -> Tensor:
+        down = x @ a.T if rows is None else rows.gather(x @ a.T)
+        ctx.save_for_backward(down, weight, a, b, r)
+        ctx.rows = rows
+        thin = down @ r.mT
+        return F.linear(x, weight, bias).addmm_(thin if rows is None else rows.scatter(thin), b.T)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (dy,), rows = grads, ctx.rows
+        down, weight, a, b, r = ctx.saved_tensors
+        up = dy @ b if rows is None else rows.gather(dy @ b)
+        dr = up.mT @ down if ctx.needs_input_grad[5] else None
+        dbias = dy.sum(0) if ctx.needs_input_grad[2] else None
+        if not ctx.needs_input_grad[0]:
+            return None, None, dbias, None, None, dr, None
+        thin = up @ r
+        return (dy @ weight).addmm_(thin if rows is None else rows.scatter(thin), a), None, dbias, None, None, dr, None

@@ -19,20 +19,30 @@ EXAMPLES = (
     "Examples:  fedtune client --server coordinator.example:9092 --dir keys/devices/device-001 --data reviews.csv"
     "   |   fedtune client --server 127.0.0.1:9092 --insecure --name first --dir first --data reviews.csv"
 )
+# Of every device, with torch or without.
+ServerOption = Annotated[str, typer.Option("--server", metavar="HOST:PORT", help="The coordinator.", show_default=False)]
+FolderOption = Annotated[Path, typer.Option("--dir", help="This device's folder: keys from `fedtune provision`, bundles, logs.", show_default=False)]
+DataOption = Annotated[Path, typer.Option("--data", help="This device's data: .csv, .tsv, .jsonl, .parquet, or a folder of images. It stays here.", show_default=False)]
+PolicyOption = Annotated[Path | None, typer.Option("--policy", help="The owner's limits (default: policy.toml in --dir, if there is one).", show_default=False)]
+NameOption = Annotated[str, typer.Option("--name", help="With --insecure: what to be called.", show_default=False)]
+InsecureOption = Annotated[bool, typer.Option("--insecure", help="No TLS and no key; to 127.0.0.1 only, for trying out.")]
+ThreadsOption = Annotated[int, typer.Option("--threads", min=0, max=1024, help="Threads that compute (0: all cores).")]
+IdleOption = Annotated[float, typer.Option("--idle", min=0, help="Seconds without work after which the model leaves memory (0: never).")]
+LogOption = Annotated[bool, typer.Option("--log-json", help="One JSON object a line on standard output, for log collectors.")]
 
 
 @shell
 def command(
-    server: Annotated[str, typer.Option("--server", metavar="HOST:PORT", help="The coordinator.", show_default=False)],
-    folder: Annotated[Path, typer.Option("--dir", help="This device's folder: keys from `fedtune provision`, bundles, logs.", show_default=False)],
-    data: Annotated[Path, typer.Option("--data", help="This device's data: .csv, .tsv, .jsonl, .parquet, or a folder of images. It stays here.", show_default=False)],
+    server: ServerOption,
+    folder: FolderOption,
+    data: DataOption,
     base: Annotated[Path | None, typer.Option("--base", help="Folder of the base model (default: the one the job names, from the cache).", show_default=False)] = None,
-    policy: Annotated[Path | None, typer.Option("--policy", help="The owner's limits (default: policy.toml in --dir, if there is one).", show_default=False)] = None,
-    name: Annotated[str, typer.Option("--name", help="With --insecure: what to be called.", show_default=False)] = "",
-    insecure: Annotated[bool, typer.Option("--insecure", help="No TLS and no key; to 127.0.0.1 only, for trying out.")] = False,
-    threads: Annotated[int, typer.Option("--threads", min=0, max=1024, help="torch threads (0: all cores).")] = 0,
-    idle: Annotated[float, typer.Option("--idle", min=0, help="Seconds without work after which the model leaves memory (0: never).")] = 600.0,
-    log_json: Annotated[bool, typer.Option("--log-json", help="One JSON object a line on standard output, for log collectors.")] = False,
+    policy: PolicyOption = None,
+    name: NameOption = "",
+    insecure: InsecureOption = False,
+    threads: ThreadsOption = 0,
+    idle: IdleOption = 600.0,
+    log_json: LogOption = False,
 ) -> None:
     """Joins a federation and trains when asked, until stopped. The data stay here; what leaves are the adapter's values and counts."""
     join(server, folder, data, policy, name, insecure, log_json, base=base, threads=threads, idle_seconds=idle)

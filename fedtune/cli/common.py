@@ -1,11 +1,12 @@
 """What every command shares: how errors end a process, and the options that stand in several commands."""
 
+import os
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
@@ -18,8 +19,15 @@ SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.K
 UnderstandOption = Annotated[bool, typer.Option("--i-understand", help="Go on with an epsilon above 10; the same as --set privacy.i-understand=true.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 
-out = Console(emoji=False)
-err = Console(stderr=True, emoji=False)
+
+
+def _width(stream: TextIO) -> int | None:
+    """Lines fit a terminal; in a file or a pipe they stay whole, so that `grep` finds what it looks for."""
+    return None if stream.isatty() or "COLUMNS" in os.environ else 1000
+
+
+out = Console(emoji=False, width=_width(sys.stdout))
+err = Console(stderr=True, emoji=False, width=_width(sys.stderr))
 
 
 def busy(text: str) -> AbstractContextManager[Any]:

@@ -24,23 +24,22 @@ BENCH = "Examples:  fedtune edge bench --graphs edge-folder   |   fedtune edge b
 app = typer.Typer(name="edge", help="A device with onnxruntime and no torch: train, label, measure.", no_args_is_help=True, suggest_commands=False, pretty_exceptions_enable=False)
 GraphsOption = Annotated[Path, typer.Option("--graphs", help="Folder that `fedtune prepare --edge` made.", show_default=False)]
 MemoryOption = Annotated[int, typer.Option("--memory-mb", min=0, help="What the process that trains may have in memory, in MB, mapped files among them (0: no limit).")]
-ThreadsOption = Annotated[int, typer.Option("--threads", min=0, max=1024, help="Threads that compute (0: all cores).")]
 
 
 @app.command(epilog=TRAIN)
 @shell
 def train(
-    server: Annotated[str, typer.Option("--server", metavar="HOST:PORT", help="The coordinator.", show_default=False)],
-    folder: Annotated[Path, typer.Option("--dir", help="This device's folder: keys from `fedtune provision`, bundles, logs.", show_default=False)],
+    server: client.ServerOption,
+    folder: client.FolderOption,
     graphs: GraphsOption,
-    data: Annotated[Path, typer.Option("--data", help="This device's data: .csv, .tsv, .jsonl, .parquet, or a folder of images. It stays here.", show_default=False)],
-    policy: Annotated[Path | None, typer.Option("--policy", help="The owner's limits (default: policy.toml in --dir, if there is one).", show_default=False)] = None,
-    name: Annotated[str, typer.Option("--name", help="With --insecure: what to be called.", show_default=False)] = "",
-    insecure: Annotated[bool, typer.Option("--insecure", help="No TLS and no key; to 127.0.0.1 only, for trying out.")] = False,
-    threads: ThreadsOption = 0,
-    idle: Annotated[float, typer.Option("--idle", min=0, help="Seconds without work after which the model leaves memory (0: never).")] = 600.0,
+    data: client.DataOption,
+    policy: client.PolicyOption = None,
+    name: client.NameOption = "",
+    insecure: client.InsecureOption = False,
+    threads: client.ThreadsOption = 0,
+    idle: client.IdleOption = 600.0,
     memory_mb: MemoryOption = 0,
-    log_json: Annotated[bool, typer.Option("--log-json", help="One JSON object a line on standard output, for log collectors.")] = False,
+    log_json: client.LogOption = False,
 ) -> None:
     """Joins a federation and trains when asked, as `fedtune client` does, with onnxruntime alone. Coordinators see no difference."""
     from fedtune.onnx.folder import CARD
@@ -63,7 +62,7 @@ def predict(
     column: Annotated[str, typer.Option("--column", help="Column with the text, in .csv, .tsv, .jsonl and .parquet.")] = "text",
     out_: Annotated[Path | None, typer.Option("--out", help="Write input, label and probability as .csv.", show_default=False)] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Inputs run at once.")] = 16,
-    threads: ThreadsOption = 0,
+    threads: client.ThreadsOption = 0,
     json_: JsonOption = False,
 ) -> None:
     """Prints the label of each text or image and its probability."""
@@ -93,7 +92,7 @@ def bench(
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, max=65536, help="Examples in a step.")] = 16,
     length: Annotated[int, typer.Option("--length", min=0, help="Tokens of each text (0: as many as the job allows).")] = 0,
     steps: Annotated[int, typer.Option("--steps", min=1, max=10_000, help="Steps timed.")] = 5,
-    threads: ThreadsOption = 0,
+    threads: client.ThreadsOption = 0,
     memory_mb: MemoryOption = 0,
     json_: JsonOption = False,
 ) -> None:

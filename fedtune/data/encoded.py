@@ -12,6 +12,14 @@ from fedtune.data.text import TextEncoder
 Encoder = TextEncoder | ImageEncoder
 
 
+def made_up(encoder: Encoder, lengths: Sequence[int], draw: np.random.Generator) -> list[dict[str, np.ndarray]]:
+    """Encoded examples to trace, try or time a model with: texts of so many tokens from the whole vocabulary, or as many images of noise."""
+    if isinstance(encoder, ImageEncoder):
+        return [{"pixels": draw.standard_normal((3, encoder.size, encoder.size)).astype(np.float32)} for _ in lengths]
+    types = [{"token_type_ids": np.zeros(n, np.int64)} if encoder.needs_type_ids else {} for n in lengths]
+    return [{"input_ids": draw.integers(0, encoder.vocabulary, n), **kind} for n, kind in zip(lengths, types)]
+
+
 @dataclass(frozen=True)
 class ClientData:
     """One client's examples, encoded: model inputs by example and labels [n] (zeros for causal-lm)."""

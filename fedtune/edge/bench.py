@@ -8,12 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fedtune.data.encoded import ClientData, Encoder
-from fedtune.data.images import ImageEncoder
-from fedtune.edge.device import engine_of
+from fedtune.data.encoded import ClientData, made_up
+from fedtune.edge.device import engine_of, within
 from fedtune.edge.graphs import Graphs
-from fedtune.edge.memory import peak, resident, rows_within
-from fedtune.edge.training import Engine
+from fedtune.edge.memory import peak, resident
 from fedtune.onnx.folder import CARD, STEP
 from fedtune.seeds import generator
 
@@ -56,31 +54,15 @@ def bench(folder: Path, examples: int, length: int, steps: int, threads: int, me
     graphs.session(STEP)
     opened = time.perf_counter() - begin
     engine = engine_of(graphs, graphs.card.max_length)
-    data = _made_up(engine.encoder, examples, min(length, graphs.card.max_length) or graphs.card.max_length)
+    long = min(length, graphs.card.max_length) or graphs.card.max_length
+    data = ClientData(made_up(engine.encoder, [long] * examples, generator(0, "edge-bench")), np.zeros(examples, np.int64))
     long = engine.lengths(data)[0]
     weight, values = np.full(examples, 1.0 / examples, np.float32), graphs.zeros()
-    one = Engine(graphs, engine.encoder, 1)
-    rows = rows_within(memory_mb, max(1, engine.span // long), lambda n: _once(one, data, n), graphs.weights)
-    engine = Engine(graphs, engine.encoder, rows * long)
+    engine = within(engine, data, memory_mb)
     times = []
     for _ in range(steps + 1):
         begin = time.perf_counter()
         engine.added(values, data, weight)
         times.append(time.perf_counter() - begin)
     disk = sum((folder / name).stat().st_size for name in (CARD, *graphs.card.files))
-    return Bench(examples, long, min(rows, examples), threads, steps, statistics.median(times[1:]), min(times[1:]), opened, start, peak(), disk)
-
-
-def _once(engine: Engine, data: ClientData, rows: int) -> None:
-    Engine(engine.graphs, engine.encoder, 10**9).added(engine.graphs.zeros(), data.take(np.zeros(rows, np.int64)), np.zeros(rows, np.float32))
-
-
-def _made_up(encoder: Encoder, examples: int, length: int) -> ClientData:
-    draw = generator(0, "edge-bench")
-    if isinstance(encoder, ImageEncoder):
-        side = encoder.size
-        encoded: list[dict[str, np.ndarray]] = [{"pixels": draw.standard_normal((3, side, side)).astype(np.float32)} for _ in range(examples)]
-    else:
-        types: dict[str, np.ndarray] = {"token_type_ids": np.zeros(length, np.int64)} if encoder.needs_type_ids else {}
-        encoded = [{"input_ids": draw.integers(0, encoder.vocabulary, length), **types} for _ in range(examples)]
-    return ClientData(encoded, np.zeros(examples, np.int64))
+    return Bench(examples, long, min(engine.span // long, examples), threads, steps, statistics.median(times[1:]), min(times[1:]), opened, start, peak(), disk)

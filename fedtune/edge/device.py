@@ -85,19 +85,18 @@ def engine_of(graphs: Graphs, max_length: int) -> Engine:
     return Engine(graphs, encoder, IMAGES * encoder.size if isinstance(encoder, ImageEncoder) else TOKENS)
 
 
-def within(engine: Engine, data: Stream, memory_mb: int) -> Engine:
+def within(engine: Engine, data: ClientData | Stream, memory_mb: int) -> Engine:
     """The same with no more at once than the limit allows, as steps with the longest example tell. Raises UserError as `rows_within`."""
-    longest = int(np.argmax(data.lengths)) if len(data) else 0
-    values = engine.graphs.zeros()
+    lengths, values = engine.lengths(data), engine.graphs.zeros()
+    longest = int(np.argmax(lengths))
 
     def run(rows: int) -> None:
         taken = data.take(np.full(rows, longest))
         engine.graphs.step(engine.encoder.collate(taken.encoded), taken.labels, np.zeros(rows, np.float32), values)  # type: ignore[arg-type]
 
-    length = max(data.lengths)
     engine.graphs.session(STEP)
-    rows = rows_within(memory_mb, max(1, engine.span // length), run, engine.graphs.weights)
-    return Engine(engine.graphs, engine.encoder, rows * length)
+    rows = rows_within(memory_mb, max(1, engine.span // lengths[longest]), run, engine.graphs.weights)
+    return Engine(engine.graphs, engine.encoder, rows * lengths[longest])
 
 
 def require_same(card: EdgeCard, bundle: Bundle, folder: Path) -> None:

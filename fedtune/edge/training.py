@@ -11,8 +11,9 @@ import numpy as np
 from fedtune.data.encoded import ClientData, Encoder
 from fedtune.edge.graphs import Graphs, Passed
 from fedtune.edge.optimizers import Optimizer
+from fedtune.errors import Refused
 from fedtune.job import FederationSection
-from fedtune.privacy.clipping import SHRINK
+from fedtune.privacy.clipping import clip
 from fedtune.privacy.example import ExamplePrivacy, SelfCheck, capped, drawn_noise, noisy_metrics, poisson_batches
 from fedtune.privacy.noise import Noise
 from fedtune.training.batches import by_length, local_batches
@@ -41,7 +42,7 @@ class Engine:
             totals += found.totals
         return Passed(gradient, totals)
 
-    def lengths(self, data: ClientData) -> Sequence[int]:
+    def lengths(self, data: ClientData | Stream) -> Sequence[int]:
         """In the unit of `span`."""
         return data.lengths if self.graphs.card.task != "image-classification" else [self.encoder.size] * len(data)  # type: ignore[union-attr]
 
@@ -108,8 +109,10 @@ def _of_one(engine: Engine, values: Pieces, one: ClientData) -> Passed:
 
 def clipped(gradient: np.ndarray, bound: float, check: SelfCheck) -> np.ndarray:
     """A gradient [P] cut to an L2 norm of at most `bound`; one that is not finite becomes 0."""
-    norm = float(np.linalg.norm(gradient.astype(np.float64)))
-    cut = gradient * np.float32(min(1.0, bound * SHRINK / max(norm, 1e-30))) if np.isfinite(norm) else np.zeros_like(gradient)
+    try:
+        cut = clip({"": gradient}, bound)[0][""]
+    except Refused:
+        cut = np.zeros_like(gradient)
     check.clipped(np.array([np.linalg.norm(cut.astype(np.float64))]))
     return cut
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fedtune import packages
 from fedtune.errors import EnvironmentProblem, ModelError
+from fedtune.storage import sha256_of
 
 WEIGHTS = "*.safetensors"
 _PICKLED = "*.pth"
@@ -24,8 +25,8 @@ class Source:
     def sha256(self) -> str:
         """sha256 of the weights: of the file where there is one, of the sorted "name hash" lines where there are several."""
         if len(self.weights) == 1:
-            return _sha256(self.weights[0])
-        lines = "".join(f"{p.name} {_sha256(p)}\n" for p in sorted(self.weights))
+            return sha256_of(self.weights[0])
+        lines = "".join(f"{p.name} {sha256_of(p)}\n" for p in sorted(self.weights))
         return hashlib.sha256(lines.encode()).hexdigest()
 
 
@@ -88,8 +89,3 @@ def _from_hub(name: str) -> Path:
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
         raise EnvironmentProblem(
             f"model.source = 'hf:{name}': not a folder here, not in the local cache, and the hub did not answer ({type(e).__name__}); give a folder instead") from None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

@@ -7,14 +7,15 @@
                     and the files of the encoder (tokenizer.json, ...)
 """
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from fedtune.adapters.spec import AdapterSpec
 from fedtune.errors import RunError
+from fedtune.storage import sha256_of
 
 FORMAT = "1"
 CARD, STEP, FORWARD, WEIGHTS = "edge.json", "step.onnx", "forward.onnx", "weights.bin"
@@ -51,25 +52,24 @@ CARD_FILE = TypeAdapter(EdgeCard)
 def open_card(folder: Path) -> EdgeCard:
     """Reads the card and checks every file against it. Raises RunError for a folder that is not whole."""
     path = folder / CARD
-    try:
-        card = CARD_FILE.validate_json(path.read_bytes())
-    except FileNotFoundError:
-        raise RunError(f"{folder}: no {CARD}, so no graphs for training; make them with `fedtune prepare JOB -o BUNDLE --edge {folder}`") from None
-    except (OSError, ValidationError) as e:
-        first = e.errors()[0]["msg"] if isinstance(e, ValidationError) else e.strerror
-        raise RunError(f"{path}: cannot be read ({first}); copy the folder again") from None
-    if card.format != FORMAT:
-        raise RunError(f"{path}: format {card.format}, this fedtune reads {FORMAT}; use the version that wrote it")
-    for name, sha256 in card.files.items():
-        if (found := sha256_of(folder / name)) != sha256:
-            raise RunError(f"{folder / name}: sha256 {found[:12] or 'of nothing'}…, {CARD} says {sha256[:12]}…; copy the folder again")
+    if not path.exists():
+        raise RunError(f"{folder}: no {CARD}, so no graphs for training; make them with `fedtune prepare JOB -o BUNDLE --edge {folder}`")
+    card: EdgeCard = read_card(path, CARD_FILE, "copy the folder again")
+    for file, sha256 in ((folder / name, sha256) for name, sha256 in card.files.items()):
+        if not file.is_file():
+            raise RunError(f"{file}: is not there, and {CARD} names it; copy the folder again")
+        if (found := sha256_of(file)) != sha256:
+            raise RunError(f"{file}: sha256 {found[:12]}…, {CARD} says {sha256[:12]}…; copy the folder again")
     return card
 
 
-def sha256_of(path: Path) -> str:
-    """Hexadecimal; "" for a file that is not there."""
+def read_card(path: Path, kind: TypeAdapter[Any], remedy: str) -> Any:
+    """A card of `kind`, which has a `format`. Raises RunError for one that cannot be read, which ends with the remedy, or is of another format."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError:
-        return ""
+        card = kind.validate_json(path.read_bytes())
+    except (OSError, ValidationError) as e:
+        first = e.errors()[0]["msg"] if isinstance(e, ValidationError) else e.strerror
+        raise RunError(f"{path}: cannot be read ({first}); {remedy}") from None
+    if card.format != FORMAT:
+        raise RunError(f"{path}: format {card.format}, this fedtune reads {FORMAT}; use the version that wrote it")
+    return card

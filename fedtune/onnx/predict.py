@@ -8,18 +8,17 @@ from typing import Literal
 
 import numpy as np
 import onnxruntime
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from fedtune.data.images import ImageEncoder
 from fedtune.data.text import TextEncoder
 from fedtune.errors import ModelError, RunError, UserError
-from fedtune.onnx.folder import FORWARD, EdgeCard, open_card
+from fedtune.onnx.folder import FORWARD, LOGITS, EdgeCard, open_card, read_card
 from fedtune.onnx.verify import open_graph
 from fedtune.types import Arrays
 
-FORMAT = "1"
 CARD, ADAPTER = "model.json", "adapter.safetensors"
 FLOAT32, INT8 = "model.onnx", "model.int8.onnx"
 
@@ -60,7 +59,7 @@ class Predictor:
             ModelError, DataError: a broken graph, tokenizer or image encoder.
         """
         folder = _find(place)
-        card = _read_card(folder / CARD)
+        card: ModelCard = read_card(folder / CARD, CARD_FILE, "export the run again")
         path = folder / (INT8 if int8 else FLOAT32)
         if not path.is_file():
             reason = card.left_out.get("int8", "") if int8 else ""
@@ -108,7 +107,7 @@ class Predictor:
     def _probabilities(self, inputs: Sequence[str]) -> np.ndarray:
         """float32 [n, classes], or [n, vocabulary] for the token after each text."""
         batch = self.encoder.collate(self.encoder.encode(list(inputs)))
-        logits = self.session.run(["logits"], {**batch, **self.values})[0]
+        logits = self.session.run([LOGITS], {**batch, **self.values})[0]
         if self.card.task == "causal-lm":
             logits = logits[np.arange(len(logits)), batch["attention_mask"].sum(1) - 1]
         elif logits.shape[1] != len(self.card.labels):
@@ -149,14 +148,3 @@ def _find(place: Path) -> Path:
     if (place / "run.json").is_file():
         raise RunError(f"{place}: this run has no onnx folder; make it with `fedtune export {place}`")
     raise RunError(f"{place}: no {CARD} in it; give a run folder, or a copy of its onnx folder")
-
-
-def _read_card(path: Path) -> ModelCard:
-    try:
-        card = CARD_FILE.validate_json(path.read_bytes())
-    except (OSError, ValidationError) as e:
-        first = e.errors()[0]["msg"] if isinstance(e, ValidationError) else e.strerror
-        raise RunError(f"{path}: cannot be read ({first}); export the run again") from None
-    if card.format != FORMAT:
-        raise RunError(f"{path}: format {card.format}, this fedtune reads {FORMAT}; use the version that wrote it")
-    return card

@@ -19,22 +19,21 @@ ALIGN = 4096
 def write_graphs(folder: Path, graphs: Mapping[str, Any]) -> None:
     """Writes onnx.ModelProtos under their file names into `folder`, with what is large in WEIGHTS. The protos are changed."""
     places: dict[bytes, tuple[int, int]] = {}
-    parts, end = [], 0
+    weights = bytearray()
     for proto in graphs.values():
         for tensor in proto.graph.initializer:
             if len(tensor.raw_data) < LEAST:
                 continue
             key = hashlib.sha256(tensor.raw_data).digest()
             if key not in places:
-                places[key] = (end, len(tensor.raw_data))
-                parts.append(tensor.raw_data)
-                parts.append(bytes(-len(tensor.raw_data) % ALIGN))
-                end += len(parts[-2]) + len(parts[-1])
+                places[key] = (len(weights), len(tensor.raw_data))
+                weights += tensor.raw_data
+                weights += bytes(-len(weights) % ALIGN)
             offset, length = places[key]
             tensor.ClearField("raw_data")
             tensor.data_location = TensorProto.EXTERNAL
             for name, value in (("location", WEIGHTS), ("offset", offset), ("length", length)):
                 tensor.external_data.add(key=name, value=str(value))
-    write_atomic(folder / WEIGHTS, b"".join(parts))
+    write_atomic(folder / WEIGHTS, bytes(weights))
     for name, proto in graphs.items():
         write_atomic(folder / name, proto.SerializeToString(deterministic=True))

@@ -22,8 +22,8 @@ from fedtune.adapters.methods import Parameters
 from fedtune.errors import EnvironmentProblem, ModelError
 from fedtune.models.base import TunableModel, summed_loss
 from fedtune.onnx.decompositions import TABLE
-from fedtune.onnx.export import OUTPUT, cause, quiet, strip
-from fedtune.onnx.folder import CORRECT, COUNT, LABELS, LOSS, WEIGHT, gradient_of
+from fedtune.onnx.export import cause, quiet, strip
+from fedtune.onnx.folder import CORRECT, COUNT, LABELS, LOGITS, LOSS, WEIGHT, gradient_of
 from fedtune.types import Arrays
 
 
@@ -65,7 +65,7 @@ def forward_graph(model: TunableModel, parameters: Parameters, example: Arrays, 
         return [torch.func.functional_call(model, dict(zip(frozen, fixed)) | dict(zip(places, values)), (), dict(zip(keys, given)))]
 
     with torch.no_grad():
-        return _exported(forward, frozen, _tensors(example), parameters, [OUTPUT], model, opset)
+        return _exported(forward, frozen, _tensors(example), parameters, [LOGITS], model, opset)
 
 
 def decompositions() -> dict[Any, Any]:
@@ -159,10 +159,5 @@ def masks_early(traced: GraphModule) -> None:
         if node.op == "call_function" and str(node.target).split(".")[1:2] and str(node.target).split(".")[1] in _MASKS:
             inputs = [n for n in node.all_input_nodes if n.op != "placeholder"]
             if inputs:
-                max(inputs, key=_order(traced)).append(node)
+                max(inputs).append(node)  # nodes compare by their places in the graph
     traced.recompile()
-
-
-def _order(traced: GraphModule) -> Any:
-    places = {node: i for i, node in enumerate(traced.graph.nodes)}
-    return lambda node: places[node]

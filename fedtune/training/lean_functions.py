@@ -211,28 +211,6 @@ def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, lead
     return scores.softmax(-1)
 
 
-class SBProduct(torch.autograd.Function):
-    """x W' + bias + (x A') R' B' in as few passes over the wide side as there are products; keeps x A' [n, r], as stock torch does.
-
-    dR = (dy B)' (x A'); dx = dy W + (dy B R) A. What `training.stacked` has for many cores.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, r: Tensor) -> Tensor:
-        down = x @ a.T
-        ctx.save_for_backward(down, weight, a, b, r)
-        return F.linear(x, weight, bias).addmm_(down @ r.T, b.T)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        (dy,) = grads
-        down, weight, a, b, r = ctx.saved_tensors
-        up = dy @ b
-        dx = (dy @ weight).addmm_(up @ r, a) if ctx.needs_input_grad[0] else None
-        dbias = dy.sum(0) if ctx.needs_input_grad[2] else None
-        return dx, None, dbias, None, None, up.T @ down if ctx.needs_input_grad[5] else None
-
-
 def _pair(value: Any) -> list[int]:
     return [value, value] if isinstance(value, int) else list(value)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedtune.adapters.fed_sb import SBLinear
+from fedtune.adapters.fed_sb import SBLinear, SBProduct
 from fedtune.adapters.lora import LoRALinear
 from fedtune.adapters.methods import Parameters
 
@@ -116,32 +116,8 @@ class _StackedSB(_Stacked):
     def forward(self, x: Tensor) -> Tensor:
         plain: SBLinear = self.plain
         flat = x.reshape(-1, x.shape[-1])
-        y = _SBProduct.apply(flat, plain.base.weight, plain.base.bias, plain.a, plain.b, self.values["core.weight"], self.rows(*x.shape[:-1]))
+        y = SBProduct.apply(flat, plain.base.weight, plain.base.bias, plain.a, plain.b, self.values["core.weight"], self.rows(*x.shape[:-1]))
         return y.view(*x.shape[:-1], -1)
-
-
-class _SBProduct(torch.autograd.Function):
-    """x W' + bias + (x A') R_k' B' with gradients to x and R alone, in as few passes over the wide side as there are products.
-
-    x [n, inputs], W [outputs, inputs], A [r, inputs], B [outputs, r] with the scale in it, R [K, r, r].
-    dR_k = sum over its rows of (dy B)' (x A'); dx = dy W + (dy B R_k) A.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, r: Tensor, rows: Rows) -> Tensor:
-        down = rows.gather(x @ a.T)
-        ctx.save_for_backward(down, weight, a, b, r)
-        ctx.rows = rows
-        return F.linear(x, weight, bias).addmm_(rows.scatter(down @ r.transpose(1, 2)), b.T)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        (dy,) = grads
-        down, weight, a, b, r = ctx.saved_tensors
-        up = ctx.rows.gather(dy @ b)
-        dr = up.transpose(1, 2) @ down if ctx.needs_input_grad[5] else None
-        dx = (dy @ weight).addmm_(ctx.rows.scatter(up @ r), a) if ctx.needs_input_grad[0] else None
-        return dx, None, None, None, None, dr, None
 
 
 class _StackedLoRA(_Stacked):

@@ -11,7 +11,7 @@ import torch
 from fedtune.adapters import methods
 from fedtune.adapters.methods import Parameters
 from fedtune.bundle import Bundle
-from fedtune.data.images import ImageEncoder
+from fedtune.data.encoded import made_up
 from fedtune.errors import ModelError, RunError
 from fedtune.models.base import TunableModel, summed_loss
 from fedtune.onnx import folder as files
@@ -20,7 +20,7 @@ from fedtune.onnx.training import forward_graph, step_graph
 from fedtune.onnx.verify import open_graph
 from fedtune.run import versions
 from fedtune.seeds import generator
-from fedtune.storage import failing_clearly, write_json
+from fedtune.storage import failing_clearly, sha256_of, write_json
 from fedtune.types import Arrays
 from fedtune.workflows.card import public_name
 from fedtune.workflows.setup import OpenBase
@@ -59,21 +59,17 @@ def write_edge_folder(base: OpenBase, bundle: Bundle, target: Path, stage: Calla
         manifest = bundle.manifest
         card = files.EdgeCard(
             files.FORMAT, manifest.task, manifest.labels, job.model.max_length, spec, public_name(manifest.source), manifest.sha256, manifest.frame_sha256,
-            job.export.opset, versions()["fedtune"], {p.name: files.sha256_of(p) for p in sorted(made.iterdir())}, job.model.pooling)
+            job.export.opset, versions()["fedtune"], {p.name: sha256_of(p) for p in sorted(made.iterdir())}, job.model.pooling)
         write_json(made / files.CARD, files.CARD_FILE.dump_python(card, mode="json"))
         made.rename(target)
     return card
 
 
 def _batch(base: OpenBase, examples: int, length: int) -> Arrays:
-    """Made-up inputs: texts of unequal length (the first has `length` tokens) from the whole vocabulary, or noise for an image."""
+    """Made-up inputs; of texts, the first has `length` tokens and the others no more."""
     draw = generator(0, "edge-batch", examples, str(length))
-    if isinstance(base.encoder, ImageEncoder):
-        side = base.encoder.size
-        return base.encoder.collate([{"pixels": draw.standard_normal((3, side, side)).astype(np.float32)} for _ in range(examples)])
     lengths = [length, *draw.integers(1, length + 1, examples - 1).tolist()]
-    rows = [{"input_ids": draw.integers(0, base.encoder.vocabulary, n)} | ({"token_type_ids": np.zeros(n, np.int64)} if base.encoder.needs_type_ids else {}) for n in lengths]
-    return base.encoder.collate(rows)
+    return base.encoder.collate(made_up(base.encoder, lengths, draw))
 
 
 def _require_equal(folder: Path, base: OpenBase, model: TunableModel, parameters: Parameters) -> None:

@@ -21,13 +21,13 @@ from safetensors.numpy import save
 from fedtune.adapters import methods
 from fedtune.adapters.spec import AdapterSpec
 from fedtune.bundle import Bundle, open_bundle
-from fedtune.data.encoded import ClientData, Encoder
-from fedtune.data.images import ImageEncoder
+from fedtune.data.encoded import ClientData, Encoder, made_up
 from fedtune.errors import ContractError, RunError
 from fedtune.models.base import TunableModel
 from fedtune.onnx import verify
 from fedtune.onnx.export import export_graph
-from fedtune.onnx.predict import CARD, CARD_FILE, FLOAT32, FORMAT, INT8, ModelCard
+from fedtune.onnx.folder import FORMAT
+from fedtune.onnx.predict import CARD, CARD_FILE, FLOAT32, INT8, ModelCard
 from fedtune.onnx.quantise import quantise
 from fedtune.run import RunFolder, versions
 from fedtune.seeds import generator
@@ -226,10 +226,7 @@ def _write_onnx(trained: _Trained, folder: Path, stage: Stage, examples: int) ->
 
 def _example(encoder: Encoder) -> Arrays:
     """A batch of 2 to trace with; its sides differ, so that the exporter does not take two free axes for one."""
-    if isinstance(encoder, ImageEncoder):
-        return encoder.collate([{"pixels": np.zeros((3, encoder.size, encoder.size), np.float32)}] * 2)
-    keys = ("input_ids", "token_type_ids") if encoder.needs_type_ids else ("input_ids",)
-    return encoder.collate([{key: np.zeros(length, np.int64) for key in keys} for length in (4, 3)])
+    return encoder.collate(made_up(encoder, (4, 3), generator(0, "export-example")))
 
 
 def _drawn(index: np.ndarray, limit: int, seed: int) -> np.ndarray:

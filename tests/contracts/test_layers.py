@@ -13,8 +13,8 @@ import fedtune
 ROOT = Path(fedtune.__file__).parent
 LAYERS = (  # from the bottom up; a module stands where its longest prefix here says
     ("errors", "types", "seeds", "waits", "child"),
-    ("trees", "metrics", "storage", "packages", "address", "flower", "trainer_service"),
-    ("job", "wire", "provision"),
+    ("trees", "metrics", "storage", "address", "flower", "trainer_service"),
+    ("job", "wire", "provision", "packages"),
     ("secagg",),
     ("aggregation", "ledger", "privacy", "adapters.spec", "data", "report"),
     ("algorithms", "adapters.frames", "bundle"),

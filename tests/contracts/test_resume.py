@@ -65,7 +65,8 @@ def start(tmp_path_factory):
     """start(target, *args) -> exit code. Children are forked from one clean process that has the imports done."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([
-        "fedtune.cli.main", "fedtune.workflows.simulate", "fedtune.workflows.finish", "fedtune.report.page", "transformers.models.bert.modeling_bert"])
+        "fedtune.cli.main", "fedtune.workflows.simulate", "fedtune.workflows.finish", "fedtune.report.page", "transformers.models.bert.modeling_bert",
+        "dp_accounting.pld", "dp_accounting.rdp", "opacus.accountants", "opacus.grad_sample"])
 
     def run(target, *args):
         child = context.Process(target=target, args=args)

@@ -1,0 +1,60 @@
+"""What the record scripts share. They are run from the root of the repository and leave their runs in runs/."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+TUNED_SEED = 100
+"""Learning rates are chosen with this seed, which is used for nothing else. The choice looks at its held-out scores."""
+
+
+def fedtune(*arguments: str) -> str:
+    """Runs a command; returns what it printed to standard output."""
+    command = [sys.executable, "-c", "from fedtune.cli.main import main; main()", *arguments]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def flags(changes: Mapping[str, object]) -> list[str]:
+    return [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
+
+
+def simulated(name: str, job: Path, changes: Mapping[str, object]) -> dict[str, Any]:
+    """The summary of runs/NAME: read if it is whole, made or resumed otherwise."""
+    folder = Path("runs") / name
+    if not (folder / "summary.json").exists():
+        begun = (folder / "run.json").exists()
+        print(f"{name}: {'resumed' if begun else 'begun'}", file=sys.stderr)
+        fedtune("simulate", *(["--resume", str(folder)] if begun else [str(job), *flags(changes), "--out", str(folder)]))
+    return json.loads((folder / "summary.json").read_text())
+
+
+def tuned(methods: Sequence[str], rates: Sequence[float], accuracy: Callable[[str, float], float]) -> dict[str, float]:
+    """Each method's best rate. accuracy(method, rate): of a run with TUNED_SEED."""
+    found = {}
+    for method in methods:
+        tried = {rate: accuracy(method, rate) for rate in rates}
+        found[method] = max(tried, key=lambda rate: tried[rate])
+        print(f"{method}: " + ", ".join(f"{rate:g}: {value:.3f}" for rate, value in tried.items()))
+    return found
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± sample standard deviation."""
+    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def before(path: Path) -> dict[str, Any]:
+    """What was recorded here before, if anything."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write(path: Path, facts: Mapping[str, Any]) -> None:
+    """Records facts beside the machine they are of."""
+    machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, no GPU"
+    path.write_text(json.dumps({"machine": machine, **facts}, indent=2) + "\n")
