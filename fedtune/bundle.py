@@ -3,7 +3,7 @@
     manifest.json         what the base is (source, sha256), the task, the labels, what is trained, the others' hashes, versions
     job.toml              the job, every key
     frame.safetensors     the frozen A and B (Fed-SB); absent for methods without a frame
-    initial.safetensors   the model of round 0; stays with the coordinator
+    initial.safetensors   the trained tensors before round 1; stays with the coordinator, unless devices train with forward passes alone
 
 A bundle is named by the sha256 of its manifest, which holds the hashes of the rest. The frame's digest is sent with every
 packet; a client that holds another frame is refused.
@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load, load_file, save
@@ -24,12 +25,14 @@ from fedtune.adapters.spec import AdapterSpec
 from fedtune.errors import FedtuneError, Refused, RunError
 from fedtune.job import Job, load_job, parse_job, to_toml
 from fedtune.storage import write_atomic, write_json
+from fedtune.subspace import NAME, Subspace, subspace_of, travelling
 from fedtune.trees import digest
 from fedtune.types import Arrays
+from fedtune.wire import Schema
 
 FORMAT = "1"
-SHIPPED = ("manifest.json", "job.toml", "frame.safetensors")
-"""The files a device receives, the manifest first."""
+SHIPPED = ("manifest.json", "job.toml", "frame.safetensors", "initial.safetensors")
+"""The files a device may receive, the manifest first."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +75,27 @@ class Bundle:
 
     @property
     def frame_bytes(self) -> int:
-        """Size of the frame as shipped to a client."""
-        path = self.folder / "frame.safetensors"
-        return path.stat().st_size if path.exists() else 0
+        """Size of the tensors that are shipped to a client once."""
+        return sum(p.stat().st_size for p in self._shipped() if p.suffix == ".safetensors")
+
+    @cached_property
+    def schema(self) -> Schema:
+        """What models and updates hold."""
+        return travelling(self.job, self.manifest.spec)
+
+    @cached_property
+    def subspace(self) -> Subspace | None:
+        """Of a job that trains with forward passes alone."""
+        return subspace_of(self.job, self.manifest.spec, self.initial) if self.job.edge.mode == "forward" else None
+
+    @property
+    def start(self) -> Arrays:
+        """The model of round 0, of `schema`."""
+        return self.initial if self.subspace is None else {t.name: np.zeros(t.shape, np.float32) for t in self.schema.tensors}
+
+    def trained(self, model: Arrays) -> Arrays:
+        """The trained tensors of a model of `schema`."""
+        return model if self.subspace is None else self.subspace.expand(model[NAME])
 
     @cached_property
     def job(self) -> Job:
@@ -92,7 +113,11 @@ class Bundle:
 
     def shipped(self) -> dict[str, bytes]:
         """What a device receives, by file name."""
-        return {name: (self.folder / name).read_bytes() for name in SHIPPED if (self.folder / name).exists()}
+        return {path.name: path.read_bytes() for path in self._shipped()}
+
+    def _shipped(self) -> list[Path]:
+        held = [self.folder / name for name in SHIPPED if name != "initial.safetensors" or self.job.edge.mode == "forward"]
+        return [path for path in held if path.exists()]
 
     def _arrays(self, name: str, sha256: str) -> Arrays:
         path = self.folder / name
@@ -137,14 +162,15 @@ def receive_bundle(folder: Path, name: str, files: Mapping[str, bytes]) -> Bundl
         raise Refused("bundle", f"its manifest is not the one called {name[:12]}…")
     try:
         manifest = _MANIFEST.validate_json(files["manifest.json"])
-        parse_job(files["job.toml"].decode())
-        frame = load(files["frame.safetensors"]) if "frame.safetensors" in files else {}
+        parts = SHIPPED if parse_job(files["job.toml"].decode()).edge.mode == "forward" else SHIPPED[:3]
+        tensors = {name: load(files[name]) if name in files else {} for name in parts[2:]}
     except (FedtuneError, ValueError, SafetensorError) as e:
         raise Refused("bundle", f"cannot be read by this fedtune: {str(e).splitlines()[0]}"[:300]) from None
-    if (manifest.format, manifest.job_sha256, manifest.frame_sha256) != (FORMAT, hashlib.sha256(files["job.toml"]).hexdigest(), digest(frame)):
+    named = {"frame.safetensors": manifest.frame_sha256, "initial.safetensors": manifest.initial_sha256}
+    if (manifest.format, manifest.job_sha256) != (FORMAT, hashlib.sha256(files["job.toml"]).hexdigest()) or any(digest(t) != named[n] for n, t in tensors.items()):
         raise Refused("bundle", "its format is another, or its parts are not those that the manifest names")
     folder.mkdir(parents=True, exist_ok=True)
-    for part in reversed(SHIPPED):
+    for part in reversed(parts):
         if part in files:
             write_atomic(folder / part, files[part])
     return Bundle(folder, manifest)

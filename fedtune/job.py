@@ -169,10 +169,13 @@ class EvaluationSection(_Section):
 
 
 class EdgeSection(_Section):
-    """Devices without torch."""
+    """How devices compute a step, all of them alike."""
 
-    mode: Literal["backward", "forward"] = _key("backward", "how edge devices train", later=True)
-    memory_limit_mb: int = _key(0, "memory a device may use", later=True, ge=0)
+    mode: Literal["backward", "forward"] = _key(
+        "backward", "backward: with gradients; forward: with two forward passes a step (MeZO) in the memory of inference, which learns slower; updates are a number for each direction")
+    directions: int = _key(1024, "forward: directions that the model moves along, drawn once by the seed: numbers in a model and in an update", ge=1, le=1_000_000)
+    perturbation: float = _key(1e-2, "forward: how far a step looks to either side, in each trained number", gt=0.0, le=10.0)
+    share: float = _key(1.0, "forward: share of each tensor that moves, those smallest at the start (Sparse MeZO)", gt=0.0, le=1.0)
 
 
 class ExportSection(_Section):
@@ -280,6 +283,7 @@ def _disagreements(job: Job) -> Iterator[str]:
         yield 'adapter.targets = []: names no linear, so nothing would be adapted; use ["all-linear"] or name some'
     if adapter.method == "head" and not adapter.train_head:
         yield 'adapter.train-head = false: method = "head" trains nothing but the head; set it to true or choose another method'
+    yield from _forward_disagreements(job)
     yield from _privacy_disagreements(job)
     named = [device.name for device in job.simulation.devices]
     for place, name in enumerate(named):
@@ -290,6 +294,22 @@ def _disagreements(job: Job) -> Iterator[str]:
             texts = value if isinstance(value, tuple) else (value,)
             if any(isinstance(text, str) and _CONTROL.search(text) for text in texts):
                 yield f"{where}.{key.replace('_', '-')} = {toml_value(value)}: holds a control character; remove it"
+
+
+def _forward_disagreements(job: Job) -> Iterator[str]:
+    edge, fed, default = job.edge, job.federation, EdgeSection()
+    if edge.mode != "forward":
+        for name in ("directions", "perturbation", "share"):
+            if getattr(edge, name) != getattr(default, name):
+                yield f'edge.{name} = {toml_value(getattr(edge, name))}: only for edge.mode = "forward"; remove it'
+        return
+    if fed.optimizer != "sgd" or fed.momentum or fed.weight_decay or fed.head_lr:
+        found = ", ".join(f"{name.replace('_', '-')} = {toml_value(getattr(fed, name))}" for name in ("optimizer", "momentum", "weight_decay", "head_lr"))
+        yield f'edge.mode = "forward": steps are of sgd with one learning rate, and {found}; set federation.optimizer = "sgd" and the others to 0'
+    if job.adapter.asks_gradients:
+        yield f'edge.mode = "forward": devices compute no gradients, and adapter.init = {toml_value(job.adapter.init)} asks for them; use "weights"'
+    if job.privacy.unit == "example":
+        yield 'edge.mode = "forward": bounds no single example\'s part of a step; use privacy.unit = "client" or "none", or edge.mode = "backward"'
 
 
 def _privacy_disagreements(job: Job) -> Iterator[str]:

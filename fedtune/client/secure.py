@@ -34,7 +34,7 @@ class SecureWork:
     _vector: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        found = secure_of(self.bundle.job, self.bundle.manifest.spec.schema)
+        found = secure_of(self.bundle.job, self.bundle.schema)
         assert found is not None, "a job that sums in the clear"
         self.secure: Secure = found
 
@@ -58,7 +58,7 @@ class SecureWork:
 
     def first(self, packet: bytes, update: bytes, client: str) -> bytes:
         """After the training: keeps the vector and answers with this round's keys. Raises Refused for packets that are not of the job."""
-        schema, round = self.bundle.manifest.spec.schema, round_of(packet)
+        schema, round = self.bundle.schema, round_of(packet)
         model = decode(packet, schema, kinds=["model"], frame=self.bundle.frame_digest)
         trained = decode(update, schema, kinds=["update"], round=round, frame=self.bundle.frame_digest)
         terms = self.secure.terms(session_of(self.bundle.digest), round)

@@ -12,7 +12,7 @@ from fedtune.data.encoded import ClientData, made_up
 from fedtune.edge.device import engine_of, within
 from fedtune.edge.graphs import Graphs
 from fedtune.edge.memory import peak, resident
-from fedtune.onnx.folder import CARD, STEP
+from fedtune.onnx.folder import CARD, FORWARD, STEP
 from fedtune.seeds import generator
 
 
@@ -51,7 +51,7 @@ def bench(folder: Path, examples: int, length: int, steps: int, threads: int, me
     """
     begin, start = time.perf_counter(), resident()
     graphs = Graphs.open(folder, threads)
-    graphs.session(STEP)
+    graphs.session(STEP if graphs.trains else FORWARD)
     opened = time.perf_counter() - begin
     engine = engine_of(graphs, graphs.card.max_length)
     long = min(length, graphs.card.max_length) or graphs.card.max_length
@@ -62,7 +62,11 @@ def bench(folder: Path, examples: int, length: int, steps: int, threads: int, me
     times = []
     for _ in range(steps + 1):
         begin = time.perf_counter()
-        engine.added(values, data, weight)
+        if graphs.trains:
+            engine.added(values, data, weight)
+        else:  # a step of forward passes has two
+            engine.passes(values, data)
+            engine.passes(values, data)
         times.append(time.perf_counter() - begin)
     disk = sum((folder / name).stat().st_size for name in (CARD, *graphs.card.files))
     return Bench(examples, long, min(engine.span // long, examples), threads, steps, statistics.median(times[1:]), min(times[1:]), opened, start, peak(), disk)

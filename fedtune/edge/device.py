@@ -12,12 +12,14 @@ from fedtune.edge.graphs import Graphs
 from fedtune.edge.memory import rows_within
 from fedtune.edge.training import Engine, score, train_locally, train_privately
 from fedtune.errors import ModelError, Refused
-from fedtune.onnx.folder import STEP, EdgeCard
+from fedtune.onnx.folder import FORWARD, STEP, EdgeCard
 from fedtune.privacy.example import example_privacy
 from fedtune.privacy.noise import noise_of
 from fedtune.privacy.plan import outward
 from fedtune.seeds import generator
+from fedtune.subspace import NAME
 from fedtune.training.clients import ClientStore, Stream
+from fedtune.training.forward import train_forward
 from fedtune.training.holder import Device, read_data, require_converged
 from fedtune.types import Arrays, Metrics
 from fedtune.wire import decode, encode
@@ -39,22 +41,26 @@ class EdgeWorker:
 
         Raises Refused when the packet is not for this bundle: another schema, another frame, another kind, or not the whole model.
         """
-        job, spec = self.bundle.job, self.bundle.manifest.spec
-        packet = decode(payload, spec.schema, kinds=["model"], frame=self.bundle.frame_digest)
+        job = self.bundle.job
+        schema = self.bundle.schema
+        packet = decode(payload, schema, kinds=["model"], frame=self.bundle.frame_digest)
         if packet.header.tensors is not None:
             raise Refused("tensors", "holds a part of the model; a device without torch trains all of it")
         fed, round, private, values = job.federation, packet.header.round, example_privacy(job), packet.arrays
-        if private is None:
+        if self.bundle.subspace is not None:
+            metrics = train_forward(self.bundle.subspace, values[NAME], data, job, round, client, self.engine.passes)
+            require_converged(metrics)
+        elif private is None:
             metrics = train_locally(self.engine, values, data, fed, round, generator(fed.seed, "local", round, client))
             require_converged(metrics)
         else:
             metrics = train_privately(self.engine, values, data, fed, private, round, noise_of(job, round, client))
         weight, metrics = outward(job, len(data), metrics)
-        return encode("update", spec.schema, values, round=round, frame=self.bundle.frame_digest, weight=weight, metrics=metrics)
+        return encode("update", schema, values, round=round, frame=self.bundle.frame_digest, weight=weight, metrics=metrics)
 
     def metrics(self, arrays: Arrays, data: ClientData | Stream) -> Metrics:
-        """Loss and accuracy of the model with these trained values, summed over the predictions on `data`."""
-        return score(self.engine, arrays, data, self.bundle.job.evaluation.batch_size)
+        """Loss and accuracy of a model, summed over the predictions on `data`."""
+        return score(self.engine, self.bundle.trained(arrays), data, self.bundle.job.evaluation.batch_size)
 
 
 def open_device(bundle: Bundle, data: Path, folder: Path, threads: int = 0, memory_mb: int = 0) -> Device:
@@ -92,9 +98,13 @@ def within(engine: Engine, data: ClientData | Stream, memory_mb: int) -> Engine:
 
     def run(rows: int) -> None:
         taken = data.take(np.full(rows, longest))
-        engine.graphs.step(engine.encoder.collate(taken.encoded), taken.labels, np.zeros(rows, np.float32), values)  # type: ignore[arg-type]
+        batch = engine.encoder.collate(taken.encoded)  # type: ignore[arg-type]
+        if engine.graphs.trains:
+            engine.graphs.step(batch, taken.labels, np.zeros(rows, np.float32), values)
+        else:
+            engine.graphs.logits(batch, values)
 
-    engine.graphs.session(STEP)
+    engine.graphs.session(STEP if engine.graphs.trains else FORWARD)
     rows = rows_within(memory_mb, max(1, engine.span // lengths[longest]), run, engine.graphs.weights)
     return Engine(engine.graphs, engine.encoder, rows * lengths[longest])
 
@@ -107,6 +117,7 @@ def require_same(card: EdgeCard, bundle: Bundle, folder: Path) -> None:
         "frame": (_short(card.frame_sha256), _short(manifest.frame_sha256)),
         "task": (card.task, manifest.task),
         "labels": (", ".join(card.labels), ", ".join(manifest.labels)),
+        "edge.mode": ("backward" if STEP in card.files else "forward", bundle.job.edge.mode),
         "pooling": (card.pooling, model.pooling),
         "adapter": (_named(card.spec.method, card.spec.rank, card.spec.schema.digest), _named(manifest.spec.method, manifest.spec.rank, manifest.spec.schema.digest)),
     }

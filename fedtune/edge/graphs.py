@@ -71,6 +71,11 @@ class Graphs:
         return self.session(FORWARD).run([LOGITS], {**batch, **values})[0]
 
     @property
+    def trains(self) -> bool:
+        """Whether there is a graph with gradients, beside the one for inference."""
+        return STEP in self.card.files
+
+    @property
     def weights(self) -> int:
         """Bytes of the file that both graphs map."""
         return (self.folder / WEIGHTS).stat().st_size

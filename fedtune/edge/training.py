@@ -42,6 +42,15 @@ class Engine:
             totals += found.totals
         return Passed(gradient, totals)
 
+    def passes(self, values: Arrays, data: ClientData) -> np.ndarray:
+        """Summed loss, right predictions and predictions, float64 [3], with the inference graph alone."""
+        totals = np.zeros(3)
+        for rows in pieces(self.lengths(data), self.span):
+            part = data.take(rows)
+            batch = self.encoder.collate(part.encoded)  # type: ignore[arg-type]
+            totals += summed_loss(self.graphs.logits(batch, values), batch, part.labels, self.graphs.card.task)
+        return totals
+
     def lengths(self, data: ClientData | Stream) -> Sequence[int]:
         """In the unit of `span`."""
         return data.lengths if self.graphs.card.task != "image-classification" else [self.encoder.size] * len(data)  # type: ignore[union-attr]
@@ -121,11 +130,7 @@ def score(engine: Engine, values: Arrays, data: ClientData | Stream, batch_size:
     """Loss and accuracy over all examples, summed over predictions."""
     totals = np.zeros(3)
     for index in by_length(data.lengths, batch_size) if len(data) else ():
-        taken = data.take(index)
-        for rows in pieces(engine.lengths(taken), engine.span):
-            part = taken.take(rows)
-            batch = engine.encoder.collate(part.encoded)  # type: ignore[arg-type]
-            totals += summed_loss(engine.graphs.logits(batch, values), batch, part.labels, engine.graphs.card.task)
+        totals += engine.passes(values, data.take(index))
     return _metrics(totals)
 
 

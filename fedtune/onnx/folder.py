@@ -1,7 +1,7 @@
 """The folder that lets a device train with onnxruntime alone: names of its files, inputs and outputs, and its card. No torch, no onnx.
 
     edge.json       the card, with the sha256 of the other files; written last, so that a card means a whole folder
-    step.onnx       loss and gradients from a batch and the trained values
+    step.onnx       loss and gradients from a batch and the trained values; not for a job that trains with forward passes alone
     forward.onnx    logits from a batch and the trained values
     weights.bin     the frozen weights of both
                     and the files of the encoder (tokenizer.json, ...)

@@ -54,11 +54,11 @@ class Together:
             if kind_of(payload) != "model":
                 yield from self._one_by_one(payload, clients)
                 continue
-            self.worker.open()
+            bundle = self.worker.open()
             if self.trainer is None:
                 yield from self._one_by_one(payload, clients)
                 continue
-            packet = decode(payload, self.worker.spec.schema, kinds=["model"], frame=self.worker.frame_digest)
+            packet = decode(payload, bundle.schema, kinds=["model"], frame=bundle.frame_digest)
             size = self.settings.block or block_size(self.worker.spec.size, memory_for(self.settings) // 2)
             for begin in range(0, len(clients), size):
                 yield from self._block(self.trainer, packet, clients[begin : begin + size])
@@ -98,7 +98,7 @@ class Together:
         schema, norm = self.worker.spec.schema, finite_norm(vector)
         weight, metrics = outward(self.worker.job, len(task.data), metrics)
         header = Header(
-            kind="update", schema_digest=schema.digest, frame=self.worker.frame_digest or "", round=round, weight=weight,
+            kind="update", schema_digest=schema.digest, frame=self.worker.open().frame_digest, round=round, weight=weight,
             metrics={name: [total, share] for name, (total, share) in metrics.items()},
         )
         return Reply(task.client, None, packet=Packet(header, Pieces(vector, schema.layout), norm), size=packed_size(header, schema))

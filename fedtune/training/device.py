@@ -30,7 +30,7 @@ def open_device(bundle: Bundle, data: Path, base: Path | None = None) -> Device:
     encoder = load_encoder(job.model, source)
     model = load_model(job.model, source, max(1, len(manifest.labels)), job.federation.seed)
     _require_spec(bundle, model, source)
-    worker = Worker(job, manifest.spec, model, encoder, lambda: (bundle.frame, bundle.frame_digest))
+    worker = Worker(job, manifest.spec, model, encoder, lambda: bundle)
     return Device(bundle, ClientStore(dataset, parts, encoder), worker)
 
 

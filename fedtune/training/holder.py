@@ -62,7 +62,7 @@ class Device:
 
         Raises Refused for a packet that is not for this bundle, and for a model whose loss is not a number.
         """
-        model = decode(packet, self.bundle.manifest.spec.schema, kinds=["model"], frame=self.bundle.frame_digest)
+        model = decode(packet, self.bundle.schema, kinds=["model"], frame=self.bundle.frame_digest)
         held_out = self._held_out()
         metrics = self.worker.metrics(model.arrays, held_out)
         if not all(math.isfinite(total) for total, _ in metrics.values()):

@@ -52,7 +52,8 @@ def step_memory(job: Job, spec: AdapterSpec, sketch: TunableModel) -> dict[str, 
     side = job.model.image_size if job.model.task == "image-classification" else job.model.max_length
     with torch.device("meta"):
         attach(sketch, spec, {t.name: np.zeros(t.shape, np.float32) for t in spec.frame})
-    found, stock = (saved_bytes(sketch, job.federation.batch_size, side, lean) for lean in (lean_of(job), "off"))
+    backward = job.edge.mode == "backward"
+    found, stock = (saved_bytes(sketch, job.federation.batch_size, side, lean) if backward else Saved(0, 0) for lean in (lean_of(job), "off"))
     parts: dict[str, int | None] = {
         "base": NUMBER * (parameters + spec.head_size),
         "frame": NUMBER * sum(t.size for t in spec.frame),

@@ -4,8 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
+
 from fedtune.adapters.methods import Parameters, attach, read, write
 from fedtune.adapters.spec import AdapterSpec
+from fedtune.bundle import Bundle
 from fedtune.data.encoded import ClientData, Encoder
 from fedtune.errors import Refused
 from fedtune.gradient_init import gradient_schema
@@ -15,8 +18,10 @@ from fedtune.privacy.example import example_privacy, first_gradient
 from fedtune.privacy.noise import noise_of
 from fedtune.privacy.plan import outward
 from fedtune.seeds import generator
+from fedtune.subspace import NAME
 from fedtune.training.clients import Stream
-from fedtune.training.evaluate import score
+from fedtune.training.evaluate import Scores, score
+from fedtune.training.forward import train_forward
 from fedtune.training.holder import require_converged
 from fedtune.training.local import train_locally, weight_gradients
 from fedtune.training.private import Audit, PerExample, private_gradients, train_privately
@@ -28,7 +33,7 @@ from fedtune.wire import Packet, Schema, decode, encode, kind_of
 class Worker:
     """Holds one base in memory and answers packets for any client's data.
 
-    `frame` is asked once, when the first model arrives: it returns the frame's arrays and the first 16 digits of its hash.
+    `bundle` is asked for once, when the first model arrives.
     `device`: where the model is moved to then.
     """
 
@@ -36,10 +41,10 @@ class Worker:
     spec: AdapterSpec
     model: TunableModel
     encoder: Encoder
-    frame: Callable[[], tuple[Arrays, str]]
+    bundle: Callable[[], Bundle]
     device: str = "cpu"
     parameters: Parameters = field(default_factory=dict)
-    frame_digest: str | None = None
+    opened: Bundle | None = None
     audit: Audit | None = None
 
     @cached_property
@@ -54,38 +59,58 @@ class Worker:
         """
         if kind_of(payload) == "gradient-request":
             return self._gradient(decode(payload, Schema(()), kinds=["gradient-request"]), client, data)
-        self.open()
-        packet = decode(payload, self.spec.schema, kinds=["model"], frame=self.frame_digest)
-        return self._train(packet, client, data)
+        bundle = self.open()
+        return self._train(bundle, decode(payload, bundle.schema, kinds=["model"], frame=bundle.frame_digest), client, data)
 
     def metrics(self, arrays: Arrays, data: ClientData | Stream) -> Metrics:
-        """Loss and accuracy of the model with these trained values, summed over the predictions on `data`."""
-        self.open()
-        write(self.parameters, arrays)
-        return score(self.model, data, self.encoder, self.job.evaluation.batch_size).metrics()
+        """Loss and accuracy of a model, summed over the predictions on `data`."""
+        return self.scores(arrays, data).metrics()
 
-    def open(self) -> None:
+    def scores(self, arrays: Arrays, data: ClientData | Stream) -> Scores:
+        """Of a model, by example."""
+        values = self.open().trained(arrays)
+        write(self.parameters, values)
+        return score(self.model, data, self.encoder, self.job.evaluation.batch_size)
+
+    def open(self) -> Bundle:
         """Puts the adapter on the model, once."""
-        if self.frame_digest is None:
-            arrays, digest = self.frame()
-            self.parameters = attach(self.model, self.spec, arrays)
+        if self.opened is None:
+            bundle = self.bundle()
+            self.parameters = attach(self.model, self.spec, bundle.frame)
             self.model.to(self.device)
-            self.frame_digest = digest
+            self.opened = bundle
+        return self.opened
 
-    def _train(self, packet: Packet, client: str, data: ClientData) -> bytes:
-        fed, round, private = self.job.federation, packet.header.round, example_privacy(self.job)
-        write(self.parameters, packet.arrays)
+    def train(self, arrays: Arrays, client: str, data: ClientData, round: int) -> tuple[Arrays, Metrics]:
+        """A round's local training of a model, without privacy: (what it became, metrics)."""
+        bundle, fed = self.open(), self.job.federation
+        if bundle.subspace is not None:
+            numbers = arrays[NAME].copy()
+            return {NAME: numbers}, train_forward(bundle.subspace, numbers, data, self.job, round, client, self._passes)
+        write(self.parameters, arrays)
+        rng = generator(fed.seed, "local", round, client)
+        metrics = train_locally(self.model, self.parameters, data, self.encoder, fed, round, rng)
+        return read(self.parameters), metrics
+
+    def _passes(self, values: Arrays, data: ClientData) -> np.ndarray:
+        write(self.parameters, values)
+        found = score(self.model, data, self.encoder, len(data))
+        return np.array([found.loss.sum(), found.correct.sum(), found.count.sum()])
+
+    def _train(self, bundle: Bundle, packet: Packet, client: str, data: ClientData) -> bytes:
+        round, private = packet.header.round, example_privacy(self.job)
         if private is None:
-            rng = generator(fed.seed, "local", round, client)
-            metrics = train_locally(self.model, self.parameters, data, self.encoder, fed, round, rng)
+            arrays, metrics = self.train(packet.arrays, client, data, round)
             require_converged(metrics)
         else:
-            metrics = train_privately(self.gradients, data, self.encoder, fed, private, round, noise_of(self.job, round, client), client)
+            write(self.parameters, packet.arrays)
+            metrics = train_privately(self.gradients, data, self.encoder, self.job.federation, private, round, noise_of(self.job, round, client), client)
+            arrays = read(self.parameters)
         weight, metrics = outward(self.job, len(data), metrics)
-        return encode("update", self.spec.schema, read(self.parameters), round=round, frame=self.frame_digest or "", weight=weight, metrics=metrics)
+        return encode("update", bundle.schema, arrays, round=round, frame=bundle.frame_digest, weight=weight, metrics=metrics)
 
     def _gradient(self, packet: Packet, client: str, data: ClientData) -> bytes:
-        if self.frame_digest is not None:
+        if self.opened is not None:
             raise Refused("kind", "a gradient of the plain base is asked for, but the adapter is on it already")
         fed, adapter, names = self.job.federation, self.job.adapter, [x.name for x in self.spec.linears]
         if private := first_gradient(self.job):

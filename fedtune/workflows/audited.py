@@ -51,7 +51,7 @@ class Room:
         """Rounds in which each client is asked, by the seed; of an amplified job all rounds, as nobody may know in which."""
         if self.plan.job.privacy.amplification:
             return Counter(dict.fromkeys(self.setup.split.clients, self.plan.rounds))
-        algorithm, clients = make_algorithm(self.setup.job, self.setup.spec.schema), self.setup.store.clients
+        algorithm, clients = make_algorithm(self.setup.job, self.setup.schema), self.setup.store.clients
         drawn = Counter(a.client for round in range(self.setup.job.federation.rounds) for a in algorithm.plan(State(round, {}), clients))
         return Counter({name: min(count, self.plan.budget or count) for name, count in drawn.items()})
 
@@ -232,7 +232,7 @@ class AuditedClients(Audited):
         clip = float(self._live.state.slots.get(CLIP, self.setup.job.privacy.clip))
         mine = [(client, packet) for client, packet in pairs if client in self.audit]
         self._asked, self._known = (clip, frozenset(client for client, _ in mine)), np.zeros_like(self._model)
-        sent = {packet: decode(packet, self.setup.spec.schema, kinds=["model"], frame=self._live.frame_digest) for packet in {packet for _, packet in mine}}
+        sent = {packet: decode(packet, self.setup.schema, kinds=["model"], frame=self._live.frame_digest) for packet in {packet for _, packet in mine}}
         for client, packet in mine:
             yield Reply(client, None if self.audit.silent(client) else self._pull(client, sent[packet], clip))
         for reply in ask([pair for pair in pairs if pair[0] not in self.audit], kind=kind, round=round):
@@ -242,14 +242,14 @@ class AuditedClients(Audited):
     def _other(self, reply: Reply, clip: float) -> np.ndarray:
         """What another client adds to the sum, as the attacker knows it; 0 for one that does not answer or is not taken."""
         try:
-            packet = reply.packet or decode(reply.payload or b"", self.setup.spec.schema, kinds=["update"])
+            packet = reply.packet or decode(reply.payload or b"", self.setup.schema, kinds=["update"])
             change = {"": packet.arrays.vector.astype(np.float64) - self._model}
             return bounded(change, clip)[0][""]
         except Refused:
             return np.zeros_like(self._model)
 
     def _pull(self, client: str, packet: Packet, clip: float) -> bytes:
-        schema, told = self.setup.spec.schema, self.setup.job.privacy.metrics_noise > 0
+        schema, told = self.setup.schema, self.setup.job.privacy.metrics_noise > 0
         update = Pieces(self.audit.pull(client, packet.arrays.vector, clip), schema.layout)
         metrics: Metrics = {"loss": (METRIC_CAP * CLAIMED, CLAIMED), "accuracy": (CLAIMED, CLAIMED)} if told else {}
         return encode("update", schema, update, round=packet.header.round, frame=self._live.frame_digest, weight=CLAIMED, metrics=metrics)

@@ -7,12 +7,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedtune.adapters import methods
 from fedtune.metrics import merge, value, worst_tenth
 from fedtune.report.summary import LISTED, few
 from fedtune.seeds import generator
-from fedtune.training.evaluate import ClientScores, Scores, by_client, features, score
-from fedtune.training.local import train_locally
+from fedtune.training.evaluate import ClientScores, Scores, by_client, features
 from fedtune.types import Metrics
 from fedtune.workflows.setup import Setup
 from fedtune.workflows.simulate import Simulation
@@ -79,11 +77,10 @@ def clients_alone(simulation: Simulation, federated: Scores, took_part: dict[str
         name = setup.split.clients[place]
         held_out = setup.store.held_out(name)
         simulation.watch.advance(1)
-        methods.write(simulation.worker.parameters, start)
+        own = start
         for round in range(1, max(1, took_part.get(name, 0)) + 1):
-            rng = generator(setup.job.federation.seed, "local", round, name)
-            train_locally(simulation.model, simulation.worker.parameters, setup.store.train(name), setup.encoder, setup.job.federation, round, rng)
-        alone = score(simulation.model, held_out, setup.encoder, setup.job.evaluation.batch_size).metrics()
+            own, _ = simulation.worker.train(own, name, setup.store.train(name), round)
+        alone = simulation.worker.metrics(own, held_out)
         together = federated.metrics(slice(offsets[place], offsets[place + 1]))
         both[0].append(alone)
         both[1].append(together)

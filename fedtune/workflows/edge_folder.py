@@ -35,7 +35,9 @@ SHIFT = 0.01
 
 
 def write_edge_folder(base: OpenBase, bundle: Bundle, target: Path, stage: Callable[[str], None] = lambda text: None) -> files.EdgeCard:
-    """Traces both graphs with the bundle's frame, runs them beside torch, and only then moves them to `target`, which must not exist.
+    """Traces the graphs with the bundle's frame, runs them beside torch, and only then moves them to `target`, which must not exist.
+
+    A job that trains with forward passes alone has no step graph.
 
     Raises RunError for a target that exists, ModelError for a base that cannot be traced, or whose graphs differ from torch.
     """
@@ -48,8 +50,10 @@ def write_edge_folder(base: OpenBase, bundle: Bundle, target: Path, stage: Calla
     with failing_clearly(target), tempfile.TemporaryDirectory(prefix=".edge-", dir=target.absolute().parent) as scratch:
         made = Path(scratch) / "new"
         made.mkdir()
-        stage("tracing the training step")
-        graphs = {files.STEP: step_graph(model, parameters, example, job.export.opset)}
+        graphs = {}
+        if job.edge.mode == "backward":
+            stage("tracing the training step")
+            graphs[files.STEP] = step_graph(model, parameters, example, job.export.opset)
         stage("tracing the forward pass")
         graphs[files.FORWARD] = forward_graph(model, parameters, example, job.export.opset)
         write_graphs(made, graphs)
@@ -73,8 +77,9 @@ def _batch(base: OpenBase, examples: int, length: int) -> Arrays:
 
 
 def _require_equal(folder: Path, base: OpenBase, model: TunableModel, parameters: Parameters) -> None:
-    """Runs both graphs beside torch on other batches than the traced one, with trained values near the start. Raises ModelError."""
-    step, forward = open_graph(folder / files.STEP), open_graph(folder / files.FORWARD)
+    """Runs the graphs beside torch on other batches than the traced one, with trained values near the start. Raises ModelError."""
+    step = open_graph(folder / files.STEP) if (folder / files.STEP).exists() else None
+    forward = open_graph(folder / files.FORWARD)
     draw = generator(0, "edge-values")
     for examples, length in TRIED:
         methods.write(parameters, {name: v + (SHIFT * draw.standard_normal(v.shape)).astype(np.float32) for name, v in methods.read(parameters).items()})
@@ -82,17 +87,18 @@ def _require_equal(folder: Path, base: OpenBase, model: TunableModel, parameters
         labels = draw.integers(0, base.classes, examples)
         weight = draw.uniform(0.1, 1.0, examples).astype(np.float32)
         values = methods.read(parameters)
+        inputs = {name: torch.from_numpy(x) for name, x in batch.items()}
+        out = model(**inputs)
+        _near("logits", forward.run([files.LOGITS], batch | values)[0], out.detach().numpy(), LOSS)
+        if step is None:
+            continue
         named = {files.LABELS: labels} if model.task != "causal-lm" else {}
         names = [o.name for o in step.get_outputs()]
         found = dict(zip(names, step.run(None, batch | named | {files.WEIGHT: weight} | values)))
-        logits = forward.run([files.LOGITS], batch | values)[0]
-        inputs = {name: torch.from_numpy(x) for name, x in batch.items()}
-        out = model(**inputs)
         loss, _, count = summed_loss(out, inputs, torch.from_numpy(labels), model.task)
         gradients = torch.autograd.grad((loss * torch.from_numpy(weight)).sum(), list(parameters.values()), allow_unused=True, materialize_grads=True)
         _near("loss", found[files.LOSS], loss.detach().numpy(), LOSS)
         _near("count", found[files.COUNT], count.numpy(), 0.0)
-        _near("logits", logits, out.detach().numpy(), LOSS)
         truth = np.concatenate([g.numpy().ravel() for g in gradients])
         off = np.linalg.norm(np.concatenate([found[files.gradient_of(name)].ravel() for name in parameters]) - truth)
         if not off <= GRADIENT * np.linalg.norm(truth) + 1e-7:

@@ -126,7 +126,7 @@ def _open(run: RunFolder, setup: Setup | None) -> _Trained:
     if setup.dataset.label_names != bundle.manifest.labels:
         now = f"the data now has {list(setup.dataset.label_names)}"
         raise RunError(f"{run.path}: was trained on labels {list(bundle.manifest.labels)}, {now}; restore that data")
-    return _Trained(setup, bundle, checkpoint.state.arrays, checkpoint.state.round)
+    return _Trained(setup, bundle, bundle.trained(checkpoint.state.arrays), checkpoint.state.round)
 
 
 def _publish(made: Path, old: Path, run: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from fedtune import packages
-from fedtune.adapters.spec import AdapterSpec, describe
+from fedtune.adapters.spec import describe
 from fedtune.data.examples import PACKAGE_READERS, load_dataset
 from fedtune.data.partition import Split, split
 from fedtune.errors import DataError, EnvironmentProblem, UserError
@@ -21,8 +21,9 @@ from fedtune.models.sources import check_hash, locate
 from fedtune.privacy.plan import plan_of, warnings_of
 from fedtune.report.format import duration, size
 from fedtune.simulation.devices import able, assign, span
+from fedtune.subspace import travelling
 from fedtune.training.memory import NUMBER, step_memory
-from fedtune.wire import packet_bytes
+from fedtune.wire import Schema, packet_bytes
 from fedtune.workflows.privacy import figure
 
 
@@ -107,8 +108,10 @@ def make_plan(job: Job) -> Plan:
     sketch = sketch_model(job.model, source, classes)
     spec = describe(layout(sketch), job.adapter)
     parameters = layout(sketch).size
-    model, update = packet_bytes(spec.schema)
-    frame = len(save({t.name: np.zeros(t.shape, np.float32) for t in spec.frame})) if spec.frame else 0
+    schema = travelling(job, spec)
+    model, update = packet_bytes(schema)
+    once = (spec.frame, spec.trainable if job.edge.mode == "forward" else ())
+    frame = sum(len(save({t.name: np.zeros(t.shape, np.float32) for t in tensors})) for tensors in once if tensors)
     init = min(job.adapter.init_clients, clients) * sum(gradient_bytes(spec)) if job.adapter.asks_gradients else 0
     fed = job.federation
     memory = step_memory(job, spec, sketch)
@@ -124,7 +127,7 @@ def make_plan(job: Job) -> Plan:
     notes += _curved_notes(job, memory)
     notes += [note for device, made in zip(job.simulation.devices, devices) for note in _device_notes(job, device, made, memory["total"])]
     return Plan(
-        job.model.source, bool(source.weights), parameters, spec.method, spec.rank, len(spec.linears), spec.size, spec.head_size, _units(spec),
+        job.model.source, bool(source.weights), parameters, spec.method, spec.rank, len(spec.linears), spec.size, spec.head_size, _units(schema),
         model, update, frame, fed.rounds, cohort, clients, cohort * (model + update), first, init,
         fed.rounds * cohort * (model + update) + first * frame + init, memory, devices,
         job.privacy.unit, figure(lost), privacy.delta if privacy else 0.0, privacy.parts["update"] if privacy else 0.0, tuple(notes),
@@ -162,9 +165,9 @@ def _there(source: str) -> bool:
         return False
 
 
-def _units(spec: AdapterSpec) -> tuple[Unit, ...]:
+def _units(schema: Schema) -> tuple[Unit, ...]:
     numbers: dict[str, int] = {}
-    for t in spec.trainable:
+    for t in schema.tensors:
         numbers[t.unit] = numbers.get(t.unit, 0) + t.size
     return tuple(Unit(name, n, NUMBER * n) for name, n in numbers.items())
 

@@ -203,12 +203,12 @@ class Live:
 
     def __post_init__(self) -> None:
         self.job = self.bundle.job
-        self.schema = self.bundle.manifest.spec.schema
+        self.schema = self.bundle.schema
         self.lobby = Lobby(self.link, self.grid, self.bundle, self.roster, self._changed, self._sent)
         self.exchange = self._exchange(self.job.federation.deadline)
         self.coordinator = start(
             self.job, self.run, self.schema, self.bundle.frame_digest, self.bundle.frame_bytes, make_algorithm(self.job, self.schema),
-            (), lambda: self.bundle.initial, self.evaluate, self.traffic, self._plan())
+            (), lambda: self.bundle.start, self.evaluate, self.traffic, self._plan())
         self.traffic = self.coordinator.traffic  # of the checkpoint, on a run that continues
         self.desk.note(epsilon=spent_so_far(self.run, self.coordinator.privacy))
         follow(self.coordinator, replace(self.watch, line=self._noted))
@@ -370,9 +370,9 @@ def _run(
     bundle = open_bundle(entry.bundle)
     run = _open_run(entry, bundle)
     spec = bundle.manifest.spec
-    asks, secure = gradient_schema(spec) if bundle.job.adapter.asks_gradients else Schema(()), secure_of(bundle.job, spec.schema)
+    asks, secure = gradient_schema(spec) if bundle.job.adapter.asks_gradients else Schema(()), secure_of(bundle.job, bundle.schema)
     summed = message_bytes(secure, secure.cohort)[0] if secure else 0
-    link.body_limit = max(packet_bytes(spec.schema)[1], 4 * sum(t.size for t in asks.tensors), summed) + REQUEST_ROOM
+    link.body_limit = max(packet_bytes(bundle.schema)[1], 4 * sum(t.size for t in asks.tensors), summed) + REQUEST_ROOM
     desk.note(state="waiting", job=entry.name, run=str(run.path), rounds=bundle.job.federation.rounds, round=None, line=None, epsilon=None, queue=queue, scored=not bundle.job.privacy.hides_clients,
               ready=0, need=needed(bundle.job))
     with run.locked(), link.run() as grid:

@@ -25,9 +25,11 @@ from fedtune.models.sources import Source, check_hash, locate
 from fedtune.privacy.plan import plan_of, resolved, warnings_of
 from fedtune.report.summary import few
 from fedtune.run import Facts, RunFolder, versions
+from fedtune.subspace import travelling
 from fedtune.training.clients import ClientStore
 from fedtune.training.memory import step_memory
 from fedtune.types import Arrays
+from fedtune.wire import Schema
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,11 @@ class OpenBase:
     @cached_property
     def spec(self) -> AdapterSpec:
         return describe(layout(sketch_model(self.job.model, self.source, self.classes)), self.job.adapter)
+
+    @property
+    def schema(self) -> Schema:
+        """What models and updates hold."""
+        return travelling(self.job, self.spec)
 
     @cached_property
     def step_memory(self) -> int | None:

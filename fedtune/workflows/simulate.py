@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fedtune.adapters import frames, methods
+from fedtune.adapters import frames
 from fedtune.bundle import open_bundle
 from fedtune.client.app import make_client_app
 from fedtune.errors import EnvironmentProblem
@@ -25,7 +25,7 @@ from fedtune.simulation.fleet import Fleet
 from fedtune.simulation.vectorised import Together, memory_for
 from fedtune.training.clients import CACHE_BYTES, Stream
 from fedtune.training.cohort import CohortTrainer
-from fedtune.training.evaluate import Scores, score
+from fedtune.training.evaluate import Scores
 from fedtune.training.features import FeatureStore
 from fedtune.training.stacked import NotStackable
 from fedtune.training.together import open_trainer
@@ -73,7 +73,7 @@ class Simulation:
         self.model: TunableModel = self.base or self.setup.fresh_model()
         settings = self.setup.job.simulation
         require_device(settings)
-        self.worker = Worker(self.setup.job, self.setup.spec, self.model, self.setup.encoder, self._frame, settings.device)
+        self.worker = Worker(self.setup.job, self.setup.spec, self.model, self.setup.encoder, lambda: open_bundle(self.run.bundle), settings.device)
         self.features = FeatureStore(*_room(settings, self.run.path))
 
     def rounds(self) -> None:
@@ -112,6 +112,8 @@ class Simulation:
     def _trainer(self) -> CohortTrainer | None:
         """What trains clients together; None, with a word to whoever watches, where this base does not allow it."""
         setup, start = self.setup, open_bundle(self.run.bundle).initial
+        if setup.job.edge.mode == "forward":
+            return None
         rows = setup.split.train.rows[:TRIAL]
         sample = setup.store.stream(rows).take(np.arange(len(rows)))
         try:
@@ -134,8 +136,8 @@ class Simulation:
             frame, first, traffic = self._make_frame(exchange, plan)
             bundle = make_bundle(self.setup, self.run.bundle, frame, self.model, first)
         coordinator = start(
-            job, self.run, self.setup.spec.schema, bundle.frame_digest, bundle.frame_bytes, make_algorithm(job, self.setup.spec.schema),
-            self.setup.store.clients, lambda: bundle.initial, self.evaluate, traffic, plan,
+            job, self.run, bundle.schema, bundle.frame_digest, bundle.frame_bytes, make_algorithm(job, bundle.schema),
+            self.setup.store.clients, lambda: bundle.start, self.evaluate, traffic, plan,
         )
         follow(coordinator, self.watch)
         left = job.federation.rounds - coordinator.state.round
@@ -155,9 +157,7 @@ class Simulation:
         if key and key in self._scored:
             return self._scored[key]
         data = self.held_out if whole else self._sample
-        self.worker.open()
-        methods.write(self.worker.parameters, arrays)
-        scores = score(self.model, data, self.setup.encoder, self.setup.job.evaluation.batch_size)
+        scores = self.worker.scores(arrays, data)
         self._scored = {key: scores} if key else self._scored  # the last round's evaluation is the final one
         return scores
 
@@ -173,10 +173,6 @@ class Simulation:
         rows, rng = self.setup.split.held_out.rows, generator(self.setup.job.federation.seed, "evaluation")
         drawn = rng.choice(len(rows), size=min(self.setup.job.evaluation.max_examples, len(rows)), replace=False)
         return self.setup.store.stream(rows[np.sort(drawn)], CACHE_BYTES)
-
-    def _frame(self) -> tuple[Arrays, str]:
-        bundle = open_bundle(self.run.bundle)
-        return bundle.frame, bundle.frame_digest
 
     def _make_frame(self, exchange: Ask, plan: Plan | None) -> tuple[Arrays, Arrays, Traffic]:
         job = self.setup.job

@@ -24,7 +24,7 @@ def prepared(tiny_settings: tuple[str, ...], tmp_path_factory: pytest.TempPathFa
     def make(*changes: str, graphs: bool = True) -> Prepared:
         job = parse_job("", [*tiny_settings, "data.id=id", 'data.labels=["bad", "good"]', *changes])
         root = tmp_path_factory.mktemp("prepared")
-        shape = tuple(c for c in changes if c.startswith(("model.", "adapter.")))
+        shape = tuple(c for c in changes if c.startswith(("model.", "adapter.", "edge.mode")))
         prepare(job, root / "bundle", root / "graphs" if graphs and shape not in traced else None)
         return Prepared(open_bundle(root / "bundle"), traced.setdefault(shape, root / "graphs") if graphs else root)
 

@@ -17,6 +17,8 @@ a gradient near 0 moves a value by up to a few hundredths of the learning rate o
 PRIVATE = ("privacy.unit=example", "privacy.noise-multiplier=0.7", "privacy.clip=0.05", "privacy.examples=40", "federation.weighting=equal",
            "privacy.noise=seeded", "privacy.metrics-noise=2.0", "federation.local-steps=4")
 
+FORWARD = ("edge.mode=forward", "edge.directions=40", "federation.optimizer=sgd", "federation.lr=0.05")
+
 
 def packet(bundle, round=1):
     rng = np.random.default_rng(round)
@@ -60,6 +62,29 @@ def test_the_update_is_torchs(changes, prepared, tiny_csv):
     assert ours.facts() == theirs.facts()
     assert compare(theirs, ours) > 100 * NEAR
     assert ours.handle(packet(ours.bundle), "a") == ours.handle(packet(ours.bundle), "a")  # nothing stays from one call to the next
+
+
+def test_a_forward_only_update_is_torchs(prepared, tiny_csv):
+    """Losses differ by 1e-7, a slope by that over the perturbation; the numbers are the learning rate times slopes."""
+    theirs, ours = both(prepared, tiny_csv, *FORWARD)
+    assert not ours.worker.engine.graphs.trains and not (ours.worker.engine.graphs.folder / "step.onnx").exists()
+    bundle, rng = theirs.bundle, np.random.default_rng(0)
+    model = {"directions": rng.normal(0, 0.01, 40).astype(np.float32)}
+    asked = encode("model", bundle.schema, model, round=2, frame=bundle.frame_digest)
+    expected, found = (decode(d.handle(asked, "a"), bundle.schema, kinds=["update"], round=2, frame=bundle.frame_digest) for d in (theirs, ours))
+    assert 0 < np.count_nonzero(expected.arrays.vector != model["directions"]) < 40
+    np.testing.assert_allclose(found.arrays.vector, expected.arrays.vector, rtol=0, atol=1e-5)
+    for name, (total, count) in expected.metrics.items():
+        assert found.metrics[name] == (pytest.approx(total, rel=1e-4), count)
+    scores = [decode(d.evaluate(asked), Schema(()), kinds=["scores"]).metrics["loss"] for d in (theirs, ours)]
+    assert scores[0] == (pytest.approx(scores[1][0], rel=1e-5), scores[1][1])
+
+
+def test_graphs_of_the_other_mode_are_refused(prepared):
+    backward, forward = prepared(), prepared(*FORWARD)
+    for bundle, graphs, here, there in ((backward.bundle, forward.graphs, "forward", "backward"), (forward.bundle, backward.graphs, "backward", "forward")):
+        with pytest.raises(ModelError, match=rf"made for the edge\.mode {here}, the coordinator's bundle has {there}; copy the folder"):
+            edge_device.require_same(edge_device.Graphs.open(graphs).card, bundle, graphs)
 
 
 @pytest.mark.parametrize("span", [1, 11, 30, 10**6])
