@@ -183,6 +183,8 @@ class ExportSection(_Section):
 
     onnx: bool = _key(True, "merged model as ONNX float32, checked against torch")
     int8: bool = _key(True, "dynamic int8 ONNX beside it, checked the same way")
+    static: bool = _key(False, "int8 ONNX with fixed ranges of activations, found on 64 training examples: small for convolutions too; not under privacy")
+    adapters: bool = _key(False, "ONNX whose trained tensors are inputs: one base for many adapters of this job")
     peft: bool = _key(True, "plain LoRA folder that PEFT opens")
     opset: int = _key(20, "ONNX opset", ge=18, le=23)
     max_difference: float = _key(1e-3, "largest difference of float32 logits from torch that still passes", gt=0.0)

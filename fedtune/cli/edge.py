@@ -7,7 +7,7 @@ import typer
 
 from fedtune.cli import client
 from fedtune.cli.common import JsonOption, out, shell
-from fedtune.cli.predict import FILE_HELP
+from fedtune.cli.predict import FILE_HELP, AdapterOption, Int8Option, StaticOption, graph_of
 from fedtune.errors import EnvironmentProblem, RunError, UserError
 from fedtune.report.format import size
 
@@ -56,9 +56,10 @@ def predict(
     inputs: Annotated[
         list[str] | None, typer.Argument(metavar="[TEXT]...", help="Texts, or image files; - reads them from standard input, one a line.", show_default=False),
     ] = None,
-    adapter: Annotated[Path | None, typer.Option("--adapter", help="adapter.safetensors of a run, or the folder it is in.", show_default=False)] = None,
+    adapter: AdapterOption = None,
     files: Annotated[list[Path] | None, typer.Option("--file", help=FILE_HELP, show_default=False)] = None,
-    int8: Annotated[bool, typer.Option("--int8", help="Use the int8 graph of an onnx folder.")] = False,
+    int8: Int8Option = False,
+    static: StaticOption = False,
     column: Annotated[str, typer.Option("--column", help="Column with the text, in .csv, .tsv, .jsonl and .parquet.")] = "text",
     out_: Annotated[Path | None, typer.Option("--out", help="Write input, label and probability as .csv.", show_default=False)] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Inputs run at once.")] = 16,
@@ -75,13 +76,11 @@ def predict(
     if (place / CARD).is_file():
         if adapter is None:
             raise UserError(f"{place}: holds graphs for training, which need trained values; give --adapter RUN/adapter")
-        if int8:
-            raise UserError("--int8: training graphs have no int8 form; leave it away, or give a run's onnx folder")
+        if int8 or static:
+            raise UserError(f"--{'int8' if int8 else 'static'}: training graphs have no int8 form; leave it away, or give a run's onnx folder")
         predictor = Predictor.adapted(place, adapter, threads)
     else:
-        if adapter is not None:
-            raise UserError(f"--adapter: {place} has no {CARD}, so its model is whole already; leave --adapter away")
-        predictor = Predictor.open(place, int8, threads)
+        predictor = Predictor.open(place, graph_of(int8, static, adapter), threads, adapter)
     show(predictor, inputs or [], files or [], column, out_, batch_size, json_)
 
 

@@ -24,6 +24,19 @@ EXAMPLES = (
 )
 FILE_HELP = "Texts in .txt (one a line), .csv, .tsv, .jsonl or .parquet; an image or a folder of images. Repeatable."
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
+Int8Option = Annotated[bool, typer.Option("--int8", help="Use the int8 graph.")]
+StaticOption = Annotated[bool, typer.Option("--static", help="Use the int8 graph with fixed ranges.")]
+AdapterOption = Annotated[Path | None, typer.Option("--adapter", help="Use this adapter.safetensors, or the one in this folder, in place of the run's own.", show_default=False)]
+
+
+def graph_of(int8: bool, static: bool, adapter: Path | None) -> str:
+    """The graph in an onnx folder that the options ask for. Raises UserError for more than one."""
+    from fedtune.onnx.predict import ADAPTERS, FLOAT32, INT8, STATIC
+
+    asked = [name for name, yes in ((INT8, int8), (STATIC, static), (ADAPTERS, adapter is not None)) if yes]
+    if len(asked) > 1:
+        raise UserError("--int8, --static, --adapter: each asks for another graph; give one of them")
+    return asked[0] if asked else FLOAT32
 
 
 @shell
@@ -33,7 +46,9 @@ def command(
         list[str] | None, typer.Argument(metavar="[TEXT]...", help="Texts; image files for a model of images. - reads them from standard input, one a line.", show_default=False),
     ] = None,
     files: Annotated[list[Path] | None, typer.Option("--file", help=FILE_HELP, show_default=False)] = None,
-    int8: Annotated[bool, typer.Option("--int8", help="Use the int8 graph.")] = False,
+    int8: Int8Option = False,
+    static: StaticOption = False,
+    adapter: AdapterOption = None,
     column: Annotated[str, typer.Option("--column", help="Column with the text, in .csv, .tsv, .jsonl and .parquet.")] = "text",
     out_: Annotated[Path | None, typer.Option("--out", help="Write input, label and probability as .csv.", show_default=False)] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Inputs run at once.")] = 64,
@@ -44,7 +59,7 @@ def command(
         from fedtune.onnx.predict import Predictor
     except ModuleNotFoundError as e:
         raise EnvironmentProblem(f"fedtune predict needs the package {e.name}; install fedtune[edge]") from None
-    predictor = Predictor.open(run, int8)
+    predictor = Predictor.open(run, graph_of(int8, static, adapter), adapter=adapter)
     show(predictor, inputs or [], files or [], column, out_, batch_size, json_)
 
 

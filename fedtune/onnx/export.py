@@ -43,6 +43,11 @@ def export_graph(model: TunableModel, example: Arrays, path: Path, opset: int, f
     if made != opset:
         raise ModelError(f"export.opset = {opset}: the exporter could only make opset {made} of this model; set export.opset = {made}")
     strip(proto)
+    write_proto(proto, path, facts)
+
+
+def write_proto(proto: Any, path: Path, facts: Mapping[str, Any]) -> None:
+    """An onnx.ModelProto with metadata: strings as they are, other facts as JSON."""
     for key, value in facts.items():
         proto.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))
     write_atomic(path, proto.SerializeToString(deterministic=True))

@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from fedtune.adapters.spec import AdapterSpec
 from fedtune.data.images import ImageEncoder
 from fedtune.data.text import TextEncoder
 from fedtune.errors import ModelError, RunError, UserError
@@ -20,12 +21,17 @@ from fedtune.onnx.verify import open_graph
 from fedtune.types import Arrays
 
 CARD, ADAPTER = "model.json", "adapter.safetensors"
-FLOAT32, INT8 = "model.onnx", "model.int8.onnx"
+FLOAT32, INT8, STATIC, ADAPTERS = "model.onnx", "model.int8.onnx", "model.static.onnx", "model.adapters.onnx"
+OPTIONS = {FLOAT32: "", INT8: "--int8", STATIC: "--static", ADAPTERS: "--adapter"}
+"""What asks for a graph on the command line."""
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """model.json: what the graphs beside it do. `max_length` is for texts; `left_out` says why a graph is missing, by kind."""
+    """model.json: what the graphs beside it do. `max_length` is for texts; `left_out` says why a graph is missing, by file name.
+
+    `spec`, `frame_sha256`: of the adapters that ADAPTERS takes.
+    """
 
     format: str
     task: Literal["text-classification", "image-classification", "causal-lm"]
@@ -36,6 +42,8 @@ class ModelCard:
     base: str
     base_sha256: str
     left_out: dict[str, str] = field(default_factory=dict)
+    spec: AdapterSpec | None = None
+    frame_sha256: str = ""
 
 
 CARD_FILE = TypeAdapter(ModelCard)
@@ -51,23 +59,29 @@ class Predictor:
     values: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, place: Path, int8: bool = False, threads: int = 0) -> "Predictor":
+    def open(cls, place: Path, name: str = FLOAT32, threads: int = 0, adapter: Path | None = None) -> "Predictor":
         """Opens an onnx folder, or that of a run folder.
 
+        Args:
+            name: of the graph there. adapter: for ADAPTERS.
+
         Raises:
-            RunError: nothing exported there, not by this format, or no int8 graph although it is asked for.
-            ModelError, DataError: a broken graph, tokenizer or image encoder.
+            RunError: nothing exported there, not by this format, no such graph, or an adapter that cannot be read.
+            ModelError, DataError: a broken graph, tokenizer or image encoder; an adapter of other tensors than the graph takes.
         """
         folder = _find(place)
         card: ModelCard = read_card(folder / CARD, CARD_FILE, "export the run again")
-        path = folder / (INT8 if int8 else FLOAT32)
+        path = folder / name
         if not path.is_file():
-            reason = card.left_out.get("int8", "") if int8 else ""
-            remedy = "leave --int8 away" if int8 else "export the run again"
-            raise RunError(f"{folder}: has no {path.name}{f' ({reason})' if reason else ''}; {remedy}")
+            reason = card.left_out.get(name, "")
+            remedy = f"leave {OPTIONS[name]} away" if OPTIONS[name] else "export the run again"
+            if name in (STATIC, ADAPTERS) and not reason:
+                remedy += f", or export the run with --set export.{'static' if name == STATIC else 'adapters'}=true"
+            raise RunError(f"{folder}: has no {name}{f' ({reason})' if reason else ''}; {remedy}")
         image = card.task == "image-classification"
         encoder = ImageEncoder.from_folder(folder) if image else TextEncoder.from_folder(folder, card.max_length)
-        return cls(card, encoder, open_graph(path, threads))
+        values = {} if adapter is None or card.spec is None else _read_adapter(adapter, card.spec, card.frame_sha256)
+        return cls(card, encoder, open_graph(path, threads), values)
 
     @classmethod
     def adapted(cls, folder: Path, adapter: Path, threads: int = 0) -> "Predictor":
@@ -80,7 +94,7 @@ class Predictor:
         card = open_card(folder)
         image = card.task == "image-classification"
         encoder = ImageEncoder.from_folder(folder) if image else TextEncoder.from_folder(folder, card.max_length)
-        return cls(card, encoder, open_graph(folder / FORWARD, threads), _read_adapter(adapter, card))
+        return cls(card, encoder, open_graph(folder / FORWARD, threads), _read_adapter(adapter, card.spec, card.frame_sha256))
 
     @property
     def reads_images(self) -> bool:
@@ -121,21 +135,21 @@ class Predictor:
         return self.card.labels[label]
 
 
-def _read_adapter(path: Path, card: EdgeCard) -> Arrays:
+def _read_adapter(path: Path, spec: AdapterSpec, frame_sha256: str) -> Arrays:
     """The trained values, float32. `path`: adapter.safetensors, or the folder that `fedtune export` puts it in."""
     file = path / ADAPTER if path.is_dir() else path
     try:
         arrays = load_file(file)
     except (OSError, SafetensorError) as e:
         raise RunError(f"--adapter {file}: cannot be read ({str(e).splitlines()[0][:120]}); give the adapter folder of a run") from None
-    found, wanted = {name: a.shape for name, a in arrays.items()}, {t.name: t.shape for t in card.spec.trainable}
+    found, wanted = {name: a.shape for name, a in arrays.items()}, {t.name: t.shape for t in spec.trainable}
     if found != wanted:
         other = next(iter(sorted({*found.items()} ^ {*wanted.items()})))
         raise ModelError(f"--adapter {file}: holds {len(found)} tensors, the graph takes {len(wanted)}, and {other[0]} differs; give an adapter trained with these graphs")
     if (description := file.with_name("adapter.json")).is_file():
-        frame = json.loads(description.read_bytes()).get("frame_sha256", card.frame_sha256)
-        if frame != card.frame_sha256:
-            raise ModelError(f"--adapter {file}: trained with the frame {frame[:12]}…, the graphs hold {card.frame_sha256[:12]}…; give an adapter trained with these graphs")
+        frame = json.loads(description.read_bytes()).get("frame_sha256", frame_sha256)
+        if frame != frame_sha256:
+            raise ModelError(f"--adapter {file}: trained with the frame {frame[:12]}…, the graphs hold {frame_sha256[:12]}…; give an adapter trained with these graphs")
     return {name: a.astype(np.float32) for name, a in arrays.items()}
 
 

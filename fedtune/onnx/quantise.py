@@ -1,25 +1,30 @@
-"""Dynamic int8: weights of matrix products as 8-bit integers, activations turned into 8 bits while running. Needs onnx."""
+"""int8 twins of float32 graphs. Needs onnx.
 
+Weights use 7 of the 8 bits, because x86 processors without VNNI saturate sums of full ones: so figures measured here hold on such a
+device too.
+"""
+
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import onnx
 
 from fedtune.onnx.export import quiet
+from fedtune.types import Arrays
 
 PRODUCTS = ["MatMul", "Gemm"]
 LEAST_SHARE = 0.1
 
 
 def quantise(source: Path, target: Path) -> str:
-    """Writes an int8 twin of a float32 graph, unless it would not be worth it.
+    """Dynamic int8: weights of matrix products as 8-bit integers, activations turned into 8 bits while running.
 
-    Only constant factors of matrix products become integers (one scale per output); embeddings and convolutions stay
-    float32. Weights use 7 of the 8 bits, because x86 processors without VNNI saturate sums of full ones: so figures
-    measured here hold on such a device too.
+    Only constant factors of matrix products become integers (one scale per output); embeddings and convolutions stay float32.
 
     Returns:
-        "" when `target` was written, else why not.
+        "" when `target` was written, else why not: it would not be worth it.
     """
     share = product_share(onnx.load(source))
     if share < LEAST_SHARE:
@@ -29,6 +34,26 @@ def quantise(source: Path, target: Path) -> str:
 
         quantize_dynamic(source, target, op_types_to_quantize=PRODUCTS, per_channel=True, reduce_range=True, weight_type=QuantType.QInt8)
     return ""
+
+
+def quantise_static(source: Path, target: Path, batches: Iterable[Arrays]) -> None:
+    """Static int8: as above, convolutions too, and activations in fixed ranges: the least and the largest value that `batches` give."""
+    with quiet(), tempfile.TemporaryDirectory(dir=target.parent, prefix=".static-") as scratch:
+        from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+
+        class Batches(CalibrationDataReader):
+            def __init__(self) -> None:
+                self.left = iter(batches)
+
+            def get_next(self) -> Arrays | None:
+                return next(self.left, None)
+
+        ready = Path(scratch) / "ready.onnx"
+        quant_pre_process(source, ready, skip_symbolic_shape=True)
+        quantize_static(
+            ready, target, Batches(), QuantFormat.QDQ, op_types_to_quantize=[*PRODUCTS, "Conv"], per_channel=True, reduce_range=True,
+            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, calibrate_method=CalibrationMethod.MinMax)
 
 
 def product_share(model: onnx.ModelProto) -> float:

@@ -58,14 +58,14 @@ def open_session(path: Path, options: onnxruntime.SessionOptions, threads: int, 
         raise ModelError(f"{path}: onnxruntime cannot open it ({reason}); {remedy}") from None
 
 
-def compare(graphs: Mapping[str, Path], checks: Iterable[Check], threads: int = 0) -> dict[str, Agreement]:
-    """Runs every graph over the same batches, which are read once and not kept."""
+def compare(graphs: Mapping[str, Path], checks: Iterable[Check], threads: int = 0, more: Mapping[str, Arrays] = {}) -> dict[str, Agreement]:
+    """Runs every graph over the same batches, which are read once and not kept. more: what a graph takes beside them, by its name here."""
     sessions = {name: open_graph(path, threads) for name, path in graphs.items()}
     largest = dict.fromkeys(graphs, 0.0)
     sums = {name: np.zeros(4) for name in graphs}
     for check in checks:
         for name, session in sessions.items():
-            logits = session.run(["logits"], check.inputs)[0][check.rows]
+            logits = session.run(["logits"], {**check.inputs, **more.get(name, {})})[0][check.rows]
             # np.maximum and not max: a NaN must stay
             largest[name] = float(np.maximum(largest[name], np.abs(logits - check.reference).max(initial=0.0)))
             sums[name] += _counts(logits, check)

@@ -8,7 +8,7 @@ from fedtune.report.format import ABSENT, clean, count, duration, number, signed
 from fedtune.report.summary import Summary
 
 EXPORT_HEADER = ("kind", "file", "size", "largest difference", "label agreement", "accuracy", "on")
-EXPORTS = {"adapter": "native adapter", "float32": "ONNX, float32", "int8": "ONNX, int8", "peft": "PEFT folder"}
+EXPORTS = {"adapter": "native adapter", "float32": "ONNX, float32", "adapters": "ONNX, adapters as inputs", "int8": "ONNX, int8", "static": "ONNX, int8 with fixed ranges", "peft": "PEFT folder"}
 
 
 def exports(s: Summary) -> list[tuple[str, ...]]:

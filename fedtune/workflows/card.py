@@ -17,7 +17,7 @@ Exports = dict[str, dict[str, Any]]
 
 _PIPELINES = {"text-classification": "text-classification", "image-classification": "image-classification", "causal-lm": "text-generation"}
 _LICENCES = ("Apache-2.0", "MIT", "BSD-3-Clause", "CC-BY-4.0")  # those whose lower case is the name model hubs use
-_KINDS = {"adapter": "native adapter", "peft": "LoRA for PEFT", "float32": "ONNX, float32", "int8": "ONNX, int8"}
+_KINDS = {"adapter": "native adapter", "peft": "LoRA for PEFT", "float32": "ONNX, float32", "adapters": "ONNX, adapters as inputs", "int8": "ONNX, int8", "static": "ONNX, int8 with fixed ranges"}
 
 
 def model_card(run: RunFolder, setup: Setup, bundle: Bundle, round: int, exports: Exports) -> str:

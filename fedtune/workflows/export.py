@@ -2,13 +2,14 @@
 
     adapter/    adapter.safetensors, frame.safetensors (Fed-SB), adapter.json: everything trained, without the base
     peft/       adapter_model.safetensors, adapter_config.json, head.safetensors: fed-sb and lora as a plain LoRA
-    onnx/       model.onnx, model.int8.onnx, model.json, verify.json and the encoder's files: all a device needs
+    onnx/       model.onnx, model.int8.onnx, if asked for model.static.onnx and model.adapters.onnx; model.json, verify.json and the
+                encoder's files: all a device needs
     README.md   the model card
 """
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,10 +26,10 @@ from fedtune.data.encoded import ClientData, Encoder, made_up
 from fedtune.errors import ContractError, RunError
 from fedtune.models.base import TunableModel
 from fedtune.onnx import verify
-from fedtune.onnx.export import export_graph
+from fedtune.onnx.export import export_graph, write_proto
 from fedtune.onnx.folder import FORMAT
-from fedtune.onnx.predict import CARD, CARD_FILE, FLOAT32, INT8, ModelCard
-from fedtune.onnx.quantise import quantise
+from fedtune.onnx.predict import ADAPTERS, CARD, CARD_FILE, FLOAT32, INT8, STATIC, ModelCard
+from fedtune.onnx.quantise import quantise, quantise_static
 from fedtune.run import RunFolder, versions
 from fedtune.seeds import generator
 from fedtune.storage import failing_clearly, write_atomic, write_json
@@ -48,6 +49,8 @@ NOT_LORA = {
     "head": "head trains nothing but the head, which is in adapter/",
     "full": "full trains every weight, which a LoRA does not hold",
 }
+CALIBRATION, CALIBRATED = 64, 8
+"""Training examples that static ranges are found on, and how many at once."""
 _CHUNK = 256  # examples encoded at once, so that images do not fill the memory
 
 
@@ -195,33 +198,63 @@ def _write_onnx(trained: _Trained, folder: Path, stage: Stage, examples: int) ->
         return {"float32": {"note": "no held-out example to check a graph on"}}
     folder.mkdir()
     stage("exporting ONNX")
+    example = _example(setup.encoder)
     fedtune, labels = versions()["fedtune"], list(manifest.labels)
     facts = {"task": manifest.task, "labels": labels, "fedtune": fedtune, "base_sha256": manifest.sha256}
-    export_graph(trained.merged, _example(setup.encoder), folder / FLOAT32, settings.opset, facts)
-    graphs, left_out = {"float32": folder / FLOAT32}, dict[str, str]()
+    export_graph(trained.merged, example, folder / FLOAT32, settings.opset, facts)
+    kinds, left_out = {"float32": FLOAT32}, dict[str, str]()
+    if settings.adapters:
+        kinds["adapters"] = ADAPTERS
+        export_adapters_graph(trained, example, folder / ADAPTERS, facts)
     if settings.int8:
         stage("quantising to int8")
-        if reason := quantise(folder / FLOAT32, folder / INT8):
-            left_out["int8"] = reason
-        else:
-            graphs["int8"] = folder / INT8
+        kinds["int8"], left_out["int8"] = INT8, quantise(folder / FLOAT32, folder / INT8)
+    if settings.static:
+        stage("quantising to int8 with fixed ranges")
+        kinds["static"], left_out["static"] = STATIC, _quantise_static(setup, folder)
+    left_out = {kind: reason for kind, reason in left_out.items() if reason}
+    graphs = {kind: folder / name for kind, name in kinds.items() if kind not in left_out}
     index = _drawn(held_out, examples, setup.job.federation.seed)
     stage(f"checking ONNX against torch on {len(index):,} of {len(held_out):,} held-out examples")
-    found = verify.compare(graphs, _checks(trained.adapted(), setup, index), setup.job.simulation.threads)
-    verify.require_equal(found["float32"], settings.max_difference, "ONNX float32")
-    if "int8" in found and (reason := verify.reason_against(found["int8"], settings.min_agreement)):
-        left_out["int8"] = reason
-        graphs.pop("int8").unlink()
+    found = verify.compare(graphs, _checks(trained.adapted(), setup, index), setup.job.simulation.threads, {"adapters": trained.arrays})
+    for kind in found:
+        if kind in ("float32", "adapters"):
+            verify.require_equal(found[kind], settings.max_difference, f"ONNX {kind}")
+        elif reason := verify.reason_against(found[kind], settings.min_agreement):
+            left_out[kind] = reason
+            graphs.pop(kind).unlink()
     exports = {kind: _entry(path) | _figures(found[kind]) | {"examples": len(index), "of": len(held_out)} for kind, path in graphs.items()}
     exports |= {kind: {"note": reason} for kind, reason in left_out.items()}
     card = ModelCard(
         format=FORMAT, task=setup.job.model.task, labels=manifest.labels, max_length=setup.job.model.max_length, opset=settings.opset,
-        fedtune=fedtune, base=public_name(manifest.source), base_sha256=manifest.sha256, left_out=left_out,
+        fedtune=fedtune, base=public_name(manifest.source), base_sha256=manifest.sha256,
+        left_out={kinds[kind]: reason for kind, reason in left_out.items()},
+        spec=trained.spec if settings.adapters else None, frame_sha256=manifest.frame_sha256 if settings.adapters else "",
     )
     setup.encoder.save(folder)
     write_json(folder / CARD, CARD_FILE.dump_python(card, mode="json"))
     write_json(folder / "verify.json", exports)
     return exports
+
+
+def export_adapters_graph(trained: _Trained, example: Arrays, path: Path, facts: Mapping[str, Any]) -> None:
+    """The base with the frame, and the trained tensors as inputs. Raises ModelError as `forward_graph`."""
+    from fedtune.onnx.training import forward_graph
+
+    model = trained.setup.fresh_model()
+    parameters = methods.attach(model, trained.spec, trained.bundle.frame)
+    write_proto(forward_graph(model.eval(), parameters, example, trained.setup.job.export.opset), path, facts)
+
+
+def _quantise_static(setup: Setup, folder: Path) -> str:
+    """Why there is no such graph; "" for one that was written."""
+    if setup.job.privacy.hides_clients:
+        return "its ranges would be of training examples, and privacy protects these"
+    rows = generator(setup.job.federation.seed, "calibration").permutation(setup.split.train.rows)[:CALIBRATION]
+    examples = setup.dataset.examples.take(np.sort(rows))
+    data = ClientData(setup.encoder.encode(examples.inputs), examples.labels)
+    quantise_static(folder / FLOAT32, folder / STATIC, (setup.encoder.collate([data.encoded[i] for i in places]) for places in by_length(data.lengths, CALIBRATED)))  # type: ignore[arg-type]
+    return ""
 
 
 def _example(encoder: Encoder) -> Arrays:

@@ -1,4 +1,4 @@
-"""What stands in server/ and client/ is what the code has: keys, options, variables, metrics, exit codes, waits."""
+"""What stands in server/, client/ and edge/ is what the code has: keys, options, variables, metrics, exit codes, waits."""
 
 import configparser
 import json
@@ -20,11 +20,9 @@ from fedtune.job import load_job
 from fedtune.server import metrics
 
 ROOT = Path(__file__).parents[2]
-ROLES = ("server", "client")
-STOPS = {
-    "server": waits.SUPERLINK_STOP + 1,
-    "client": waits.SUPERNODE_STOP + waits.GOODBYE_SECONDS + waits.TRAINER_STOP,
-}
+ROLES = ("server", "client", "edge")
+DEVICE_STOP = waits.SUPERNODE_STOP + waits.GOODBYE_SECONDS + waits.TRAINER_STOP
+STOPS = {"server": waits.SUPERLINK_STOP + 1, "client": DEVICE_STOP, "edge": DEVICE_STOP}
 COMMANDS = typer.main.get_command(app).commands
 CALL = re.compile(rf"(?:^|[\s/\"`])fedtune ((?:{'|'.join(COMMANDS)})\b.*)")
 

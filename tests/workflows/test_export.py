@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import yaml
 from peft import PeftModel
 from PIL import Image
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from fedtune.adapters import methods
@@ -20,7 +21,7 @@ from fedtune.bundle import open_bundle
 from fedtune.errors import ModelError, RunError
 from fedtune.job import Job
 from fedtune.models.base import TunableModel
-from fedtune.onnx.predict import Predictor
+from fedtune.onnx.predict import ADAPTERS, INT8, STATIC, Predictor
 from fedtune.run import RunFolder
 from fedtune.workflows import export
 from fedtune.workflows.export import export_run
@@ -177,7 +178,49 @@ def test_an_int8_graph_that_disagrees_is_left_out_and_says_why(traced: Simulatio
     assert (few["float32"]["examples"], few["float32"]["of"]) == (5, sum(len(x) for x in traced.setup.split.held_out))
     assert not (run.path / "onnx" / "model.int8.onnx").exists()
     with pytest.raises(RunError, match=r"has no model\.int8\.onnx \(it agrees with .*\); leave --int8 away"):
-        Predictor.open(run.path, int8=True)
+        Predictor.open(run.path, INT8)
+
+
+def test_adapters_are_swapped_and_static_ranges_are_of_training_examples(fed_sb: tuple, tmp_path: Path) -> None:
+    simulation, run = fed_sb[0], RunFolder(shutil.copytree(fed_sb[0].run.path, tmp_path / "run"))
+    found = export_run(run, with_export(simulation.setup, int8=False, static=True, adapters=True, min_agreement=0.0))
+    assert found.keys() == {"adapter", "peft", "float32", "adapters", "static"}
+    assert found["adapters"]["max_difference"] < 1e-4 and found["adapters"]["label_agreement"] == 1.0
+    assert found["static"]["bytes"] < found["float32"]["bytes"] and 0.5 < found["static"]["label_agreement"] <= 1.0
+    nodes = [n.op_type for n in onnx.load(run.path / "onnx" / STATIC).graph.node]
+    assert nodes.count("QuantizeLinear") > 10 and not list((run.path / "onnx").glob(".static-*"))
+    texts = list(simulation.setup.dataset.examples.inputs[:9])
+    merged = Predictor.open(run.path).predict(texts)
+    own = Predictor.open(run.path, ADAPTERS, adapter=run.path / "adapter").predict(texts)
+    assert own[0] == merged[0] and np.allclose(own[1], merged[1], atol=1e-4)
+    first = open_bundle(run.bundle).initial
+    (tmp_path / "other").mkdir()
+    save_file(dict(first), tmp_path / "other" / "adapter.safetensors")
+    bare = simulation.setup.fresh_model()
+    methods.write(methods.attach(bare, simulation.setup.spec, open_bundle(run.bundle).frame), first)
+    with torch.inference_mode():
+        reference = bare(**batch(simulation.setup, 9)).softmax(1).numpy()
+    _, probabilities = Predictor.open(run.path, ADAPTERS, adapter=tmp_path / "other").predict(texts)
+    np.testing.assert_allclose(probabilities, reference.max(1), atol=1e-4)
+    for adapter, message in ((tmp_path / "none", r"--adapter .*none: cannot be read"), (run.path / "peft", r"--adapter .*cannot be read")):
+        with pytest.raises(RunError, match=message):
+            Predictor.open(run.path, ADAPTERS, adapter=adapter)
+    again = export_run(run, with_export(simulation.setup, int8=False))
+    assert again.keys() == {"adapter", "peft", "float32"}
+    with pytest.raises(RunError, match=r"has no model\.static\.onnx; leave --static away, or export the run with --set export\.static=true"):
+        Predictor.open(run.path, STATIC)
+    with pytest.raises(RunError, match=r"has no model\.adapters\.onnx; leave --adapter away, or export the run with --set export\.adapters=true"):
+        Predictor.open(run.path, ADAPTERS, adapter=run.path / "adapter")
+
+
+def test_ranges_of_private_examples_are_not_exported(fed_sb: tuple, tmp_path: Path) -> None:
+    simulation, run = fed_sb[0], RunFolder(shutil.copytree(fed_sb[0].run.path, tmp_path / "run"))
+    setup = with_export(simulation.setup, int8=False, static=True)
+    private = replace(setup, job=setup.job.model_copy(update={"privacy": setup.job.privacy.model_copy(update={"unit": "client"})}))
+    found = export_run(run, private)
+    assert found["static"] == {"note": "its ranges would be of training examples, and privacy protects these"}
+    with pytest.raises(RunError, match=r"has no model\.static\.onnx \(its ranges would be of training examples, .*\); leave --static away$"):
+        Predictor.open(run.path, STATIC)
 
 
 def test_the_card_holds_with_and_without_a_summary(lora: tuple) -> None:
