@@ -23,6 +23,9 @@ from fedtune.onnx.verify import open_session
 from fedtune.types import Arrays
 from fedtune.wire import Pieces
 
+MERGERS = ("CommonSubexpressionElimination",)
+"""It would turn an 8-bit weight into floats once and keep these from the forward pass to the backward one."""
+
 
 class Passed(NamedTuple):
     """Of n examples: gradient of sum(weight * loss), float32 [P] in the order of the trained tensors, and float64 [3]: summed loss,
@@ -89,7 +92,7 @@ class Graphs:
         """Raises ModelError for a file that onnxruntime cannot open."""
         if self._session is None or self._name != name:
             self._session = None  # first, so that two are never open
-            self._session, self._name = open_session(self.folder / name, lean_options(), self.threads, "copy the folder again, or use a newer onnxruntime"), name
+            self._session, self._name = open_session(self.folder / name, lean_options(), self.threads, "copy the folder again, or use a newer onnxruntime", MERGERS), name
         return self._session
 
 

@@ -79,12 +79,13 @@ def train_locally(
 ) -> Metrics:
     """Runs the round's optimizer steps on `values` in place, with a fresh optimizer; see `training.local.train_locally`."""
     optimizer, totals = Optimizer(engine.graphs.card.spec, settings, round), np.zeros(3)
+    mu, start = np.float32(settings.proximal), values.vector.copy()
     for index in local_batches(data.lengths, settings.batch_size, settings.local_epochs, settings.local_steps, rng):
         taken = data.take(index)
         count = int(engine.predictions(taken).sum())
         if count:  # a batch of one-token texts predicts nothing
             gradient, found = engine.added(values, taken, np.full(len(taken), 1.0 / count, np.float32))
-            optimizer.step(values.vector, gradient)
+            optimizer.step(values.vector, gradient + mu * (values.vector - start) if mu else gradient)
             totals += found
     return _metrics(totals)
 
@@ -104,7 +105,7 @@ def train_privately(
             scores += capped(score[None])[0]
         noisy = total + drawn_noise(sizes, privacy, noise)
         check.noise(noisy - total)
-        optimizer.step(values.vector, noisy / np.float32(privacy.batch))
+        optimizer.step(values.vector, noisy / np.float32(privacy.batch) + np.float32(settings.proximal) * (values.vector - start))
     check.require(start, values.vector)
     return noisy_metrics(scores, privacy, noise)
 
