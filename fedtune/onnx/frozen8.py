@@ -17,8 +17,9 @@ LEAST = 1024
 """Numbers of a weight that is worth rounding."""
 
 AXIS = "last_axis"
-Rounded = dict[bytes, tuple[np.ndarray, np.ndarray]]
-"""By the bytes of the rounded weight in float32: the integers, int8 [outputs, ...], and the scales, float32 [outputs]."""
+Rounded = dict[bytes, tuple[np.ndarray, np.ndarray, int]]
+"""By the bytes of a rounded weight in float32: the integers, int8, the scales, float32 [outputs], and the axis of the outputs. A linear's
+stands there twice, as it is and transposed, because exporters do that to small ones."""
 
 
 def round_frozen(model: nn.Module, trained: Container[int]) -> Rounded:
@@ -36,15 +37,17 @@ def round_frozen(model: nn.Module, trained: Container[int]) -> Rounded:
         back = (whole.astype(np.float32) * scale[:, None]).reshape(values.shape)  # as DequantizeLinear computes it
         with torch.no_grad():
             weight.copy_(torch.from_numpy(back))
-        found[back.tobytes()] = (whole.reshape(values.shape), scale)
+        found[back.tobytes()] = (whole.reshape(values.shape), scale, 0)
+        if isinstance(module, nn.Linear):
+            found[back.T.tobytes()] = (np.ascontiguousarray(whole.T), scale, 1)
     return found
 
 
-def as_integers(proto: ModelProto, rounded: Mapping[bytes, tuple[np.ndarray, np.ndarray]]) -> None:
+def as_integers(proto: ModelProto, rounded: Mapping[bytes, tuple[np.ndarray, np.ndarray, int]]) -> None:
     """Replaces initializers that hold rounded weights, and puts what turns them back before each node that uses one, so that none stays in
     memory as floats from a forward pass to the backward one."""
     graph, kept, lengths = proto.graph, [], {len(data) for data in rounded}
-    weights: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    weights: dict[str, tuple[np.ndarray, np.ndarray, int]] = {}
     for tensor in graph.initializer:
         if len(tensor.raw_data) in lengths and tensor.raw_data in rounded:
             weights[tensor.name] = rounded[tensor.raw_data]
@@ -52,7 +55,7 @@ def as_integers(proto: ModelProto, rounded: Mapping[bytes, tuple[np.ndarray, np.
             kept.append(tensor)
     del graph.initializer[:]
     graph.initializer.extend(kept)
-    for name, (whole, scale) in weights.items():
+    for name, (whole, scale, _) in weights.items():
         graph.initializer.append(numpy_helper.from_array(whole, f"{name}.int8"))
         graph.initializer.append(numpy_helper.from_array(scale, f"{name}.scale"))
     nodes: list[NodeProto] = []
@@ -64,7 +67,7 @@ def as_integers(proto: ModelProto, rounded: Mapping[bytes, tuple[np.ndarray, np.
                 nodes += _gathered(node, name)
                 break
             made = f"{name}.{len(nodes)}"
-            nodes.append(helper.make_node("DequantizeLinear", [f"{name}.int8", f"{name}.scale"], [made], axis=0))
+            nodes.append(helper.make_node("DequantizeLinear", [f"{name}.int8", f"{name}.scale"], [made], axis=weights[name][2]))
             node.input[place] = made
         else:
             nodes.append(node)

@@ -16,9 +16,9 @@ from fedtune.errors import ModelError, RunError
 from fedtune.models.base import TunableModel, summed_loss
 from fedtune.onnx import folder as files
 from fedtune.onnx.frozen8 import as_integers, round_frozen
+from fedtune.onnx.lean import open_lean
 from fedtune.onnx.shared import write_graphs
 from fedtune.onnx.training import forward_graph, step_graph
-from fedtune.onnx.verify import open_graph
 from fedtune.run import versions
 from fedtune.seeds import generator
 from fedtune.storage import failing_clearly, sha256_of, write_json
@@ -63,7 +63,7 @@ def write_edge_folder(base: OpenBase, bundle: Bundle, target: Path, stage: Calla
             as_integers(graph, rounded)
         write_graphs(made, graphs)
         stage("checking the graphs against torch")
-        _require_equal(made, base, model, parameters)
+        _require_equal(made, "int8" if int8 else "float32", base, model, parameters)
         base.encoder.save(made)
         manifest = bundle.manifest
         card = files.EdgeCard(
@@ -81,10 +81,10 @@ def _batch(base: OpenBase, examples: int, length: int) -> Arrays:
     return base.encoder.collate(made_up(base.encoder, lengths, draw))
 
 
-def _require_equal(folder: Path, base: OpenBase, model: TunableModel, parameters: Parameters) -> None:
+def _require_equal(folder: Path, weights: str, base: OpenBase, model: TunableModel, parameters: Parameters) -> None:
     """Runs the graphs beside torch on other batches than the traced one, with trained values near the start. Raises ModelError."""
-    step = open_graph(folder / files.STEP) if (folder / files.STEP).exists() else None
-    forward = open_graph(folder / files.FORWARD)
+    step = open_lean(folder / files.STEP, weights) if (folder / files.STEP).exists() else None
+    forward = open_lean(folder / files.FORWARD, weights)
     draw = generator(0, "edge-values")
     for examples, length in TRIED:
         methods.write(parameters, {name: v + (SHIFT * draw.standard_normal(v.shape)).astype(np.float32) for name, v in methods.read(parameters).items()})
