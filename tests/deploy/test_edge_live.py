@@ -14,6 +14,8 @@ from fedtune.bundle import open_bundle
 from fedtune.job import parse_job
 from fedtune.ledger import Ledger
 from fedtune.run import open_run
+from fedtune.training.device import open_device
+from fedtune.wire import decode, encode
 from fedtune.workflows.prepare import prepare
 
 pytestmark = pytest.mark.slow
@@ -86,6 +88,30 @@ def test_a_mixed_federation_trains_the_model_of_torch_alone(pair, make_bundle):
     for mine, other in zip(newest[1].metrics(), newest[0].metrics(), strict=True):
         assert (mine["up"], mine["down"], sorted(mine["clients"])) == (other["up"], other["down"], sorted(other["clients"]))
         assert mine["loss"] == pytest.approx(other["loss"], abs=1e-4)
+
+
+def test_a_mixed_federation_trains_with_forward_passes_alone(pair, make_bundle, live_settings, tmp_path):
+    """Both devices receive the start with the bundle; the model is the mean of what torch makes of it for both, round by round."""
+    forward = ("edge.mode=forward", "edge.directions=64", "federation.optimizer=sgd", "federation.lr=0.05")
+    bundle, made = open_bundle(make_bundle(*TWO, *forward)), pair()
+    prepare(parse_job("", [*live_settings, *forward]), tmp_path / "bundle", tmp_path / "graphs")
+    made.graphs = tmp_path / "graphs"
+    server = made.live.server(bundle.folder)
+    devices = [made.torch("books"), made.edge("films")]
+    assert server.wait() == 0, server.text
+    assert [device.stop() for device in devices] == [130, 130] and not any("Traceback" in device.text for device in devices)
+    for name in DEVICES:
+        held = made.live.keys / "devices" / name / "bundles" / bundle.digest
+        assert (held / "initial.safetensors").read_bytes() == (bundle.folder / "initial.safetensors").read_bytes()
+    here, arrays = [open_device(bundle, made.data[name]) for name in DEVICES], bundle.start
+    for round in (1, 2, 3):
+        asked = encode("model", bundle.schema, arrays, round=round, frame=bundle.frame_digest)
+        updates = [decode(device.handle(asked, name), bundle.schema, kinds=["update"]) for device, name in zip(here, DEVICES)]
+        total = sum(u.header.weight for u in updates)
+        arrays = {"directions": sum(u.header.weight / total * u.arrays["directions"].astype(np.float64) for u in updates).astype(np.float32)}
+    run = open_run(made.live.run())
+    np.testing.assert_allclose(run.newest().state.arrays["directions"], arrays["directions"], rtol=0, atol=1e-4)
+    assert np.count_nonzero(arrays["directions"]) > 5 and np.abs(arrays["directions"]).max() > 1e-3
 
 
 def test_killed_in_a_step_it_joins_again_and_nothing_is_lost(pair, make_bundle):
