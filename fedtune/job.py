@@ -326,6 +326,8 @@ def _units_disagreements(job: Job) -> Iterator[str]:
         for place, count in own:
             yield f'simulation.devices.{place}.units = {count}: units.strategy = "all" trains every block; remove it, or choose another strategy'
         return
+    if units.strategy in _planned(_field(("units", "strategy"))):  # which is said already
+        return
     if not units.budget:
         yield f"units.budget = 0: strategy = {toml_value(units.strategy)} needs the number of blocks that a client trains; give at least 1"
     if job.adapter.method == "head":

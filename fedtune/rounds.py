@@ -160,7 +160,7 @@ class Coordinator:
         self._aborted = ()
         self._planned = {a.client: a.units for a in assignments}
         Ledger(self.run.ledger).record(self.state.round + 1, self._release().facts())
-        self._joined.update(self._planned)
+        self._joined.update(a.client for a in assignments)
         packets = {units: self._packet(units) for units in {a.units for a in assignments}}  # one for all who train the same
         for a in assignments:
             self._count_sent(a.client, len(packets[a.units]))

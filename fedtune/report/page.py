@@ -172,10 +172,12 @@ def _devices(s: Summary) -> str:
 
 
 def _units(s: Summary) -> str:
-    rows = tables.unit_rows(s)
-    if not rows:
-        return ""
-    return html.section("units", "Trained units", html.paragraph(facts.units(s)), html.table("Trained units", tables.UNIT_HEADER, rows))
+    return html.section(
+        "units",
+        "Trained units",
+        html.paragraph(facts.units(s)),
+        html.table("Trained units", tables.UNIT_HEADER, tables.unit_rows(s)),
+    )
 
 
 def _refused(s: Summary) -> str:
