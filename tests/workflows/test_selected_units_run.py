@@ -2,24 +2,31 @@
 
 import io
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from fedtune.algorithms.units import selected
+from fedtune.adapters.methods import attach
+from fedtune.algorithms.units import selected, tensors_of
 from fedtune.cli.main import app
 from fedtune.errors import JobError, UserError
+from fedtune.models.base import summed_loss
 from fedtune.report import facts, page, terminal
 from fedtune.report.summary import check, load_summary
 from fedtune.run import open_run
 from fedtune.simulation.devices import MB, assign
+from fedtune.training.lean import Lean
+from fedtune.training.local import only
+from fedtune.training.together import kept_bytes
 from fedtune.workflows.audit import audit
 from fedtune.workflows.finish import finish
 from fedtune.workflows.fleet import make_fleet
 from fedtune.workflows.plan import make_plan
-from fedtune.workflows.setup import open_setup
+from fedtune.workflows.setup import data_free_frame, open_setup
 
 TOP = ("units.strategy=top", "units.budget=1")
 LISA = ("units.strategy=lisa", "units.budget=1")
@@ -65,6 +72,21 @@ def test_memory_is_less_the_higher_the_lowest_unit(method, tiny_job):
     trained = sum(u.numbers for u in plans["top"].units if u.trained == "always")
     assert top["adapter_gradients_optimizer"] == 4 * (plans["top"].trainable + 3 * trained)  # values of all; gradients and two moments of these
     assert plans["top"].update_bytes == pytest.approx(4 * trained, abs=600 if method == "fed-sb" else 1200)
+
+
+@pytest.mark.parametrize("strategy", ["top", "bottom"])
+@pytest.mark.parametrize("lean", ["off", "exact", "all"])
+@pytest.mark.parametrize("method", ["fed-sb", "lora", "full"])
+def test_planned_activations_are_those_that_a_step_keeps(method, lean, strategy, tiny_job):
+    job = tiny_job(f"adapter.method={method}", f"units.strategy={strategy}", "units.budget=1", f"federation.lean={lean}")
+    setup = open_setup(job)
+    model, schema = setup.fresh_model(), setup.schema
+    parameters = attach(model, setup.spec, data_free_frame(setup, model))
+    batch = {"input_ids": torch.full((8, 16), 5), "attention_mask": torch.ones(8, 16, dtype=torch.long)}
+    around = Lean(model, lean == "exact").running() if lean != "off" else nullcontext()
+    with only(parameters, tensors_of(schema, selected(job, schema, 1))), kept_bytes(model) as kept, around:
+        summed_loss(model(**batch), batch, torch.zeros(8, dtype=torch.long), "text-classification")[0].sum()
+    assert make_plan(job).device["activations"] == pytest.approx(sum(kept.values()), rel=0.03)
 
 
 def test_a_plan_says_who_trains_what(tiny_job, tiny_settings):
