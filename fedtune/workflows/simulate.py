@@ -68,7 +68,7 @@ class Simulation:
     watch: Watch = field(default_factory=Watch)
     base: TunableModel | None = None
     _scored: dict[str, Scores] = field(default_factory=dict)
-    _noted: set[str] = field(default_factory=set)
+    _noted: bool = False
 
     def __post_init__(self) -> None:
         threads = self.setup.job.simulation.threads
@@ -136,10 +136,9 @@ class Simulation:
                 return open_trainer(
                     self.model, parameters, spec, setup.encoder, setup.job.federation, start, sample, self.features, ever(setup.job, setup.schema))
         except NotStackable as e:
-            note = f"clients are trained one after another, as this base does not let them be trained together: {e}"
-            if note not in self._noted:  # other units give the same
-                self.watch.note(note)
-            self._noted.add(note)
+            if not self._noted:  # once, not for all that other rounds train
+                self.watch.note(f"clients are trained one after another, as this base does not let them be trained together: {e}")
+            self._noted = True
             return None
 
     def coordinator(self, exchange: Ask) -> Coordinator:
