@@ -71,9 +71,11 @@ def main() -> None:
             parser.error(f"--{key}: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     if "pfl" in options.peers:
         provide_pfl(options.pfl)
-    found = {name: measure(name, options) for name in cases}
-    targets = [target for name in cases for target in judge(name, found[name])]
-    show(found, targets)
+    found, targets = {}, []
+    for name in cases:
+        found[name] = measure(name, options)
+        targets += (own := judge(name, found[name]))
+        show(name, found[name], own)
     if options.json:
         print(json.dumps({"targets": targets, "cases": found}))
 
@@ -250,22 +252,19 @@ def target(name: str, value: float, least: float) -> dict:
     return {"name": name, "value": value, "target": f">= {least:g}", "met": value >= least}
 
 
-def show(found: dict[str, dict], targets: list[dict]) -> None:
+def show(case: str, one: dict, targets: list[dict]) -> None:
+    """loss: of training in the second round; moved: L2 distance of the model after it from the start; idle CPU: of one core, while others ran."""
     console = Console(width=max(120, shutil.get_terminal_size().columns))
-    table = Table("", "updates/s", "all blocks", f"{FASTEST} : this", "loss", "moved", "idle CPU", title="client updates a second, medians of blocks")
-    for case, one in found.items():
-        own = statistics.median(one["updates"][FASTEST])
-        table.add_row(f"[bold]({case}) {ABOUT[case]}; {one['cohort']} clients a round")
-        for name, updates in one["updates"].items():
-            median, trained = statistics.median(updates), one["trained"][name]
-            table.add_row(
-                f"  {name}, {one['rounds'][name]} rounds a block", number(median), " ".join(map(number, updates)), f"{own / median:.2f}",
-                f"{trained['loss']:.4f}", f"{trained['moved']:.4f}", f"{one['idle_cpu'][name]:.1%}")
-        table.add_section()
+    table = Table("", "rounds a block", "updates/s", "all blocks", f"{FASTEST} : this", "loss", "moved", "idle CPU", title=f"({case}) {ABOUT[case]}; {one['cohort']} clients a round")
+    own = statistics.median(one["updates"][FASTEST])
+    for name, updates in one["updates"].items():
+        median, trained = statistics.median(updates), one["trained"][name]
+        table.add_row(
+            name, f"{one['rounds'][name]}", number(median), " ".join(map(number, updates)), f"{own / median:.2f}",
+            f"{trained['loss']:.4f}", f"{trained['moved']:.4f}", f"{one['idle_cpu'][name]:.1%}")
     console.print(table)
-    print("loss: of training in the second round; moved: L2 distance of the model after it from the start; idle CPU: of one core, while others ran")
-    for one in targets:
-        print(f"{one['name']}: {one['value']:.2f}, target {one['target']}: {'met' if one['met'] else 'not met'}")
+    for found in targets:
+        print(f"{found['name']}: {found['value']:.2f}, target {found['target']}: {'met' if found['met'] else 'not met'}", flush=True)
 
 
 def number(value: float) -> str:

@@ -102,6 +102,11 @@ class FederationSection(_Section):
     cohort: int = _key(8, "clients drawn in a round (poisson: expected)", ge=1, le=1_000_000)
     sampling: Literal["fixed", "poisson"] = _key("fixed", "fixed: exactly `cohort` clients; poisson: each with chance cohort / clients")
     weighting: Literal["examples", "equal"] = _key("examples", "weights of the mean: each client's examples, or equal")
+    aggregation: Literal["mean", "median", "trimmed-mean", "krum", "multi-krum", "norm-bound"] = _key(
+        "mean", "mean, or what some wrong updates cannot take where they want: median or trimmed-mean of each number, krum (the update nearest to most others), multi-krum (their mean), norm-bound (mean of updates cut to a length); all but mean count every update once")
+    trim: float = _key(0.0, "trimmed-mean: share of the updates cut on each side", ge=0.0, lt=0.5)
+    byzantine: int = _key(0, "krum, multi-krum: how many updates of a round may be wrong", ge=0)
+    norm_bound: float = _key(0.0, "norm-bound: largest L2 norm of an update's difference from the model; longer ones are cut to it", ge=0.0)
     local_epochs: int = _key(1, "passes over a client's data in a round", ge=1, le=1000)
     local_steps: int = _key(0, "at most this many optimizer steps in a round (0: whole epochs)", ge=0, le=1_000_000)
     batch_size: int = _key(16, "examples in an optimizer step", ge=1, le=65536)
@@ -111,8 +116,13 @@ class FederationSection(_Section):
     momentum: float = _key(0.0, "sgd: momentum", ge=0.0, lt=1.0)
     weight_decay: float = _key(0.0, "weight decay: decoupled (adamw, adam), or as an L2 penalty added to the gradient (sgd)", ge=0.0, le=10.0)
     lr_decay: float = _key(1.0, "learning rate is multiplied by this after each round", gt=0.0, le=1.0)
-    server_optimizer: Literal["average", "fedavgm", "fedadam"] = _key("average", "average: the mean becomes the model", available=("average",))
-    proximal: float = _key(0.0, "FedProx mu", later=True, ge=0.0)
+    server_optimizer: Literal["average", "fedavgm", "fedadam"] = _key(
+        "average", "what the coordinator makes of a round's mean: average: it becomes the model; fedavgm, fedadam: it gives the direction of a step with momentum, or of Adam")
+    server_lr: float = _key(1.0, "fedavgm, fedadam: learning rate of that step; about 1 for fedavgm, 0.01 for fedadam", gt=0.0, le=100.0)
+    server_momentum: float = _key(0.9, "fedavgm, fedadam: decay of the first moment", ge=0.0, lt=1.0)
+    server_beta2: float = _key(0.99, "fedadam: decay of the second moment", ge=0.0, lt=1.0)
+    server_tau: float = _key(1e-3, "fedadam: added to the root of the second moment; larger adapts less", gt=0.0, le=10.0)
+    proximal: float = _key(0.0, "FedProx: mu of mu/2 times the squared distance from the round's start, added to the loss of each step", ge=0.0, le=1e4)
     min_replies: int = _key(1, "fewest valid replies for a round to count; below it the model stays and the round is reported as void", ge=1)
     deadline: float = _key(3600.0, "seconds a round waits for replies", gt=0.0, le=604_800.0)
     lean: Literal["off", "exact", "all"] = _key(
@@ -278,6 +288,10 @@ def _disagreements(job: Job) -> Iterator[str]:
         yield f"data.labels = {toml_value(data.labels)}: a label stands twice; name each once"
     if len(set(job.evaluation.baselines)) != len(job.evaluation.baselines):
         yield f"evaluation.baselines = {toml_value(job.evaluation.baselines)}: a baseline stands twice; name each once"
+    yield from _robust_disagreements(job)
+    for name, rules in (("server_lr", ("fedavgm", "fedadam")), ("server_momentum", ("fedavgm", "fedadam")), ("server_beta2", ("fedadam",)), ("server_tau", ("fedadam",))):
+        if getattr(fed, name) != getattr(_NO_SERVER_OPTIMIZER, name) and fed.server_optimizer not in rules:
+            yield f"federation.{name.replace('_', '-')} = {getattr(fed, name)}: only for server-optimizer = {' or '.join(map(toml_value, rules))}, not {toml_value(fed.server_optimizer)}; remove it"
     if fed.momentum and fed.optimizer != "sgd":
         yield f"federation.momentum = {fed.momentum}: only used by optimizer = \"sgd\"; remove it or change the optimizer from {toml_value(fed.optimizer)}"
     if job.model.task == "causal-lm" and adapter.method == "head":
@@ -302,6 +316,22 @@ def _disagreements(job: Job) -> Iterator[str]:
                 yield f"{where}.{key.replace('_', '-')} = {toml_value(value)}: holds a control character; remove it"
 
 
+def _robust_disagreements(job: Job) -> Iterator[str]:
+    fed = job.federation
+    for name, rules in (("trim", ("trimmed-mean",)), ("byzantine", ("krum", "multi-krum")), ("norm_bound", ("norm-bound",))):
+        key, value = name.replace("_", "-"), getattr(fed, name)
+        if value and fed.aggregation not in rules:
+            yield f"federation.{key} = {value}: only for aggregation = {' or '.join(map(toml_value, rules))}, not {toml_value(fed.aggregation)}; remove it"
+        if not value and fed.aggregation in rules:
+            yield f"federation.{key} = 0: aggregation = {toml_value(fed.aggregation)} needs it; set it above 0"
+    if fed.aggregation in ("krum", "multi-krum") and 2 * fed.byzantine + 2 >= fed.cohort:
+        yield f"federation.byzantine = {fed.byzantine}: krum needs more than 2 f + 2 updates, and federation.cohort = {fed.cohort}; lower it to {max(0, (fed.cohort - 3) // 2)}, or raise cohort"
+    if fed.aggregation != "mean" and job.privacy.secure_aggregation:
+        yield f"federation.aggregation = {toml_value(fed.aggregation)}: looks at single updates, which secure-aggregation hides; use \"mean\""
+    if fed.aggregation != "mean" and job.privacy.unit == "client":
+        yield f"federation.aggregation = {toml_value(fed.aggregation)}: noise for whole clients is sized for a mean; use \"mean\""
+
+
 def _forward_disagreements(job: Job) -> Iterator[str]:
     edge, fed, default = job.edge, job.federation, EdgeSection()
     if edge.mode != "forward":
@@ -309,8 +339,8 @@ def _forward_disagreements(job: Job) -> Iterator[str]:
             if getattr(edge, name) != getattr(default, name):
                 yield f'edge.{name} = {toml_value(getattr(edge, name))}: only for edge.mode = "forward"; remove it'
         return
-    if fed.optimizer != "sgd" or fed.momentum or fed.weight_decay or fed.head_lr:
-        found = ", ".join(f"{name.replace('_', '-')} = {toml_value(getattr(fed, name))}" for name in ("optimizer", "momentum", "weight_decay", "head_lr"))
+    if fed.optimizer != "sgd" or fed.momentum or fed.weight_decay or fed.head_lr or fed.proximal:
+        found = ", ".join(f"{name.replace('_', '-')} = {toml_value(getattr(fed, name))}" for name in ("optimizer", "momentum", "weight_decay", "head_lr", "proximal"))
         yield f'edge.mode = "forward": steps are of sgd with one learning rate, and {found}; set federation.optimizer = "sgd" and the others to 0'
     if job.adapter.asks_gradients:
         yield f'edge.mode = "forward": devices compute no gradients, and adapter.init = {toml_value(job.adapter.init)} asks for them; use "weights"'
@@ -334,10 +364,12 @@ def _units_disagreements(job: Job) -> Iterator[str]:
         yield f'units.strategy = {toml_value(units.strategy)}: adapter.method = "head" trains nothing in the blocks; use "all"'
     if job.edge.mode == "forward":
         yield f'units.strategy = {toml_value(units.strategy)}: with edge.mode = "forward" a step moves the whole model along a direction; use "all"'
-    if job.privacy.unit == "client" or job.privacy.secure_aggregation:  # noise and denominators count on it, and a unit that one client trains is seen in the sum
+    alike = [  # noise and denominators count on it; what one client alone trains is seen in the sum, and is that client's
+        'privacy.unit = "client"' if job.privacy.unit == "client" else "", "privacy.secure-aggregation = true" if job.privacy.secure_aggregation else "",
+        f"federation.aggregation = {toml_value(job.federation.aggregation)}" if job.federation.aggregation != "mean" else ""]
+    for key in [key for key in alike if key][:1]:
         for place, count in own:
             if count != units.budget:
-                key = 'privacy.unit = "client"' if job.privacy.unit == "client" else "privacy.secure-aggregation = true"
                 yield f"simulation.devices.{place}.units = {count}: units.budget is {units.budget}, and with {key} all clients must train as many blocks; remove it"
 
 
@@ -431,7 +463,7 @@ def _table_of(field: Any) -> type[_Section] | None:
     return inner[0] if inner and isinstance(inner[0], type) and issubclass(inner[0], _Section) else None
 
 
-_NO_PRIVACY = PrivacySection()
+_NO_PRIVACY, _NO_SERVER_OPTIMIZER = PrivacySection(), FederationSection()
 _SECURE = ("secure_aggregation", "clip", "update_clip", "noise")  # keys that mean something where nothing is protected
 _SUGGEST = 0.6
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # with all that ends a line: a message is one line

@@ -11,12 +11,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from fedtune.aggregation import robust
+from fedtune.aggregation.mean import Mean
 from fedtune.algorithms import Algorithm, State, dp_fed_avg, fed_avg, secure_avg
 from fedtune.algorithms.dp_fed_avg import CLIP
+from fedtune.algorithms.server_optimizers import with_server_optimizer
 from fedtune.algorithms.units import Budget, selecting, tensors_of
 from fedtune.checkpoint import Checkpoint
 from fedtune.errors import EmptyCohort, Refused, SecAggFailed
-from fedtune.job import Job
+from fedtune.job import FederationSection, Job
 from fedtune.ledger import Ledger, require_whole
 from fedtune.metrics import plausible, value
 from fedtune.privacy.client import client_privacy
@@ -200,6 +203,7 @@ class Coordinator:
             state, report = same, empty
         except (Refused, SecAggFailed) as e:
             state, report, void = same, replace(empty, clients=tuple(c for c in self._planned if c not in refused)), str(e)
+        refused |= report.refused
         if void:
             refused |= {c: f"round void: {void}" for c in report.clients}
             state, report = same, empty
@@ -348,10 +352,10 @@ def evaluated(job: Job, round: int) -> bool:
 
 def make_algorithm(job: Job, schema: Schema, budget: Budget = lambda client: 0) -> Algorithm:
     """The algorithm object that every engine runs. budget: of each client; live ones have the job's. Raises JobError as `require_budgets`."""
-    return selecting(_of_all_units(job, schema), job, schema, budget)
+    return selecting(with_server_optimizer(_averaging(job, schema), job.federation), job, schema, budget)
 
 
-def _of_all_units(job: Job, schema: Schema) -> Algorithm:
+def _averaging(job: Job, schema: Schema) -> Algorithm:
     fed, privacy, secure = job.federation, client_privacy(job), secure_of(job, schema)
     if secure is not None:
         return secure_avg(seed=fed.seed, cohort=fed.cohort, units=schema.units, secure=secure, noise=lambda round, client: noise_of(job, round, client, "sum"))
@@ -359,7 +363,19 @@ def _of_all_units(job: Job, schema: Schema) -> Algorithm:
         return dp_fed_avg(
             seed=fed.seed, cohort=fed.cohort, units=schema.units, sampling=fed.sampling, privacy=privacy,
             noise=lambda round: noise_of(job, round, ""), secret=job.privacy.amplification and job.privacy.noise == "system")
-    return fed_avg(seed=fed.seed, cohort=fed.cohort, units=schema.units, sampling=fed.sampling, weighting=fed.weighting)
+    return fed_avg(seed=fed.seed, cohort=fed.cohort, units=schema.units, sampling=fed.sampling, weighting=fed.weighting, average=_robust(fed))
+
+
+def _robust(fed: FederationSection) -> Callable[[Iterable[Update], Arrays], Mean] | None:
+    """What stands in the place of the mean."""
+    rules: dict[str, Callable[[Iterable[Update], Arrays], Mean]] = {
+        "median": robust.median,
+        "trimmed-mean": lambda updates, reference: robust.trimmed_mean(updates, reference, fed.trim),
+        "krum": lambda updates, reference: robust.krum(updates, reference, fed.byzantine),
+        "multi-krum": lambda updates, reference: robust.krum(updates, reference, fed.byzantine, several=True),
+        "norm-bound": lambda updates, reference: robust.norm_bound(updates, reference, fed.norm_bound),
+    }
+    return rules.get(fed.aggregation)
 
 
 def round_line(report: RoundReport, held_out: Metrics | None, traffic: Traffic, seconds: float) -> dict[str, Any]:

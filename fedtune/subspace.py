@@ -17,11 +17,14 @@ from functools import cached_property
 import numpy as np
 
 from fedtune.adapters.spec import AdapterSpec
+from fedtune.errors import JobError
 from fedtune.job import Job
 from fedtune.types import Arrays, TensorSpec
 from fedtune.wire import Pieces, Schema
 
 NAME = "directions"
+MOST = 2 * 10**9
+"""Sums: some ten seconds, which a client takes in every round."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,16 @@ def small(values: np.ndarray, share: float) -> np.ndarray:
 
 
 def travelling(job: Job, spec: AdapterSpec) -> Schema:
-    """What models and updates of this job hold: the trained tensors, or the numbers of the directions."""
-    return Schema((TensorSpec(NAME, (job.edge.directions,), NAME),)) if job.edge.mode == "forward" else spec.schema
+    """What models and updates of this job hold: the trained tensors, or the numbers of the directions.
+
+    Raises JobError for more directions than a model of this size can be rebuilt from in bearable time.
+    """
+    if job.edge.mode != "forward":
+        return spec.schema
+    if job.edge.directions * spec.size > MOST:
+        raise JobError([f"edge.directions = {job.edge.directions}: rebuilding {spec.size:,} trained numbers from so many directions takes {job.edge.directions * spec.size:.0e} sums, "
+                        f"at most {MOST:.0e} are borne; lower it to {MOST // spec.size}, or train less with adapter.method"])
+    return Schema((TensorSpec(NAME, (job.edge.directions,), NAME),))
 
 
 def subspace_of(job: Job, spec: AdapterSpec, initial: Arrays) -> Subspace | None:

@@ -54,7 +54,7 @@ def make_idle() -> None:
     def nothing(*args: Any) -> Metrics:
         return {"loss": (0.0, 1.0), "accuracy": (0.0, 1.0)}
 
-    def together(self: cohort.CohortTrainer, start: np.ndarray, tasks: Sequence[object], round: int) -> tuple[np.ndarray, np.ndarray]:
+    def together(self: cohort.CohortTrainer, start: np.ndarray, tasks: Sequence[object], *rest: Any) -> tuple[np.ndarray, np.ndarray]:
         return np.tile(start, (len(tasks), 1)), np.tile([0.0, 0.0, 1.0], (len(tasks), 1))
 
     worker.train_locally = nothing

@@ -17,12 +17,13 @@ of so many numbers: eight float64 copies of a stretch fit a core's cache, and th
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean with what went into it."""
+    """A mean with what went into it. `aside`: clients whose updates came and were left out."""
 
     arrays: Arrays
     clients: tuple[str, ...]
     weight: float
     metrics: Metrics
+    aside: tuple[str, ...] = ()
 
 
 def weighted_mean(updates: Iterable[Update], reference: Arrays, *, equal: bool = False) -> Mean:

@@ -1,11 +1,11 @@
 """Federated averaging (McMahan et al. 2017, arXiv:1602.05629v4, Algorithm 1). On Fed-SB cores the mean is exact."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import numpy as np
 
-from fedtune.aggregation.mean import weighted_mean
+from fedtune.aggregation.mean import Mean, weighted_mean
 from fedtune.algorithms.base import Algorithm, State
 from fedtune.seeds import generator
 from fedtune.types import Arrays, Assignment, ClientInfo, RoundReport, Update
@@ -14,6 +14,7 @@ from fedtune.types import Arrays, Assignment, ClientInfo, RoundReport, Update
 def fed_avg(
     *, seed: int, cohort: int, units: tuple[str, ...],
     sampling: Literal["fixed", "poisson"] = "fixed", weighting: Literal["examples", "equal"] = "examples",
+    average: Callable[[Iterable[Update], Arrays], Mean] | None = None,
 ) -> Algorithm:
     """Draw a cohort, let each train all `units`, average what comes back.
 
@@ -24,6 +25,7 @@ def fed_avg(
         sampling: "fixed" draws exactly min(cohort, clients) without replacement; "poisson" includes each client
             independently with probability cohort / clients, and a round may be empty.
         weighting: "examples" weighs a client by its examples, "equal" counts each once.
+        average: in place of the weighted mean; see `fedtune.aggregation.robust`.
     """
 
     def init(arrays: Arrays) -> State:
@@ -34,8 +36,9 @@ def fed_avg(
         return tuple(Assignment(client=c.name, round=state.round + 1, units=units) for c in drawn)
 
     def step(state: State, updates: Iterable[Update]) -> tuple[State, RoundReport]:
-        mean = weighted_mean(updates, state.arrays, equal=weighting == "equal")
-        report = RoundReport(round=state.round + 1, clients=mean.clients, weight=mean.weight, metrics=mean.metrics)
+        mean = average(updates, state.arrays) if average else weighted_mean(updates, state.arrays, equal=weighting == "equal")
+        aside = dict.fromkeys(mean.aside, "aggregation: too far from the others, left out")
+        report = RoundReport(round=state.round + 1, clients=mean.clients, weight=mean.weight, metrics=mean.metrics, refused=aside)
         return State(state.round + 1, mean.arrays, state.slots), report
 
     return Algorithm(init, plan, step)

@@ -14,7 +14,7 @@ from fedtune.algorithms.base import Algorithm, State
 from fedtune.errors import JobError
 from fedtune.job import Job
 from fedtune.seeds import generator
-from fedtune.types import Arrays, Assignment, ClientInfo, RoundReport
+from fedtune.types import Assignment, ClientInfo, RoundReport
 from fedtune.wire import Schema, packet_bytes
 
 Budget = Callable[[str], int]
@@ -107,7 +107,7 @@ def require_budgets(job: Job, schema: Schema) -> None:
 def selecting(algorithm: Algorithm, job: Job, schema: Schema, budget: Budget = lambda client: 0) -> Algorithm:
     """The same, with each client training what its budget takes, on the part of the model that anybody trains in the round.
 
-    What nobody trains stays as it is, and no algorithm adds noise to it. Raises JobError as `require_budgets`.
+    What nobody trains stays as it is, with its moments, and no algorithm adds noise to it. Raises JobError as `require_budgets`.
     """
     require_budgets(job, schema)
     if job.units.strategy == "all":
@@ -122,10 +122,10 @@ def selecting(algorithm: Algorithm, job: Job, schema: Schema, budget: Budget = l
         trained = schema.of_units(selected(job, schema, state.round + 1, most))
         return replace(state, arrays={t.name: state.arrays[t.name] for t in trained})
 
-    def whole(arrays: Arrays, ended: tuple[State, RoundReport]) -> tuple[State, RoundReport]:
+    def whole(before: State, ended: tuple[State, RoundReport]) -> tuple[State, RoundReport]:
         state, report = ended
-        return replace(state, arrays=arrays | state.arrays), report
+        return replace(state, arrays=before.arrays | state.arrays, slots=before.slots | state.slots), report
 
     return Algorithm(
-        algorithm.init, plan, lambda state, updates: whole(state.arrays, algorithm.step(part(state), updates)),
-        None if settle is None else lambda state, total, clients: whole(state.arrays, settle(part(state), total, clients)))
+        algorithm.init, plan, lambda state, updates: whole(state, algorithm.step(part(state), updates)),
+        None if settle is None else lambda state, total, clients: whole(state, settle(part(state), total, clients)))

@@ -11,7 +11,7 @@ from typing import Annotated, Any, TextIO
 import typer
 from rich.console import Console
 
-from fedtune.errors import FedtuneError
+from fedtune.errors import EnvironmentProblem, FedtuneError
 
 INTERRUPTED = 130
 JobArgument = Annotated[Path | None, typer.Argument(help="Job file (TOML). Without one, the default job.", show_default=False)]
@@ -50,6 +50,12 @@ def shell(command: Callable[..., Any]) -> Callable[..., Any]:
         except FedtuneError as e:
             err.print(f"fedtune: {e}", style="red", markup=False, highlight=False, soft_wrap=True)
             sys.exit(e.exit_code)
+        except ModuleNotFoundError as e:  # of an installation for another role; one of fedtune's own is a bug
+            if (e.name or "fedtune").partition(".")[0] == "fedtune":
+                raise
+            err.print(f"fedtune: this needs the package {e.name}, which is not installed here; install fedtune[sim], or fedtune[client] on a device with torch",
+                      style="red", markup=False, highlight=False, soft_wrap=True)
+            sys.exit(EnvironmentProblem.exit_code)
         except KeyboardInterrupt:
             err.print("fedtune: interrupted", markup=False)
             sys.exit(INTERRUPTED)

@@ -1,12 +1,4 @@
-"""The graphs that `fedtune prepare --edge` made, run by onnxruntime in little memory: loss and gradients of a batch, or its logits.
-
-What the session options below do to one step of 4 texts of 64 tokens on MiniLM with Fed-SB of rank 16 (one thread, resident memory of
-a process that does nothing else): onnxruntime's own settings 250 MB; weights left where they are mapped instead of packed into copies
-of their own 207 MB; without its record of each batch shape's pattern 179 MB, as a record keeps a block of its own. Its memory arena
-stays on: it uses freed blocks again at once, where malloc keeps holes (262 MB) or gives them back to the system and takes twice the time.
-Nodes run in the order of the file, in which the masks of ReLUs come before the next layer: nothing for MiniLM, but a step of 8 images of
-128 pixels on EfficientNet-Lite0's biases takes 171 MB instead of 239.
-"""
+"""The graphs that `fedtune prepare --edge` made, run by onnxruntime in little memory: loss and gradients of a batch, or its logits."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +11,7 @@ import onnxruntime
 from fedtune.data.images import ImageEncoder
 from fedtune.data.text import TextEncoder
 from fedtune.onnx.folder import CORRECT, COUNT, FORWARD, LABELS, LOGITS, LOSS, STEP, WEIGHT, WEIGHTS, EdgeCard, gradient_of, open_card
-from fedtune.onnx.verify import open_session
+from fedtune.onnx.lean import open_lean
 from fedtune.types import Arrays
 from fedtune.wire import Pieces
 
@@ -89,15 +81,5 @@ class Graphs:
         """Raises ModelError for a file that onnxruntime cannot open."""
         if self._session is None or self._name != name:
             self._session = None  # first, so that two are never open
-            self._session, self._name = open_session(self.folder / name, lean_options(), self.threads, "copy the folder again, or use a newer onnxruntime"), name
+            self._session, self._name = open_lean(self.folder / name, self.card.weights, self.threads), name
         return self._session
-
-
-def lean_options() -> onnxruntime.SessionOptions:
-    """See above."""
-    options = onnxruntime.SessionOptions()
-    options.enable_mem_pattern = False
-    options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # threads that wait busily cost a shared machine more than they gain
-    return options

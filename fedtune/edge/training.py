@@ -104,12 +104,14 @@ def train_locally(
     """Runs the round's optimizer steps on these tensors of `values` (None: all), in place; see `training.local.train_locally`."""
     trained = Trained(engine.graphs.card.spec, names)
     optimizer, totals = Optimizer(trained.spec, settings, round), np.zeros(3)
+    mu, start = np.float32(settings.proximal), trained.of(values.vector).copy()
     for index in local_batches(data.lengths, settings.batch_size, settings.local_epochs, settings.local_steps, rng):
         taken = data.take(index)
         count = int(engine.predictions(taken).sum())
         if count:  # a batch of one-token texts predicts nothing
             gradient, found = engine.added(values, taken, np.full(len(taken), 1.0 / count, np.float32))
-            trained.step(optimizer, values.vector, trained.of(gradient))
+            gradient = trained.of(gradient)
+            trained.step(optimizer, values.vector, gradient + mu * (trained.of(values.vector) - start) if mu else gradient)
             totals += found
     return _metrics(totals)
 
@@ -133,7 +135,8 @@ def train_privately(
             scores += capped(score[None])[0]
         noisy = total + drawn_noise(trained.sizes, privacy, noise)
         check.noise(noisy - total)
-        trained.step(optimizer, values.vector, noisy / np.float32(privacy.batch))
+        pull = np.float32(settings.proximal) * (trained.of(values.vector) - start)
+        trained.step(optimizer, values.vector, noisy / np.float32(privacy.batch) + pull)
     check.require(start, trained.of(values.vector))
     return noisy_metrics(scores, privacy, noise)
 

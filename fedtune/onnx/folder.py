@@ -30,7 +30,8 @@ def gradient_of(name: str) -> str:
 
 @dataclass(frozen=True)
 class EdgeCard:
-    """edge.json. `frame_sha256` as in the bundle's manifest: a device whose graphs hold another frame is refused. `files`: sha256 by name."""
+    """edge.json. `frame_sha256` as in the bundle's manifest: a device whose graphs hold another frame is refused. `files`: sha256 by name. `weights`: float32, or int8 for
+    frozen ones of 8 bits."""
 
     format: str
     task: str
@@ -44,6 +45,7 @@ class EdgeCard:
     fedtune: str
     files: dict[str, str]
     pooling: str = "mean"
+    weights: str = "float32"
 
 
 CARD_FILE = TypeAdapter(EdgeCard)

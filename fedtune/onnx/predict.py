@@ -17,6 +17,7 @@ from fedtune.data.images import ImageEncoder
 from fedtune.data.text import TextEncoder
 from fedtune.errors import ModelError, RunError, UserError
 from fedtune.onnx.folder import FORWARD, LOGITS, EdgeCard, open_card, read_card
+from fedtune.onnx.lean import open_lean
 from fedtune.onnx.verify import open_graph
 from fedtune.types import Arrays
 
@@ -94,7 +95,7 @@ class Predictor:
         card = open_card(folder)
         image = card.task == "image-classification"
         encoder = ImageEncoder.from_folder(folder) if image else TextEncoder.from_folder(folder, card.max_length)
-        return cls(card, encoder, open_graph(folder / FORWARD, threads), _read_adapter(adapter, card.spec, card.frame_sha256))
+        return cls(card, encoder, open_lean(folder / FORWARD, card.weights, threads), _read_adapter(adapter, card.spec, card.frame_sha256))
 
     @property
     def reads_images(self) -> bool:

@@ -1,6 +1,6 @@
 """Runs graphs beside the model they come from and says how far apart they are. numpy and onnxruntime, no torch."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,11 +48,11 @@ def open_graph(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
     return open_session(path, onnxruntime.SessionOptions(), threads, "export the run again")
 
 
-def open_session(path: Path, options: onnxruntime.SessionOptions, threads: int, remedy: str) -> onnxruntime.InferenceSession:
-    """As `open_graph`, with these options."""
+def open_session(path: Path, options: onnxruntime.SessionOptions, threads: int, remedy: str, without: Sequence[str] = ()) -> onnxruntime.InferenceSession:
+    """As `open_graph`, with these options and without onnxruntime's optimizers of these names."""
     options.log_severity_level, options.intra_op_num_threads = _ERRORS_ONLY, threads
     try:
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"], disabled_optimizers=[*without])
     except Exception as e:  # onnxruntime's errors have no base of their own
         reason = (str(e).strip().splitlines() or [""])[0][:160]
         raise ModelError(f"{path}: onnxruntime cannot open it ({reason}); {remedy}") from None

@@ -82,6 +82,8 @@ class CohortTrainer:
                     gradients = self._step(models[:active], picked, totals)
                 else:
                     gradients = self._private_step(models, picked, totals, check, ordered)
+                if self.settings.proximal:
+                    gradients = gradients + self.settings.proximal * (models[:active] - begin)
                 optimizers.update(models[:active], gradients, moments, rates, step + 1, self.settings)
                 if mask is not None:
                     torch.where(mask[:active], models[:active], begin, out=models[:active])

@@ -1,6 +1,6 @@
 """Local training: what one client does with the model in one round. The truth for every engine."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
@@ -42,8 +42,17 @@ def train_locally(
     optimizer = make_optimizer(parameters, settings, round)
     totals, device = torch.zeros(3, dtype=torch.float64), device_of(model)
     lean = Lean(model, settings.lean == "exact") if settings.lean != "off" and device.type == "cpu" else None
+    begin = {name: p.detach().clone() for name, p in parameters.items()} if settings.proximal else {}
+
+    def pull() -> None:
+        """The gradient of FedProx's term (Li et al. 2020, arXiv:1812.06127, equation 2)."""
+        for name, at in begin.items():
+            p = parameters[name]
+            if p.grad is not None:
+                p.grad += settings.proximal * (p.detach() - at)
+
     for index in local_batches(data.lengths, settings.batch_size, settings.local_epochs, settings.local_steps, rng):
-        totals += step(model, optimizer, *to_batch(data, index, encoder, device), lean.running() if lean else nullcontext()).cpu()
+        totals += step(model, optimizer, *to_batch(data, index, encoder, device), lean.running() if lean else nullcontext(), pull).cpu()
     loss, correct, count = totals.tolist()
     return {"loss": (loss, count), "accuracy": (correct, count)}
 
@@ -69,14 +78,16 @@ def only(parameters: Parameters, names: Collection[str] | None) -> Iterator[Para
 
 def step(
     model: TunableModel, optimizer: torch.optim.Optimizer, batch: Mapping[str, Tensor], labels: Tensor, around: AbstractContextManager | None = None,
+    pull: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """One optimizer step, its forward pass inside `around`. Returns float64 [summed loss, right predictions, predictions]."""
+    """One optimizer step, its forward pass inside `around`; `pull` may add to the gradients. Returns float64 [summed loss, right predictions, predictions]."""
     optimizer.zero_grad(set_to_none=True)
     with around or nullcontext():
         loss, correct, count = summed_loss(model(**batch), batch, labels, model.task)
     predictions = count.sum()
     if predictions > 0:  # a batch of one-token texts predicts nothing
         (loss.sum() / predictions).backward()
+        pull()
         optimizer.step()
     return torch.stack([loss.detach().sum(), correct.sum(), predictions]).double()
 

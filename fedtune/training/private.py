@@ -154,6 +154,8 @@ def train_privately(
         totals += scores
         if gradients.audit is not None:
             gradients.audit.released(0, client, released)
+        if settings.proximal:  # it looks at no example, so it is added to what is released
+            released = released + settings.proximal * torch.from_numpy(_flat(parameters) - start).to(released.device)
         _put(parameters, released)
         optimizer.step()
     check.require(start, _flat(parameters))

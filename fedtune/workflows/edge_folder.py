@@ -15,9 +15,10 @@ from fedtune.data.encoded import made_up
 from fedtune.errors import ModelError, RunError
 from fedtune.models.base import TunableModel, summed_loss
 from fedtune.onnx import folder as files
+from fedtune.onnx.frozen8 import as_integers, round_frozen
+from fedtune.onnx.lean import open_lean
 from fedtune.onnx.shared import write_graphs
 from fedtune.onnx.training import forward_graph, step_graph
-from fedtune.onnx.verify import open_graph
 from fedtune.run import versions
 from fedtune.seeds import generator
 from fedtune.storage import failing_clearly, sha256_of, write_json
@@ -34,10 +35,11 @@ SHIFT = 0.01
 """Standard deviation of what is added to the trained values at each trial, as a start of zeros would hide much."""
 
 
-def write_edge_folder(base: OpenBase, bundle: Bundle, target: Path, stage: Callable[[str], None] = lambda text: None) -> files.EdgeCard:
+def write_edge_folder(base: OpenBase, bundle: Bundle, target: Path, stage: Callable[[str], None] = lambda text: None, int8: bool = False) -> files.EdgeCard:
     """Traces the graphs with the bundle's frame, runs them beside torch, and only then moves them to `target`, which must not exist.
 
-    A job that trains with forward passes alone has no step graph.
+    A job that trains with forward passes alone has no step graph. int8: frozen weights are rounded (`fedtune.onnx.frozen8`), and torch's, which
+    the graphs are compared with, too.
 
     Raises RunError for a target that exists, ModelError for a base that cannot be traced, or whose graphs differ from torch.
     """
@@ -46,6 +48,7 @@ def write_edge_folder(base: OpenBase, bundle: Bundle, target: Path, stage: Calla
     model, spec, job = base.fresh_model(), bundle.manifest.spec, base.job
     parameters = methods.attach(model, spec, bundle.frame)
     methods.write(parameters, bundle.initial)
+    rounded = round_frozen(model, {id(p) for p in parameters.values()}) if int8 else {}
     example = _batch(base, 5, 8)
     with failing_clearly(target), tempfile.TemporaryDirectory(prefix=".edge-", dir=target.absolute().parent) as scratch:
         made = Path(scratch) / "new"
@@ -56,14 +59,16 @@ def write_edge_folder(base: OpenBase, bundle: Bundle, target: Path, stage: Calla
             graphs[files.STEP] = step_graph(model, parameters, example, job.export.opset)
         stage("tracing the forward pass")
         graphs[files.FORWARD] = forward_graph(model, parameters, example, job.export.opset)
+        for graph in graphs.values():
+            as_integers(graph, rounded)
         write_graphs(made, graphs)
         stage("checking the graphs against torch")
-        _require_equal(made, base, model, parameters)
+        _require_equal(made, "int8" if int8 else "float32", base, model, parameters)
         base.encoder.save(made)
         manifest = bundle.manifest
         card = files.EdgeCard(
             files.FORMAT, manifest.task, manifest.labels, job.model.max_length, spec, public_name(manifest.source), manifest.sha256, manifest.frame_sha256,
-            job.export.opset, versions()["fedtune"], {p.name: sha256_of(p) for p in sorted(made.iterdir())}, job.model.pooling)
+            job.export.opset, versions()["fedtune"], {p.name: sha256_of(p) for p in sorted(made.iterdir())}, job.model.pooling, "int8" if int8 else "float32")
         write_json(made / files.CARD, files.CARD_FILE.dump_python(card, mode="json"))
         made.rename(target)
     return card
@@ -76,10 +81,10 @@ def _batch(base: OpenBase, examples: int, length: int) -> Arrays:
     return base.encoder.collate(made_up(base.encoder, lengths, draw))
 
 
-def _require_equal(folder: Path, base: OpenBase, model: TunableModel, parameters: Parameters) -> None:
+def _require_equal(folder: Path, weights: str, base: OpenBase, model: TunableModel, parameters: Parameters) -> None:
     """Runs the graphs beside torch on other batches than the traced one, with trained values near the start. Raises ModelError."""
-    step = open_graph(folder / files.STEP) if (folder / files.STEP).exists() else None
-    forward = open_graph(folder / files.FORWARD)
+    step = open_lean(folder / files.STEP, weights) if (folder / files.STEP).exists() else None
+    forward = open_lean(folder / files.FORWARD, weights)
     draw = generator(0, "edge-values")
     for examples, length in TRIED:
         methods.write(parameters, {name: v + (SHIFT * draw.standard_normal(v.shape)).astype(np.float32) for name, v in methods.read(parameters).items()})

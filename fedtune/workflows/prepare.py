@@ -11,8 +11,9 @@ from fedtune.storage import failing_clearly
 from fedtune.workflows.setup import data_free_frame, make_bundle, open_base, require_trainable
 
 
-def prepare(job: Job, folder: Path, edge: Path | None = None, stage: Callable[[str], None] = lambda text: None) -> Bundle:
-    """Makes the bundle in `folder`, which must be new or empty, and in `edge`, which must not exist, what devices without torch train with.
+def prepare(job: Job, folder: Path, edge: Path | None = None, stage: Callable[[str], None] = lambda text: None, int8: bool = False) -> Bundle:
+    """Makes the bundle in `folder`, which must be new or empty, and in `edge`, which must not exist, what devices without torch train with;
+    with `int8`, on frozen weights of 8 bits.
 
     Raises UserErrors: a base that is not here or that no graph can be made of, a folder that holds something.
     """
@@ -37,5 +38,5 @@ def prepare(job: Job, folder: Path, edge: Path | None = None, stage: Callable[[s
     if edge is not None:
         from fedtune.workflows.edge_folder import write_edge_folder
 
-        write_edge_folder(base, bundle, edge, stage)
+        write_edge_folder(base, bundle, edge, stage, int8)
     return bundle

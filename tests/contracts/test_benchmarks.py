@@ -10,8 +10,9 @@ import pytest
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 BENCHMARKS = sorted(FOLDER.glob("*.py"))
-MINUTES = ("edge_memory", "live_overhead", "privacy_cost")  # six processes with a CNN; two real federations, of which tests/deploy covers ours; MiniLM. tests/training covers the steps of the first and last
-PART = {"simulation": ("--cases", "c", "--peers", "flower", "--threads", "1")}  # the rest loads MiniLM five times, and pfl from a registry
+MINUTES = ("edge_memory", "edge_step", "live_overhead", "privacy_cost")  # six processes with a CNN; graphs of MiniLM; two real federations, of which tests/deploy covers ours; MiniLM. tests/training and tests/edge cover the steps
+SLOW = ("simulation", "population")
+PART = {"simulation": ("--cases", "c,d", "--peers", "flower", "--threads", "1")}  # the rest loads MiniLM five times, and pfl from a registry
 
 
 def run(path, *options):
@@ -19,7 +20,7 @@ def run(path, *options):
 
 
 @pytest.mark.parametrize("path", [
-    pytest.param(p, marks=pytest.mark.slow) if p.stem == "simulation" else p for p in BENCHMARKS if p.stem not in MINUTES], ids=lambda p: p.stem)
+    pytest.param(p, marks=pytest.mark.slow) if p.stem in SLOW else p for p in BENCHMARKS if p.stem not in MINUTES], ids=lambda p: p.stem)
 def test_a_quick_run_ends_with_its_targets(path):
     found = json.loads(run(path, "--json", *PART.get(path.stem, ())).splitlines()[-1])
     assert found["targets"]

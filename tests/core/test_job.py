@@ -116,6 +116,7 @@ def test_a_list_of_tables_is_set_whole():
     ("[units]\nstrategy = 'both'\nbudget = 2\n[edge]\nmode = 'forward'\n[federation]\noptimizer = 'sgd'", 'units.strategy = "both": with edge.mode = "forward" a step moves the whole model'),
     (UNEQUAL + "[privacy]\nunit = 'client'\nnoise-multiplier = 1.0\nclip = 1.0", 'simulation.devices.1.units = 1: units.budget is 2, and with privacy.unit = "client" all clients must train as many blocks'),
     (UNEQUAL + "[privacy]\nsecure-aggregation = true\nclip = 1.0", "simulation.devices.1.units = 1: units.budget is 2, and with privacy.secure-aggregation = true all clients must"),
+    (UNEQUAL.replace("weighting = 'equal'", "aggregation = 'median'"), 'simulation.devices.1.units = 1: units.budget is 2, and with federation.aggregation = "median" all clients must'),
     ("[evaluation]\nbaselines = ['tail']", 'evaluation.baselines.0 = "tail": must be "head" or "local"'),
     ("[evaluation]\nbaselines = ['head', 'head']", 'evaluation.baselines = ["head", "head"]: a baseline stands twice; name each once'),
     ("[adapter]\ntargets = []", 'adapter.targets = []: names no linear, so nothing would be adapted; use ["all-linear"]'),
@@ -187,13 +188,13 @@ def test_an_override_replaces_a_key_however_either_is_spelled(written, typed):
 
 
 def test_all_problems_come_at_once():
-    text = "[federation]\nrounds = 0\nbatchsize = 3\nproximal = 0.1\n[adapter]\nmethod = 'flora'\n[nothing]\n"
+    text = "[federation]\nrounds = 0\nbatchsize = 3\n[units]\nconsistency = 0.1\n[adapter]\nmethod = 'flora'\n[nothing]\n"
     assert [line.split(":")[0].split(" =")[0] for line in problems(text)] == [
-        "federation.rounds", "federation.batchsize", "nothing", "federation.proximal", "adapter.method"]
+        "federation.rounds", "federation.batchsize", "nothing", "units.consistency", "adapter.method"]
 
 
 def test_disagreements_come_with_what_is_not_there_yet():
-    assert len(problems("[federation]\ncohort = 30\nmin-replies = 31\nproximal = 0.5")) == 3
+    assert len(problems("[federation]\ncohort = 30\nmin-replies = 31\n[units]\nconsistency = 0.5")) == 3
 
 
 @pytest.mark.parametrize("key", LATER)
@@ -219,7 +220,7 @@ def test_what_is_available_is_taken(key, value):
 
 def test_everything_later_is_marked():
     """No key of a feature that nothing implements slips through: these are the whole sections and what is left of others."""
-    assert {key.partition(".")[0] for key in LATER} == {"units", "federation"}
+    assert {key.partition(".")[0] for key in LATER} == {"units"}
 
 
 def test_a_job_cannot_be_changed():

@@ -199,5 +199,30 @@ def test_noise_for_clients_is_on_what_the_round_trains_and_the_denominator_stays
         state = after
 
 
+@pytest.mark.parametrize("privacy", [(), ("privacy.unit=client", "privacy.noise-multiplier=1.0", "privacy.clip=1.0", "federation.weighting=equal", "privacy.noise=seeded")], ids=["plain", "client"])
+def test_moments_of_what_a_round_does_not_train_stay(privacy):
+    """Momentum of each unit is that of its own rounds."""
+    made = job("lisa", 1, "federation.server-optimizer=fedavgm", "federation.server-momentum=0.5", *privacy)
+    algorithm, seen = make_algorithm(made, SCHEMA), {n: np.zeros(s) for n, (s, _) in SHAPES.items()}
+    state = algorithm.init(model())
+    for round in range(1, 10):
+        (units,) = {a.units for a in algorithm.plan(state, CLIENTS)}
+        names = {t.name for t in SCHEMA.of_units(units)}
+        updates = [Update(c.name, round, {n: state.arrays[n] + np.float32(0.01) for n in names}, 1.0) for c in CLIENTS]
+        after, _ = algorithm.step(state, updates)
+        for name in SHAPES:
+            if name not in names:
+                assert after.arrays[name] is state.arrays[name]
+                np.testing.assert_array_equal(after.slots.get(f"first/{name}", 0.0), seen[name])
+                continue
+            first = after.slots[f"first/{name}"]
+            if not privacy:
+                np.testing.assert_allclose(first, 0.5 * seen[name] + 0.01, rtol=1e-4)
+            np.testing.assert_allclose(after.arrays[name], state.arrays[name] + first, rtol=1e-5, atol=1e-6)
+            seen[name] = first
+        state = after
+    assert len({f"first/{n}" for n in SHAPES} & state.slots.keys()) >= 5 and ("clip" in state.slots) == bool(privacy)
+
+
 def test_blocks_are_those_of_the_schema_from_the_bottom_up():
     assert blocks(SCHEMA) == BLOCKS and blocks(Schema(SCHEMA.tensors[:1])) == ()

@@ -56,6 +56,7 @@ def compare(theirs, ours, round=1):
 @pytest.mark.parametrize("changes", [
     ("federation.optimizer=sgd", "federation.lr=0.5"), ("federation.optimizer=sgd", "federation.momentum=0.9", "federation.weight-decay=0.01", "federation.lr=0.1"),
     (), ("federation.weight-decay=0.1", "federation.head-lr=0.02", "federation.local-epochs=2"), ("federation.batch-size=7", "federation.local-steps=3"),
+    ("federation.proximal=2.0", "federation.optimizer=sgd", "federation.lr=0.2"),
 ], ids=lambda c: " ".join(c) or "adamw")
 def test_the_update_is_torchs(changes, prepared, tiny_csv):
     theirs, ours = both(prepared, tiny_csv, *changes)
@@ -117,7 +118,7 @@ def test_pieces_hold_no_more_than_the_span(lengths, span, sizes):
     assert all(len(rows) == 1 or len(rows) * max(lengths[i] for i in rows) <= span for rows in found)
 
 
-@pytest.mark.parametrize("changes", [(), ("federation.optimizer=sgd", "federation.lr=0.5", "federation.momentum=0.5"), ("privacy.metrics-noise=0",)], ids=" ".join)
+@pytest.mark.parametrize("changes", [(), ("federation.optimizer=sgd", "federation.lr=0.5", "federation.momentum=0.5"), ("privacy.metrics-noise=0",), ("federation.proximal=2.0",)], ids=" ".join)
 def test_a_private_update_is_torchs(changes, prepared, tiny_csv):
     """Drawn with the same seed: the same examples, clipped alike, the same noise, and the same noisy metrics."""
     theirs, ours = both(prepared, tiny_csv, *PRIVATE, *changes)

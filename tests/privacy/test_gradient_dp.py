@@ -66,7 +66,7 @@ def test_epsilon_is_what_dp_accounting_composes(accountant):
         assert dict(plan.reading().by)[name] == pytest.approx(theirs.get_epsilon(plan.delta), rel=1e-6)
 
 
-@pytest.mark.parametrize("changes", [EXAMPLE, CLIENT])
+@pytest.mark.parametrize("changes", [pytest.param(EXAMPLE, marks=pytest.mark.slow, id="example"), pytest.param(CLIENT, id="client")])
 def test_epsilon_that_is_asked_for_pays_for_frame_and_rounds(changes):
     asked = [c for c in changes if "noise" not in c]
     plan = ours(*asked, "privacy.epsilon=4.0", population=100)

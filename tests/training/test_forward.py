@@ -164,7 +164,7 @@ def test_engines_and_resuming_agree(tiny_job, run_rounds, tmp_path):
 
 @pytest.mark.parametrize("change, message", [
     ("federation.optimizer=adamw", r'edge\.mode = "forward": steps are of sgd with one learning rate, and optimizer = "adamw", .*; set federation\.optimizer = "sgd"'),
-    ("federation.momentum=0.9", r'momentum = 0\.9'), ("federation.head-lr=0.1", r'head-lr = 0\.1'), ("federation.weight-decay=0.1", r'weight-decay = 0\.1'),
+    ("federation.momentum=0.9", r'momentum = 0\.9'), ("federation.head-lr=0.1", r'head-lr = 0\.1'), ("federation.weight-decay=0.1", r'weight-decay = 0\.1'), ("federation.proximal=0.1", r'proximal = 0\.1'),
     ("adapter.init=gradient", r'devices compute no gradients, and adapter\.init = "gradient" asks for them; use "weights"'),
     ("edge.mode=backward", r'edge\.directions = 40: only for edge\.mode = "forward"; remove it'),
     ("edge.directions=0", r"edge\.directions"), ("edge.share=0.0", r"edge\.share"), ("edge.perturbation=0.0", r"edge\.perturbation"),
@@ -172,6 +172,13 @@ def test_engines_and_resuming_agree(tiny_job, run_rounds, tmp_path):
 def test_what_does_not_go_together_is_refused(change, message, tiny_job):
     with pytest.raises(JobError, match=message):
         tiny_job(*FORWARD, change)
+
+
+def test_more_directions_than_can_be_rebuilt_are_refused(tiny_job):
+    from fedtune.workflows.plan import make_plan
+
+    with pytest.raises(JobError, match=r"edge\.directions = 900000: rebuilding [0-9,]+ trained numbers .* at most 2e\+09 are borne; lower it to \d+, or train less"):
+        make_plan(tiny_job(*FORWARD, "adapter.method=full", "edge.directions=900000"))
 
 
 def test_example_level_privacy_is_refused(tiny_job):

@@ -275,6 +275,7 @@ def test_a_run_without_a_checkpoint_is_refused(lora: tuple, tmp_path: Path) -> N
         export_run(RunFolder(tmp_path), lora[0].setup)
 
 
+@pytest.mark.slow
 def test_a_causal_model_is_exported_in_every_form(
     tmp_path: Path, tiny_job: Callable[..., Job], run_rounds: Callable, tiny_llama: Path, capfd: pytest.CaptureFixture[str],
 ) -> None:
