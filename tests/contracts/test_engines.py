@@ -185,7 +185,8 @@ def test_vectorised_does_not_train_one_by_one(tiny_job, run_rounds, tmp_path, mo
 
 
 @pytest.mark.slow  # a real convolutional base
-@pytest.mark.parametrize("changes", [("adapter.method=bias", "federation.optimizer=sgd"), ("adapter.method=tinytl", "federation.optimizer=sgd"), ("adapter.method=head",), ("adapter.method=head", "simulation.features=disk")], ids=" ".join)
+@pytest.mark.parametrize("changes", [("adapter.method=bias", "federation.optimizer=sgd"), ("adapter.method=tinytl", "federation.optimizer=sgd"), ("adapter.method=head",), ("adapter.method=head", "simulation.features=disk"),
+    ("adapter.method=tinytl", "federation.optimizer=sgd", "units.strategy=lisa", "units.budget=3")], ids=" ".join)
 def test_vectorised_is_serial_on_images(changes, efficientnet_folder, tiny_job, run_rounds, tmp_path, monkeypatch):
     draw = np.random.default_rng(0)
     for label in ("blue", "red"):
