@@ -86,10 +86,12 @@ class AdapterSection(_Section):
 
 
 class UnitsSection(_Section):
-    """Which layers each client trains."""
+    """Which blocks each client trains. What is trained outside the blocks, such as the head, is always trained and does not count."""
 
-    strategy: Literal["all", "top", "bottom", "both", "gradient", "rgn", "snr", "fisher", "lisa"] = _key("all", "all: every client trains every unit", available=("all",))
-    budget: int = _key(0, "units a client may train", later=True, ge=0)
+    strategy: Literal["all", "top", "bottom", "both", "gradient", "rgn", "snr", "fisher", "lisa"] = _key(
+        "all", "all; top, bottom or both: the last blocks, the first, or last and first in turn; lisa: drawn for each round by the seed, the same for all clients",
+        available=("all", "top", "bottom", "both", "lisa"))
+    budget: int = _key(0, "blocks a client trains in a round; all: 0", ge=0, le=100_000)
     consistency: float = _key(0.0, "gradient: weight of agreement between clients", later=True, ge=0.0)
 
 
@@ -219,6 +221,7 @@ class DeviceClass(_Section):
     down_kbps: float = _key(0.0, "kilobits a second that a device receives (0: takes no time)", ge=0.0, le=1e9)
     available: float = _key(1.0, "chance that a client of the class can be drawn in a round; cohorts are drawn among those that can", gt=0.0, le=1.0)
     drop_out: float = _key(0.0, "chance that a client that was asked never answers", ge=0.0, le=1.0)
+    units: int = _key(0, "blocks a client of the class trains in a round (0: units.budget)", ge=0, le=100_000)
 
 
 class SimulationSection(_Section):
@@ -300,6 +303,7 @@ def _disagreements(job: Job) -> Iterator[str]:
     if adapter.method == "head" and not adapter.train_head:
         yield 'adapter.train-head = false: method = "head" trains nothing but the head; set it to true or choose another method'
     yield from _forward_disagreements(job)
+    yield from _units_disagreements(job)
     yield from _privacy_disagreements(job)
     named = [device.name for device in job.simulation.devices]
     for place, name in enumerate(named):
@@ -342,6 +346,31 @@ def _forward_disagreements(job: Job) -> Iterator[str]:
         yield f'edge.mode = "forward": devices compute no gradients, and adapter.init = {toml_value(job.adapter.init)} asks for them; use "weights"'
     if job.privacy.unit == "example":
         yield 'edge.mode = "forward": bounds no single example\'s part of a step; use privacy.unit = "client" or "none", or edge.mode = "backward"'
+
+
+def _units_disagreements(job: Job) -> Iterator[str]:
+    units, own = job.units, [(place, device.units) for place, device in enumerate(job.simulation.devices) if device.units]
+    if units.strategy == "all":
+        if units.budget:
+            yield f'units.budget = {units.budget}: strategy = "all" trains every block; remove it, or set strategy to "top", "bottom", "both" or "lisa"'
+        for place, count in own:
+            yield f'simulation.devices.{place}.units = {count}: units.strategy = "all" trains every block; remove it, or choose another strategy'
+        return
+    if units.strategy in _planned(_field(("units", "strategy"))):  # which is said already
+        return
+    if not units.budget:
+        yield f"units.budget = 0: strategy = {toml_value(units.strategy)} needs the number of blocks that a client trains; give at least 1"
+    if job.adapter.method == "head":
+        yield f'units.strategy = {toml_value(units.strategy)}: adapter.method = "head" trains nothing in the blocks; use "all"'
+    if job.edge.mode == "forward":
+        yield f'units.strategy = {toml_value(units.strategy)}: with edge.mode = "forward" a step moves the whole model along a direction; use "all"'
+    alike = [  # noise and denominators count on it; what one client alone trains is seen in the sum, and is that client's
+        'privacy.unit = "client"' if job.privacy.unit == "client" else "", "privacy.secure-aggregation = true" if job.privacy.secure_aggregation else "",
+        f"federation.aggregation = {toml_value(job.federation.aggregation)}" if job.federation.aggregation != "mean" else ""]
+    for key in [key for key in alike if key][:1]:
+        for place, count in own:
+            if count != units.budget:
+                yield f"simulation.devices.{place}.units = {count}: units.budget is {units.budget}, and with {key} all clients must train as many blocks; remove it"
 
 
 def _privacy_disagreements(job: Job) -> Iterator[str]:

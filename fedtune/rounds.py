@@ -7,7 +7,7 @@ All engines run this same object.
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from fedtune.aggregation.mean import Mean
 from fedtune.algorithms import Algorithm, State, dp_fed_avg, fed_avg, secure_avg
 from fedtune.algorithms.dp_fed_avg import CLIP
 from fedtune.algorithms.server_optimizers import with_server_optimizer
+from fedtune.algorithms.units import Budget, selecting, tensors_of
 from fedtune.checkpoint import Checkpoint
 from fedtune.errors import EmptyCohort, Refused, SecAggFailed
 from fedtune.job import FederationSection, Job
@@ -30,7 +31,7 @@ from fedtune.run import RunFolder
 from fedtune.secagg.server import Sum
 from fedtune.trees import norm, subtract
 from fedtune.types import Arrays, Assignment, ClientInfo, Metrics, RoundReport, Update
-from fedtune.wire import Packet, Schema, decode, encode
+from fedtune.wire import Packet, Schema, decode, encode, places
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,8 @@ class Coordinator:
     _aborted: Sequence[list[str]] = ()
     """Whom the next round had asked when the process before this one ended."""
     _spent: tuple[str, ...] = ()
-    _planned: tuple[str, ...] = ()
+    _planned: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Of the round that is under way: the clients asked, and the units each trains."""
     _unfinished: dict[str, Any] | None = None
     """Of a round whose model the process before this one stored and may not have scored."""
     _began: float = 0.0
@@ -159,9 +161,9 @@ class Coordinator:
             self._joined.update(name for names in self._aborted for name in names)
             assignments = self._within_budget(drawn)
         self._aborted = ()
-        self._planned = tuple(a.client for a in assignments)
+        self._planned = {a.client: a.units for a in assignments}
         Ledger(self.run.ledger).record(self.state.round + 1, self._release().facts())
-        self._joined.update(self._planned)
+        self._joined.update(a.client for a in assignments)
         packets = {units: self._packet(units) for units in {a.units for a in assignments}}  # one for all who train the same
         for a in assignments:
             self._count_sent(a.client, len(packets[a.units]))
@@ -220,12 +222,10 @@ class Coordinator:
     def _release(self) -> Release:
         if self.privacy is None:
             return Release(release="updates", mechanism="none", unit="none", clients=len(self._planned))
-        return self.privacy.release(self._planned, float(self.state.slots.get(CLIP, 0.0)))
+        return self.privacy.release(tuple(self._planned), float(self.state.slots.get(CLIP, 0.0)))
 
     def _packet(self, units: tuple[str, ...]) -> bytes:
-        wanted = {t.name for t in self.schema.of_units(units)}
-        arrays = {n: a for n, a in self.state.arrays.items() if n in wanted}
-        return encode("model", self.schema, arrays, round=self.state.round + 1, frame=self.frame_digest)
+        return encode("model", self.schema, self.state.arrays, round=self.state.round + 1, frame=self.frame_digest, train=tensors_of(self.schema, units))
 
     def _count_sent(self, client: str, size: int) -> None:
         first = self.frame_bytes if self.traffic.rounds.get(client, 0) == 0 else 0
@@ -234,7 +234,8 @@ class Coordinator:
 
     def _accepted(self, replies: Iterable[Reply], refused: dict[str, str]) -> Iterator[Update]:
         seen: set[str] = set()
-        planned, center = frozenset(self._planned), norm(self.state.arrays)
+        center = norm(self.state.arrays)
+        assigned = {units: self._tensors(units) for units in set(self._planned.values())}
         for reply in replies:
             self.on_reply(reply)
             if reply.late:
@@ -242,20 +243,25 @@ class Coordinator:
                 self.traffic.received(reply.client, reply.length)
                 continue
             try:
-                yield self._update(reply, planned, seen, center)
+                yield self._update(reply, assigned, seen, center)
                 seen.add(reply.client)
             except Refused as e:
                 refused.setdefault(reply.client, str(e))
 
-    def _update(self, reply: Reply, planned: frozenset[str], seen: set[str], center: float) -> Update:
-        if reply.client not in planned:
+    def _tensors(self, units: tuple[str, ...]) -> list[int] | None:
+        """As the header of an update of these units names them."""
+        found = tensors_of(self.schema, units)
+        return None if found is None else places(self.schema, found)
+
+    def _update(self, reply: Reply, assigned: Mapping[tuple[str, ...], list[int] | None], seen: set[str], center: float) -> Update:
+        if reply.client not in self._planned:
             raise Refused("client", "was not asked this round")
         if reply.payload is None and reply.packet is None:
             raise Refused("failed", reply.error or "no payload")
         if self.secure is None:
             self.traffic.received(reply.client, reply.length)
         else:  # of a simulation: what the messages of the protocol would have been
-            up, down = message_bytes(self.secure, len(planned))
+            up, down = message_bytes(self.secure, len(self._planned))
             self.traffic.received(reply.client, up)
             self.traffic.sent(reply.client, down)
         if reply.client in seen:
@@ -263,15 +269,19 @@ class Coordinator:
         packet = reply.packet
         if packet is None:
             packet = decode(reply.payload or b"", self.schema, kinds=["update"], round=self.state.round + 1, frame=self.frame_digest, copy=False)
+        self._require_assigned(packet, assigned[self._planned[reply.client]])
         if self.secure is None:  # else nobody but the client sees it, which clips it
             self._within_limits(packet, center)
         return Update(reply.client, packet.header.round, packet.arrays, packet.header.weight, packet.metrics)
 
+    def _require_assigned(self, packet: Packet, assigned: list[int] | None) -> None:
+        if packet.header.tensors != assigned:
+            wanted = "all were" if assigned is None else f"{len(assigned)}, from {self.schema.tensors[assigned[0]].name} to {self.schema.tensors[assigned[-1]].name}, were"
+            raise Refused("tensors", f"{len(packet.arrays)} of {len(self.schema.tensors)} tensors; {wanted} assigned")
+
     def _within_limits(self, packet: Packet, center: float) -> None:
         """`center`: the L2 norm of the model."""
         fed = self.job.federation
-        if packet.header.tensors is not None:
-            raise Refused("tensors", f"{len(packet.arrays)} of {len(self.schema.tensors)} tensors; all were assigned")
         if packet.header.weight > fed.max_weight:
             raise Refused("weight", f"{packet.header.weight:g} examples claimed, federation.max-weight is {fed.max_weight:g}")
         if not plausible(packet.metrics, most_predictions(self.job) * fed.local_epochs):
@@ -280,17 +290,24 @@ class Coordinator:
         # than packet.norm and the rounding of the differences can be off.
         if 1.02 * (packet.norm + center) + 1e-12 <= fed.max_norm:
             return
-        size = norm(subtract(packet.arrays, self.state.arrays))
+        size = norm(subtract(packet.arrays, {name: self.state.arrays[name] for name in packet.arrays}))
         if not size <= fed.max_norm:
             raise Refused("norm", f"{size:.4g} from the model, federation.max-norm is {fed.max_norm:g}")
 
     def _record(self, report: RoundReport) -> None:
         """Under privacy the new model is on the disk before anything is made of it. A round that a crash repeats draws its noise again, and two
         noisy versions of one sum would tell more than the one that is charged: so nobody sees a version that is not the one kept."""
-        line = round_line(report, None, self.traffic, 0.0) | self.more(report)
+        line = round_line(report, None, self.traffic, 0.0) | self._trained(report) | self.more(report)
         if self.privacy is not None:
             self.run.save(Checkpoint(self.state, self.traffic.dump(), line))
         self._show(line)
+
+    def _trained(self, report: RoundReport) -> dict[str, Any]:
+        """How many of the clients averaged trained each unit, where they do not all train all."""
+        if self.job.units.strategy == "all":
+            return {}
+        counts = Counter(unit for client in report.clients for unit in self._planned[client])
+        return {"units": {unit: counts[unit] for unit in self.schema.units if counts[unit]}}
 
     def _show(self, line: dict[str, Any]) -> None:
         """Metrics line, then checkpoint: a crash between them writes the same line again."""
@@ -333,9 +350,9 @@ def evaluated(job: Job, round: int) -> bool:
     return round == job.federation.rounds or round % job.evaluation.every == 0
 
 
-def make_algorithm(job: Job, schema: Schema) -> Algorithm:
-    """The algorithm object that every engine runs."""
-    return with_server_optimizer(_averaging(job, schema), job.federation)
+def make_algorithm(job: Job, schema: Schema, budget: Budget = lambda client: 0) -> Algorithm:
+    """The algorithm object that every engine runs. budget: of each client; live ones have the job's. Raises JobError as `require_budgets`."""
+    return selecting(with_server_optimizer(_averaging(job, schema), job.federation), job, schema, budget)
 
 
 def _averaging(job: Job, schema: Schema) -> Algorithm:

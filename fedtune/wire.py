@@ -18,7 +18,7 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby, pairwise
@@ -43,6 +43,7 @@ Layout = tuple[tuple[tuple[str, ...], tuple[int, ...]], ...]
 Kind = Literal["model", "update", "gradient-request", "gradient", "scores"]
 Short = Annotated[str, Field(max_length=64)]
 Number = Annotated[float, Field(ge=-1e30, le=1e30, allow_inf_nan=False)]
+Index = Annotated[int, Field(ge=0, le=10**6)]
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,10 @@ class Schema:
 
 
 class Header(BaseModel):
-    """What a packet says about itself. Unknown fields, wrong types and non-finite numbers are refused."""
+    """What a packet says about itself. Unknown fields, wrong types and non-finite numbers are refused.
+
+    `tensors`: which it holds, by their index in the schema. `train`: of a model, which are to be trained and sent back. None: all.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -84,7 +88,8 @@ class Header(BaseModel):
     schema_digest: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
     frame: Annotated[str, Field(pattern=r"^([0-9a-f]{16})?$")] = ""
     round: Annotated[int, Field(ge=0, le=10**9)]
-    tensors: Annotated[list[Annotated[int, Field(ge=0, le=10**6)]], Field(max_length=16384)] | None = None
+    tensors: Annotated[list[Index], Field(max_length=16384)] | None = None
+    train: Annotated[list[Index], Field(min_length=1, max_length=16384)] | None = None
     weight: Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)] = 0.0
     metrics: Annotated[dict[Short, Annotated[list[Number], Field(min_length=2, max_length=2)]], Field(max_length=32)] = {}
 
@@ -117,31 +122,38 @@ def layout(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> Layout:
 
 @dataclass(frozen=True)
 class Packet:
-    """A decoded packet: checked header, tensors by name (float32, finite), and `norm`, their L2 norm as `quick_norm` has it."""
+    """A decoded packet: checked header, tensors by name (float32, finite), and `norm`, their L2 norm as `quick_norm` has it.
+
+    `train`: of a model, the tensors to be trained and sent back, in the order of the schema; None: all.
+    """
 
     header: Header
     arrays: Pieces
     norm: float
+    train: tuple[str, ...] | None = None
 
     @property
     def metrics(self) -> Metrics:
         return {name: (s, w) for name, (s, w) in self.header.metrics.items()}
 
 
-def encode(kind: Kind, schema: Schema, arrays: Arrays, *, round: int, frame: str = "", weight: float = 0.0, metrics: Metrics | None = None) -> bytes:
-    """Packs `arrays` (all or some of the schema's tensors). Raises ShapeMismatch where they differ from the schema."""
-    chosen = [i for i, t in enumerate(schema.tensors) if t.name in arrays]
-    if len(chosen) != len(arrays):
-        known = {t.name for t in schema.tensors}
-        raise ShapeMismatch(f"tensor {next(n for n in arrays if n not in known)!r} is not in the schema")
+def encode(
+    kind: Kind, schema: Schema, arrays: Arrays, *, round: int, frame: str = "", weight: float = 0.0, metrics: Metrics | None = None,
+    train: Collection[str] | None = None,
+) -> bytes:
+    """Packs `arrays` (all or some of the schema's tensors). Raises ShapeMismatch where they differ from the schema.
+
+    train: of a model, names of the tensors to be trained and sent back; None for all.
+    """
+    chosen = places(schema, arrays)
     header = Header(
         kind=kind, schema_digest=schema.digest, frame=frame, round=round, weight=float(weight),
-        tensors=None if len(chosen) == len(schema.tensors) else chosen,
+        tensors=chosen, train=None if train is None else places(schema, train),
         metrics={name: [float(s), float(w)] for name, (s, w) in (metrics or {}).items()},
     )
     text = _text(header)
     parts = [MAGIC, struct.pack("<I", len(text)), text]
-    for i in chosen:
+    for i in range(len(schema.tensors)) if chosen is None else chosen:
         spec, array = schema.tensors[i], arrays[schema.tensors[i].name]
         if array.shape != spec.shape:
             raise ShapeMismatch(f"tensor {spec.name!r}: shape {array.shape}, schema says {spec.shape}")
@@ -149,9 +161,19 @@ def encode(kind: Kind, schema: Schema, arrays: Arrays, *, round: int, frame: str
     return b"".join(parts)
 
 
+def places(schema: Schema, names: Collection[str]) -> list[int] | None:
+    """Indices of these tensors in the schema, ascending; None for all of them. Raises ShapeMismatch for one that is not in it."""
+    found = [i for i, t in enumerate(schema.tensors) if t.name in names]
+    if len(found) != len(names):
+        known = {t.name for t in schema.tensors}
+        raise ShapeMismatch(f"tensor {next(n for n in names if n not in known)!r} is not in the schema")
+    return None if len(found) == len(schema.tensors) else found
+
+
 def packed_size(header: Header, schema: Schema) -> int:
-    """Bytes of a packet of all tensors with this header, as `encode` makes it."""
-    return 8 + len(_text(header)) + 4 * schema.size
+    """Bytes of a packet with this header, as `encode` makes it."""
+    numbers = schema.size if header.tensors is None else sum(schema.tensors[i].size for i in header.tensors)
+    return 8 + len(_text(header)) + 4 * numbers
 
 
 def _text(header: Header) -> bytes:
@@ -180,17 +202,24 @@ def decode(data: bytes, schema: Schema, *, kinds: Sequence[Kind], round: int | N
     _require(header.schema_digest == schema.digest, "schema", f"{header.schema_digest}, this run has {schema.digest}")
     _require(frame is None or header.frame == frame, "frame", f"{header.frame or 'none'}, this run has {frame or 'none'}")
     _require(round is None or header.round == round, "round", f"reply to round {header.round}, this is round {round}")
+    _require(header.train is None or header.kind == "model", "tensors", f"{header.kind!r} says what to train; only a model does")
+    train = None if header.train is None else tuple(t.name for t in _chosen(header.train, schema).tensors)
     arrays = _tensors(header, body, schema, copy)
-    return Packet(header, arrays, finite_norm(arrays.vector))
+    return Packet(header, arrays, finite_norm(arrays.vector), train)
 
 
-def packet_bytes(schema: Schema) -> tuple[int, int]:
-    """Bytes of a (model, update) packet of all tensors, serialised as a run does it; values do not change them."""
-    arrays = {t.name: np.zeros(t.shape, np.float32) for t in schema.tensors}
-    metrics = {"loss": (1.0, 1.0), "accuracy": (1.0, 1.0)}
-    model = encode("model", schema, arrays, round=1, frame="0" * 16)
-    update = encode("update", schema, arrays, round=1, frame="0" * 16, weight=1.0, metrics=metrics)
-    return len(model), len(update)
+def require_whole(packet: Packet) -> None:
+    """Raises Refused for a part of a model: to train some tensors, the values of all are needed."""
+    _require(packet.header.tensors is None, "tensors", "holds a part of the model; training needs all of it")
+
+
+def packet_bytes(schema: Schema, trained: Collection[str] | None = None) -> tuple[int, int]:
+    """Bytes of a model packet, and of the update that answers it with these tensors (None: all), as a run sends them; values do not change them."""
+    part = None if trained is None else places(schema, trained)
+    model = Header(kind="model", schema_digest=schema.digest, frame="0" * 16, round=1, train=part)
+    metrics = {"loss": [1.0, 1.0], "accuracy": [1.0, 1.0]}
+    update = Header(kind="update", schema_digest=schema.digest, frame="0" * 16, round=1, tensors=part, weight=1.0, metrics=metrics)
+    return packed_size(model, schema), packed_size(update, schema)
 
 
 def finite_norm(vector: np.ndarray) -> float:

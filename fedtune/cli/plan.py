@@ -38,7 +38,8 @@ def _show(plan: "Plan", console: Console) -> None:
         ("base", plan.source, f"{count(plan.base_parameters)} numbers, frozen"),
         ("adapter", f"{plan.method}, rank {plan.rank}" if plan.modules else plan.method, f"{plan.modules} linears" if plan.modules else ""),
         ("trained", f"{count(plan.trainable)} numbers", f"{percent(plan.trainable, plan.base_parameters)} of the base, {count(plan.head)} in the head"),
-        ("one update", size(plan.update_bytes), "up, per client and round"),
+        *([("a client trains", f"{plan.budget} of {sum(u.selectable for u in plan.units)} blocks", f"{_chosen(plan)}; what lies outside the blocks is always trained")] if plan.strategy != "all" else []),
+        ("one update", size(plan.update_bytes), "up, per client and round" + (", at most" if plan.strategy == "lisa" else "")),
         ("one model", size(plan.model_bytes), "down, per client and round"),
         ("frame", size(plan.frame_bytes), "down, once per client"),
         ("initialisation", size(plan.init_bytes), "gradients of the first step" if plan.init_bytes else "needs no exchange"),
@@ -52,13 +53,21 @@ def _show(plan: "Plan", console: Console) -> None:
         ("privacy", f"epsilon {shown(plan.epsilon)}", _protects(plan)),
     ]
     console.print(table(("", "figure", ""), rows, words=(0, 2)))
-    console.print(table(("unit", "numbers", "bytes"), [(u.name, count(u.numbers), size(u.bytes)) for u in plan.units]))
+    if plan.strategy == "all":
+        console.print(table(("unit", "numbers", "bytes"), [(u.name, count(u.numbers), size(u.bytes)) for u in plan.units]))
+    else:
+        units = [(u.name, count(u.numbers), size(u.bytes), "yes" if u.selectable else "no", u.trained) for u in plan.units]
+        console.print(table(("unit", "numbers", "bytes", "selectable", "trained"), units, words=(0, 3, 4)))
     if plan.devices:
         console.print(Text("A round of one client, in simulated time", style="bold"))
         header = ("device class", "clients", "receiving", "training", "sending", "in all", "frame, once")
         console.print(table(header, [_device(d) for d in plan.devices]))
     for note in plan.notes:
         console.print(Text(f"! {note}", style="yellow"))
+
+
+def _chosen(plan: "Plan") -> str:
+    return {"top": "the last", "bottom": "the first", "both": "last and first in turn", "lisa": "drawn for each round"}[plan.strategy]
 
 
 def _kept(device: dict[str, int | None]) -> str:

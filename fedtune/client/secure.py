@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fedtune.algorithms.units import selected, tensors_of
 from fedtune.bundle import Bundle
 from fedtune.errors import Refused
 from fedtune.privacy.contribution import Secure, secure_of
@@ -57,9 +58,15 @@ class SecureWork:
         write_atomic(self.file, str(round).encode())
 
     def first(self, packet: bytes, update: bytes, client: str) -> bytes:
-        """After the training: keeps the vector and answers with this round's keys. Raises Refused for packets that are not of the job."""
+        """After the training: keeps the vector and answers with this round's keys.
+
+        Raises Refused for packets that are not of the job, and for units that the job does not have all clients train in this round: what
+        one client alone trains would be seen in the sum.
+        """
         schema, round = self.bundle.schema, round_of(packet)
         model = decode(packet, schema, kinds=["model"], frame=self.bundle.frame_digest)
+        if model.train != tensors_of(schema, selected(self.bundle.job, schema, round)):
+            raise Refused("secure-aggregation", f"round {round}: the coordinator asks for other units than the job; nothing was sent")
         trained = decode(update, schema, kinds=["update"], round=round, frame=self.bundle.frame_digest)
         terms = self.secure.terms(session_of(self.bundle.digest), round)
         self._vector = self.secure.vector(trained.arrays, trained.metrics, model.arrays, noise_of(self.bundle.job, round, client, "sum"))

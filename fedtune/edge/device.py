@@ -11,7 +11,7 @@ from fedtune.data.images import ImageEncoder
 from fedtune.edge.graphs import Graphs
 from fedtune.edge.memory import rows_within
 from fedtune.edge.training import Engine, score, train_locally, train_privately
-from fedtune.errors import ModelError, Refused
+from fedtune.errors import ModelError
 from fedtune.onnx.folder import FORWARD, STEP, EdgeCard
 from fedtune.privacy.example import example_privacy
 from fedtune.privacy.noise import noise_of
@@ -22,7 +22,7 @@ from fedtune.training.clients import ClientStore, Stream
 from fedtune.training.forward import train_forward
 from fedtune.training.holder import Device, read_data, require_converged
 from fedtune.types import Arrays, Metrics
-from fedtune.wire import decode, encode
+from fedtune.wire import decode, encode, require_whole
 
 TOKENS, IMAGES = 256, 4
 """What goes through the graph at once where memory sets no lower bound. On MiniLM, 4 texts of 64 tokens a time take no longer for a text
@@ -44,19 +44,19 @@ class EdgeWorker:
         job = self.bundle.job
         schema = self.bundle.schema
         packet = decode(payload, schema, kinds=["model"], frame=self.bundle.frame_digest)
-        if packet.header.tensors is not None:
-            raise Refused("tensors", "holds a part of the model; a device without torch trains all of it")
+        require_whole(packet)
         fed, round, private, values = job.federation, packet.header.round, example_privacy(job), packet.arrays
         if self.bundle.subspace is not None:
             metrics = train_forward(self.bundle.subspace, values[NAME], data, job, round, client, self.engine.passes)
             require_converged(metrics)
         elif private is None:
-            metrics = train_locally(self.engine, values, data, fed, round, generator(fed.seed, "local", round, client))
+            metrics = train_locally(self.engine, values, data, fed, round, generator(fed.seed, "local", round, client), packet.train)
             require_converged(metrics)
         else:
-            metrics = train_privately(self.engine, values, data, fed, private, round, noise_of(job, round, client))
+            metrics = train_privately(self.engine, values, data, fed, private, round, noise_of(job, round, client), packet.train)
         weight, metrics = outward(job, len(data), metrics)
-        return encode("update", schema, values, round=round, frame=self.bundle.frame_digest, weight=weight, metrics=metrics)
+        trained = values if packet.train is None else {name: values[name] for name in packet.train}
+        return encode("update", schema, trained, round=round, frame=self.bundle.frame_digest, weight=weight, metrics=metrics)
 
     def metrics(self, arrays: Arrays, data: ClientData | Stream) -> Metrics:
         """Loss and accuracy of a model, summed over the predictions on `data`."""

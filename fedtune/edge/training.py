@@ -3,11 +3,12 @@
 Batches go through the graph in pieces, whose gradients are added up, so that memory is that of a piece and not of a batch.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from fedtune.adapters.spec import AdapterSpec
 from fedtune.data.encoded import ClientData, Encoder
 from fedtune.edge.graphs import Graphs, Passed
 from fedtune.edge.optimizers import Optimizer
@@ -74,39 +75,69 @@ def pieces(lengths: Sequence[int], span: int) -> Iterator[np.ndarray]:
         yield np.arange(start, len(lengths))
 
 
+class Trained:
+    """The tensors that a round trains, as numbers of a vector of all: the optimizer moves these and no others."""
+
+    def __init__(self, spec: AdapterSpec, names: Collection[str] | None) -> None:
+        """names: None for all."""
+        chosen = [names is None or t.name in names for t in spec.trainable]
+        self.spec = replace(spec, trainable=tuple(t for t, taken in zip(spec.trainable, chosen) if taken))
+        self.sizes = [t.size for t in self.spec.trainable]
+        self._all, self._mask = all(chosen), np.repeat(chosen, [t.size for t in spec.trainable])
+
+    def of(self, vector: np.ndarray) -> np.ndarray:
+        """[P] -> their numbers; the vector itself where they are all."""
+        return vector if self._all else vector[self._mask]
+
+    def step(self, optimizer: Optimizer, values: np.ndarray, gradient: np.ndarray) -> None:
+        """Moves `values`, [P], in place by `gradient`, which is of these numbers."""
+        moved = self.of(values)
+        optimizer.step(moved, gradient)
+        if not self._all:
+            values[self._mask] = moved
+
+
 def train_locally(
     engine: Engine, values: Pieces, data: ClientData | Stream, settings: FederationSection, round: int, rng: np.random.Generator,
+    names: Collection[str] | None = None,
 ) -> Metrics:
-    """Runs the round's optimizer steps on `values` in place, with a fresh optimizer; see `training.local.train_locally`."""
-    optimizer, totals = Optimizer(engine.graphs.card.spec, settings, round), np.zeros(3)
-    mu, start = np.float32(settings.proximal), values.vector.copy()
+    """Runs the round's optimizer steps on these tensors of `values` (None: all), in place; see `training.local.train_locally`."""
+    trained = Trained(engine.graphs.card.spec, names)
+    optimizer, totals = Optimizer(trained.spec, settings, round), np.zeros(3)
+    mu, start = np.float32(settings.proximal), trained.of(values.vector).copy()
     for index in local_batches(data.lengths, settings.batch_size, settings.local_epochs, settings.local_steps, rng):
         taken = data.take(index)
         count = int(engine.predictions(taken).sum())
         if count:  # a batch of one-token texts predicts nothing
             gradient, found = engine.added(values, taken, np.full(len(taken), 1.0 / count, np.float32))
-            optimizer.step(values.vector, gradient + mu * (values.vector - start) if mu else gradient)
+            gradient = trained.of(gradient)
+            trained.step(optimizer, values.vector, gradient + mu * (trained.of(values.vector) - start) if mu else gradient)
             totals += found
     return _metrics(totals)
 
 
 def train_privately(
     engine: Engine, values: Pieces, data: ClientData | Stream, settings: FederationSection, privacy: ExamplePrivacy, round: int, noise: Noise,
+    names: Collection[str] | None = None,
 ) -> Metrics:
-    """DP-SGD on `values`, in place, one example at a time; see `training.private.train_privately`. Raises Refused as that does."""
-    spec = engine.graphs.card.spec
-    optimizer, check = Optimizer(spec, settings, round), SelfCheck(privacy)
-    scores, start, sizes = np.zeros(3), values.vector.copy(), [t.size for t in spec.trainable]
+    """DP-SGD on these tensors of `values` (None: all), in place, one example at a time; see `training.private.train_privately`.
+
+    Gradients are clipped, and noise is added, over these tensors alone. Raises Refused as that does.
+    """
+    trained = Trained(engine.graphs.card.spec, names)
+    optimizer, check = Optimizer(trained.spec, settings, round), SelfCheck(privacy)
+    scores, start = np.zeros(3), trained.of(values.vector).copy()
     for index in poisson_batches(len(data), privacy, noise):
-        total = np.zeros_like(values.vector)
+        total = np.zeros_like(start)
         for place in index:
             gradient, score = _of_one(engine, values, data.take(np.array([place])))
-            total += clipped(gradient, privacy.clip, check)
+            total += clipped(trained.of(gradient), privacy.clip, check)
             scores += capped(score[None])[0]
-        noisy = total + drawn_noise(sizes, privacy, noise)
+        noisy = total + drawn_noise(trained.sizes, privacy, noise)
         check.noise(noisy - total)
-        optimizer.step(values.vector, noisy / np.float32(privacy.batch) + np.float32(settings.proximal) * (values.vector - start))
-    check.require(start, values.vector)
+        pull = np.float32(settings.proximal) * (trained.of(values.vector) - start)
+        trained.step(optimizer, values.vector, noisy / np.float32(privacy.batch) + pull)
+    check.require(start, trained.of(values.vector))
     return noisy_metrics(scores, privacy, noise)
 
 

@@ -150,6 +150,9 @@ def assumptions(plan: Plan) -> list[str]:
     out.append(f"Delta = {plan.delta:g}: with that chance epsilon may not hold.{held}")
     out.append(f"Clip {privacy.clip:g}{', adapted with the clip bits charged' if privacy.adaptive_clip else ''}; noise multiplier {plan.parts['update']:g} in double precision from "
                + ("the operating system's generator." if privacy.noise == "system" else "A KNOWN SEED: NOT PRIVATE, no epsilon holds."))
+    if plan.job.units.strategy != "all":
+        out.append("Units: which of them a client trains in a round follows from the job alone, never from its data, and anybody may know; clip and noise are over those, "
+                   "and nothing else moves.")
     if first := plan.gradients([]):
         out.append(f"Frame: made from one noisy sum of gradients alone, clip {first.clip:g} and noise multiplier {plan.init_noise:g}, charged beside the rounds.")
     out.append("Training metrics: " + (f"sent with noise of multiplier {privacy.metrics_noise:g}, charged." if privacy.metrics_noise else "not sent.")

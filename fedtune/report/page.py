@@ -24,6 +24,7 @@ GLOSSARY = {
     "label agreement": "share of held-out examples on which an exported file gives the trained model's label",
     "KB, MB": "1000 and 1,000,000 bytes; bytes are those of serialised messages",
 }
+UNITS_GLOSSARY = {"unit": "what is trained or left alone as one: a block of the base, or all that is trained outside the blocks, such as the head"}
 FLEET_GLOSSARY = {
     "simulated time": "what the rounds would have taken on the job's classes of devices: bytes over bandwidth, examples over speed, and waiting for the lost until the deadline",
 }
@@ -38,6 +39,7 @@ def render(summary: Summary) -> str:
         _clients(s),
         _communication(s),
         _devices(s),
+        _units(s),
         _refused(s),
         _exports(s),
         privacy_page.section(s["privacy"]),
@@ -51,7 +53,7 @@ def render(summary: Summary) -> str:
 
 
 def _words(s: Summary) -> dict[str, str]:
-    return GLOSSARY | (FLEET_GLOSSARY if s.get("devices") else {}) | (privacy.GLOSSARY if "delta" in s["privacy"] else {})
+    return GLOSSARY | (UNITS_GLOSSARY if s.get("units") else {}) | (FLEET_GLOSSARY if s.get("devices") else {}) | (privacy.GLOSSARY if "delta" in s["privacy"] else {})
 
 
 def _lead(s: Summary) -> str:
@@ -166,6 +168,15 @@ def _devices(s: Summary) -> str:
         "Devices",
         html.paragraph(facts.fleet(s)),
         html.table("Classes of devices", tables.DEVICE_HEADER, tables.device_rows(s)),
+    )
+
+
+def _units(s: Summary) -> str:
+    return html.section(
+        "units",
+        "Trained units",
+        html.paragraph(facts.units(s)),
+        html.table("Trained units", tables.UNIT_HEADER, tables.unit_rows(s)),
     )
 
 

@@ -69,7 +69,8 @@ class Round(TypedDict):
     """One round; round 0 is the model before training. `up` and `down` are of this round, `total_bytes` runs on.
 
     With device classes there are the simulated seconds of the round, and those up to its end (`simulated_clock`), the clients
-    that never answered (`dropped`) and those that would have needed longer than the deadline (`stragglers`).
+    that never answered (`dropped`) and those that would have needed longer than the deadline (`stragglers`). Where not all clients
+    train all, `units` says how many of `clients` trained each.
     """
 
     round: int
@@ -87,6 +88,7 @@ class Round(TypedDict):
     simulated_clock: NotRequired[float]
     dropped: NotRequired[list[str]]
     stragglers: NotRequired[list[str]]
+    units: NotRequired[dict[str, int]]
 
 
 class ClientScore(TypedDict):
@@ -178,7 +180,7 @@ class ClientTraffic(TypedDict):
 
 
 class Communication(TypedDict):
-    """All that was sent. `frame_bytes` is the frozen frame, which each client receives once; it is part of `down`.
+    """All that was sent. `update_bytes` is the largest update that a client sends. `frame_bytes` is the frozen frame, which each client receives once; it is part of `down`.
 
     `evaluation` and `offers` come on top in live runs: evaluation both ways, and job offers and bundles without the frame.
     `took_part` counts the clients of all rounds where `clients` lists only some, evenly from least to most bytes.
@@ -217,6 +219,14 @@ class DeviceClass(TypedDict):
     down: int
 
 
+class Trained(TypedDict):
+    """How often a unit was trained: rounds in which any client did whose update was used, and those updates together."""
+
+    name: str
+    rounds: int
+    updates: int
+
+
 class Exported(TypedDict, total=False):
     """One exported file and how it compares with the trained model on `examples` of the `of` held-out examples.
 
@@ -253,6 +263,7 @@ class Summary(TypedDict):
     baselines: NotRequired[Baselines]
     communication: Communication
     devices: NotRequired[list[DeviceClass]]
+    units: NotRequired[list[Trained]]
     export: NotRequired[dict[str, Exported]]
     privacy: Privacy
     complete: bool

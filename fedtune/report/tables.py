@@ -79,6 +79,14 @@ def device_rows(s: Summary) -> list[tuple[str, ...]]:
     return rows
 
 
+UNIT_HEADER = ("unit", "rounds trained", "client updates")
+
+
+def unit_rows(s: Summary) -> list[tuple[str, ...]]:
+    """How often each unit was trained; nothing where all clients train all."""
+    return [(clean(u["name"]), count(u["rounds"]), count(u["updates"])) for u in s.get("units", [])]
+
+
 RIVAL_HEADER = ("baseline", "accuracy", "federated", "difference")
 
 

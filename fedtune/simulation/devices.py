@@ -52,9 +52,9 @@ def assign(seed: int, devices: Sequence[DeviceClass], clients: int) -> np.ndarra
     return np.searchsorted(shares / shares[-1], generator(seed, "device").random(clients), side="right")
 
 
-def able(devices: Sequence[DeviceClass], step: int | None) -> np.ndarray:
-    """Which classes have the memory for a training step of `step` bytes: booleans [classes]. None is not known; then limits must not be given."""
-    return np.array([not device.memory_mb or (step is not None and device.memory_mb * MB >= step) for device in devices])
+def able(devices: Sequence[DeviceClass], steps: Sequence[int | None]) -> np.ndarray:
+    """Which classes have the memory for a training step of theirs, of so many bytes: booleans [classes]. None is not known; then limits must not be given."""
+    return np.array([not device.memory_mb or (step is not None and device.memory_mb * MB >= step) for device, step in zip(devices, steps, strict=True)])
 
 
 def available(seed: int, round: int, devices: Sequence[DeviceClass], classes: np.ndarray, fit: np.ndarray) -> np.ndarray:

@@ -39,14 +39,15 @@ class Fleet:
     """The devices of a simulation's clients. `around` an exchange it loses replies; `gather` says who can be drawn.
 
     Attributes:
-        step: bytes that a training step needs; None if not known.
-        update_bytes: an update as sent; gradient_bytes: a gradient of the first step as sent.
+        steps: bytes that a training step of each class needs; None if not known.
+        update_bytes: an update as sent in a round by a client of so many blocks (0: the job's budget).
+        gradient_bytes: a gradient of the first step as sent.
     """
 
     job: Job
     clients: Sequence[ClientInfo]
-    step: int | None
-    update_bytes: int
+    steps: Sequence[int | None]
+    update_bytes: Callable[[int, int], int]
     gradient_bytes: int
     _turns: dict[str, Turn] = field(default_factory=dict)
     _up: dict[str, int] = field(default_factory=dict)
@@ -61,7 +62,7 @@ class Fleet:
     @cached_property
     def fit(self) -> np.ndarray:
         """Which classes have memory enough: booleans [classes]."""
-        return able(self.devices, self.step)
+        return able(self.devices, self.steps)
 
     @cached_property
     def classes(self) -> np.ndarray:
@@ -71,6 +72,10 @@ class Fleet:
     @cached_property
     def _place(self) -> dict[str, int]:
         return {client.name: place for place, client in enumerate(self.clients)}
+
+    def budget(self, client: str) -> int:
+        """Blocks that a client may train; 0: as many as the job says."""
+        return self.devices[self.classes[self._place[client]]].units
 
     def available(self, round: int) -> Chosen:
         """The clients that can be asked in a round; 0 is what precedes the first."""
@@ -105,7 +110,7 @@ class Fleet:
         fed, place = self.job.federation, self._place[client]
         device, examples = self.devices[self.classes[place]], self.clients[place].examples
         if round:
-            run, up = examples_run(examples, fed, round, client), self.update_bytes
+            run, up = examples_run(examples, fed, round, client), self.update_bytes(round, device.units)
         else:
             run, up = min(examples, self.job.adapter.init_examples), self.gradient_bytes
         down = size + self._frame(client)

@@ -1,12 +1,12 @@
 """The vectorised engine: answers a round's packets by training the whole cohort together, in blocks that fit in memory."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import numpy as np
 import psutil
 
+from fedtune.adapters.methods import write
 from fedtune.data.encoded import ClientData
 from fedtune.errors import Refused
 from fedtune.job import SimulationSection
@@ -19,9 +19,10 @@ from fedtune.training.batches import local_batches
 from fedtune.training.chunks import Task, trainable_batches
 from fedtune.training.cohort import CohortTrainer
 from fedtune.training.holder import require_converged
+from fedtune.training.local import only
 from fedtune.training.worker import Worker
 from fedtune.types import Metrics
-from fedtune.wire import Header, Packet, Pieces, decode, finite_norm, kind_of, packed_size
+from fedtune.wire import Header, Packet, Pieces, Schema, decode, finite_norm, kind_of, packed_size, require_whole
 
 MOST_TOGETHER = 256
 """Clients in a block unless the job says otherwise: beyond it nothing is gained, and replies come seldom."""
@@ -35,18 +36,20 @@ class Together:
 
     Args:
         worker: holds the base; answers what is not training.
-        open: makes the trainer, once the adapter is on the base; None where the base does not allow it.
+        open: makes the trainer of these tensors (None: of all), once the adapter is on the base; None where the base does not allow it.
         data: a client's training examples.
     """
 
     worker: Worker
     settings: SimulationSection
-    open: Callable[[], CohortTrainer | None]
+    open: Callable[[tuple[str, ...] | None], CohortTrainer | None]
     data: Callable[[str], ClientData]
+    _trainers: dict[tuple[str, ...] | None, CohortTrainer | None] = field(default_factory=dict)
 
-    @cached_property
-    def trainer(self) -> CohortTrainer | None:
-        return self.open()
+    def trainer(self, names: tuple[str, ...] | None) -> CohortTrainer | None:
+        if names not in self._trainers:
+            self._trainers[names] = self.open(names)
+        return self._trainers[names]
 
     def __call__(self, pairs: Sequence[tuple[str, bytes]], kind: str = "train", round: int = 0) -> Iterator[Reply]:
         for payload in dict.fromkeys(payload for _, payload in pairs):  # one packet is sent to all who train the same
@@ -55,13 +58,15 @@ class Together:
                 yield from self._one_by_one(payload, clients)
                 continue
             bundle = self.worker.open()
-            if self.trainer is None:
+            packet = decode(payload, bundle.schema, kinds=["model"], frame=bundle.frame_digest)
+            require_whole(packet)
+            trainer = self.trainer(packet.train)
+            if trainer is None:
                 yield from self._one_by_one(payload, clients)
                 continue
-            packet = decode(payload, bundle.schema, kinds=["model"], frame=bundle.frame_digest)
-            size = self.settings.block or block_size(self.worker.spec.size, memory_for(self.settings) // 2)
+            size = self.settings.block or block_size(trainer.schema.size, memory_for(self.settings) // 2)
             for begin in range(0, len(clients), size):
-                yield from self._block(self.trainer, packet, clients[begin : begin + size])
+                yield from self._block(trainer, packet, clients[begin : begin + size])
 
     def _one_by_one(self, payload: bytes, clients: Sequence[str]) -> Iterator[Reply]:
         for client in clients:
@@ -73,14 +78,19 @@ class Together:
     def _block(self, trainer: CohortTrainer, packet: Packet, clients: Sequence[str]) -> Iterator[Reply]:
         round, private = packet.header.round, example_privacy(self.worker.job)
         tasks = [self._task(client, round, private) for client in clients]
+        start = packet.arrays.vector
+        if packet.train is not None:
+            write(self.worker.parameters, packet.arrays)  # what these clients do not train is as the model has it
+            start = np.concatenate([packet.arrays[name].ravel() for name in packet.train])
         try:
-            models, totals = trainer.train(packet.arrays.vector, tasks, round, private)
+            with only(self.worker.parameters, packet.train):
+                models, totals = trainer.train(start, tasks, round, private)
         except Refused as e:  # a mechanism that is broken is broken for all
             yield from (Reply(client, None, str(e)) for client in clients)
             return
         for task, vector, seen in zip(tasks, models, totals):
             try:
-                yield self._reply(task, vector, _metrics(task, seen, private), round)
+                yield self._reply(task, trainer.schema, packet.header, vector, _metrics(task, seen, private))
             except Refused as e:
                 yield Reply(task.client, None, str(e))
 
@@ -93,15 +103,15 @@ class Together:
         batches = local_batches(data.lengths, fed.batch_size, fed.local_epochs, fed.local_steps, generator(fed.seed, "local", round, client))
         return Task(client, data, trainable_batches(data, list(batches), job.model.task))
 
-    def _reply(self, task: Task, vector: np.ndarray, metrics: Metrics, round: int) -> Reply:
+    def _reply(self, task: Task, trained: Schema, asked: Header, vector: np.ndarray, metrics: Metrics) -> Reply:
         """As Worker and the wire make it of one client's training, without the bytes in between. Raises Refused as they do."""
         schema, norm = self.worker.spec.schema, finite_norm(vector)
         weight, metrics = outward(self.worker.job, len(task.data), metrics)
         header = Header(
-            kind="update", schema_digest=schema.digest, frame=self.worker.open().frame_digest, round=round, weight=weight,
+            kind="update", schema_digest=schema.digest, frame=self.worker.open().frame_digest, round=asked.round, weight=weight, tensors=asked.train,
             metrics={name: [total, share] for name, (total, share) in metrics.items()},
         )
-        return Reply(task.client, None, packet=Packet(header, Pieces(vector, schema.layout), norm), size=packed_size(header, schema))
+        return Reply(task.client, None, packet=Packet(header, Pieces(vector, trained.layout), norm), size=packed_size(header, schema))
 
 
 def _metrics(task: Task, seen: np.ndarray, private: ExamplePrivacy | None) -> Metrics:

@@ -24,6 +24,7 @@ from fedtune.training.private import NUMBERS, Audit, clipped
 from fedtune.training.rates import learning_rate
 from fedtune.training.stacked import Examples, Stack
 from fedtune.types import TensorSpec
+from fedtune.wire import Schema
 
 
 class CohortTrainer:
@@ -43,7 +44,7 @@ class CohortTrainer:
         self, model: TunableModel, parameters: Parameters, trainable: Sequence[TensorSpec], settings: FederationSection, through: Pass,
         features: FeatureStore, chunk: int,
     ) -> None:
-        self.model, self.trainable, self.settings = model, tuple(trainable), settings
+        self.model, self.schema, self.settings = model, Schema(tuple(trainable)), settings
         self.through, self.features, self.chunk = through, features, chunk
         self.unused: frozenset[str] = frozenset()
         """Tensors without a part in the loss: an optimizer leaves them alone, weight decay included."""
@@ -205,17 +206,17 @@ class CohortTrainer:
 
     def _rates(self, round: int) -> Tensor | float:
         """Learning rates of this round, float32 [P]; a number where all are the same."""
-        of = [learning_rate(self.settings, t.name, round) for t in self.trainable]
+        of = [learning_rate(self.settings, t.name, round) for t in self.schema.tensors]
         if len(set(of)) == 1:
             return of[0]
-        rates = [np.full(t.size, rate, np.float32) for t, rate in zip(self.trainable, of)]
+        rates = [np.full(t.size, rate, np.float32) for t, rate in zip(self.schema.tensors, of)]
         return torch.from_numpy(np.concatenate(rates)).to(self.device)
 
     def _mask(self, tasks: Sequence[Task]) -> Tensor | None:
         """True [K, P] where a client trains the number; None when all train all."""
         if all(task.trained is None for task in tasks) and not self.unused:
             return None
-        mask = torch.ones(len(tasks), self._spans[-1][3], dtype=torch.bool)
+        mask = torch.ones(len(tasks), self.schema.size, dtype=torch.bool)
         for row, task in zip(mask, tasks):
             for name, _, a, b in self._spans:
                 row[a:b] = (task.trained is None or name in task.trained) and name not in self.unused

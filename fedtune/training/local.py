@@ -1,6 +1,6 @@
 """Local training: what one client does with the model in one round. The truth for every engine."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
@@ -55,6 +55,25 @@ def train_locally(
         totals += step(model, optimizer, *to_batch(data, index, encoder, device), lean.running() if lean else nullcontext(), pull).cpu()
     loss, correct, count = totals.tolist()
     return {"loss": (loss, count), "accuracy": (correct, count)}
+
+
+@contextmanager
+def only(parameters: Parameters, names: Collection[str] | None) -> Iterator[Parameters]:
+    """These parameters (None: all), in the order they had. Inside, no others have gradients: a backward pass ends at the lowest of them, and
+    nothing is kept for the rest."""
+    if names is None:
+        yield parameters
+        return
+    chosen, others = {n: p for n, p in parameters.items() if n in names}, [p for n, p in parameters.items() if n not in names]
+    for p in others:
+        p.requires_grad_(False)
+    try:
+        yield chosen
+    finally:
+        for p in others:
+            p.requires_grad_(True)
+        for p in chosen.values():  # the next round may train others
+            p.grad = None
 
 
 def step(

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from fedtune.adapters.methods import attach
 from fedtune.adapters.spec import AdapterSpec
+from fedtune.algorithms.units import lowest, most_numbers
 from fedtune.job import Job
 from fedtune.models.base import TunableModel, layout
 from fedtune.training.lean import Lean
@@ -37,11 +38,12 @@ class Saved:
     curved: int
 
 
-def step_memory(job: Job, spec: AdapterSpec, sketch: TunableModel) -> dict[str, int | None]:
+def step_memory(job: Job, spec: AdapterSpec, sketch: TunableModel, budget: int = 0) -> dict[str, int | None]:
     """Bytes that one training client needs, part by part and in all: computed from shapes; libraries and data come on top.
 
     Args:
         sketch: the base on the meta device and without an adapter; it cannot be used afterwards.
+        budget: blocks that the client trains (0: as many as the job says). Of those that differ from round to round, the most that any need.
 
     Returns:
         "activations" and "total" are None for a base whose code looks at values. "curved" and "activations_without_lean" are no
@@ -50,14 +52,16 @@ def step_memory(job: Job, spec: AdapterSpec, sketch: TunableModel) -> dict[str, 
     parameters = layout(sketch).size
     states = {"adamw": 2, "adam": 2, "sgd": 1 if job.federation.momentum else 0}[job.federation.optimizer]
     side = job.model.image_size if job.model.task == "image-classification" else job.model.max_length
+    trained = {t.name for t in spec.schema.of_units(lowest(job, spec.schema, budget))}
     with torch.device("meta"):
-        attach(sketch, spec, {t.name: np.zeros(t.shape, np.float32) for t in spec.frame})
+        for name, p in attach(sketch, spec, {t.name: np.zeros(t.shape, np.float32) for t in spec.frame}).items():
+            p.requires_grad_(name in trained)
     backward = job.edge.mode == "backward"
     found, stock = (saved_bytes(sketch, job.federation.batch_size, side, lean) if backward else Saved(0, 0) for lean in (lean_of(job), "off"))
     parts: dict[str, int | None] = {
         "base": NUMBER * (parameters + spec.head_size),
         "frame": NUMBER * sum(t.size for t in spec.frame),
-        "adapter_gradients_optimizer": NUMBER * (2 + states) * spec.size,
+        "adapter_gradients_optimizer": NUMBER * (spec.size + (1 + states) * most_numbers(job, spec.schema, budget)),
         "activations": None if found is None else found.bytes,
     }
     known = [v for v in parts.values() if v is not None]

@@ -1,6 +1,6 @@
 """Finds how a base can be trained for many clients at once, and proves it on the spot: a layout is used only if it gives the plain model's losses."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -34,18 +34,21 @@ adding, where a value at the bend of a ReLU can fall on its other side. Examples
 
 def open_trainer(
     model: TunableModel, parameters: Parameters, spec: AdapterSpec, encoder: Encoder, settings: FederationSection,
-    start: Arrays, sample: ClientData, features: FeatureStore,
+    start: Arrays, sample: ClientData, features: FeatureStore, changing: Collection[str] = (),
 ) -> CohortTrainer:
     """The fastest way that this base allows.
 
     Args:
+        parameters, spec: what is trained, and has gradients; all else is as the model has it now.
         start: values of the trained tensors to try with.
         sample: a few examples, at best of different lengths.
+        changing: units that other rounds or clients train: features are kept only of what lies below these, too.
 
     Raises NotStackable when there is none: the clients then have to be trained one by one.
     """
     Stack(model, parameters)
-    for through in _passes(model, spec, encoder, sample, next(iter(parameters.values())).device):
+    unit = lowest_unit(model.body, {*changing, *(t.unit for t in spec.trainable)})
+    for through in _passes(model, unit, encoder, sample, next(iter(parameters.values())).device):
         trainer = CohortTrainer(model, parameters, spec.trainable, settings, through, features, 2**20)
         try:
             if _tried(trainer, parameters, spec, encoder, start, sample):
@@ -55,9 +58,8 @@ def open_trainer(
     raise NotStackable("its layers mix examples in a way that cannot be kept apart")
 
 
-def _passes(model: TunableModel, spec: AdapterSpec, encoder: Encoder, sample: ClientData, device: torch.device) -> Iterator[Pass]:
-    """Ways to try, the fastest first."""
-    unit = lowest_unit(model.body, {t.unit for t in spec.trainable})
+def _passes(model: TunableModel, unit: str | None, encoder: Encoder, sample: ClientData, device: torch.device) -> Iterator[Pass]:
+    """Ways to try, the fastest first. unit: below which nothing ever changes."""
     starts = dict.fromkeys([0] if isinstance(encoder, ImageEncoder) else [_first_position(model, encoder, sample, device), 0])
     for cut in dict.fromkeys([unit, None]):
         for first in starts:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import numpy as np
 
@@ -14,7 +13,7 @@ from fedtune.errors import Refused
 from fedtune.gradient_init import gradient_schema
 from fedtune.job import Job
 from fedtune.models.base import TunableModel
-from fedtune.privacy.example import example_privacy, first_gradient
+from fedtune.privacy.example import ExamplePrivacy, example_privacy, first_gradient
 from fedtune.privacy.noise import noise_of
 from fedtune.privacy.plan import outward
 from fedtune.seeds import generator
@@ -23,10 +22,10 @@ from fedtune.training.clients import Stream
 from fedtune.training.evaluate import Scores, score
 from fedtune.training.forward import train_forward
 from fedtune.training.holder import require_converged
-from fedtune.training.local import train_locally, weight_gradients
+from fedtune.training.local import only, train_locally, weight_gradients
 from fedtune.training.private import Audit, PerExample, private_gradients, train_privately
 from fedtune.types import Arrays, Metrics
-from fedtune.wire import Packet, Schema, decode, encode, kind_of
+from fedtune.wire import Packet, Schema, decode, encode, kind_of, require_whole
 
 
 @dataclass
@@ -46,16 +45,13 @@ class Worker:
     parameters: Parameters = field(default_factory=dict)
     opened: Bundle | None = None
     audit: Audit | None = None
-
-    @cached_property
-    def gradients(self) -> PerExample:
-        """By example; asked for once the adapter is on the model."""
-        return PerExample(self.model, self.parameters, audit=self.audit)
+    _gradients: dict[tuple[str, ...], PerExample] = field(default_factory=dict)
+    """By example, for each set of tensors that was trained."""
 
     def handle(self, payload: bytes, client: str, data: ClientData) -> bytes:
         """Answers a "model" packet with an "update", a "gradient-request" with a "gradient".
 
-        Raises Refused when the packet is not for this bundle: another schema, another frame, another kind.
+        Raises Refused when the packet is not for this bundle: another schema, another frame, another kind, or not the whole model.
         """
         if kind_of(payload) == "gradient-request":
             return self._gradient(decode(payload, Schema(()), kinds=["gradient-request"]), client, data)
@@ -81,16 +77,25 @@ class Worker:
             self.opened = bundle
         return self.opened
 
-    def train(self, arrays: Arrays, client: str, data: ClientData, round: int) -> tuple[Arrays, Metrics]:
-        """A round's local training of a model, without privacy: (what it became, metrics)."""
+    def train(self, arrays: Arrays, client: str, data: ClientData, round: int, names: tuple[str, ...] | None = None) -> tuple[Arrays, Metrics]:
+        """A round's local training of these tensors of a model (None: all), without privacy: (what they became, metrics)."""
         bundle, fed = self.open(), self.job.federation
         if bundle.subspace is not None:
             numbers = arrays[NAME].copy()
             return {NAME: numbers}, train_forward(bundle.subspace, numbers, data, self.job, round, client, self._passes)
         write(self.parameters, arrays)
         rng = generator(fed.seed, "local", round, client)
-        metrics = train_locally(self.model, self.parameters, data, self.encoder, fed, round, rng)
-        return read(self.parameters), metrics
+        with only(self.parameters, names) as chosen:
+            metrics = train_locally(self.model, chosen, data, self.encoder, fed, round, rng)
+            return read(chosen), metrics
+
+    def _train_privately(self, packet: Packet, client: str, data: ClientData, private: ExamplePrivacy) -> tuple[Arrays, Metrics]:
+        fed, round = self.job.federation, packet.header.round
+        write(self.parameters, packet.arrays)
+        with only(self.parameters, packet.train) as chosen:
+            gradients = self._gradients.setdefault(tuple(chosen), PerExample(self.model, chosen, audit=self.audit))
+            metrics = train_privately(gradients, data, self.encoder, fed, private, round, noise_of(self.job, round, client), client)
+            return read(chosen), metrics
 
     def _passes(self, values: Arrays, data: ClientData) -> np.ndarray:
         write(self.parameters, values)
@@ -98,14 +103,13 @@ class Worker:
         return np.array([found.loss.sum(), found.correct.sum(), found.count.sum()])
 
     def _train(self, bundle: Bundle, packet: Packet, client: str, data: ClientData) -> bytes:
+        require_whole(packet)
         round, private = packet.header.round, example_privacy(self.job)
         if private is None:
-            arrays, metrics = self.train(packet.arrays, client, data, round)
+            arrays, metrics = self.train(packet.arrays, client, data, round, packet.train)
             require_converged(metrics)
         else:
-            write(self.parameters, packet.arrays)
-            metrics = train_privately(self.gradients, data, self.encoder, self.job.federation, private, round, noise_of(self.job, round, client), client)
-            arrays = read(self.parameters)
+            arrays, metrics = self._train_privately(packet, client, data, private)
         weight, metrics = outward(self.job, len(data), metrics)
         return encode("update", bundle.schema, arrays, round=round, frame=bundle.frame_digest, weight=weight, metrics=metrics)
 

@@ -137,6 +137,8 @@ def audit(
 def _require_auditable(job: Job, kind: Kind) -> None:
     if job.privacy.unit == "none":
         raise UserError('privacy.unit = "none": such a job promises nothing, so there is nothing to audit; set it to "example" or "client"')
+    if job.units.strategy != "all":
+        raise UserError(f'units.strategy = "{job.units.strategy}": not available yet for an audit, whose canaries have directions in the whole model; use "all"')
     if job.simulation.engine == "ray":
         raise UserError('simulation.engine = "ray": an audit stands inside the process that trains; use "vectorised" or "serial"')
     if job.adapter.init == "gradient-dp":

@@ -65,7 +65,7 @@ def against(ours: ClientScores, theirs: ClientScores) -> dict[str, Any]:
 
 
 def clients_alone(simulation: Simulation, federated: Scores, took_part: dict[str, int]) -> dict[str, Any]:
-    """Clients that train the same adapter from the same start on their own data, each for as many local rounds as it took
+    """Clients that train the same adapter, in each round the same units, from the same start on their own data, each for as many local rounds as it took
     part in the federated run (at least one), beside the federated model on the same held-out examples."""
     setup, start = simulation.setup, simulation.run.first_arrays()
     offsets = setup.split.held_out.offsets
@@ -79,7 +79,8 @@ def clients_alone(simulation: Simulation, federated: Scores, took_part: dict[str
         simulation.watch.advance(1)
         own = start
         for round in range(1, max(1, took_part.get(name, 0)) + 1):
-            own, _ = simulation.worker.train(own, name, setup.store.train(name), round)
+            trained, _ = simulation.worker.train(own, name, setup.store.train(name), round, simulation.assigned(name, round))
+            own = own | trained
         alone = simulation.worker.metrics(own, held_out)
         together = federated.metrics(slice(offsets[place], offsets[place + 1]))
         both[0].append(alone)

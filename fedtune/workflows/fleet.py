@@ -1,5 +1,8 @@
 """The devices of a job's simulated clients, checked against what a training step needs."""
 
+from functools import cache
+
+from fedtune.algorithms.units import selected, tensors_of
 from fedtune.errors import JobError
 from fedtune.gradient_init import gradient_bytes
 from fedtune.report.format import size
@@ -11,15 +14,20 @@ from fedtune.workflows.setup import Setup
 
 def make_fleet(setup: Setup) -> Fleet | None:
     """None for a job without device classes. Raises JobError when nobody could ever train."""
-    job, spec = setup.job, setup.spec
-    limits = {device.memory_mb for device in job.simulation.devices} - {0}
-    if not job.simulation.devices:
+    job, schema, devices = setup.job, setup.schema, setup.job.simulation.devices
+    limits = {device.memory_mb for device in devices} - {0}
+    if not devices:
         return None
-    step = setup.step_memory if limits else None
-    if limits and step is None:
+    steps = [setup.step_memory(device.units) if limits else None for device in devices]
+    known = [step for step in steps if step is not None]
+    if limits and len(known) < len(steps):
         raise JobError([f"simulation.devices: memory-mb = {min(limits)}: what a step of this base needs cannot be computed from shapes; set memory-mb to 0"])
-    fleet = Fleet(job, setup.store.clients, step, packet_bytes(setup.schema)[1], gradient_bytes(spec)[1] if job.adapter.asks_gradients else 0)
-    if step is not None and not fleet.fit[fleet.classes].any():
-        raise JobError([f"simulation.devices: memory-mb = {max(limits)}: a training step needs {size(step)}, so none of the {len(fleet.clients)} clients can take part; "
-                        f"give a class memory-mb = {-(-step // MB)}, or lower federation.batch-size"])
+    size_of = cache(lambda units: packet_bytes(schema, tensors_of(schema, units))[1])
+    fleet = Fleet(
+        job, setup.store.clients, steps, lambda round, budget: size_of(selected(job, schema, round, budget)),
+        gradient_bytes(setup.spec)[1] if job.adapter.asks_gradients else 0)
+    if limits and not fleet.fit[fleet.classes].any():
+        least = min(known)
+        raise JobError([f"simulation.devices: memory-mb = {max(limits)}: a training step needs {size(least)}, so none of the {len(fleet.clients)} clients can take part; "
+                        f"give a class memory-mb = {-(-least // MB)}, or lower federation.batch-size"])
     return fleet

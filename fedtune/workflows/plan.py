@@ -1,15 +1,17 @@
 """fedtune plan: what a job will train, send and need, before anything runs. Needs a base's config, not its weights."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from safetensors.numpy import save
 
 from fedtune import packages
 from fedtune.adapters.spec import describe
+from fedtune.algorithms.units import blocks, require_budgets, round_bytes, selected
 from fedtune.data.examples import PACKAGE_READERS, load_dataset
 from fedtune.data.partition import Split, split
 from fedtune.errors import DataError, EnvironmentProblem, UserError
@@ -23,17 +25,19 @@ from fedtune.report.format import duration, size
 from fedtune.simulation.devices import able, assign, span
 from fedtune.subspace import travelling
 from fedtune.training.memory import NUMBER, step_memory
-from fedtune.wire import Schema, packet_bytes
+from fedtune.wire import Schema
 from fedtune.workflows.privacy import figure
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A block and what is trained in it."""
+    """A block and what is trained in it. `trained`: by whom, of those whose class has no budget of its own."""
 
     name: str
     numbers: int
     bytes: int
+    selectable: bool
+    trained: Literal["always", "drawn", "never"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,8 @@ class DeviceTime:
 class Plan:
     """Bytes are those of serialised messages. Totals that depend on who is drawn are expectations, said as such.
 
-    `unit` is what privacy protects, "none" for nothing, and `epsilon` at `delta` the most one unit can lose: "inf" without protection.
+    An update is the largest that a client of the job's own budget sends; the memory is that of such a client. `budget` is that number of
+    blocks, all of them where `strategy` is all. `unit` is what privacy protects, "none" for nothing, and `epsilon` at `delta` the most one unit can lose: "inf" without protection.
     `device` is the memory of one training client in bytes: its parts are computed from shapes, not measured.
     """
 
@@ -74,6 +79,8 @@ class Plan:
     modules: int
     trainable: int
     head: int
+    strategy: str
+    budget: int
     units: tuple[Unit, ...]
     model_bytes: int
     update_bytes: int
@@ -109,27 +116,34 @@ def make_plan(job: Job) -> Plan:
     spec = describe(layout(sketch), job.adapter)
     parameters = layout(sketch).size
     schema = travelling(job, spec)
-    model, update = packet_bytes(schema)
+    require_budgets(job, schema)
+    sizes = {budget: round_bytes(job, schema, job.federation.rounds, budget) for budget in {0, *(d.units for d in job.simulation.devices)}}
+    model, update = (max(column) for column in zip(*sizes[0]))
     once = (spec.frame, spec.trainable if job.edge.mode == "forward" else ())
     frame = sum(len(save({t.name: np.zeros(t.shape, np.float32) for t in tensors})) for tensors in once if tensors)
     init = min(job.adapter.init_clients, clients) * sum(gradient_bytes(spec)) if job.adapter.asks_gradients else 0
     fed = job.federation
     memory = step_memory(job, spec, sketch)
-    devices = _devices(job, clients, parts, memory["total"], model, update, frame)
+    steps = {0: memory["total"]}
+    for budget in sizes.keys() - steps.keys():
+        steps[budget] = step_memory(job, spec, sketch_model(job.model, source, classes), budget)["total"]
+    devices = _devices(job, clients, parts, steps, sizes, frame)
     drawable = max(1, sum(d.clients for d in devices if d.able)) if devices else clients
     cohort = min(fed.cohort, drawable)
     first = holders(drawable, cohort, fed.rounds)
+    exchanged = fed.rounds * cohort * _mean_bytes(job, devices, sizes)
     privacy = plan_of(job, clients)
     notes += [*warnings_of(privacy), *init_warnings(spec, privacy)] if privacy else []
     lost = privacy.reading().epsilon if privacy and job.privacy.noise == "system" else math.inf
     if not source.weights:
         notes.append("the weights are not here: numbers and bytes are exact, but nothing can be trained yet")
     notes += _curved_notes(job, memory)
-    notes += [note for device, made in zip(job.simulation.devices, devices) for note in _device_notes(job, device, made, memory["total"])]
+    notes += _units_notes(job, schema)
+    notes += [note for device, made in zip(job.simulation.devices, devices) for note in _device_notes(job, device, made, steps[device.units])]
     return Plan(
-        job.model.source, bool(source.weights), parameters, spec.method, spec.rank, len(spec.linears), spec.size, spec.head_size, _units(schema),
-        model, update, frame, fed.rounds, cohort, clients, cohort * (model + update), first, init,
-        fed.rounds * cohort * (model + update) + first * frame + init, memory, devices,
+        job.model.source, bool(source.weights), parameters, spec.method, spec.rank, len(spec.linears), spec.size, spec.head_size,
+        job.units.strategy, job.units.budget or len(blocks(schema)), _units(job, schema),
+        model, update, frame, fed.rounds, cohort, clients, round(exchanged / fed.rounds), first, init, exchanged + first * frame + init, memory, devices,
         job.privacy.unit, figure(lost), privacy.delta if privacy else 0.0, privacy.parts["update"] if privacy else 0.0, tuple(notes),
     )
 
@@ -165,15 +179,30 @@ def _there(source: str) -> bool:
         return False
 
 
-def _units(schema: Schema) -> tuple[Unit, ...]:
-    numbers: dict[str, int] = {}
-    for t in schema.tensors:
-        numbers[t.unit] = numbers.get(t.unit, 0) + t.size
-    return tuple(Unit(name, n, NUMBER * n) for name, n in numbers.items())
+def _units(job: Job, schema: Schema) -> tuple[Unit, ...]:
+    found, selectable, taken = [], blocks(schema), selected(job, schema, 1)
+    for name in schema.units:
+        numbers = sum(t.size for t in schema.of_units([name]))
+        trained: Literal["always", "drawn", "never"] = "always" if name in taken else "never"
+        if job.units.strategy == "lisa" and name in selectable:
+            trained = "drawn"
+        found.append(Unit(name, numbers, NUMBER * numbers, name in selectable, trained))
+    return tuple(found)
 
 
-def _devices(job: Job, clients: int, parts: Split | None, step: int | None, model: int, update: int, frame: int) -> tuple[DeviceTime, ...]:
-    """Each class of the job: its clients, as a run draws them, and its times for a model, an update and a frame of these bytes."""
+Sizes = dict[int, list[tuple[int, int]]]
+"""Bytes of the (model, update) packets of each round, by budget; 0: the job's."""
+
+
+def _mean_bytes(job: Job, devices: Sequence[DeviceTime], sizes: Sizes) -> float:
+    """Of a model and an update together, over the rounds and over the clients that can take part, each as likely to be drawn as any."""
+    means = {budget: sum(model + update for model, update in of) / len(of) for budget, of in sizes.items()}
+    weighed = [(d.clients, means[device.units]) for device, d in zip(job.simulation.devices, devices) if d.able and d.clients]
+    return sum(n * mean for n, mean in weighed) / sum(n for n, _ in weighed) if weighed else means[0]
+
+
+def _devices(job: Job, clients: int, parts: Split | None, steps: dict[int, int | None], sizes: Sizes, frame: int) -> tuple[DeviceTime, ...]:
+    """Each class of the job: its clients, as a run draws them, and its times. steps: bytes that a training step needs, by budget; frame: its bytes."""
     devices, fed = job.simulation.devices, job.federation
     if not devices:
         return ()
@@ -182,10 +211,20 @@ def _devices(job: Job, clients: int, parts: Split | None, step: int | None, mode
     if examples is not None and fed.local_steps:
         examples = np.minimum(examples, fed.local_steps * fed.batch_size)
     mean = 0.0 if examples is None else float(examples.mean())
-    spans = [span(device, model, mean, update) for device in devices]
+    largest = [(max(model for model, _ in sizes[device.units]), max(update for _, update in sizes[device.units])) for device in devices]
+    spans = [span(device, model, mean, update) for device, (model, update) in zip(devices, largest)]
     return tuple(
         DeviceTime(device.name, count, bool(fit), device.available, device.drop_out, s.down, None if examples is None and device.speed else s.train, s.up, span(device, frame, 0, 0).down)
-        for device, count, fit, s in zip(devices, held, able(devices, step), spans))
+        for device, count, fit, s in zip(devices, held, able(devices, [steps[device.units] for device in devices]), spans))
+
+
+def _units_notes(job: Job, schema: Schema) -> list[str]:
+    """Where tensors below the blocks make every backward pass go all the way down."""
+    if job.units.strategy == "all" or "outside" not in schema.units:
+        return []
+    outside = schema.of_units(["outside"])
+    return [f"units: {len(outside)} tensors outside the blocks ({outside[0].name}, …) are always trained, so that a step may need nearly the memory of training all; "
+            "of the methods, fed-sb and lora have none there"]
 
 
 def _curved_notes(job: Job, memory: dict[str, int | None]) -> list[str]:

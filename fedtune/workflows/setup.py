@@ -12,6 +12,7 @@ import numpy as np
 from fedtune import packages
 from fedtune.adapters import frames, methods
 from fedtune.adapters.spec import AdapterSpec, Linear, describe
+from fedtune.algorithms.units import require_budgets
 from fedtune.bundle import Bundle, write_bundle
 from fedtune.data import holdings
 from fedtune.data.examples import Dataset, load_dataset
@@ -58,10 +59,15 @@ class OpenBase:
         """What models and updates hold."""
         return travelling(self.job, self.spec)
 
+    def step_memory(self, budget: int = 0) -> int | None:
+        """Bytes that a training client of this budget (0: the job's) needs; None for a base of which that cannot be computed."""
+        if budget not in self._memory:
+            self._memory[budget] = step_memory(self.job, self.spec, sketch_model(self.job.model, self.source, self.classes), budget)["total"]
+        return self._memory[budget]
+
     @cached_property
-    def step_memory(self) -> int | None:
-        """Bytes that a training client needs; None for a base of which that cannot be computed."""
-        return step_memory(self.job, self.spec, sketch_model(self.job.model, self.source, self.classes))["total"]
+    def _memory(self) -> dict[int, int | None]:
+        return {}
 
     def fresh_model(self) -> TunableModel:
         return load_model(self.job.model, self.source, self.classes, self.job.federation.seed)
@@ -175,6 +181,7 @@ def _same_data(setup: Setup, began: Facts) -> bool:
 
 
 def require_trainable(setup: OpenBase) -> None:
-    """Raises ModelError early for a base whose weights are not there."""
+    """Raises ModelError early for a base whose weights are not there, JobError for one with fewer blocks than a budget."""
     if not setup.source.weights:
         raise ModelError(f"model.source = {setup.job.model.source!r}: no .safetensors weights in {setup.source.folder}; `fedtune plan` works without them, training does not")
+    require_budgets(setup.job, setup.schema)

@@ -1,7 +1,7 @@
 """fedtune simulate: one job, many clients, one machine, one run folder."""
 
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
@@ -9,6 +9,8 @@ import numpy as np
 import torch
 
 from fedtune.adapters import frames
+from fedtune.adapters.methods import write
+from fedtune.algorithms.units import ever, selected, tensors_of
 from fedtune.bundle import open_bundle
 from fedtune.client.app import make_client_app
 from fedtune.errors import EnvironmentProblem
@@ -27,6 +29,7 @@ from fedtune.training.clients import CACHE_BYTES, Stream
 from fedtune.training.cohort import CohortTrainer
 from fedtune.training.evaluate import Scores
 from fedtune.training.features import FeatureStore
+from fedtune.training.local import only
 from fedtune.training.stacked import NotStackable
 from fedtune.training.together import open_trainer
 from fedtune.training.worker import Worker
@@ -65,6 +68,7 @@ class Simulation:
     watch: Watch = field(default_factory=Watch)
     base: TunableModel | None = None
     _scored: dict[str, Scores] = field(default_factory=dict)
+    _noted: bool = False
 
     def __post_init__(self) -> None:
         threads = self.setup.job.simulation.threads
@@ -106,21 +110,35 @@ class Simulation:
     def fleet(self) -> Fleet | None:
         return make_fleet(self.setup)
 
+    def budget(self, client: str) -> int:
+        """Blocks that this client may train; 0: as many as the job says."""
+        return 0 if self.fleet is None else self.fleet.budget(client)
+
+    def assigned(self, client: str, round: int) -> tuple[str, ...] | None:
+        """The tensors that this client trains in a round; None: all."""
+        job, schema = self.setup.job, self.setup.schema
+        return tensors_of(schema, selected(job, schema, round, self.budget(client)))
+
     def answer(self, packet: bytes, client: str) -> bytes:
         return self.worker.handle(packet, client, self.setup.store.train(client))
 
-    def _trainer(self) -> CohortTrainer | None:
-        """What trains clients together; None, with a word to whoever watches, where this base does not allow it."""
+    def _trainer(self, names: tuple[str, ...] | None = None) -> CohortTrainer | None:
+        """What trains these tensors (None: all) of clients together; None, with a word to whoever watches, where this base does not allow it."""
         setup, start = self.setup, open_bundle(self.run.bundle).initial
         if setup.job.edge.mode == "forward":
             return None
         rows = setup.split.train.rows[:TRIAL]
         sample = setup.store.stream(rows).take(np.arange(len(rows)))
+        spec = replace(setup.spec, trainable=tuple(t for t in setup.spec.trainable if names is None or t.name in names))
+        write(self.worker.parameters, start)
         try:
-            return open_trainer(
-                self.model, self.worker.parameters, setup.spec, setup.encoder, setup.job.federation, start, sample, self.features)
+            with only(self.worker.parameters, names) as parameters:
+                return open_trainer(
+                    self.model, parameters, spec, setup.encoder, setup.job.federation, start, sample, self.features, ever(setup.job, setup.schema))
         except NotStackable as e:
-            self.watch.note(f"clients are trained one after another, as this base does not let them be trained together: {e}")
+            if not self._noted:  # once, not for all that other rounds train
+                self.watch.note(f"clients are trained one after another, as this base does not let them be trained together: {e}")
+            self._noted = True
             return None
 
     def coordinator(self, exchange: Ask) -> Coordinator:
@@ -136,7 +154,7 @@ class Simulation:
             frame, first, traffic = self._make_frame(exchange, plan)
             bundle = make_bundle(self.setup, self.run.bundle, frame, self.model, first)
         coordinator = start(
-            job, self.run, bundle.schema, bundle.frame_digest, bundle.frame_bytes, make_algorithm(job, bundle.schema),
+            job, self.run, bundle.schema, bundle.frame_digest, bundle.frame_bytes, make_algorithm(job, bundle.schema, self.budget),
             self.setup.store.clients, lambda: bundle.start, self.evaluate, traffic, plan,
         )
         follow(coordinator, self.watch)

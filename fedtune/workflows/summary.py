@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from fedtune.algorithms.units import budgets, round_bytes
 from fedtune.bundle import Bundle, open_bundle
 from fedtune.errors import RunError
 from fedtune.ledger import require_whole
@@ -15,7 +16,7 @@ from fedtune.rounds import Coordinator, Traffic, Watch
 from fedtune.run import RunFolder
 from fedtune.storage import write_atomic, write_json
 from fedtune.types import Metrics
-from fedtune.wire import packet_bytes
+from fedtune.wire import Schema
 from fedtune.workflows.privacy import privacy_of
 
 
@@ -45,7 +46,7 @@ def facts(run: RunFolder, accountants: Sequence[str] = ACCOUNTANTS) -> dict[str,
         "split": started["split"], **({"population": started["population"]} if "population" in started else {}), "rounds": per_round(lines), "communication": communication(bundle, Traffic(**checkpoint.counters)),
         "privacy": privacy_of(run, accountants),
         "complete": False, "wall_seconds": round(sum(line["seconds"] for line in lines), 3),
-    } | devices(lines)
+    } | devices(lines) | units(lines, bundle.schema)
 
 
 def per_round(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -72,13 +73,23 @@ def devices(lines: list[dict[str, Any]]) -> dict[str, Any]:
     ]}
 
 
+def units(lines: list[dict[str, Any]], schema: Schema) -> dict[str, Any]:
+    """How often each unit was trained; nothing for a run in which all clients train all."""
+    found = [line["units"] for line in lines if "units" in line]
+    if not found:
+        return {}
+    return {"units": [
+        {"name": name, "rounds": sum(name in counts for counts in found), "updates": sum(counts.get(name, 0) for counts in found)} for name in schema.units]}
+
+
 def communication(bundle: Bundle, traffic: Traffic) -> dict[str, Any]:
     """Totals and the bytes of each client that was asked; of many, of an even choice from least to most."""
-    spec = bundle.manifest.spec
+    job, spec = bundle.job, bundle.manifest.spec
+    largest = max(update for budget in budgets(job) for _, update in round_bytes(job, bundle.schema, job.federation.rounds, budget))
     asked = sorted(traffic.down.keys() | traffic.up.keys(), key=lambda n: (traffic.up.get(n, 0) + traffic.down.get(n, 0), n))
     names = sorted(asked[i] for i in few(len(asked)))
     return {
-        "trainable_numbers": spec.size, "update_bytes": packet_bytes(bundle.schema)[1], "frame_bytes": bundle.frame_bytes,
+        "trainable_numbers": spec.size, "update_bytes": largest, "frame_bytes": bundle.frame_bytes,
         "up": sum(traffic.up.values()), "down": sum(traffic.down.values()), "messages": traffic.messages,
         "evaluation": traffic.evaluation, "offers": traffic.offers,
         "clients": [{"name": n, "up": traffic.up.get(n, 0), "down": traffic.down.get(n, 0), "rounds": traffic.rounds.get(n, 0)} for n in names],

@@ -91,6 +91,33 @@ def test_vectorised_is_serial(changes, tiny_job, run_rounds, tmp_path):
     assert not list(tmp_path.glob("vectorised/features*"))
 
 
+TWO_CLASSES = 'simulation.devices=[{name = "small", units = 1}, {name = "large", share = 2}]'
+EXAMPLE = ("privacy.unit=example", "privacy.noise-multiplier=2.0", "privacy.clip=0.5", "privacy.examples=20", "federation.weighting=equal", "privacy.noise=seeded", "privacy.i-understand=true")
+
+
+@pytest.mark.parametrize("changes", [
+    ("units.strategy=top", "units.budget=1"), ("units.strategy=bottom", "units.budget=1", "adapter.method=lora"),
+    ("units.strategy=lisa", "units.budget=1", "federation.weight-decay=0.1", "federation.head-lr=0.1"),
+    ("units.strategy=lisa", "units.budget=2", TWO_CLASSES, "federation.cohort=4"), ("units.strategy=top", "units.budget=2", TWO_CLASSES, "federation.cohort=4", "adapter.method=full", "federation.lr=1e-3"),
+    ("units.strategy=both", "units.budget=1", "adapter.method=bias", "federation.optimizer=sgd", "federation.momentum=0.9"),
+    ("units.strategy=lisa", "units.budget=1", "federation.proximal=0.5", "federation.server-optimizer=fedavgm"), ("units.strategy=top", "units.budget=1", "federation.aggregation=median", "federation.cohort=3"),
+    ("units.strategy=lisa", "units.budget=1", *EXAMPLE), ("units.strategy=top", "units.budget=1", "simulation.features=disk"),
+], ids=" ".join)
+def test_vectorised_is_serial_on_selected_units(changes, tiny_job, run_rounds, tmp_path, monkeypatch):
+    serial = run_rounds(tiny_job(*changes, "simulation.engine=serial"), tmp_path / "serial").run
+    monkeypatch.setattr(Worker, "handle", None)  # all together
+    same({"serial": serial, "vectorised": run_rounds(tiny_job(*changes), tmp_path / "vectorised").run})
+
+
+def test_features_are_kept_only_below_what_ever_changes(tiny_job, run_rounds, tmp_path):
+    """Of a cut above what another round or client trains, what was kept would be of an old model."""
+    for strategy, devices, unit in (("top", (), "block.1"), ("top", (TWO_CLASSES,), None), ("bottom", (), None), ("lisa", (), None)):
+        job = tiny_job(f"units.strategy={strategy}", f"units.budget={2 if devices else 1}", *devices)
+        simulation = run_rounds(job, tmp_path / f"{strategy}-{len(devices)}")
+        top = tuple(t.name for t in simulation.setup.schema.of_units(["block.1", "head"]))
+        assert simulation._trainer(top).through.unit == unit
+
+
 def same(runs, atol=2e-5):
     """Models, counters, ledgers and metrics of two runs, one of them serial."""
     serial, other = (runs[e].newest() for e in runs)
@@ -142,6 +169,14 @@ def test_a_base_that_cannot_be_stacked_is_trained_one_by_one(tiny_gpt2, tiny_job
     assert re.fullmatch(r"clients are trained one after another, as this base does not let them be trained together: transformer\.h\.0\.\S+ lies in a layer that cannot be stacked", note)
 
 
+def test_units_that_cannot_be_stacked_are_noted_once(tiny_gpt2, tiny_job, tmp_path):
+    changes = (f"model.source={tiny_gpt2}", "model.task=causal-lm", "adapter.method=bias", "units.strategy=lisa", "units.budget=1", "federation.rounds=4", "federation.seed=3")
+    runs = {e: noted(tiny_job(*changes, f"simulation.engine={e}"), tmp_path / e) for e in ("serial", "vectorised")}
+    same({e: run for e, (run, _) in runs.items()}, atol=0)
+    blocks = {frozenset(line["units"]) for line in runs["vectorised"][0].metrics()[1:]}
+    assert len(blocks) == 2 and len(runs["vectorised"][1]) == 1 and runs["serial"][1] == []
+
+
 def test_vectorised_does_not_train_one_by_one(tiny_job, run_rounds, tmp_path, monkeypatch):
     """So that the tests above compare two things."""
     monkeypatch.setattr(Worker, "handle", None)
@@ -150,7 +185,8 @@ def test_vectorised_does_not_train_one_by_one(tiny_job, run_rounds, tmp_path, mo
 
 
 @pytest.mark.slow  # a real convolutional base
-@pytest.mark.parametrize("changes", [("adapter.method=bias", "federation.optimizer=sgd"), ("adapter.method=tinytl", "federation.optimizer=sgd"), ("adapter.method=head",), ("adapter.method=head", "simulation.features=disk")], ids=" ".join)
+@pytest.mark.parametrize("changes", [("adapter.method=bias", "federation.optimizer=sgd"), ("adapter.method=tinytl", "federation.optimizer=sgd"), ("adapter.method=head",), ("adapter.method=head", "simulation.features=disk"),
+    ("adapter.method=tinytl", "federation.optimizer=sgd", "units.strategy=lisa", "units.budget=3")], ids=" ".join)
 def test_vectorised_is_serial_on_images(changes, efficientnet_folder, tiny_job, run_rounds, tmp_path, monkeypatch):
     draw = np.random.default_rng(0)
     for label in ("blue", "red"):

@@ -18,6 +18,7 @@ SERIAL = ("simulation.engine=serial",)
 FLEET = (
     *GRADIENT, "adapter.init-clients=4", "federation.deadline=5.0",
     'simulation.devices=[{name = "phone", speed = 4, up-kbps = 1000, available = 0.8, drop-out = 0.3}, {name = "laptop", down-kbps = 1000}]')
+LISA = ("units.strategy=lisa", "units.budget=1", 'simulation.devices=[{name = "any"}, {name = "own", units = 2}]')
 SELDOM = ("evaluation.every=2",)
 EXAMPLE = ("privacy.unit=example", "privacy.noise-multiplier=2.0", "privacy.clip=0.5", "privacy.examples=160", "federation.weighting=equal",
            "privacy.participations=2", "privacy.noise=seeded", "privacy.metrics-noise=5.0")
@@ -114,6 +115,8 @@ INSTANTS = {
     "all gradients came, no frame yet": ("fedtune.adapters.frames", "from_gradients", True, "", 1, GRADIENT),
     "the ledger says round 2 goes out": ("fedtune.ledger:Ledger", "record", False, "2, {", 1, ()),
     "round 2's clients are trained": ("fedtune.training.cohort:CohortTrainer", "train", False, "", 2, ()),
+    "drawn units: some clients are trained": ("fedtune.training.cohort:CohortTrainer", "train", False, "", 3, LISA),
+    "drawn units: round 2 is in metrics, not in a checkpoint": ("fedtune.run:RunFolder", "append_metrics", False, "'round': 2", 1, LISA),
     "one of round 2's clients answered": ("fedtune.training.worker:Worker", "handle", False, "", 3, SERIAL),
     "round 2 is in metrics, not in a checkpoint": ("fedtune.run:RunFolder", "append_metrics", False, "'round': 2", 1, ()),
     "devices: the gradients came, no frame yet": ("fedtune.adapters.frames", "from_gradients", True, "", 1, FLEET),

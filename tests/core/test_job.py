@@ -22,6 +22,8 @@ PLANNED = [
 ]
 AVAILABLE = [(key, value) for key, field in FIELDS.items() for value in field.json_schema_extra.get("available") or ()]
 
+UNEQUAL = "[units]\nstrategy = 'top'\nbudget = 2\n[federation]\nweighting = 'equal'\n[[simulation.devices]]\nname = 'a'\nunits = 2\n[[simulation.devices]]\nname = 'b'\nunits = 1\n"
+
 
 def problems(text="", *overrides):
     with pytest.raises(JobError) as e:
@@ -106,7 +108,15 @@ def test_a_list_of_tables_is_set_whole():
     ("[model]\nsha256 = 'ABC'", 'model.sha256 = "ABC": must be 64 lower-case hexadecimal digits'),
     ("[model]\nsource = ''", 'model.source = "": must have at least 1 character; default is "package:'),
     ("[adapter]\nmethod = 'qlora'", 'adapter.method = "qlora": must be "fed-sb", "lora", "ffa-lora", "bias", "tinytl", "head" or "full"'),
-    ("[units]\nstrategy = 'some'", 'units.strategy = "some": must be "all"'),
+    ("[units]\nstrategy = 'some'", 'units.strategy = "some": must be "all", "top", "bottom", "both" or "lisa"'),
+    ("[units]\nstrategy = 'top'", 'units.budget = 0: strategy = "top" needs the number of blocks that a client trains; give at least 1'),
+    ("[units]\nbudget = 3", 'units.budget = 3: strategy = "all" trains every block; remove it, or set strategy to "top"'),
+    ("[[simulation.devices]]\nname = 'a'\nunits = 2", 'simulation.devices.0.units = 2: units.strategy = "all" trains every block; remove it'),
+    ("[units]\nstrategy = 'lisa'\nbudget = 2\n[adapter]\nmethod = 'head'", 'units.strategy = "lisa": adapter.method = "head" trains nothing in the blocks'),
+    ("[units]\nstrategy = 'both'\nbudget = 2\n[edge]\nmode = 'forward'\n[federation]\noptimizer = 'sgd'", 'units.strategy = "both": with edge.mode = "forward" a step moves the whole model'),
+    (UNEQUAL + "[privacy]\nunit = 'client'\nnoise-multiplier = 1.0\nclip = 1.0", 'simulation.devices.1.units = 1: units.budget is 2, and with privacy.unit = "client" all clients must train as many blocks'),
+    (UNEQUAL + "[privacy]\nsecure-aggregation = true\nclip = 1.0", "simulation.devices.1.units = 1: units.budget is 2, and with privacy.secure-aggregation = true all clients must"),
+    (UNEQUAL.replace("weighting = 'equal'", "aggregation = 'median'"), 'simulation.devices.1.units = 1: units.budget is 2, and with federation.aggregation = "median" all clients must'),
     ("[evaluation]\nbaselines = ['tail']", 'evaluation.baselines.0 = "tail": must be "head" or "local"'),
     ("[evaluation]\nbaselines = ['head', 'head']", 'evaluation.baselines = ["head", "head"]: a baseline stands twice; name each once'),
     ("[adapter]\ntargets = []", 'adapter.targets = []: names no linear, so nothing would be adapted; use ["all-linear"]'),
@@ -178,13 +188,13 @@ def test_an_override_replaces_a_key_however_either_is_spelled(written, typed):
 
 
 def test_all_problems_come_at_once():
-    text = "[federation]\nrounds = 0\nbatchsize = 3\nproximal = 0.1\n[adapter]\nmethod = 'flora'\n[nothing]\n"
+    text = "[federation]\nrounds = 0\nbatchsize = 3\n[units]\nconsistency = 0.1\n[adapter]\nmethod = 'flora'\n[nothing]\n"
     assert [line.split(":")[0].split(" =")[0] for line in problems(text)] == [
-        "federation.rounds", "federation.batchsize", "nothing", "federation.proximal", "adapter.method"]
+        "federation.rounds", "federation.batchsize", "nothing", "units.consistency", "adapter.method"]
 
 
 def test_disagreements_come_with_what_is_not_there_yet():
-    assert len(problems("[federation]\ncohort = 30\nmin-replies = 31\nproximal = 0.5")) == 3
+    assert len(problems("[federation]\ncohort = 30\nmin-replies = 31\n[units]\nconsistency = 0.5")) == 3
 
 
 @pytest.mark.parametrize("key", LATER)
@@ -204,7 +214,8 @@ def test_a_value_of_the_future_is_refused_not_ignored(key, value):
 
 @pytest.mark.parametrize("key, value", AVAILABLE)
 def test_what_is_available_is_taken(key, value):
-    assert tomllib.loads(to_toml(parse_job("", [f"{key}={value}"])))[key.partition(".")[0]][key.partition(".")[2]] == value
+    needed = ["units.budget=1"] if key == "units.strategy" and value != "all" else []
+    assert tomllib.loads(to_toml(parse_job("", [f"{key}={value}", *needed])))[key.partition(".")[0]][key.partition(".")[2]] == value
 
 
 def test_everything_later_is_marked():

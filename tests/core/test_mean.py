@@ -34,6 +34,23 @@ def test_tensors_are_averaged_over_those_that_hold_them():
     assert mean.clients == ("a", "b") and mean.weight == 4
 
 
+def test_each_unit_has_the_weights_of_its_owners():
+    """w_i = n_i / sum of n_j over those that hold the unit, whatever else they hold; the keys are those of all replies together."""
+    rng, sizes = np.random.default_rng(0), {"a": 3.0, "b": 5.0, "c": 11.0}
+    owners = {"block.0.R": "ac", "block.1.R": "b", "block.2.R": "", "head.weight": "abc"}
+    reference = {name: rng.standard_normal((4, 4)).astype(np.float32) for name in owners}
+    values = {(name, who): rng.standard_normal((4, 4)).astype(np.float32) for name in owners for who in sizes}
+    updates = [Update(who, 1, {name: values[name, who] for name in owners if who in owners[name]}, n) for who, n in sizes.items()]
+    found = weighted_mean(updates, reference)
+    for name, own in owners.items():
+        total = sum(sizes[who] for who in own)
+        exact = sum(sizes[who] / total * values[name, who].astype(np.float64) for who in own) if own else reference[name]
+        np.testing.assert_allclose(found.arrays[name], exact, rtol=1e-6, atol=1e-7)
+    np.testing.assert_array_equal(found.arrays["block.1.R"], values["block.1.R", "b"])
+    np.testing.assert_array_equal(found.arrays["block.2.R"], reference["block.2.R"])
+    assert list(found.arrays) == list(owners) and found.weight == 19.0
+
+
 def test_equal_weights_and_untouched_inputs():
     one, two = update("a", 1, x=[0.0]), update("b", 99, x=[1.0])
     assert weighted_mean([one, two], {"x": np.zeros(1, np.float32)}, equal=True).arrays["x"].tolist() == [0.5]

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.errors import Refused
+from fedtune.errors import Refused, ShapeMismatch
 from fedtune.job import Job
 from fedtune.rounds import Coordinator
 from fedtune.trees import norm, subtract
 from fedtune.types import TensorSpec
-from fedtune.wire import Schema, decode, encode, layout, quick_norm
+from fedtune.wire import Schema, decode, encode, layout, packet_bytes, quick_norm, require_whole
 
 SCHEMA = Schema((TensorSpec("a.R", (4, 4), "block.0"), TensorSpec("b.R", (4, 4), "block.1"), TensorSpec("head.bias", (2,), "head")))
 ARRAYS = {t.name: np.arange(t.size, dtype=np.float32).reshape(t.shape) / 7 for t in SCHEMA.tensors}
@@ -29,6 +29,47 @@ def test_round_trip():
 def test_part_of_the_tensors():
     packet = decode(encode("update", SCHEMA, {"b.R": ARRAYS["b.R"]}, round=1), SCHEMA, kinds=["update"])
     assert list(packet.arrays) == ["b.R"] and packet.header.tensors == [1]
+
+
+def test_a_model_says_what_to_train():
+    packet = decode(encode("model", SCHEMA, ARRAYS, round=1, train={"head.bias", "b.R"}), SCHEMA, kinds=["model"])
+    assert packet.train == ("b.R", "head.bias") and packet.header.train == [1, 2] and list(packet.arrays) == list(ARRAYS)
+    whole = encode("model", SCHEMA, ARRAYS, round=1)
+    assert encode("model", SCHEMA, ARRAYS, round=1, train=list(ARRAYS)) == whole and b"train" not in whole
+    assert decode(whole, SCHEMA, kinds=["model"]).train is None
+    with pytest.raises(ShapeMismatch, match=r"'c\.R' is not in the schema"):
+        encode("model", SCHEMA, ARRAYS, round=1, train=["c.R"])
+
+
+@pytest.mark.parametrize("train, reason", [(b"[2,1]", "tensors"), (b"[1,1]", "tensors"), (b"[1,7]", "tensors"), (b"[-12]", "header"), (b"[   ]", "header"), (b"[1.5]", "header"), (b'"all"', "header")])
+def test_what_to_train_that_cannot_be_is_refused(train, reason):
+    good = encode("model", SCHEMA, ARRAYS, round=1, train=["b.R", "head.bias"])
+    assert good.count(b"[1,2]") == 1
+    with pytest.raises(Refused) as e:
+        decode(good.replace(b"[1,2]", train) if len(train) == 5 else padded(good, train), SCHEMA, kinds=["model"])
+    assert e.value.reason == reason
+
+
+def padded(packet, train):
+    """The same with another list, and fewer spaces behind the header."""
+    return packet.replace(b"[1,2]", train).replace(b" " * (len(train) - 5), b"", 1)
+
+
+def test_an_update_does_not_say_what_to_train_and_a_part_of_a_model_is_not_enough():
+    asking = encode("model", SCHEMA, ARRAYS, round=1, train=["b.R"]).replace(b'"model"', b'"update"').replace(b"  ", b" ", 1)
+    with pytest.raises(Refused, match="tensors: 'update' says what to train; only a model does"):
+        decode(asking, SCHEMA, kinds=["update"])
+    part = encode("model", SCHEMA, {"b.R": ARRAYS["b.R"]}, round=1, train=["b.R"])
+    with pytest.raises(Refused, match="tensors: holds a part of the model"):
+        require_whole(decode(part, SCHEMA, kinds=["model"]))
+
+
+@pytest.mark.parametrize("names", [None, ["b.R"], ["a.R", "head.bias"], list(ARRAYS)])
+def test_sizes_that_are_foretold_are_those_of_packets(names):
+    arrays = {n: a for n, a in ARRAYS.items() if names is None or n in names}
+    model = encode("model", SCHEMA, ARRAYS, round=12, frame="0" * 16, train=names)
+    update = encode("update", SCHEMA, arrays, round=12, frame="0" * 16, weight=1234.0, metrics={"loss": (1 / 3, 9.0), "accuracy": (7.0, 9.0)})
+    assert packet_bytes(SCHEMA, names) == (len(model), len(update))
 
 
 def test_size_is_four_bytes_a_number():

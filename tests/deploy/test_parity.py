@@ -13,14 +13,15 @@ from fedtune.run import open_run
 pytestmark = pytest.mark.slow
 
 
-def test_live_equals_simulated(federation, domain_csv, live_settings, make_bundle, run_rounds, tmp_path):
+@pytest.mark.parametrize("changes", [(), ("units.strategy=lisa", "units.budget=1")], ids=["all", "drawn units"])
+def test_live_equals_simulated(changes, federation, domain_csv, live_settings, make_bundle, run_rounds, tmp_path):
     live = federation()
-    bundle = make_bundle()
+    bundle = make_bundle(*changes)
     server = live.server(bundle)
     devices = {name: live.client(name, data) for name, data in domain_csv.items()}
     assert server.wait() == 0, server.text
 
-    simulated = run_rounds(parse_job("", live_settings), tmp_path / "simulated").run
+    simulated = run_rounds(parse_job("", [*live_settings, *changes]), tmp_path / "simulated").run
     run = open_run(live.run())
     ours, theirs = run.newest(), simulated.newest()
     assert ours.state.round == theirs.state.round == 3
@@ -34,6 +35,7 @@ def test_live_equals_simulated(federation, domain_csv, live_settings, make_bundl
         assert sorted(mine["clients"]) == sorted(other["clients"])  # live, they stand in the order they answered
         for key in ("round", "refused", "up", "down", "total_bytes", "evaluated", "late"):
             assert mine[key] == other[key], key
+        assert mine.get("units") == other.get("units") and ("units" in mine) == bool(changes)
         for key in ("loss", "accuracy", "train_loss", "train_accuracy"):
             assert mine[key] == pytest.approx(other[key], abs=1e-5), key
     assert {k: v for k, v in ours.counters.items() if k not in ("evaluation", "offers")} == {k: v for k, v in theirs.counters.items() if k not in ("evaluation", "offers")}

@@ -65,6 +65,21 @@ def test_the_update_is_torchs(changes, prepared, tiny_csv):
     assert ours.handle(packet(ours.bundle), "a") == ours.handle(packet(ours.bundle), "a")  # nothing stays from one call to the next
 
 
+@pytest.mark.parametrize("changes", [(), ("federation.optimizer=sgd", "federation.momentum=0.9", "federation.lr=0.1", "federation.head-lr=0.3"), PRIVATE], ids=["adamw", "sgd", "private"])
+@pytest.mark.parametrize("units", [("block.0", "head"), ("block.1",)], ids=" ".join)
+def test_an_update_of_some_units_is_torchs_and_holds_no_other(units, changes, prepared, tiny_csv):
+    theirs, ours = both(prepared, tiny_csv, *changes)
+    bundle, schema = theirs.bundle, theirs.bundle.schema
+    names = tuple(t.name for t in schema.of_units(units))
+    model = decode(packet(bundle), schema, kinds=["model"]).arrays
+    asked = encode("model", schema, model, round=1, frame=bundle.frame_digest, train=names)
+    expected, found = (decode(d.handle(asked, "a"), schema, kinds=["update"], round=1, frame=bundle.frame_digest) for d in (theirs, ours))
+    assert tuple(found.arrays) == tuple(expected.arrays) == names and found.header.weight == expected.header.weight
+    np.testing.assert_allclose(found.arrays.vector, expected.arrays.vector, rtol=0, atol=NEAR)
+    moved = [np.abs(found.arrays[n] - model[n]).max() for n in names]
+    assert min(moved) > 0 and max(moved) > 100 * NEAR
+
+
 def test_a_forward_only_update_is_torchs(prepared, tiny_csv):
     """Losses differ by 1e-7, a slope by that over the perturbation; the numbers are the learning rate times slopes."""
     theirs, ours = both(prepared, tiny_csv, *FORWARD)

@@ -5,10 +5,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from fedtune.algorithms.units import selected, tensors_of
 from fedtune.client.policy import Policy
 from fedtune.client.secure import SecureWork, is_question
 from fedtune.errors import Refused, SecAggFailed
-from fedtune.job import parse_job
+from fedtune.job import UnitsSection, parse_job
 from fedtune.privacy.account import assumptions
 from fedtune.privacy.plan import plan_of
 from fedtune.rounds import Reply, Traffic
@@ -21,7 +22,7 @@ from fedtune.wire import Schema, encode
 SCHEMA = Schema((TensorSpec("a", (3, 2), "low"), TensorSpec("b", (4,), "high")))
 FRAME, NAMES = "0" * 16, ("a", "b", "c", "d")
 JOB = parse_job("", ("privacy.secure-aggregation=true", "privacy.clip=2.0", "federation.weighting=equal", "federation.cohort=4", "privacy.noise=seeded"))
-BUNDLE = SimpleNamespace(job=JOB, digest="ab" * 32, frame_digest=FRAME, manifest=SimpleNamespace(spec=SimpleNamespace(schema=SCHEMA)))
+BUNDLE = SimpleNamespace(job=JOB, digest="ab" * 32, frame_digest=FRAME, schema=SCHEMA, manifest=SimpleNamespace(spec=SimpleNamespace(schema=SCHEMA)))
 MODEL = {"a": np.ones((3, 2), np.float32), "b": np.zeros(4, np.float32)}
 
 
@@ -110,6 +111,25 @@ def test_a_round_is_begun_once_whoever_asks(tmp_path):
     one.file.write_text("many")
     with pytest.raises(Refused, match="cannot read which round"):
         one.begin(question(9))
+
+
+def test_units_that_are_not_those_of_the_job_are_not_trained_into_a_sum(tmp_path):
+    """What a coordinator had this device alone train, it would see in the sum."""
+    schema = Schema(tuple(TensorSpec(f"{i}.w", (2, 2), f"block.{i}") for i in range(3)))
+    job = JOB.model_copy(update={"units": UnitsSection(strategy="lisa", budget=1)})
+    model = {t.name: np.ones(t.shape, np.float32) for t in schema.tensors}
+    for round in range(1, 4):
+        (right,) = tensors_of(schema, selected(job, schema, round))
+        for place, names in enumerate([None, *([t.name] for t in schema.tensors), ["0.w", "1.w"]]):
+            work = SecureWork(tmp_path / f"{round}-{place}", SimpleNamespace(**vars(BUNDLE) | {"job": job, "schema": schema}), 3)
+            asked = encode("model", schema, model, round=round, frame=FRAME, train=names)
+            answer = encode("update", schema, {n: model[n] for n in names or model}, round=round, frame=FRAME, weight=1.0)
+            work.begin(asked)
+            if names == [right]:
+                assert is_question(work.first(asked, answer, "a"))
+                continue
+            with pytest.raises(Refused, match=rf"secure-aggregation: round {round}: the coordinator asks for other units than the job; nothing was sent"):
+                work.first(asked, answer, "a")
 
 
 def test_questions_out_of_order_end_the_round(tmp_path):

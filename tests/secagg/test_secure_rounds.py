@@ -12,11 +12,12 @@ from fedtune.privacy.contribution import message_bytes, secure_of
 from fedtune.privacy.noise import SeededNoise, noise_of
 from fedtune.privacy.plan import resolved
 from fedtune.privacy.releases import read
+from fedtune.rounds import make_algorithm
 from fedtune.secagg.client import ClientRound
 from fedtune.secagg.masks import sum_plainly
 from fedtune.secagg.server import ServerRound, run_round
 from fedtune.seeds import generator
-from fedtune.types import TensorSpec, Update
+from fedtune.types import ClientInfo, TensorSpec, Update
 from fedtune.wire import Schema
 
 SCHEMA = Schema((TensorSpec("a", (3, 2), "low"), TensorSpec("b", (2,), "low"), TensorSpec("c", (4,), "high")))
@@ -75,6 +76,35 @@ def test_each_unit_is_the_mean_of_those_who_trained_it():
     assert report.metrics == {}
     only_low, _ = algorithm(job).step(State(0, start), [update(name, start, 1, ("low",)) for name in NAMES])
     np.testing.assert_array_equal(only_low.arrays["c"], start["c"])
+
+
+@pytest.mark.parametrize("settings", [PLAIN, CLIENT, EXAMPLE], ids=["plain", "client", "example"])
+def test_of_drawn_units_the_sum_is_the_plain_mean_and_the_rest_stays(settings):
+    """All clients train the same block of three and the head: the mean over those in the sum, or over the cohort where clients are protected."""
+    schema = Schema((*(TensorSpec(f"{i}.w", (40, 30), f"block.{i}") for i in range(3)), TensorSpec("head.b", (2,), "head")))
+    job = parse_job("", [*settings, "units.strategy=lisa", "units.budget=1"])
+    made, start = make_algorithm(job, schema), {t.name: np.full(t.shape, 0.5, np.float32) for t in schema.tensors}
+    state = State(0, start)
+    for round in range(1, 4):
+        (units,) = {a.units for a in made.plan(state, [ClientInfo(n, 5) for n in NAMES])}
+        names = [t.name for t in schema.of_units(units)]
+        assert len(units) == 2 and units[1] == "head"
+        rng = np.random.default_rng(round)
+        updates = [Update(n, round, {t: state.arrays[t] + np.float32(0.001) * rng.standard_normal(state.arrays[t].shape).astype(np.float32) for t in names}, 5.0) for n in NAMES[:5]]
+        after, report = made.step(state, updates)
+        assert report.clients == tuple(NAMES[:5])
+        protected, secure = settings is CLIENT, secure_of(job, schema)
+        for name, array in state.arrays.items():
+            if name not in names:
+                assert after.arrays[name] is array
+            elif protected:
+                noise = after.arrays[name] - array - sum(u.arrays[name].astype(np.float64) - array for u in updates) / 6
+                expected = np.sqrt(5 / secure.design.threshold) * 1.0 * 2.0 / 6  # five shares of what the fewest make whole
+                assert name == "head.b" or noise.std() == pytest.approx(expected, rel=0.15)
+            else:
+                mean = np.mean([u.arrays[name].astype(np.float64) for u in updates], 0)
+                np.testing.assert_allclose(after.arrays[name], mean, atol=2 / secure.grid.scale + 1e-6, rtol=0)
+        state = after
 
 
 def test_below_the_threshold_the_model_stays():

@@ -55,7 +55,11 @@ def test_classes_are_dealt_by_share_and_stay_when_clients_are_added():
 
 @pytest.mark.parametrize("step, expected", [(500_000_000, [True, True]), (500_000_001, [True, False]), (None, [True, False])])
 def test_a_class_needs_the_memory_of_a_step(step, expected):
-    assert able((PHONE, LAPTOP), step).tolist() == expected
+    assert able((PHONE, LAPTOP), [step, step]).tolist() == expected
+
+
+def test_each_class_needs_the_memory_of_its_own_step():
+    assert able((PHONE, LAPTOP, LAPTOP), [10**12, 500_000_000, 500_000_001]).tolist() == [True, True, False]
 
 
 def test_who_can_be_drawn_follows_the_chance_of_the_class():

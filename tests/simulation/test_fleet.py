@@ -30,7 +30,7 @@ def simulated(tmp_path):
     def run(devices, *changes, step=None, silent=(), again=False):
         job = parse_job("", ["data.clients=6", "federation.cohort=6", "federation.rounds=4", "federation.deadline=60", f"simulation.devices=[{devices}]", *changes])
         folder = create_run(tmp_path / f"run-{len(list(tmp_path.iterdir()))}", job, {})
-        fleet, given = Fleet(job, CLIENTS, step, UPDATE, 0), {}
+        fleet, given = Fleet(job, CLIENTS, [step] * len(job.simulation.devices), lambda round, budget: UPDATE, 0), {}
 
         def engine(pairs, kind="train", round=0):
             given[round] = [client for client, _ in pairs]
