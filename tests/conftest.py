@@ -17,13 +17,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.pop("COLUMNS", None)  # of the terminal that started the workers, which have none
 
 
-@pytest.hookimpl(tryfirst=True)  # before the workers read the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The tests of a file run in one process, as they share fixtures; those of the edge all do: tracing their graphs takes half a minute."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("edge" if item.path.parent.name == "edge" else item.path.name))
-
-
 WORDS = {"good": ["bright", "lovely", "warm", "fine", "glad"], "bad": ["dull", "awful", "cold", "poor", "sad"]}
 FILLERS = ["the", "a", "film", "book", "meal", "room", "was", "is", "and", "very", "quite", "so"]
 DOMAINS = ("films", "books", "meals")
