@@ -32,7 +32,7 @@ from fedtune.wire import Schema
 
 FORMAT = "1"
 SHIPPED = ("manifest.json", "job.toml", "frame.safetensors", "initial.safetensors")
-"""The files a device may receive, the manifest first."""
+"""The files a device may receive, the manifest first; `shipped_of` says which of a job."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,7 @@ class Bundle:
         return {path.name: path.read_bytes() for path in self._shipped()}
 
     def _shipped(self) -> list[Path]:
-        held = [self.folder / name for name in SHIPPED if name != "initial.safetensors" or self.job.edge.mode == "forward"]
-        return [path for path in held if path.exists()]
+        return [path for name in shipped_of(self.job) if (path := self.folder / name).exists()]
 
     def _arrays(self, name: str, sha256: str) -> Arrays:
         path = self.folder / name
@@ -135,6 +134,11 @@ class Bundle:
     @property
     def _remedy(self) -> str:
         return f"remove {self.folder}, and it is made again"
+
+
+def shipped_of(job: Job) -> tuple[str, ...]:
+    """The files that devices receive: the start only where they train with forward passes alone."""
+    return SHIPPED if job.edge.mode == "forward" else SHIPPED[:-1]
 
 
 def write_bundle(folder: Path, job: Job, frame: Arrays, initial: Arrays, **facts: Any) -> Bundle:
@@ -162,8 +166,8 @@ def receive_bundle(folder: Path, name: str, files: Mapping[str, bytes]) -> Bundl
         raise Refused("bundle", f"its manifest is not the one called {name[:12]}…")
     try:
         manifest = _MANIFEST.validate_json(files["manifest.json"])
-        parts = SHIPPED if parse_job(files["job.toml"].decode()).edge.mode == "forward" else SHIPPED[:3]
-        tensors = {name: load(files[name]) if name in files else {} for name in parts[2:]}
+        parts = shipped_of(parse_job(files["job.toml"].decode()))
+        tensors = {name: load(files[name]) if name in files else {} for name in parts if name.endswith(".safetensors")}
     except (FedtuneError, ValueError, SafetensorError) as e:
         raise Refused("bundle", f"cannot be read by this fedtune: {str(e).splitlines()[0]}"[:300]) from None
     named = {"frame.safetensors": manifest.frame_sha256, "initial.safetensors": manifest.initial_sha256}

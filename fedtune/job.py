@@ -8,7 +8,7 @@ keys carry `later` and such values `available` in their field below.
 import difflib
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -289,9 +289,8 @@ def _disagreements(job: Job) -> Iterator[str]:
     if len(set(job.evaluation.baselines)) != len(job.evaluation.baselines):
         yield f"evaluation.baselines = {toml_value(job.evaluation.baselines)}: a baseline stands twice; name each once"
     yield from _robust_disagreements(job)
-    for name, rules in (("server_lr", ("fedavgm", "fedadam")), ("server_momentum", ("fedavgm", "fedadam")), ("server_beta2", ("fedadam",)), ("server_tau", ("fedadam",))):
-        if getattr(fed, name) != getattr(_NO_SERVER_OPTIMIZER, name) and fed.server_optimizer not in rules:
-            yield f"federation.{name.replace('_', '-')} = {getattr(fed, name)}: only for server-optimizer = {' or '.join(map(toml_value, rules))}, not {toml_value(fed.server_optimizer)}; remove it"
+    yield from _idle(fed, "server_optimizer", {
+        "server_lr": ("fedavgm", "fedadam"), "server_momentum": ("fedavgm", "fedadam"), "server_beta2": ("fedadam",), "server_tau": ("fedadam",)})
     if fed.momentum and fed.optimizer != "sgd":
         yield f"federation.momentum = {fed.momentum}: only used by optimizer = \"sgd\"; remove it or change the optimizer from {toml_value(fed.optimizer)}"
     if job.model.task == "causal-lm" and adapter.method == "head":
@@ -316,14 +315,20 @@ def _disagreements(job: Job) -> Iterator[str]:
                 yield f"{where}.{key.replace('_', '-')} = {toml_value(value)}: holds a control character; remove it"
 
 
+def _idle(fed: FederationSection, choice: str, keys: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
+    """Keys that were changed although the choice is none of those they are for."""
+    for name, choices in keys.items():
+        if getattr(fed, name) != getattr(_FEDERATION, name) and getattr(fed, choice) not in choices:
+            yield (f"federation.{name.replace('_', '-')} = {getattr(fed, name)}: only for {choice.replace('_', '-')} = {' or '.join(map(toml_value, choices))}, "
+                   f"not {toml_value(getattr(fed, choice))}; remove it")
+
+
 def _robust_disagreements(job: Job) -> Iterator[str]:
-    fed = job.federation
-    for name, rules in (("trim", ("trimmed-mean",)), ("byzantine", ("krum", "multi-krum")), ("norm_bound", ("norm-bound",))):
-        key, value = name.replace("_", "-"), getattr(fed, name)
-        if value and fed.aggregation not in rules:
-            yield f"federation.{key} = {value}: only for aggregation = {' or '.join(map(toml_value, rules))}, not {toml_value(fed.aggregation)}; remove it"
-        if not value and fed.aggregation in rules:
-            yield f"federation.{key} = 0: aggregation = {toml_value(fed.aggregation)} needs it; set it above 0"
+    fed, rules = job.federation, {"trim": ("trimmed-mean",), "byzantine": ("krum", "multi-krum"), "norm_bound": ("norm-bound",)}
+    yield from _idle(fed, "aggregation", rules)
+    for name, its in rules.items():
+        if not getattr(fed, name) and fed.aggregation in its:
+            yield f"federation.{name.replace('_', '-')} = 0: aggregation = {toml_value(fed.aggregation)} needs it; set it above 0"
     if fed.aggregation in ("krum", "multi-krum") and 2 * fed.byzantine + 2 >= fed.cohort:
         yield f"federation.byzantine = {fed.byzantine}: krum needs more than 2 f + 2 updates, and federation.cohort = {fed.cohort}; lower it to {max(0, (fed.cohort - 3) // 2)}, or raise cohort"
     if fed.aggregation != "mean" and job.privacy.secure_aggregation:
@@ -463,7 +468,7 @@ def _table_of(field: Any) -> type[_Section] | None:
     return inner[0] if inner and isinstance(inner[0], type) and issubclass(inner[0], _Section) else None
 
 
-_NO_PRIVACY, _NO_SERVER_OPTIMIZER = PrivacySection(), FederationSection()
+_NO_PRIVACY, _FEDERATION = PrivacySection(), FederationSection()
 _SECURE = ("secure_aggregation", "clip", "update_clip", "noise")  # keys that mean something where nothing is protected
 _SUGGEST = 0.6
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # with all that ends a line: a message is one line

@@ -52,8 +52,7 @@ class Subspace:
     def _moved(self) -> np.ndarray | None:
         if self.share == 1.0:
             return None
-        spans = zip(self.schema.tensors, np.cumsum([t.size for t in self.schema.tensors]).tolist())
-        return np.concatenate([small(self.start[end - t.size : end], self.share) for t, end in spans])
+        return np.concatenate([small(values.ravel(), self.share) for values in Pieces(self.start, self.schema.layout).values()])
 
 
 def signs(seed: int, j: int, size: int) -> np.ndarray:
@@ -88,10 +87,8 @@ def travelling(job: Job, spec: AdapterSpec) -> Schema:
     return Schema((TensorSpec(NAME, (job.edge.directions,), NAME),))
 
 
-def subspace_of(job: Job, spec: AdapterSpec, initial: Arrays) -> Subspace | None:
-    """None for a job that trains with gradients. initial: the trained tensors before round 1."""
-    if job.edge.mode != "forward":
-        return None
+def subspace_of(job: Job, spec: AdapterSpec, initial: Arrays) -> Subspace:
+    """Of a job that trains with forward passes alone. initial: the trained tensors before round 1."""
     start = np.concatenate([initial[t.name].ravel() for t in spec.schema.tensors])
     return Subspace(spec.schema, start, job.edge.directions, job.federation.seed, job.edge.share)
 

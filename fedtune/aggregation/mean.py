@@ -83,7 +83,7 @@ class _Running:
             if len(self.waiting) == WAITING or (len(self.waiting) + 1) * arrays.vector.nbytes > WAITING_BYTES:
                 self._add_waiting()
             return
-        _check(update, self.reference)
+        require_same(update, self.reference)
         for name, array in arrays.items():
             self.sums[name] += weight * array.astype(np.float64)
             self.weights[name] += weight
@@ -109,7 +109,8 @@ class _Running:
             part += weights @ rows
 
 
-def _check(update: Update, reference: Arrays) -> None:
+def require_same(update: Update, reference: Arrays) -> None:
+    """Raises ShapeMismatch for a tensor that is not one of `reference`, or is of another shape there."""
     for name, array in update.arrays.items():
         if name not in reference:
             raise ShapeMismatch(f"client {update.client!r}: tensor {name!r} is not part of the model")

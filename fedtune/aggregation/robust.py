@@ -15,23 +15,26 @@ from dataclasses import replace
 
 import numpy as np
 
-from fedtune.aggregation.mean import Mean
-from fedtune.errors import EmptyCohort, ShapeMismatch
+from fedtune.aggregation.mean import Mean, require_same
+from fedtune.errors import EmptyCohort
 from fedtune.metrics import merge
+from fedtune.trees import norm
 from fedtune.types import Arrays, Update
 
 Rule = Callable[[np.ndarray], np.ndarray]
 """Differences [m, n] of one tensor -> their average [n]."""
+Change = tuple[Update, Arrays]
+"""An update, and the differences of its tensors from the reference, float64."""
 
 
 def median(updates: Iterable[Update], reference: Arrays) -> Mean:
     """Raises EmptyCohort without updates, ShapeMismatch as `weighted_mean`; so do all below."""
-    return _by_tensor(list(updates), reference, lambda x: np.median(x, axis=0))
+    return _averaged(_changes(updates, reference), reference, lambda x: np.median(x, axis=0))
 
 
 def trimmed_mean(updates: Iterable[Update], reference: Arrays, share: float) -> Mean:
     """share: of the updates, below 1/2, that is cut on each side, rounded down; at least one update where there are three or more."""
-    return _by_tensor(list(updates), reference, lambda x: _trimmed(x, share))
+    return _averaged(_changes(updates, reference), reference, lambda x: _trimmed(x, share))
 
 
 def krum(updates: Iterable[Update], reference: Arrays, wrong: int, several: bool = False) -> Mean:
@@ -39,20 +42,23 @@ def krum(updates: Iterable[Update], reference: Arrays, wrong: int, several: bool
 
     A tensor that an update lacks counts as not moved.
     """
-    found = _checked(list(updates), reference)
-    vectors = np.stack([np.concatenate([_difference(u, n, a).ravel() for n, a in reference.items()]) for u in found])
+    changes = _changes(updates, reference)
+    still = {name: np.zeros(a.shape) for name, a in reference.items()}
+    vectors = np.stack([np.concatenate([change.get(name, zeros).ravel() for name, zeros in still.items()]) for _, change in changes])
     ranked = krum_order(vectors, wrong)
-    kept = [found[i] for i in sorted(ranked[: max(1, len(found) - tolerated(len(found), wrong)) if several else 1])]
-    mean = _by_tensor(kept, reference, lambda x: x.mean(0))
-    return replace(mean, aside=tuple(u.client for u in found if u.client not in mean.clients))
+    kept = sorted(ranked[: max(1, len(changes) - tolerated(len(changes), wrong)) if several else 1])
+    mean = _averaged([changes[i] for i in kept], reference, _mean)
+    return replace(mean, aside=tuple(update.client for i, (update, _) in enumerate(changes) if i not in kept))
 
 
 def norm_bound(updates: Iterable[Update], reference: Arrays, bound: float) -> Mean:
     """bound: C, on the L2 norm of an update's difference over all its tensors."""
-    found = _checked(list(updates), reference)
-    sizes = [np.sqrt(sum(float(np.square(_difference(u, n, reference[n])).sum()) for n in u.arrays)) for u in found]
-    scales = [min(1.0, bound / size) if size else 1.0 for size in sizes]
-    return _by_tensor(found, reference, lambda x: x.mean(0), scales)
+    cut = []
+    for update, change in _changes(updates, reference):
+        size = norm(change)
+        factor = min(1.0, bound / size) if size else 1.0
+        cut.append((update, {name: factor * x for name, x in change.items()}))
+    return _averaged(cut, reference, _mean)
 
 
 def krum_order(vectors: np.ndarray, wrong: int) -> list[int]:
@@ -71,18 +77,27 @@ def tolerated(m: int, wrong: int) -> int:
     return max(0, min(wrong, (m - 3) // 2))
 
 
-def _by_tensor(updates: Sequence[Update], reference: Arrays, rule: Rule, scales: Sequence[float] = ()) -> Mean:
-    found, arrays = _checked(updates, reference), dict[str, np.ndarray]()
-    factors = scales or [1.0] * len(found)
+def _changes(updates: Iterable[Update], reference: Arrays) -> list[Change]:
+    found: list[Change] = []
+    for update in updates:
+        require_same(update, reference)
+        found.append((update, {name: a.astype(np.float64) - reference[name] for name, a in update.arrays.items()}))
+    if not found:
+        raise EmptyCohort("0 updates: nothing to average")
+    return found
+
+
+def _averaged(changes: Sequence[Change], reference: Arrays, rule: Rule) -> Mean:
+    arrays = dict(reference)
     for name, old in reference.items():
-        parts = [factor * _difference(u, name, old) for u, factor in zip(found, factors) if name in u.arrays]
-        moved = rule(np.stack([x.ravel() for x in parts])).reshape(old.shape) if parts else np.zeros(old.shape)
-        arrays[name] = (old + moved).astype(old.dtype)
-    return Mean(arrays, tuple(u.client for u in found), float(len(found)), merge([u.metrics for u in found]))
+        if parts := [change[name].ravel() for _, change in changes if name in change]:
+            arrays[name] = (old + rule(np.stack(parts)).reshape(old.shape)).astype(old.dtype)
+    updates = [update for update, _ in changes]
+    return Mean(arrays, tuple(u.client for u in updates), float(len(updates)), merge([u.metrics for u in updates]))
 
 
-def _difference(update: Update, name: str, old: np.ndarray) -> np.ndarray:
-    return update.arrays[name].astype(np.float64) - old if name in update.arrays else np.zeros(old.shape)
+def _mean(x: np.ndarray) -> np.ndarray:
+    return x.mean(0)
 
 
 def _trimmed(x: np.ndarray, share: float) -> np.ndarray:
@@ -90,14 +105,3 @@ def _trimmed(x: np.ndarray, share: float) -> np.ndarray:
     if share and not cut and len(x) > 2:
         cut = 1
     return np.sort(x, axis=0)[cut : len(x) - cut].mean(0)
-
-
-def _checked(updates: Sequence[Update], reference: Arrays) -> Sequence[Update]:
-    if not updates:
-        raise EmptyCohort("0 updates: nothing to average")
-    for update in updates:
-        for name, array in update.arrays.items():
-            if name not in reference or array.shape != reference[name].shape:
-                shape = reference[name].shape if name in reference else "no such tensor"
-                raise ShapeMismatch(f"client {update.client!r}, tensor {name!r}: shape {array.shape}, the model has {shape}")
-    return updates

@@ -52,7 +52,7 @@ def dp_fed_avg(
             sums.add(update, state.arrays, bound)
         drawn = drawn_noise(state.arrays, privacy.multiplier * bound, source)
         arrays = {name: (a + (sums.delta[name] + drawn[name]) / cohort).astype(a.dtype) for name, a in state.arrays.items()}
-        slots = {CLIP: np.array(_adapted(bound, sums.within, len(sums.clients), cohort, privacy, source))}
+        slots = state.slots | {CLIP: np.array(_adapted(bound, sums.within, len(sums.clients), cohort, privacy, source))}
         report = RoundReport(round, tuple(sums.clients), float(cohort), _metrics(sums, cohort, privacy, source))
         return replace(state, round=round, arrays=arrays, slots=slots), report
 

@@ -124,7 +124,7 @@ def selecting(algorithm: Algorithm, job: Job, schema: Schema, budget: Budget = l
 
     def whole(before: State, ended: tuple[State, RoundReport]) -> tuple[State, RoundReport]:
         state, report = ended
-        return replace(state, arrays=before.arrays | state.arrays, slots=before.slots | state.slots), report
+        return replace(state, arrays=before.arrays | state.arrays), report
 
     return Algorithm(
         algorithm.init, plan, lambda state, updates: whole(state, algorithm.step(part(state), updates)),

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
@@ -10,6 +11,11 @@ from fedtune.data.images import ImageEncoder
 from fedtune.data.text import TextEncoder
 
 Encoder = TextEncoder | ImageEncoder
+
+
+def open_encoder(folder: Path, task: str, max_length: int) -> Encoder:
+    """What a device finds beside its graphs; texts are cut to `max_length` tokens. Raises ModelError or DataError for a broken one."""
+    return ImageEncoder.from_folder(folder) if task == "image-classification" else TextEncoder.from_folder(folder, max_length)
 
 
 def made_up(encoder: Encoder, lengths: Sequence[int], draw: np.random.Generator) -> list[dict[str, np.ndarray]]:

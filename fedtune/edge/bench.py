@@ -12,7 +12,7 @@ from fedtune.data.encoded import ClientData, made_up
 from fedtune.edge.device import engine_of, within
 from fedtune.edge.graphs import Graphs
 from fedtune.edge.memory import peak, resident
-from fedtune.onnx.folder import CARD, FORWARD, STEP
+from fedtune.onnx.folder import CARD
 from fedtune.seeds import generator
 
 
@@ -51,18 +51,18 @@ def bench(folder: Path, examples: int, length: int, steps: int, threads: int, me
     """
     begin, start = time.perf_counter(), resident()
     graphs = Graphs.open(folder, threads)
-    graphs.session(STEP if graphs.trains else FORWARD)
+    graphs.warm()
     opened = time.perf_counter() - begin
     engine = engine_of(graphs, graphs.card.max_length)
-    long = min(length, graphs.card.max_length) or graphs.card.max_length
-    data = ClientData(made_up(engine.encoder, [long] * examples, generator(0, "edge-bench")), np.zeros(examples, np.int64))
+    tokens = min(length, graphs.card.max_length) or graphs.card.max_length
+    data = ClientData(made_up(engine.encoder, [tokens] * examples, generator(0, "edge-bench")), np.zeros(examples, np.int64))
     long = engine.lengths(data)[0]
     weight, values = np.full(examples, 1.0 / examples, np.float32), graphs.zeros()
     engine = within(engine, data, memory_mb)
     times = []
     for _ in range(steps + 1):
         begin = time.perf_counter()
-        if graphs.trains:
+        if graphs.card.mode == "backward":
             engine.added(values, data, weight)
         else:  # a step of forward passes has two
             engine.passes(values, data)

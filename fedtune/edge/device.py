@@ -12,7 +12,7 @@ from fedtune.edge.graphs import Graphs
 from fedtune.edge.memory import rows_within
 from fedtune.edge.training import Engine, score, train_locally, train_privately
 from fedtune.errors import ModelError
-from fedtune.onnx.folder import FORWARD, STEP, EdgeCard
+from fedtune.onnx.folder import EdgeCard
 from fedtune.privacy.example import example_privacy
 from fedtune.privacy.noise import noise_of
 from fedtune.privacy.plan import outward
@@ -41,19 +41,18 @@ class EdgeWorker:
 
         Raises Refused when the packet is not for this bundle: another schema, another frame, another kind, or not the whole model.
         """
-        job = self.bundle.job
-        schema = self.bundle.schema
+        job, schema = self.bundle.job, self.bundle.schema
         packet = decode(payload, schema, kinds=["model"], frame=self.bundle.frame_digest)
         require_whole(packet)
         fed, round, private, values = job.federation, packet.header.round, example_privacy(job), packet.arrays
-        if self.bundle.subspace is not None:
-            metrics = train_forward(self.bundle.subspace, values[NAME], data, job, round, client, self.engine.passes)
-            require_converged(metrics)
-        elif private is None:
-            metrics = train_locally(self.engine, values, data, fed, round, generator(fed.seed, "local", round, client), packet.train)
-            require_converged(metrics)
-        else:
+        if private is not None:
             metrics = train_privately(self.engine, values, data, fed, private, round, noise_of(job, round, client), packet.train)
+        else:
+            if self.bundle.subspace is not None:
+                metrics = train_forward(self.bundle.subspace, values[NAME], data, job, round, client, self.engine.passes)
+            else:
+                metrics = train_locally(self.engine, values, data, fed, round, generator(fed.seed, "local", round, client), packet.train)
+            require_converged(metrics)
         weight, metrics = outward(job, len(data), metrics)
         trained = values if packet.train is None else {name: values[name] for name in packet.train}
         return encode("update", schema, trained, round=round, frame=self.bundle.frame_digest, weight=weight, metrics=metrics)
@@ -99,12 +98,12 @@ def within(engine: Engine, data: ClientData | Stream, memory_mb: int) -> Engine:
     def run(rows: int) -> None:
         taken = data.take(np.full(rows, longest))
         batch = engine.encoder.collate(taken.encoded)  # type: ignore[arg-type]
-        if engine.graphs.trains:
+        if engine.graphs.card.mode == "backward":
             engine.graphs.step(batch, taken.labels, np.zeros(rows, np.float32), values)
         else:
             engine.graphs.logits(batch, values)
 
-    engine.graphs.session(STEP if engine.graphs.trains else FORWARD)
+    engine.graphs.warm()
     rows = rows_within(memory_mb, max(1, engine.span // lengths[longest]), run, engine.graphs.weights)
     return Engine(engine.graphs, engine.encoder, rows * lengths[longest])
 
@@ -117,7 +116,7 @@ def require_same(card: EdgeCard, bundle: Bundle, folder: Path) -> None:
         "frame": (_short(card.frame_sha256), _short(manifest.frame_sha256)),
         "task": (card.task, manifest.task),
         "labels": (", ".join(card.labels), ", ".join(manifest.labels)),
-        "edge.mode": ("backward" if STEP in card.files else "forward", bundle.job.edge.mode),
+        "edge.mode": (card.mode, bundle.job.edge.mode),
         "pooling": (card.pooling, model.pooling),
         "adapter": (_named(card.spec.method, card.spec.rank, card.spec.schema.digest), _named(manifest.spec.method, manifest.spec.rank, manifest.spec.schema.digest)),
     }

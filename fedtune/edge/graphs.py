@@ -8,8 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import onnxruntime
 
-from fedtune.data.images import ImageEncoder
-from fedtune.data.text import TextEncoder
+from fedtune.data.encoded import Encoder, open_encoder
 from fedtune.onnx.folder import CORRECT, COUNT, FORWARD, LABELS, LOGITS, LOSS, STEP, WEIGHT, WEIGHTS, EdgeCard, gradient_of, open_card
 from fedtune.onnx.lean import open_lean
 from fedtune.types import Arrays
@@ -39,11 +38,9 @@ class Graphs:
         """`threads` 0: all cores. Raises RunError for a folder that is not whole."""
         return cls(folder, open_card(folder), threads)
 
-    def encoder(self, max_length: int) -> TextEncoder | ImageEncoder:
+    def encoder(self, max_length: int) -> Encoder:
         """What turns texts, cut to `max_length` tokens, or image files into inputs. Raises ModelError or DataError for a broken one."""
-        if self.card.task == "image-classification":
-            return ImageEncoder.from_folder(self.folder)
-        return TextEncoder.from_folder(self.folder, max_length)
+        return open_encoder(self.folder, self.card.task, max_length)
 
     def step(self, batch: Arrays, labels: np.ndarray, weight: np.ndarray, values: Mapping[str, np.ndarray]) -> Passed:
         """One pass forward and back over n examples.
@@ -62,10 +59,9 @@ class Graphs:
         """float32 [n, classes], or [n, length, vocabulary] for a causal language model."""
         return self.session(FORWARD).run([LOGITS], {**batch, **values})[0]
 
-    @property
-    def trains(self) -> bool:
-        """Whether there is a graph with gradients, beside the one for inference."""
-        return STEP in self.card.files
+    def warm(self) -> None:
+        """Opens the graph that training uses."""
+        self.session(STEP if self.card.mode == "backward" else FORWARD)
 
     @property
     def weights(self) -> int:

@@ -47,6 +47,11 @@ class EdgeCard:
     pooling: str = "mean"
     weights: str = "float32"
 
+    @property
+    def mode(self) -> str:
+        """As `edge.mode` of the jobs that these graphs are for."""
+        return "backward" if STEP in self.files else "forward"
+
 
 CARD_FILE = TypeAdapter(EdgeCard)
 

@@ -9,7 +9,7 @@ from collections.abc import Container, Mapping
 
 import numpy as np
 import torch
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from torch import nn
 
 STEPS = 127
@@ -73,7 +73,9 @@ def as_integers(proto: ModelProto, rounded: Mapping[bytes, tuple[np.ndarray, np.
             nodes.append(node)
     del graph.node[:]
     graph.node.extend(nodes)
-    _require_gone(graph, weights)
+    assert not any(name in weights for node in nodes for name in node.input), "a weight that nobody turned back"
+    if any(AXIS in node.input for node in nodes):
+        graph.initializer.append(numpy_helper.from_array(np.array([-1], np.int64), AXIS))
 
 
 def _gathered(node: NodeProto, name: str) -> list[NodeProto]:
@@ -86,9 +88,3 @@ def _gathered(node: NodeProto, name: str) -> list[NodeProto]:
         helper.make_node("Unsqueeze", [f"{out}.scale", AXIS], [f"{out}.wide"]),
         helper.make_node("Mul", [f"{out}.whole", f"{out}.wide"], [out]),
     ]
-
-
-def _require_gone(graph: GraphProto, weights: Container[str]) -> None:
-    assert not any(name in weights for node in graph.node for name in node.input), "a weight that nobody turned back"
-    if any(node.op_type == "Unsqueeze" and node.input[1] == AXIS for node in graph.node):
-        graph.initializer.append(numpy_helper.from_array(np.array([-1], np.int64), AXIS))

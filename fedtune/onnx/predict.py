@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from fedtune.adapters.spec import AdapterSpec
+from fedtune.data.encoded import Encoder, open_encoder
 from fedtune.data.images import ImageEncoder
 from fedtune.data.text import TextEncoder
 from fedtune.errors import ModelError, RunError, UserError
@@ -55,7 +56,7 @@ class Predictor:
     """An opened folder: the card, the encoder of its inputs, the graph, and what it takes beside them (an adapter's values)."""
 
     card: ModelCard | EdgeCard
-    encoder: TextEncoder | ImageEncoder
+    encoder: Encoder
     session: onnxruntime.InferenceSession
     values: Mapping[str, np.ndarray] = field(default_factory=dict)
 
@@ -79,8 +80,7 @@ class Predictor:
             if name in (STATIC, ADAPTERS) and not reason:
                 remedy += f", or export the run with --set export.{'static' if name == STATIC else 'adapters'}=true"
             raise RunError(f"{folder}: has no {name}{f' ({reason})' if reason else ''}; {remedy}")
-        image = card.task == "image-classification"
-        encoder = ImageEncoder.from_folder(folder) if image else TextEncoder.from_folder(folder, card.max_length)
+        encoder = open_encoder(folder, card.task, card.max_length)
         values = {} if adapter is None or card.spec is None else _read_adapter(adapter, card.spec, card.frame_sha256)
         return cls(card, encoder, open_graph(path, threads), values)
 
@@ -93,8 +93,7 @@ class Predictor:
             ModelError: an adapter of other tensors than the graph takes.
         """
         card = open_card(folder)
-        image = card.task == "image-classification"
-        encoder = ImageEncoder.from_folder(folder) if image else TextEncoder.from_folder(folder, card.max_length)
+        encoder = open_encoder(folder, card.task, card.max_length)
         return cls(card, encoder, open_lean(folder / FORWARD, card.weights, threads), _read_adapter(adapter, card.spec, card.frame_sha256))
 
     @property

@@ -8,6 +8,7 @@ from fedtune.bundle import Bundle, Manifest
 from fedtune.job import ModelSection
 from fedtune.report.format import count, number, size, small
 from fedtune.report.privacy import Privacy, claim, lost, sentence
+from fedtune.report.tables import EXPORTS
 from fedtune.run import RunFolder
 from fedtune.workflows.privacy import privacy_of
 from fedtune.workflows.setup import Setup
@@ -17,7 +18,7 @@ Exports = dict[str, dict[str, Any]]
 
 _PIPELINES = {"text-classification": "text-classification", "image-classification": "image-classification", "causal-lm": "text-generation"}
 _LICENCES = ("Apache-2.0", "MIT", "BSD-3-Clause", "CC-BY-4.0")  # those whose lower case is the name model hubs use
-_KINDS = {"adapter": "native adapter", "peft": "LoRA for PEFT", "float32": "ONNX, float32", "adapters": "ONNX, adapters as inputs", "int8": "ONNX, int8", "static": "ONNX, int8 with fixed ranges"}
+_KINDS = EXPORTS | {"peft": "LoRA for PEFT"}
 
 
 def model_card(run: RunFolder, setup: Setup, bundle: Bundle, round: int, exports: Exports) -> str:

@@ -48,6 +48,7 @@ def write_edge_folder(base: OpenBase, bundle: Bundle, target: Path, stage: Calla
     model, spec, job = base.fresh_model(), bundle.manifest.spec, base.job
     parameters = methods.attach(model, spec, bundle.frame)
     methods.write(parameters, bundle.initial)
+    weights = "int8" if int8 else "float32"
     rounded = round_frozen(model, {id(p) for p in parameters.values()}) if int8 else {}
     example = _batch(base, 5, 8)
     with failing_clearly(target), tempfile.TemporaryDirectory(prefix=".edge-", dir=target.absolute().parent) as scratch:
@@ -63,12 +64,12 @@ def write_edge_folder(base: OpenBase, bundle: Bundle, target: Path, stage: Calla
             as_integers(graph, rounded)
         write_graphs(made, graphs)
         stage("checking the graphs against torch")
-        _require_equal(made, "int8" if int8 else "float32", base, model, parameters)
+        _require_equal(made, weights, base, model, parameters)
         base.encoder.save(made)
         manifest = bundle.manifest
         card = files.EdgeCard(
             files.FORMAT, manifest.task, manifest.labels, job.model.max_length, spec, public_name(manifest.source), manifest.sha256, manifest.frame_sha256,
-            job.export.opset, versions()["fedtune"], {p.name: sha256_of(p) for p in sorted(made.iterdir())}, job.model.pooling, "int8" if int8 else "float32")
+            job.export.opset, versions()["fedtune"], {p.name: sha256_of(p) for p in sorted(made.iterdir())}, job.model.pooling, weights)
         write_json(made / files.CARD, files.CARD_FILE.dump_python(card, mode="json"))
         made.rename(target)
     return card

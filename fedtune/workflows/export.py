@@ -69,9 +69,14 @@ class _Trained:
 
     def adapted(self) -> TunableModel:
         """As it was trained, the adapter beside the base."""
+        return self.attached()[0]
+
+    def attached(self) -> tuple[TunableModel, methods.Parameters]:
+        """The same, and its trained parameters."""
         model = self.setup.fresh_model()
-        methods.write(methods.attach(model, self.spec, self.bundle.frame), self.arrays)
-        return model
+        parameters = methods.attach(model, self.spec, self.bundle.frame)
+        methods.write(parameters, self.arrays)
+        return model, parameters
 
     @cached_property
     def merged(self) -> TunableModel:
@@ -205,7 +210,7 @@ def _write_onnx(trained: _Trained, folder: Path, stage: Stage, examples: int) ->
     kinds, left_out = {"float32": FLOAT32}, dict[str, str]()
     if settings.adapters:
         kinds["adapters"] = ADAPTERS
-        export_adapters_graph(trained, example, folder / ADAPTERS, facts)
+        _write_adapters_graph(trained, example, folder / ADAPTERS, facts)
     if settings.int8:
         stage("quantising to int8")
         kinds["int8"], left_out["int8"] = INT8, quantise(folder / FLOAT32, folder / INT8)
@@ -237,13 +242,11 @@ def _write_onnx(trained: _Trained, folder: Path, stage: Stage, examples: int) ->
     return exports
 
 
-def export_adapters_graph(trained: _Trained, example: Arrays, path: Path, facts: Mapping[str, Any]) -> None:
+def _write_adapters_graph(trained: _Trained, example: Arrays, path: Path, facts: Mapping[str, Any]) -> None:
     """The base with the frame, and the trained tensors as inputs. Raises ModelError as `forward_graph`."""
     from fedtune.onnx.training import forward_graph
 
-    model = trained.setup.fresh_model()
-    parameters = methods.attach(model, trained.spec, trained.bundle.frame)
-    write_proto(forward_graph(model.eval(), parameters, example, trained.setup.job.export.opset), path, facts)
+    write_proto(forward_graph(*trained.attached(), example, trained.setup.job.export.opset), path, facts)
 
 
 def _quantise_static(setup: Setup, folder: Path) -> str:
@@ -251,9 +254,8 @@ def _quantise_static(setup: Setup, folder: Path) -> str:
     if setup.job.privacy.hides_clients:
         return "its ranges would be of training examples, and privacy protects these"
     rows = generator(setup.job.federation.seed, "calibration").permutation(setup.split.train.rows)[:CALIBRATION]
-    examples = setup.dataset.examples.take(np.sort(rows))
-    data = ClientData(setup.encoder.encode(examples.inputs), examples.labels)
-    quantise_static(folder / FLOAT32, folder / STATIC, (setup.encoder.collate([data.encoded[i] for i in places]) for places in by_length(data.lengths, CALIBRATED)))  # type: ignore[arg-type]
+    data = setup.store.stream(np.sort(rows))
+    quantise_static(folder / FLOAT32, folder / STATIC, (setup.encoder.collate(data.take(places).encoded) for places in by_length(data.lengths, CALIBRATED)))  # type: ignore[arg-type]
     return ""
 
 

@@ -124,9 +124,10 @@ class Simulation:
 
     def _trainer(self, names: tuple[str, ...] | None = None) -> CohortTrainer | None:
         """What trains these tensors (None: all) of clients together; None, with a word to whoever watches, where this base does not allow it."""
-        setup, start = self.setup, open_bundle(self.run.bundle).initial
+        setup = self.setup
         if setup.job.edge.mode == "forward":
             return None
+        start = self.worker.open().initial
         rows = setup.split.train.rows[:TRIAL]
         sample = setup.store.stream(rows).take(np.arange(len(rows)))
         spec = replace(setup.spec, trainable=tuple(t for t in setup.spec.trainable if names is None or t.name in names))

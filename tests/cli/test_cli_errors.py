@@ -131,7 +131,7 @@ def test_a_wrong_seed_names_the_key(place):
     (['data.labels=["good", "fair"]'], 2, r"good\.csv: label 'bad' of row \d+ is not in data\.labels \('good', 'fair'\); add it there or mend the row$"),
     (["model.task=image-classification"], 2, r"good\.csv: is a file; image-classification reads a folder of images"),
 ])
-def test_a_job_that_does_not_fit_is_one_line(command, settings, code, expected, place, tiny_settings):
+def test_a_job_that_does_not_fit_is_one_line(command, settings, code, expected, place, tiny_settings, vader_folder):
     arguments = [part for value in (*tiny_settings, "data.source=good.csv", *settings) for part in ("--set", value)]
     check_refused(place, [command, *arguments], code, expected)
 

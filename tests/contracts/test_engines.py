@@ -122,7 +122,9 @@ def same(runs, atol=2e-5):
     """Models, counters, ledgers and metrics of two runs, one of them serial."""
     serial, other = (runs[e].newest() for e in runs)
     for name in serial.state.arrays:
-        np.testing.assert_allclose(other.state.arrays[name], serial.state.arrays[name], rtol=0, atol=atol, err_msg=name)
+        # a shift of all keys leaves the softmax as it is: a gradient of rounding errors alone, of which Adam makes whole steps
+        allowed = 1e-3 if name.endswith("key.bias") else atol
+        np.testing.assert_allclose(other.state.arrays[name], serial.state.arrays[name], rtol=0, atol=allowed, err_msg=name)
     assert serial.counters == other.counters  # bytes and messages too
     for one, two in zip(*(run.metrics() for run in runs.values()), strict=True):
         assert one.keys() == two.keys()
