@@ -24,7 +24,10 @@ GLOSSARY = {
     "label agreement": "share of held-out examples on which an exported file gives the trained model's label",
     "KB, MB": "1000 and 1,000,000 bytes; bytes are those of serialised messages",
 }
-UNITS_GLOSSARY = {"unit": "what is trained or left alone as one: a block of the base, or all that is trained outside the blocks, such as the head"}
+UNITS_GLOSSARY = {
+    "unit": "what is trained or left alone as one: a block of the base, or all that is trained outside the blocks, such as the head",
+    "score": "how much a block mattered to the clients at the last probe, as a share of all blocks' together",
+}
 FLEET_GLOSSARY = {
     "simulated time": "what the rounds would have taken on the job's classes of devices: bytes over bandwidth, examples over speed, and waiting for the lost until the deadline",
 }

@@ -13,7 +13,8 @@ from fedtune.run import open_run
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("changes", [(), ("units.strategy=lisa", "units.budget=1")], ids=["all", "drawn units"])
+@pytest.mark.parametrize("changes", [
+    (), ("units.strategy=lisa", "units.budget=1"), ("units.strategy=gradient", "units.budget=1", "units.probe-every=2")], ids=["all", "drawn units", "probed units"])
 def test_live_equals_simulated(changes, federation, domain_csv, live_settings, make_bundle, run_rounds, tmp_path):
     live = federation()
     bundle = make_bundle(*changes)
@@ -36,6 +37,7 @@ def test_live_equals_simulated(changes, federation, domain_csv, live_settings, m
         for key in ("round", "refused", "up", "down", "total_bytes", "evaluated", "late"):
             assert mine[key] == other[key], key
         assert mine.get("units") == other.get("units") and ("units" in mine) == bool(changes)
+        assert mine.get("scores") == pytest.approx(other["scores"], abs=1e-5) if "scores" in other else "scores" not in mine
         for key in ("loss", "accuracy", "train_loss", "train_accuracy"):
             assert mine[key] == pytest.approx(other[key], abs=1e-5), key
     assert {k: v for k, v in ours.counters.items() if k not in ("evaluation", "offers")} == {k: v for k, v in theirs.counters.items() if k not in ("evaluation", "offers")}
