@@ -24,6 +24,7 @@ GLOSSARY = {
     "label agreement": "share of held-out examples on which an exported file gives the trained model's label",
     "KB, MB": "1000 and 1,000,000 bytes; bytes are those of serialised messages",
 }
+PERSONAL_GLOSSARY = {"personal accuracy": "that of what each client predicts with on its own, a model or a head that it keeps, on its own held-out examples"}
 UNITS_GLOSSARY = {"unit": "what is trained or left alone as one: a block of the base, or all that is trained outside the blocks, such as the head"}
 FLEET_GLOSSARY = {
     "simulated time": "what the rounds would have taken on the job's classes of devices: bytes over bandwidth, examples over speed, and waiting for the lost until the deadline",
@@ -36,6 +37,7 @@ def render(summary: Summary) -> str:
     body = [
         _learning(s),
         _baselines(s),
+        _personal(s),
         _clients(s),
         _communication(s),
         _devices(s),
@@ -53,7 +55,7 @@ def render(summary: Summary) -> str:
 
 
 def _words(s: Summary) -> dict[str, str]:
-    return GLOSSARY | (UNITS_GLOSSARY if s.get("units") else {}) | (FLEET_GLOSSARY if s.get("devices") else {}) | (privacy.GLOSSARY if "delta" in s["privacy"] else {})
+    return GLOSSARY | (PERSONAL_GLOSSARY if s.get("personal") else {}) | (UNITS_GLOSSARY if s.get("units") else {}) | (FLEET_GLOSSARY if s.get("devices") else {}) | (privacy.GLOSSARY if "delta" in s["privacy"] else {})
 
 
 def _lead(s: Summary) -> str:
@@ -113,6 +115,10 @@ def _baselines(s: Summary) -> str:
             "Each client that trained alone", html.table("Clients alone", ("client", "alone", "federated", "held-out examples"), alone)
         ),
     )
+
+
+def _personal(s: Summary) -> str:
+    return html.section("personal", "What clients keep", html.paragraph(facts.personal(s)))
 
 
 def _clients(s: Summary) -> str:

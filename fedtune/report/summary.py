@@ -70,7 +70,8 @@ class Round(TypedDict):
 
     With device classes there are the simulated seconds of the round, and those up to its end (`simulated_clock`), the clients
     that never answered (`dropped`) and those that would have needed longer than the deadline (`stragglers`). Where not all clients
-    train all, `units` says how many of `clients` trained each.
+    train all, `units` says how many of `clients` trained each. Where clients keep a part of the model or a model of their own, `personal_accuracy`
+    and `personal_loss` are of those that have one, `personal_clients`, with what each has, on `personal_evaluated` examples of theirs.
     """
 
     round: int
@@ -89,6 +90,10 @@ class Round(TypedDict):
     dropped: NotRequired[list[str]]
     stragglers: NotRequired[list[str]]
     units: NotRequired[dict[str, int]]
+    personal_accuracy: NotRequired[float | None]
+    personal_loss: NotRequired[float | None]
+    personal_evaluated: NotRequired[int]
+    personal_clients: NotRequired[int]
 
 
 class ClientScore(TypedDict):
@@ -118,6 +123,19 @@ class Final(TypedDict):
     worst_tenth: float | None
     clients: list[ClientScore]
     whole: NotRequired[Measured]
+
+
+class Personal(TypedDict):
+    """What clients predict with on their own at the end: over the held-out `examples` of the `clients`, of all `of`, that have such a model.
+    `federated`: accuracy of the global model on the same examples."""
+
+    accuracy: float | None
+    loss: float | None
+    federated: float | None
+    worst_tenth: float | None
+    clients: int
+    of: int
+    examples: int
 
 
 class Majority(TypedDict):
@@ -260,6 +278,7 @@ class Summary(TypedDict):
     population: NotRequired[Population]
     rounds: list[Round]
     final: NotRequired[Final]
+    personal: NotRequired[Personal]
     baselines: NotRequired[Baselines]
     communication: Communication
     devices: NotRequired[list[DeviceClass]]

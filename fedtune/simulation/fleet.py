@@ -14,6 +14,7 @@ import numpy as np
 from fedtune.job import DeviceClass, Job
 from fedtune.rounds import Coordinator, Reply, Traffic
 from fedtune.simulation.devices import Chosen, able, assign, available, drops_out, examples_run, round_seconds, span
+from fedtune.stateful.methods import gradients
 from fedtune.types import ClientInfo, RoundReport
 
 Ask = Callable[..., Iterator[Reply]]
@@ -110,7 +111,7 @@ class Fleet:
         fed, place = self.job.federation, self._place[client]
         device, examples = self.devices[self.classes[place]], self.clients[place].examples
         if round:
-            run, up = examples_run(examples, fed, round, client), self.update_bytes(round, device.units)
+            run, up = gradients(self.job) * examples_run(examples, fed, round, client), self.update_bytes(round, device.units)
         else:
             run, up = min(examples, self.job.adapter.init_examples), self.gradient_bytes
         down = size + self._frame(client)

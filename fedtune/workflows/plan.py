@@ -12,6 +12,7 @@ from safetensors.numpy import save
 from fedtune import packages
 from fedtune.adapters.spec import describe
 from fedtune.algorithms.units import blocks, require_budgets, round_bytes, selected
+from fedtune.bundle import shipped_of
 from fedtune.data.examples import PACKAGE_READERS, load_dataset
 from fedtune.data.partition import Split, split
 from fedtune.errors import DataError, EnvironmentProblem, UserError
@@ -23,6 +24,7 @@ from fedtune.models.sources import check_hash, locate
 from fedtune.privacy.plan import plan_of, warnings_of
 from fedtune.report.format import duration, size
 from fedtune.simulation.devices import able, assign, span
+from fedtune.stateful.methods import gradients
 from fedtune.subspace import travelling
 from fedtune.training.memory import NUMBER, step_memory
 from fedtune.wire import Schema
@@ -119,7 +121,7 @@ def make_plan(job: Job) -> Plan:
     require_budgets(job, schema)
     sizes = {budget: round_bytes(job, schema, job.federation.rounds, budget) for budget in {0, *(d.units for d in job.simulation.devices)}}
     model, update = (max(column) for column in zip(*sizes[0]))
-    once = (spec.frame, spec.trainable if job.edge.mode == "forward" else ())
+    once = (spec.frame, spec.trainable if "initial.safetensors" in shipped_of(job) else ())
     frame = sum(len(save({t.name: np.zeros(t.shape, np.float32) for t in tensors})) for tensors in once if tensors)
     init = min(job.adapter.init_clients, clients) * sum(gradient_bytes(spec)) if job.adapter.asks_gradients else 0
     fed = job.federation
@@ -210,7 +212,7 @@ def _devices(job: Job, clients: int, parts: Split | None, steps: dict[int, int |
     examples = None if parts is None else np.array([len(place) for place in parts.train]) * fed.local_epochs
     if examples is not None and fed.local_steps:
         examples = np.minimum(examples, fed.local_steps * fed.batch_size)
-    mean = 0.0 if examples is None else float(examples.mean())
+    mean = 0.0 if examples is None else gradients(job) * float(examples.mean())
     largest = [(max(model for model, _ in sizes[device.units]), max(update for _, update in sizes[device.units])) for device in devices]
     spans = [span(device, model, mean, update) for device, (model, update) in zip(devices, largest)]
     return tuple(
