@@ -208,10 +208,11 @@ def _where(s: Summary) -> str:
 def communication(s: Summary) -> list[Fact]:
     """Totals of what was sent."""
     c = s["communication"]
+    numbers = c.get("sent_numbers", c["trainable_numbers"])
     holders = c.get("took_part", sum(1 for client in c["clients"] if client["rounds"] > 0))
     beside = c.get("evaluation", 0) + c.get("offers", 0)
     return [
-        Fact("one update", size(c["update_bytes"]), f"at most, of {plural(c['trainable_numbers'], 'number')}" if s.get("units") else f"{plural(c['trainable_numbers'], 'number')} and their names"),
+        Fact("one update", size(c["update_bytes"]), f"at most, of {plural(numbers, 'number')}" if s.get("units") else f"{plural(numbers, 'number')} and their names"),
         *([Fact("frame", size(c["frame_bytes"]), f"frozen, sent once to each of {plural(holders, 'client')}")] if c["frame_bytes"] else []),
         Fact("sent by clients", size(c["up"]), f"{percent(c['up'], c['up'] + c['down'])} of all bytes"),
         Fact("received by clients", size(c["down"]), "frame included" if c["frame_bytes"] else ""),

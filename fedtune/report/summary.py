@@ -198,13 +198,14 @@ class ClientTraffic(TypedDict):
 
 
 class Communication(TypedDict):
-    """All that was sent. `update_bytes` is the largest update that a client sends. `frame_bytes` is the frozen frame, which each client receives once; it is part of `down`.
+    """All that was sent. `sent_numbers`: of an update of all that is trained, where they are not those. `update_bytes` is the largest update that a client sends. `frame_bytes` is the frozen frame, which each client receives once; it is part of `down`.
 
     `evaluation` and `offers` come on top in live runs: evaluation both ways, and job offers and bundles without the frame.
     `took_part` counts the clients of all rounds where `clients` lists only some, evenly from least to most bytes.
     """
 
     trainable_numbers: int
+    sent_numbers: NotRequired[int]
     update_bytes: int
     frame_bytes: int
     up: int

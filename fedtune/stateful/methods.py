@@ -35,6 +35,11 @@ def gradients(job: Job) -> int:
     return 2 if method_of(job) in ("ditto", "fedspeed") else 1
 
 
+def copies(job: Job) -> int:
+    """Arrays as large as all trained tensors that a client holds in a step beside those of a plain one."""
+    return {"ditto": 2, "scaffold": 3, "fedspeed": 4}.get(method_of(job), 0)
+
+
 def answer(job: Job, schema: Schema, client: Client) -> Answer:
     """A client's round. schema: of the trained tensors."""
     fed = job.federation

@@ -89,7 +89,7 @@ def communication(bundle: Bundle, traffic: Traffic) -> dict[str, Any]:
     asked = sorted(traffic.down.keys() | traffic.up.keys(), key=lambda n: (traffic.up.get(n, 0) + traffic.down.get(n, 0), n))
     names = sorted(asked[i] for i in few(len(asked)))
     return {
-        "trainable_numbers": spec.size, "update_bytes": largest, "frame_bytes": bundle.frame_bytes,
+        "trainable_numbers": spec.size, **({"sent_numbers": bundle.schema.size} if bundle.schema.size != spec.size else {}), "update_bytes": largest, "frame_bytes": bundle.frame_bytes,
         "up": sum(traffic.up.values()), "down": sum(traffic.down.values()), "messages": traffic.messages,
         "evaluation": traffic.evaluation, "offers": traffic.offers,
         "clients": [{"name": n, "up": traffic.up.get(n, 0), "down": traffic.down.get(n, 0), "rounds": traffic.rounds.get(n, 0)} for n in names],
