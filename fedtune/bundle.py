@@ -3,7 +3,8 @@
     manifest.json         what the base is (source, sha256), the task, the labels, what is trained, the others' hashes, versions
     job.toml              the job, every key
     frame.safetensors     the frozen A and B (Fed-SB); absent for methods without a frame
-    initial.safetensors   the trained tensors before round 1; stays with the coordinator, unless devices train with forward passes alone
+    initial.safetensors   the trained tensors before round 1; stays with the coordinator, unless devices train with forward passes alone, or
+                          keep a part of them to themselves
 
 A bundle is named by the sha256 of its manifest, which holds the hashes of the rest. The frame's digest is sent with every
 packet; a client that holds another frame is refused.
@@ -93,11 +94,18 @@ class Bundle:
     @property
     def start(self) -> Arrays:
         """The model of round 0, of `schema`."""
-        return self.initial if self.subspace is None else {t.name: np.zeros(t.shape, np.float32) for t in self.schema.tensors}
+        if self.schema == self.manifest.spec.schema:
+            return self.initial
+        found = self.initial if self.subspace is None else {}
+        return {t.name: found[t.name] if t.name in found else np.zeros(t.shape, np.float32) for t in self.schema.tensors}
 
     def trained(self, model: Arrays) -> Arrays:
-        """The trained tensors of a model of `schema`."""
-        return model if self.subspace is None else self.subspace.expand(model[NAME])
+        """The trained tensors of a model of `schema`; what stays on the clients is as at the start, unless the model has it."""
+        if self.subspace is not None:
+            return self.subspace.expand(model[NAME])
+        if self.schema == self.manifest.spec.schema:
+            return model
+        return {t.name: model[t.name] if t.name in model else self.initial[t.name] for t in self.manifest.spec.trainable}
 
     @cached_property
     def job(self) -> Job:
@@ -139,8 +147,8 @@ class Bundle:
 
 
 def shipped_of(job: Job) -> tuple[str, ...]:
-    """The files that devices receive: the start only where they train with forward passes alone."""
-    return SHIPPED if job.edge.mode == "forward" else SHIPPED[:-1]
+    """The files that devices receive: the start only where they train with forward passes alone, or begin with a head that nobody sends."""
+    return SHIPPED if job.edge.mode == "forward" or job.personal.method == "head" else SHIPPED[:-1]
 
 
 def write_bundle(folder: Path, job: Job, frame: Arrays, initial: Arrays, **facts: Any) -> Bundle:

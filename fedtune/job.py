@@ -137,7 +137,11 @@ class FederationSection(_Section):
     server_momentum: float = _key(0.9, "fedavgm, fedadam: decay of the first moment", ge=0.0, lt=1.0)
     server_beta2: float = _key(0.99, "fedadam: decay of the second moment", ge=0.0, lt=1.0)
     server_tau: float = _key(1e-3, "fedadam: added to the root of the second moment; larger adapts less", gt=0.0, le=10.0)
-    proximal: float = _key(0.0, "FedProx: mu of mu/2 times the squared distance from the round's start, added to the loss of each step", ge=0.0, le=1e4)
+    proximal: float = _key(0.0, "FedProx: mu of mu/2 times the squared distance from the round's start, added to the loss of each step; drift = fedspeed: the strength of its pull", ge=0.0, le=1e4)
+    drift: Literal["none", "scaffold", "fedspeed"] = _key(
+        "none", "what keeps clients with unlike data together; scaffold: steps are corrected by how a client's gradients differ from everybody's (messages twice as long); "
+        "fedspeed: a pull to the round's start, corrected by earlier rounds (two gradients a step); clients keep state, and are trained one by one")
+    ascent: float = _key(0.1, "fedspeed: how far uphill a step takes its gradient, as L2 length (0: where it is)", ge=0.0, le=100.0)
     min_replies: int = _key(1, "fewest valid replies for a round to count; below it the model stays and the round is reported as void", ge=1)
     deadline: float = _key(3600.0, "seconds a round waits for replies", gt=0.0, le=604_800.0)
     lean: Literal["off", "exact", "all"] = _key(
@@ -146,6 +150,14 @@ class FederationSection(_Section):
     max_norm: float = _key(1e4, "an update whose difference from the model has a larger L2 norm is refused", gt=0.0)
     max_weight: float = _key(1e6, "an update that claims more examples than this is refused", gt=0.0)
     seed: int = _key(0, "seed of everything drawn", ge=0, le=2**63 - 1)
+
+
+class PersonalSection(_Section):
+    """What each client keeps for itself from round to round. It never leaves the client; such clients are trained one by one."""
+
+    method: Literal["none", "ditto", "head"] = _key(
+        "none", "ditto: beside the global model each client trains one of its own, with as many bytes sent as without; head: the task head is trained and stays on the client, the rest is averaged")
+    strength: float = _key(1.0, "ditto: lambda, how strongly a client's own model is pulled to the global one; 0 is training alone", ge=0.0, le=1e4)
 
 
 class PrivacySection(_Section):
@@ -270,6 +282,7 @@ class Job(_Section):
     adapter: AdapterSection = AdapterSection()
     units: UnitsSection = UnitsSection()
     federation: FederationSection = FederationSection()
+    personal: PersonalSection = PersonalSection()
     privacy: PrivacySection = PrivacySection()
     compression: CompressionSection = CompressionSection()
     evaluation: EvaluationSection = EvaluationSection()
@@ -318,6 +331,8 @@ def _disagreements(job: Job) -> Iterator[str]:
         yield 'adapter.train-head = false: method = "head" trains nothing but the head; set it to true or choose another method'
     yield from _forward_disagreements(job)
     yield from _units_disagreements(job)
+    yield from _drift_disagreements(job)
+    yield from _personal_disagreements(job)
     yield from _privacy_disagreements(job)
     named = [device.name for device in job.simulation.devices]
     for place, name in enumerate(named):
@@ -367,6 +382,53 @@ def _forward_disagreements(job: Job) -> Iterator[str]:
         yield f'edge.mode = "forward": devices compute no gradients, and adapter.init = {toml_value(job.adapter.init)} asks for them; use "weights"'
     if job.privacy.unit == "example":
         yield 'edge.mode = "forward": bounds no single example\'s part of a step; use privacy.unit = "client" or "none", or edge.mode = "backward"'
+
+
+def _drift_disagreements(job: Job) -> Iterator[str]:
+    fed, chosen = job.federation, f"federation.drift = {toml_value(job.federation.drift)}"
+    yield from _idle("federation", fed, "drift", {"ascent": ("fedspeed",)})
+    if fed.drift == "none":
+        return
+    if job.personal.method != "none":
+        yield f"{chosen}: is not known to work with personal.method = {toml_value(job.personal.method)}; set one of the two to \"none\""
+    if fed.optimizer != "sgd" or fed.momentum:
+        yield f'{chosen}: is made for plain SGD, and optimizer = {toml_value(fed.optimizer)}, momentum = {fed.momentum}; set federation.optimizer = "sgd" and momentum = 0'
+    if fed.server_optimizer != "average" or fed.aggregation != "mean":
+        found = f"server-optimizer = {toml_value(fed.server_optimizer)}, aggregation = {toml_value(fed.aggregation)}"
+        yield f'{chosen}: the coordinator takes the mean, and {found}; set them to "average" and "mean"'
+    if fed.drift == "scaffold" and fed.proximal:
+        yield f"federation.proximal = {fed.proximal:g}: SCAFFOLD reads a client's gradients off its way, to which a pull adds; set it to 0"
+    if fed.drift == "scaffold" and fed.weighting != "equal":
+        yield f"federation.weighting = {toml_value(fed.weighting)}: SCAFFOLD's controls count all clients alike; set it to \"equal\""
+    if fed.drift == "fedspeed" and not fed.proximal:
+        yield 'federation.proximal = 0: drift = "fedspeed" needs the strength of its pull; give it, 0.1 for a start'
+    yield from _stateful_disagreements(job, chosen)
+
+
+def _personal_disagreements(job: Job) -> Iterator[str]:
+    personal, chosen = job.personal, f"personal.method = {toml_value(job.personal.method)}"
+    yield from _idle("personal", personal, "method", {"strength": ("ditto",)})
+    if personal.method == "none":
+        return
+    if personal.method == "head" and job.model.task == "causal-lm":
+        yield f'{chosen}: a causal-lm has no task head; use "ditto"'
+    elif personal.method == "head" and not job.adapter.train_head:
+        yield f'adapter.train-head = false: {chosen} is a head that each client trains; set it to true'
+    elif personal.method == "head" and job.adapter.method == "head":
+        yield f'adapter.method = "head": with {chosen} nothing would be left to send; choose another adapter'
+    yield from _stateful_disagreements(job, chosen)
+
+
+def _stateful_disagreements(job: Job, chosen: str) -> Iterator[str]:
+    """What is refused where clients keep something from round to round."""
+    if job.privacy.unit != "none":
+        yield f"{chosen}: what clients keep is made without noise, so no epsilon covers it; set privacy.unit = \"none\""
+    elif job.privacy.secure_aggregation:
+        yield f"{chosen}: was not tried under secure-aggregation, where clients' scores may not be sent either; set privacy.secure-aggregation = false"
+    if job.edge.mode == "forward":
+        yield f'{chosen}: needs gradients in every step; use edge.mode = "backward"'
+    if job.units.strategy != "all":
+        yield f"{chosen}: what a client keeps is of all that is trained, and units.strategy = {toml_value(job.units.strategy)} trains a part; use \"all\""
 
 
 def _units_disagreements(job: Job) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """Metrics as (sum, weight): merging is addition, division happens once at the end."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -23,6 +23,21 @@ def merge(parts: Iterable[Metrics]) -> Metrics:
             s0, w0 = total.get(name, (0.0, 0.0))
             total[name] = (s0 + s, w0 + w)
     return total
+
+
+PERSONAL, PERSONAL_CLIENTS = "personal_", "personal_clients"
+"""What names of metrics of clients' own models begin with; and beside such metrics, (how many clients they are over, 1)."""
+
+
+def with_personal(metrics: Metrics, found: Sequence[Metrics]) -> Metrics:
+    """The metrics of the global model with those of clients' own models: `found` has one for each client that has such a model."""
+    return metrics | {PERSONAL + name: value for name, value in merge(found).items()} | {PERSONAL_CLIENTS: (float(len(found)), 1.0)}
+
+
+def split_personal(metrics: Metrics) -> tuple[Metrics, Metrics]:
+    """What a device says, as (metrics of the global model, those of its own)."""
+    own = {name.removeprefix(PERSONAL): found for name, found in metrics.items() if name.startswith(PERSONAL)}
+    return {name: found for name, found in metrics.items() if not name.startswith(PERSONAL)}, own
 
 
 def plausible(metrics: Metrics, most: float) -> bool:

@@ -24,7 +24,7 @@ from fedtune.checkpoint import Checkpoint
 from fedtune.errors import EmptyCohort, Refused, SecAggFailed
 from fedtune.job import FederationSection, Job
 from fedtune.ledger import Ledger, require_whole
-from fedtune.metrics import plausible, value
+from fedtune.metrics import PERSONAL_CLIENTS, plausible, value
 from fedtune.privacy.client import client_privacy
 from fedtune.privacy.contribution import Secure, message_bytes, secure_of
 from fedtune.privacy.noise import noise_of
@@ -33,6 +33,7 @@ from fedtune.privacy.releases import Release, read
 from fedtune.probes import SCORES, answers
 from fedtune.run import RunFolder
 from fedtune.secagg.server import Sum
+from fedtune.stateful.scaffold import steering
 from fedtune.trees import norm, subtract
 from fedtune.types import Arrays, Assignment, ClientInfo, Metrics, RoundReport, Update
 from fedtune.wire import Packet, Schema, decode, encode, places
@@ -396,9 +397,13 @@ def evaluated(job: Job, round: int) -> bool:
     return round == job.federation.rounds or round % job.evaluation.every == 0
 
 
-def make_algorithm(job: Job, schema: Schema, budget: Budget = lambda client: 0) -> Algorithm:
-    """The algorithm object that every engine runs. budget: of each client; live ones have the job's. Raises JobError as `require_budgets`."""
-    return selecting(with_server_optimizer(_averaging(job, schema), job.federation), job, schema, budget)
+def make_algorithm(job: Job, schema: Schema, budget: Budget = lambda client: 0, population: int = 0) -> Algorithm:
+    """The algorithm object that every engine runs. budget: of each client; live ones have the job's. population: clients that could ever be
+    asked (0: not known, then as many as a cohort has). Raises JobError as `require_budgets`."""
+    inner = with_server_optimizer(_averaging(job, schema), job.federation)
+    if job.federation.drift == "scaffold":
+        inner = steering(inner, population or job.federation.cohort)
+    return selecting(inner, job, schema, budget)
 
 
 def _averaging(job: Job, schema: Schema) -> Algorithm:
@@ -434,8 +439,13 @@ def round_line(report: RoundReport, held_out: Metrics | None, traffic: Traffic, 
 
 
 def held_out_of(metrics: Metrics | None) -> dict[str, Any]:
-    """What a line says of the held-out examples."""
-    return {"loss": _figure(metrics, "loss"), "accuracy": _figure(metrics, "accuracy"), "evaluated": int(metrics["accuracy"][1]) if metrics else 0}
+    """What a line says of the held-out examples, and of those of clients that predict with something of their own by what they then get right."""
+    found = {"loss": _figure(metrics, "loss"), "accuracy": _figure(metrics, "accuracy"), "evaluated": int(metrics["accuracy"][1]) if metrics else 0}
+    if metrics is None or PERSONAL_CLIENTS not in metrics:
+        return found
+    return found | {
+        "personal_loss": _figure(metrics, "personal_loss"), "personal_accuracy": _figure(metrics, "personal_accuracy"),
+        "personal_evaluated": int(metrics.get("personal_accuracy", (0.0, 0.0))[1]), PERSONAL_CLIENTS: int(metrics[PERSONAL_CLIENTS][0])}
 
 
 def _figure(metrics: Metrics | None, name: str) -> float | None:

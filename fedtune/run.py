@@ -6,6 +6,7 @@
     start.json          bytes spent on a frame that clients' gradients made, written before that frame
     checkpoints/        round-00003.safetensors…; the newest is where --resume starts
     metrics.jsonl       one line a round; tensorboard/ has the same figures
+    clients/            what simulated clients keep for themselves, of a job whose clients keep anything (fedtune.stateful.store)
     ledger.sqlite       what left the devices, before it left
     adapter/ peft/ onnx/ summary.json report.html README.md     written when the run ends
     privacy.html        written by `fedtune privacy report`
@@ -58,6 +59,10 @@ class RunFolder:
     @property
     def bundle(self) -> Path:
         return self.path / "bundle"
+
+    @property
+    def clients(self) -> Path:
+        return self.path / "clients"
 
     @property
     def ledger(self) -> Path:

@@ -19,6 +19,7 @@ import numpy as np
 from fedtune.adapters.spec import AdapterSpec
 from fedtune.errors import JobError
 from fedtune.job import Job
+from fedtune.stateful import methods
 from fedtune.types import Arrays, TensorSpec
 from fedtune.wire import Pieces, Schema
 
@@ -75,12 +76,12 @@ def small(values: np.ndarray, share: float) -> np.ndarray:
 
 
 def travelling(job: Job, spec: AdapterSpec) -> Schema:
-    """What models and updates of this job hold: the trained tensors, or the numbers of the directions.
+    """What models and updates of this job hold: the trained tensors, those of them that do not stay on the clients, more beside them, or the numbers of the directions.
 
     Raises JobError for more directions than a model of this size can be rebuilt from in bearable time.
     """
     if job.edge.mode != "forward":
-        return spec.schema
+        return methods.travelling(job, spec.schema)
     if job.edge.directions * spec.size > MOST:
         raise JobError([f"edge.directions = {job.edge.directions}: rebuilding {spec.size:,} trained numbers from so many directions takes {job.edge.directions * spec.size:.0e} sums, "
                         f"at most {MOST:.0e} are borne; lower it to {MOST // spec.size}, or train less with adapter.method"])

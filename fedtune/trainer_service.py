@@ -50,7 +50,7 @@ MAX_DETAILS = 2000  # characters of a message; a status travels in a header, whi
 class Config:
     """What CONFIG.json holds. base "": the one that the bundle names; threads 0: all cores; idle_seconds 0: never.
 
-    Without torch, `graphs` is the folder that `fedtune prepare --edge` made; memory_mb 0: no limit.
+    Without torch, `graphs` is the folder that `fedtune prepare --edge` made; memory_mb 0: no limit. kept: where this device keeps its own of the job; "": nowhere.
     """
 
     socket: str
@@ -62,6 +62,7 @@ class Config:
     threads: int
     idle_seconds: float
     parent: int
+    kept: str = ""
 
 
 class Device(Protocol):

@@ -92,6 +92,8 @@ def round_text(line: dict[str, Any], rounds: int) -> str:
     measured = "not evaluated"
     if line["evaluated"]:
         measured = f"accuracy {number(line['accuracy'])}, loss {number(line['loss'])} on {line['evaluated']:,} held-out"
+    if line.get("personal_clients"):
+        measured += f"; personal accuracy {number(line['personal_accuracy'])} of {line['personal_clients']:,} clients"
     refused = f"; {len(line['refused'])} refused" if line["refused"] else ""
     lost = _lost(line) if line.get("simulated_seconds") else ""
     return f"round {line['round']}/{rounds}: {measured}; {size(line['total_bytes'])} so far, {line['seconds']:.1f} s{lost}{refused}"

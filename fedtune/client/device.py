@@ -23,6 +23,8 @@ from fedtune.waits import GOODBYE_SECONDS, OFFER_SECONDS, STEADY_SECONDS, WATCH_
 
 log = logging.getLogger(__name__)
 KEEP_BUNDLES = 3
+OWN = "personal"
+"""Folder of what this device keeps for itself, by job; not removed with the bundles, as nobody could make it again."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,8 @@ class Work:
         secure = SecureWork(self.settings.folder / "secagg", bundle, self.policy.min_cohort) if bundle.job.privacy.secure_aggregation else None
         trainer = Trainer(TrainerSettings(
             bundle.folder, self.settings.data, self.settings.base, self.settings.threads, self.settings.idle_seconds,
-            self.settings.folder / "trainer.log", self.settings.folder, self.settings.graphs, self.settings.memory_mb))
+            self.settings.folder / "trainer.log", self.settings.folder, self.settings.graphs, self.settings.memory_mb,
+            self.settings.folder / OWN / bundle.manifest.job_sha256[:16]))
         try:
             self._facts = trainer.open(OFFER_SECONDS)
         except BaseException:

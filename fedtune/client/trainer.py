@@ -61,6 +61,7 @@ class TrainerSettings:
         log: file that the process's output is appended to.
         folder: where the private folders go; where its path is too long for a socket, the system's temporary folder is used.
         graphs: folder of training graphs: the trainer is then the one without torch, which keeps to `memory_mb` MB (10^6 bytes; 0: no limit).
+        kept: where the device keeps its own of the job; None: nowhere.
     """
 
     bundle: Path
@@ -72,6 +73,7 @@ class TrainerSettings:
     folder: Path
     graphs: Path | None = None
     memory_mb: int = 0
+    kept: Path | None = None
 
 
 class Trainer:
@@ -330,7 +332,7 @@ def _write_config(folder: Path, settings: TrainerSettings) -> Any:
         "socket": str(folder / _SOCKET), "bundle": _absolute(settings.bundle), "data": _absolute(settings.data),
         "base": _absolute(settings.base) if settings.base is not None else "",
         "graphs": _absolute(settings.graphs) if settings.graphs is not None else "", "memory_mb": settings.memory_mb, "threads": settings.threads,
-        "idle_seconds": settings.idle_seconds, "parent": os.getpid(),
+        "idle_seconds": settings.idle_seconds, "parent": os.getpid(), "kept": _absolute(settings.kept) if settings.kept is not None else "",
     }
     file = os.fdopen(os.open(folder / _CONFIG, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8")
     with contextlib.suppress(OSError):  # a file system without locks: then _sweep gets none either and removes nothing

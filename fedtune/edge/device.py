@@ -18,13 +18,17 @@ from fedtune.privacy.noise import noise_of
 from fedtune.privacy.plan import outward
 from fedtune.probes import answers, block_scores, require_probing
 from fedtune.seeds import generator
+from fedtune.stateful.base import Local, Pull
+from fedtune.stateful.methods import method_of
+from fedtune.stateful.store import Kept
 from fedtune.subspace import NAME
 from fedtune.training.batches import probed_batches
 from fedtune.training.clients import ClientStore, Stream
 from fedtune.training.forward import train_forward
 from fedtune.training.holder import Device, read_data, require_converged
+from fedtune.training.keeping import own_state, personal_model, train_keeping
 from fedtune.types import Arrays, Metrics
-from fedtune.wire import Packet, decode, encode, require_whole
+from fedtune.wire import Packet, Pieces, decode, encode, require_whole
 
 TOKENS, IMAGES = 256, 4
 """What goes through the graph at once where memory sets no lower bound. On MiniLM, 4 texts of 64 tokens a time take no longer for a text
@@ -37,6 +41,7 @@ class EdgeWorker:
 
     bundle: Bundle
     engine: Engine
+    kept: Kept | None = None
 
     def handle(self, payload: bytes, client: str, data: ClientData | Stream) -> bytes:
         """Answers a "model" packet with an "update", a "probe" with "block-scores".
@@ -49,6 +54,9 @@ class EdgeWorker:
         if packet.header.kind == "probe":
             return self._probe(packet, client, data)
         fed, round, private, values = job.federation, packet.header.round, example_privacy(job), packet.arrays
+        if method_of(job):
+            update, metrics = train_keeping(self.bundle, self.kept, packet, client, data, self._local(client, data, round))
+            return encode("update", schema, update, round=round, frame=self.bundle.frame_digest, weight=float(len(data)), metrics=metrics)
         if private is not None:
             metrics = train_privately(self.engine, values, data, fed, private, round, noise_of(job, round, client), packet.train)
         else:
@@ -68,18 +76,34 @@ class EdgeWorker:
         scores = block_scores(units.strategy, schema, batch_gradients(self.engine, packet.arrays, data, batches), self.bundle.manifest.weights)
         return encode("block-scores", answers(schema), scores, round=round, frame=self.bundle.frame_digest)
 
+    def _local(self, client: str, data: ClientData | Stream, round: int) -> Local:
+        fed, spec = self.bundle.job.federation, self.bundle.manifest.spec.schema
+
+        def local(start: Arrays, pull: Pull, purpose: str = "local") -> tuple[Arrays, Metrics]:
+            values = Pieces(np.concatenate([start[t.name].ravel() for t in spec.tensors]), spec.layout)
+            metrics = train_locally(self.engine, values, data, fed, round, generator(fed.seed, purpose, round, client), None, pull)
+            return values, metrics
+
+        return local
+
+    def personal(self, arrays: Arrays, client: str, data: ClientData | Stream, round: int) -> Metrics | None:
+        """As `metrics`, of the model that is this device's own after this round; None where it has none."""
+        found = None if self.kept is None else personal_model(self.bundle, self.kept, arrays, client, round)
+        return None if found is None else self.metrics(found, data)
+
     def metrics(self, arrays: Arrays, data: ClientData | Stream) -> Metrics:
         """Loss and accuracy of a model, summed over the predictions on `data`."""
         return score(self.engine, self.bundle.trained(arrays), data, self.bundle.job.evaluation.batch_size)
 
 
-def open_device(bundle: Bundle, data: Path, folder: Path, threads: int = 0, memory_mb: int = 0) -> Device:
+def open_device(bundle: Bundle, data: Path, folder: Path, threads: int = 0, memory_mb: int = 0, kept: Path | None = None) -> Device:
     """Checks that the graphs are those of the bundle, reads the data, and finds how much fits the memory.
 
     Args:
         data: what `--data` named: a file of texts or a folder of images, as the bundle's job has it.
         folder: what `fedtune prepare --edge` made with the bundle.
         threads: 0 for all cores. memory_mb: what this process may have in memory, in MB; 0 for no limit.
+        kept: where this device keeps what a job lets it keep from round to round.
 
     Raises:
         DataError, ModelError, RunError: one line about the data, the graphs, or a bundle that is not whole.
@@ -92,7 +116,7 @@ def open_device(bundle: Bundle, data: Path, folder: Path, threads: int = 0, memo
     store = ClientStore(dataset, parts, engine.encoder)
     if memory_mb:
         engine = within(engine, store.stream(np.arange(len(dataset.examples))), memory_mb)
-    return Device(bundle, store, EdgeWorker(bundle, engine), streams=True)
+    return Device(bundle, store, EdgeWorker(bundle, engine, own_state(bundle, kept)), streams=True)
 
 
 def engine_of(graphs: Graphs, max_length: int) -> Engine:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 def ready(config: Config) -> "Callable[[], Device]":
     from fedtune.edge.device import open_device
 
-    return lambda: open_device(open_bundle(Path(config.bundle)), Path(config.data), Path(config.graphs), config.threads, config.memory_mb)
+    kept = Path(config.kept) if config.kept else None
+    return lambda: open_device(open_bundle(Path(config.bundle)), Path(config.data), Path(config.graphs), config.threads, config.memory_mb, kept)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,14 @@ from fedtune.job import FederationSection
 from fedtune.privacy.clipping import clip
 from fedtune.privacy.example import ExamplePrivacy, SelfCheck, capped, drawn_noise, noisy_metrics, poisson_batches
 from fedtune.privacy.noise import Noise
+from fedtune.stateful.base import Pull
 from fedtune.training.batches import by_length, local_batches
 from fedtune.training.clients import Stream
 from fedtune.types import Arrays, Metrics
 from fedtune.wire import Pieces
+
+TINY = 1e-12
+"""Added to the length of a gradient that is divided by it."""
 
 
 @dataclass(frozen=True)
@@ -99,21 +103,33 @@ class Trained:
 
 def train_locally(
     engine: Engine, values: Pieces, data: ClientData | Stream, settings: FederationSection, round: int, rng: np.random.Generator,
-    names: Collection[str] | None = None,
+    names: Collection[str] | None = None, pull: Pull | None = None,
 ) -> Metrics:
-    """Runs the round's optimizer steps on these tensors of `values` (None: all), in place; see `training.local.train_locally`."""
-    trained = Trained(engine.graphs.card.spec, names)
+    """Runs the round's optimizer steps on these tensors of `values` (None: all), in place; see `training.local.train_locally`.
+
+    A `pull` that names tensors is of all of them.
+    """
+    trained, pull = Trained(engine.graphs.card.spec, names), pull or Pull(settings.proximal)
     optimizer, totals = Optimizer(trained.spec, settings, round), np.zeros(3)
-    mu, start = np.float32(settings.proximal), trained.of(values.vector).copy()
+    mu, towards = np.float32(pull.strength), trained.of(values.vector).copy() if pull.towards is None else _flat(pull.towards, values)
+    offset = np.float32(0) if pull.offset is None else _flat(pull.offset, values)
     for index in local_batches(data.lengths, settings.batch_size, settings.local_epochs, settings.local_steps, rng):
         taken = data.take(index)
         count = int(engine.predictions(taken).sum())
         if count:  # a batch of one-token texts predicts nothing
-            gradient, found = engine.added(values, taken, np.full(len(taken), 1.0 / count, np.float32))
-            gradient = trained.of(gradient)
-            trained.step(optimizer, values.vector, gradient + mu * (trained.of(values.vector) - start) if mu else gradient)
+            weight = np.full(len(taken), 1.0 / count, np.float32)
+            gradient, found = engine.added(values, taken, weight)
+            if pull.ascent:
+                uphill = np.float32(pull.ascent / (float(np.linalg.norm(gradient.astype(np.float64))) + TINY)) * gradient
+                gradient, _ = engine.added(Pieces(values.vector + uphill, values.layout), taken, weight)
+            gradient = trained.of(gradient) + offset
+            trained.step(optimizer, values.vector, gradient + mu * (trained.of(values.vector) - towards) if mu else gradient)
             totals += found
     return _metrics(totals)
+
+
+def _flat(arrays: Arrays, like: Pieces) -> np.ndarray:
+    return np.concatenate([arrays[name].ravel() for name in like])
 
 
 def batch_gradients(engine: Engine, values: Pieces, data: ClientData | Stream, batches: Iterable[np.ndarray]) -> Iterator[Arrays]:

@@ -10,8 +10,8 @@ from fedtune.report import facts, privacy, tables, terminal
 from fedtune.report.format import ABSENT, clean, count, duration, number, plural, size, unique
 from fedtune.report.summary import Summary
 
-CLOCK = "simulated time"
-"""A further column where any of the runs has device classes."""
+CLOCK, PERSONAL = "simulated time", "personal accuracy"
+"""Further columns where any of the runs has device classes, or clients that predict with something of their own."""
 HEADER = ("run", "accuracy", "worst tenth", "loss", "rounds", "sent in all", "one update", "numbers trained", "epsilon")
 COLOURS = ("fed", "head", "local", "c3", "c1", "majority", "c4", "c5")
 DASHES = ("solid", "dashed", "dashdot", "dotted")
@@ -101,12 +101,13 @@ def _sent(s: Summary) -> int:
 
 
 def header(summaries: Sequence[Summary]) -> tuple[str, ...]:
-    return (*HEADER, CLOCK) if any(facts.clock(s) is not None for s in summaries) else HEADER
+    timed, own = any(facts.clock(s) is not None for s in summaries), any("personal" in s for s in summaries)
+    return (*HEADER, *([CLOCK] if timed else []), *([PERSONAL] if own else []))
 
 
 def rows(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
     """Final figures, one row per run under `header`."""
-    timed = len(header(summaries)) > len(HEADER)
+    columns = header(summaries)
     return [
         (
             name,
@@ -118,10 +119,16 @@ def rows(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
             size(s["communication"]["update_bytes"]),
             count(s["communication"]["trainable_numbers"]),
             privacy.shown(s["privacy"]["epsilon"]),
-            *([duration(facts.clock(s))] if timed else []),
+            *([duration(facts.clock(s))] if CLOCK in columns else []),
+            *([_personal(s)] if PERSONAL in columns else []),
         )
         for name, s in zip(names(summaries), summaries, strict=True)
     ]
+
+
+def _personal(s: Summary) -> str:
+    found = s.get("personal")
+    return ABSENT if found is None else f"{number(found['accuracy'])} of {plural(found['clients'], 'client')}"
 
 
 def cautions(summaries: Sequence[Summary]) -> list[str]:

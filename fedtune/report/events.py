@@ -7,7 +7,7 @@ from tensorboard.summary import Writer
 
 TAGS = {
     "loss": "held-out/loss", "accuracy": "held-out/accuracy", "train_loss": "train/loss", "train_accuracy": "train/accuracy",
-    "up": "bytes/up", "down": "bytes/down", "seconds": "round/seconds",
+    "personal_accuracy": "personal/accuracy", "personal_loss": "personal/loss", "up": "bytes/up", "down": "bytes/down", "seconds": "round/seconds",
 }
 
 
@@ -20,7 +20,7 @@ class Events:
     def add(self, line: dict[str, Any]) -> None:
         """One line of metrics.jsonl; figures that are null are left out."""
         for key, tag in TAGS.items():
-            if line[key] is not None:
+            if line.get(key) is not None:
                 self._writer.add_scalar(tag, float(line[key]), line["round"])
         self._writer.add_scalar("round/clients", float(len(line["clients"])), line["round"])
         self._writer.add_scalar("round/refused", float(len(line["refused"])), line["round"])

@@ -116,6 +116,8 @@ def notices(s: Summary) -> list[str]:
         found.append(f"This run is unfinished: {count(rounds_done(s))} of {plural(rounds_planned(s), 'round')} done.")
     if s["privacy"]["unit"] != "none" and words.lost(s["privacy"]):
         found.append(f"NOT PRIVATE, though the job asks for it. {clean(s['privacy']['note'])}".strip())
+    if _keeps_head(s):
+        found.append("Heads stay with the clients: what is said of the global model, and what is exported, is with the initial head, which nobody trained.")
     if _unscored(s):
         found.append(words.UNSCORED)
     told = s["privacy"]["unit"] == "none" or any(is_number(r["train_loss"]) for r in s["rounds"])  # under privacy training metrics may stay with the clients
@@ -206,10 +208,11 @@ def _where(s: Summary) -> str:
 def communication(s: Summary) -> list[Fact]:
     """Totals of what was sent."""
     c = s["communication"]
+    numbers = c.get("sent_numbers", c["trainable_numbers"])
     holders = c.get("took_part", sum(1 for client in c["clients"] if client["rounds"] > 0))
     beside = c.get("evaluation", 0) + c.get("offers", 0)
     return [
-        Fact("one update", size(c["update_bytes"]), f"at most, of {plural(c['trainable_numbers'], 'number')}" if s.get("units") else f"{plural(c['trainable_numbers'], 'number')} and their names"),
+        Fact("one update", size(c["update_bytes"]), f"at most, of {plural(numbers, 'number')}" if s.get("units") else f"{plural(numbers, 'number')} and their names"),
         *([Fact("frame", size(c["frame_bytes"]), f"frozen, sent once to each of {plural(holders, 'client')}")] if c["frame_bytes"] else []),
         Fact("sent by clients", size(c["up"]), f"{percent(c['up'], c['up'] + c['down'])} of all bytes"),
         Fact("received by clients", size(c["down"]), "frame included" if c["frame_bytes"] else ""),
@@ -245,6 +248,22 @@ def units(s: Summary) -> str:
     own = sorted({d.get("units", 0) for d in classes if isinstance(d, dict)} - {0})
     beside = f", of some classes of devices {', '.join(map(count, own))}" if own else ""
     return f"Strategy {clean(section.get('strategy', ''))}: a client trains {plural(section.get('budget', 0), 'block')} in a round{beside}, and what is trained outside the blocks."
+
+
+def personal(s: Summary) -> str:
+    """What clients keep for themselves and how well they predict with it, in one sentence; empty where they keep nothing to predict with."""
+    found = s.get("personal")
+    if found is None:
+        return ""
+    what = "Each client keeps the head that it trained" if _keeps_head(s) else "Each client keeps a model of its own, pulled to the global one"
+    if not found["clients"] or found["accuracy"] is None:
+        return f"{what}; none has been measured."
+    text = f"{what}: {number(found['accuracy'])} {metric(s)} on {plural(found['examples'], 'held-out example')} of the {count(found['clients'])} of {plural(found['of'], 'client')} that have one"
+    return f"{text}, worst tenth {number(found['worst_tenth'])}; the global model has {number(found['federated'])} on the same examples."
+
+
+def _keeps_head(s: Summary) -> bool:
+    return s["job"].get("personal", {}).get("method") == "head"
 
 
 def refusals(s: Summary) -> list[tuple[int, str, str]]:

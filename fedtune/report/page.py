@@ -24,6 +24,7 @@ GLOSSARY = {
     "label agreement": "share of held-out examples on which an exported file gives the trained model's label",
     "KB, MB": "1000 and 1,000,000 bytes; bytes are those of serialised messages",
 }
+PERSONAL_GLOSSARY = {"personal accuracy": "that of what each client predicts with on its own, a model or a head that it keeps, on its own held-out examples"}
 UNITS_GLOSSARY = {
     "unit": "what is trained or left alone as one: a block of the base, or all that is trained outside the blocks, such as the head",
     "score": "how much a block mattered to the clients at the last probe, as a share of all blocks' together",
@@ -39,6 +40,7 @@ def render(summary: Summary) -> str:
     body = [
         _learning(s),
         _baselines(s),
+        _personal(s),
         _clients(s),
         _communication(s),
         _devices(s),
@@ -56,7 +58,7 @@ def render(summary: Summary) -> str:
 
 
 def _words(s: Summary) -> dict[str, str]:
-    return GLOSSARY | (UNITS_GLOSSARY if s.get("units") else {}) | (FLEET_GLOSSARY if s.get("devices") else {}) | (privacy.GLOSSARY if "delta" in s["privacy"] else {})
+    return GLOSSARY | (PERSONAL_GLOSSARY if s.get("personal") else {}) | (UNITS_GLOSSARY if s.get("units") else {}) | (FLEET_GLOSSARY if s.get("devices") else {}) | (privacy.GLOSSARY if "delta" in s["privacy"] else {})
 
 
 def _lead(s: Summary) -> str:
@@ -116,6 +118,10 @@ def _baselines(s: Summary) -> str:
             "Each client that trained alone", html.table("Clients alone", ("client", "alone", "federated", "held-out examples"), alone)
         ),
     )
+
+
+def _personal(s: Summary) -> str:
+    return html.section("personal", "What clients keep", html.paragraph(facts.personal(s)))
 
 
 def _clients(s: Summary) -> str:

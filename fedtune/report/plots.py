@@ -73,7 +73,7 @@ def learning(s: Summary, prefix: str = "run") -> list[Plot]:
         ("total_bytes", "against bytes sent", f"Both directions, all clients, the frame of {frame} per client included."),
         ("simulated_clock", "against simulated time", "On the job's classes of devices; measuring takes none of it."),
     ):
-        ours = [Line("federated", "fed", "solid", series(s, axis, "accuracy"))]
+        ours = [Line("federated", "fed", "solid", series(s, axis, "accuracy")), Line("personal", "c3", "solid", series(s, axis, "personal_accuracy"))]
         losses = [
             Line("held-out", "fed", "solid", series(s, axis, "loss")),
             Line("training", "muted", "dashed", series(s, axis, "train_loss")),
@@ -86,7 +86,7 @@ def learning(s: Summary, prefix: str = "run") -> list[Plot]:
 
 def series(s: Summary, x: str, y: str) -> list[Point]:
     """The rounds where `y` was measured, as points; NaN stays, as a gap in the line."""
-    return [(r[x], r[y]) for r in s["rounds"] if x in r and r[y] is not None]  # type: ignore[literal-required]
+    return [(r[x], r[y]) for r in s["rounds"] if x in r and r.get(y) is not None]  # type: ignore[literal-required]
 
 
 def levels(s: Summary) -> list[Level]:

@@ -71,7 +71,8 @@ class Round(TypedDict):
     With device classes there are the simulated seconds of the round, and those up to its end (`simulated_clock`), the clients
     that never answered (`dropped`) and those that would have needed longer than the deadline (`stragglers`). Where not all clients
     train all, `units` says how many of `clients` trained each, and `scores`, of a round that began with a probe, what it said of
-    each block: means of shares that sum to 1.
+    each block: means of shares that sum to 1. Where clients keep a part of the model or a model of their own, `personal_accuracy`
+    and `personal_loss` are of those that have one, `personal_clients`, with what each has, on `personal_evaluated` examples of theirs.
     """
 
     round: int
@@ -91,6 +92,10 @@ class Round(TypedDict):
     stragglers: NotRequired[list[str]]
     units: NotRequired[dict[str, int]]
     scores: NotRequired[dict[str, float]]
+    personal_accuracy: NotRequired[float | None]
+    personal_loss: NotRequired[float | None]
+    personal_evaluated: NotRequired[int]
+    personal_clients: NotRequired[int]
 
 
 class ClientScore(TypedDict):
@@ -120,6 +125,19 @@ class Final(TypedDict):
     worst_tenth: float | None
     clients: list[ClientScore]
     whole: NotRequired[Measured]
+
+
+class Personal(TypedDict):
+    """What clients predict with on their own at the end: over the held-out `examples` of the `clients`, of all `of`, that have such a model.
+    `federated`: accuracy of the global model on the same examples."""
+
+    accuracy: float | None
+    loss: float | None
+    federated: float | None
+    worst_tenth: float | None
+    clients: int
+    of: int
+    examples: int
 
 
 class Majority(TypedDict):
@@ -182,13 +200,14 @@ class ClientTraffic(TypedDict):
 
 
 class Communication(TypedDict):
-    """All that was sent. `update_bytes` is the largest update that a client sends. `frame_bytes` is the frozen frame, which each client receives once; it is part of `down`.
+    """All that was sent. `sent_numbers`: of an update of all that is trained, where they are not those. `update_bytes` is the largest update that a client sends. `frame_bytes` is the frozen frame, which each client receives once; it is part of `down`.
 
     `evaluation` and `offers` come on top in live runs: evaluation both ways, and job offers and bundles without the frame.
     `probes` is what of `up` and `down` probes took. `took_part` counts the clients of all rounds where `clients` lists only some, evenly from least to most bytes.
     """
 
     trainable_numbers: int
+    sent_numbers: NotRequired[int]
     update_bytes: int
     frame_bytes: int
     up: int
@@ -264,6 +283,7 @@ class Summary(TypedDict):
     population: NotRequired[Population]
     rounds: list[Round]
     final: NotRequired[Final]
+    personal: NotRequired[Personal]
     baselines: NotRequired[Baselines]
     communication: Communication
     devices: NotRequired[list[DeviceClass]]

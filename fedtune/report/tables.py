@@ -37,8 +37,12 @@ FLEET_HEADER = ("lost", "simulated")
 """What device classes add to a row: clients that dropped out or missed the deadline, and the simulated time at its end."""
 
 
+PERSONAL_HEADER = ("personal accuracy", "of clients")
+"""What clients that keep something of their own add to a row."""
+
+
 def round_header(s: Summary) -> tuple[str, ...]:
-    return ROUND_HEADER if facts.clock(s) is None else (*ROUND_HEADER, *FLEET_HEADER)
+    return (*ROUND_HEADER, *(() if facts.clock(s) is None else FLEET_HEADER), *(PERSONAL_HEADER if s.get("personal") else ()))
 
 
 def round_rows(s: Summary, limit: int = 0) -> list[tuple[str, ...]]:
@@ -60,6 +64,7 @@ def round_rows(s: Summary, limit: int = 0) -> list[tuple[str, ...]]:
             size(r["total_bytes"]),
             duration(r["seconds"]),
             *(() if facts.clock(s) is None else (str(len(r.get("dropped", [])) + len(r.get("stragglers", []))), duration(r.get("simulated_clock")))),
+            *((number(r.get("personal_accuracy")), count(r.get("personal_clients", 0))) if s.get("personal") else ()),
         )
         for r in rounds
     ]

@@ -33,8 +33,11 @@ def show(summary: Summary, console: Console) -> None:
     _facts(console, "How it was made", facts.model(s))
     rivals = [(row[0].name, *row[1:], row[0].note) for row in tables.rival_rows(s)]
     _rows(console, "Against baselines", (*tables.RIVAL_HEADER, ""), rivals, words=(0, 4))
+    if facts.personal(s):
+        _heading(console, "What clients keep")
+        console.print(Padding(Text(facts.personal(s)), (0, 0, 0, 2)))
     timed = facts.clock(s) is not None
-    short = [(*row[:7], *row[9:11], *(row[12:] if timed else ())) for row in tables.round_rows(s, MOST_ROUNDS)]
+    short = [(*row[:7], *row[9:11], *(row[12:13] if timed else ())) for row in tables.round_rows(s, MOST_ROUNDS)]
     _rows(console, "Rounds", (*ROUND_HEADER, "clock") if timed else ROUND_HEADER, short, words=())
     _clients(console, s)
     _devices(console, s)

@@ -15,6 +15,7 @@ from fedtune.algorithms.units import step_share
 from fedtune.job import DeviceClass, Job
 from fedtune.rounds import Coordinator, Reply, Traffic
 from fedtune.simulation.devices import Chosen, able, assign, available, drops_out, examples_run, round_seconds, span
+from fedtune.stateful.methods import gradients
 from fedtune.types import ClientInfo, RoundReport
 from fedtune.wire import Schema, kind_of, packet_bytes, trained_of
 
@@ -143,7 +144,7 @@ class Fleet:
     def _turn(self, client: str, size: int, round: int, up: int, work: float) -> Turn:
         fed, place = self.job.federation, self._place[client]
         device, examples = self.devices[self.classes[place]], self.clients[place].examples
-        run = work * examples_run(examples, fed, round, client) if round else min(examples, self.job.adapter.init_examples)
+        run = work * gradients(self.job) * examples_run(examples, fed, round, client) if round else min(examples, self.job.adapter.init_examples)
         down = size + self._frame(client)
         seconds = span(device, down, run, up).total
         dropped = drops_out(fed.seed, round, client, device)

@@ -15,6 +15,7 @@ from fedtune.privacy.noise import noise_of
 from fedtune.privacy.plan import outward
 from fedtune.rounds import Reply
 from fedtune.seeds import generator
+from fedtune.stateful.methods import method_of
 from fedtune.training.batches import local_batches
 from fedtune.training.chunks import Task, trainable_batches
 from fedtune.training.cohort import CohortTrainer
@@ -54,7 +55,7 @@ class Together:
     def __call__(self, pairs: Sequence[tuple[str, bytes]], kind: str = "train", round: int = 0) -> Iterator[Reply]:
         for payload in dict.fromkeys(payload for _, payload in pairs):  # one packet is sent to all who train the same
             clients = [client for client, sent in pairs if sent is payload or sent == payload]
-            if kind_of(payload) != "model":
+            if kind_of(payload) != "model" or method_of(self.worker.job):  # those that keep something are trained each from its own
                 yield from self._one_by_one(payload, clients)
                 continue
             bundle = self.worker.open()

@@ -7,6 +7,7 @@ import numpy as np
 
 from fedtune.data.encoded import ClientData
 from fedtune.privacy.noise import Noise
+from fedtune.training.clients import Stream
 
 UNEVEN = 4
 """Room for rows brought together by model, as a multiple of the rows there are."""
@@ -67,7 +68,7 @@ def predictions(lengths: np.ndarray, kind: str) -> np.ndarray:
     return np.maximum(lengths - 1, 0) if kind == "causal-lm" else np.ones_like(lengths)
 
 
-def trainable_batches(data: ClientData, batches: Sequence[np.ndarray], kind: str) -> list[np.ndarray]:
+def trainable_batches(data: ClientData | Stream, batches: Sequence[np.ndarray], kind: str) -> list[np.ndarray]:
     """Without those that predict nothing (one-token texts): they make no step."""
     if kind != "causal-lm":
         return list(batches)

@@ -10,15 +10,17 @@ from fedtune.models.load import load_encoder, load_model
 from fedtune.models.sources import Source, locate
 from fedtune.training.clients import ClientStore
 from fedtune.training.holder import Device, read_data
+from fedtune.training.keeping import own_state
 from fedtune.training.worker import Worker
 
 
-def open_device(bundle: Bundle, data: Path, base: Path | None = None) -> Device:
+def open_device(bundle: Bundle, data: Path, base: Path | None = None, kept: Path | None = None) -> Device:
     """Reads and checks the data, finds the base and checks its hash, and only then loads it, which takes the longest.
 
     Args:
         data: what `--data` named: a file of texts or a folder of images, as the bundle's job has it.
         base: folder of the base; without one, the source that the bundle names is looked for on this machine.
+        kept: where this device keeps what a job lets it keep from round to round.
 
     Raises:
         DataError, ModelError, RunError: one line about the data, the base, or a bundle that is not whole.
@@ -30,7 +32,7 @@ def open_device(bundle: Bundle, data: Path, base: Path | None = None) -> Device:
     encoder = load_encoder(job.model, source)
     model = load_model(job.model, source, max(1, len(manifest.labels)), job.federation.seed)
     _require_spec(bundle, model, source)
-    worker = Worker(job, manifest.spec, model, encoder, lambda: bundle)
+    worker = Worker(job, manifest.spec, model, encoder, lambda: bundle, kept=own_state(bundle, kept))
     return Device(bundle, ClientStore(dataset, parts, encoder), worker)
 
 

@@ -14,6 +14,7 @@ from fedtune.data.encoded import ClientData
 from fedtune.data.examples import Dataset, load_dataset
 from fedtune.data.partition import Split, split
 from fedtune.errors import DataError, Refused
+from fedtune.metrics import PERSONAL
 from fedtune.training.clients import ClientStore, Stream
 from fedtune.types import Arrays, Metrics
 from fedtune.wire import Schema, decode, encode
@@ -32,6 +33,10 @@ class Work(Protocol):
 
     def metrics(self, arrays: Arrays, data: Any) -> Metrics:
         """Loss and accuracy of the model with these trained values, summed over the predictions on `data`."""
+        ...
+
+    def personal(self, arrays: Arrays, client: str, data: Any, round: int) -> Metrics | None:
+        """The same of what is the client's own after this round; None where it predicts with nothing of its own."""
         ...
 
 
@@ -58,13 +63,16 @@ class Device:
         return self.worker.handle(packet, client, self._train())
 
     def evaluate(self, packet: bytes) -> bytes:
-        """Answers a "model" packet with "scores": that model's metrics on the held-out examples, whose number is the weight.
+        """Answers a "model" packet with "scores": that model's metrics on the held-out examples, whose number is the weight, and as "personal_loss" and
+        "personal_accuracy" those of what this device keeps for itself.
 
         Raises Refused for a packet that is not for this bundle, and for a model whose loss is not a number.
         """
         model = decode(packet, self.bundle.schema, kinds=["model"], frame=self.bundle.frame_digest)
         held_out = self._held_out()
         metrics = self.worker.metrics(model.arrays, held_out)
+        own = self.worker.personal(model.arrays, "", held_out, model.header.round)
+        metrics = metrics | {PERSONAL + name: found for name, found in (own or {}).items()}
         if not all(math.isfinite(total) for total, _ in metrics.values()):
             raise Refused("not-finite", f"the loss of the model of round {model.header.round} is not a number on the held-out examples here")
         return encode("scores", Schema(()), {}, round=model.header.round, frame=self.bundle.frame_digest, weight=float(len(held_out)), metrics=metrics)

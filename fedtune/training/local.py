@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,10 +12,14 @@ from fedtune.adapters.methods import Parameters
 from fedtune.data.encoded import ClientData, Encoder
 from fedtune.job import FederationSection
 from fedtune.models.base import TunableModel, summed_loss
+from fedtune.stateful.base import Pull
 from fedtune.training.batches import local_batches
 from fedtune.training.lean import Lean
 from fedtune.training.rates import learning_rate
-from fedtune.types import Metrics
+from fedtune.types import Arrays, Metrics
+
+TINY = 1e-12
+"""Added to the length of a gradient that is divided by it."""
 
 
 def to_batch(data: ClientData, index: np.ndarray, encoder: Encoder, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], Tensor]:
@@ -30,9 +35,9 @@ def device_of(model: torch.nn.Module) -> torch.device:
 
 def train_locally(
     model: TunableModel, parameters: Parameters, data: ClientData, encoder: Encoder, settings: FederationSection,
-    round: int, rng: np.random.Generator,
+    round: int, rng: np.random.Generator, pull: Pull | None = None,
 ) -> Metrics:
-    """Runs the round's optimizer steps on `parameters` in place, with a fresh optimizer.
+    """Runs the round's optimizer steps on `parameters` in place, with a fresh optimizer. pull: None is that of federation.proximal.
 
     The loss of a step is the mean over the predictions of its batch. Dropout is off: the model is in eval mode.
 
@@ -42,19 +47,55 @@ def train_locally(
     optimizer = make_optimizer(parameters, settings, round)
     totals, device = torch.zeros(3, dtype=torch.float64), device_of(model)
     lean = Lean(model, settings.lean == "exact") if settings.lean != "off" and device.type == "cpu" else None
-    begin = {name: p.detach().clone() for name, p in parameters.items()} if settings.proximal else {}
+    pulled = Pulled(model, parameters, Pull(settings.proximal) if pull is None else pull)
 
-    def pull() -> None:
-        """The gradient of FedProx's term (Li et al. 2020, arXiv:1812.06127, equation 2)."""
-        for name, at in begin.items():
-            p = parameters[name]
-            if p.grad is not None:
-                p.grad += settings.proximal * (p.detach() - at)
+    def around() -> AbstractContextManager:
+        return lean.running() if lean else nullcontext()
 
     for index in local_batches(data.lengths, settings.batch_size, settings.local_epochs, settings.local_steps, rng):
-        totals += step(model, optimizer, *to_batch(data, index, encoder, device), lean.running() if lean else nullcontext(), pull).cpu()
+        batch, labels = to_batch(data, index, encoder, device)
+        totals += step(model, optimizer, batch, labels, around(), partial(pulled, batch, labels, around)).cpu()
     loss, correct, count = totals.tolist()
     return {"loss": (loss, count), "accuracy": (correct, count)}
+
+
+class Pulled:
+    """Changes the gradients of a step as `Pull` says. With strength alone that is FedProx's term (Li et al. 2020, arXiv:1812.06127, equation 2)."""
+
+    def __init__(self, model: TunableModel, parameters: Parameters, pull: Pull) -> None:
+        self.model, self.parameters, self.pull = model, parameters, pull
+        self._towards = self._tensors(pull.towards) if pull.towards is not None else {
+            name: p.detach().clone() for name, p in parameters.items() if pull.strength}
+        self._offset = self._tensors(pull.offset or {})
+
+    def __call__(self, batch: Mapping[str, Tensor], labels: Tensor, around: Callable[[], AbstractContextManager]) -> None:
+        """After the backward pass on this batch."""
+        if self.pull.ascent:
+            self._climb(batch, labels, around)
+        for name, p in self.parameters.items():
+            if p.grad is not None and self.pull.strength:
+                p.grad += self.pull.strength * (p.detach() - self._towards[name])
+            if p.grad is not None and name in self._offset:
+                p.grad += self._offset[name]
+
+    def _climb(self, batch: Mapping[str, Tensor], labels: Tensor, around: Callable[[], AbstractContextManager]) -> None:
+        """Puts the gradients from a step of length `ascent` uphill in the place of those from here."""
+        slopes = [(p, p.grad) for p in self.parameters.values() if p.grad is not None]
+        here = [p.detach().clone() for p, _ in slopes]
+        length = torch.sqrt(sum((torch.square(g).sum() for _, g in slopes), torch.zeros((), device=labels.device)))
+        with torch.no_grad():
+            for p, g in slopes:
+                p += self.pull.ascent / (length + TINY) * g
+                p.grad = None
+        with around():
+            loss, _, count = summed_loss(self.model(**batch), batch, labels, self.model.task)
+        (loss.sum() / count.sum()).backward()
+        with torch.no_grad():
+            for (p, _), was in zip(slopes, here):
+                p.copy_(was)
+
+    def _tensors(self, arrays: Arrays) -> Parameters:
+        return {name: torch.from_numpy(arrays[name]).to(p.device) for name, p in self.parameters.items() if name in arrays}
 
 
 def batch_gradients(

@@ -16,6 +16,7 @@ from fedtune.adapters.spec import AdapterSpec
 from fedtune.algorithms.units import lowest, most_numbers
 from fedtune.job import Job
 from fedtune.models.base import TunableModel, layout
+from fedtune.stateful.methods import copies
 from fedtune.training.lean import Lean
 
 NUMBER = 4
@@ -61,7 +62,7 @@ def step_memory(job: Job, spec: AdapterSpec, sketch: TunableModel, budget: int =
     parts: dict[str, int | None] = {
         "base": NUMBER * (parameters + spec.head_size),
         "frame": NUMBER * sum(t.size for t in spec.frame),
-        "adapter_gradients_optimizer": NUMBER * (spec.size + (1 + states) * most_numbers(job, spec.schema, budget)),
+        "adapter_gradients_optimizer": NUMBER * ((1 + copies(job)) * spec.size + (1 + states) * most_numbers(job, spec.schema, budget)),
         "activations": None if found is None else found.bytes,
     }
     known = [v for v in parts.values() if v is not None]

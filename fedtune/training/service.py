@@ -22,7 +22,8 @@ def ready(config: Config) -> "Callable[[], Device]":
 
     if config.threads:
         torch.set_num_threads(config.threads)
-    return lambda: open_device(open_bundle(Path(config.bundle)), Path(config.data), Path(config.base) if config.base else None)
+    kept = Path(config.kept) if config.kept else None
+    return lambda: open_device(open_bundle(Path(config.bundle)), Path(config.data), Path(config.base) if config.base else None, kept)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,16 @@ from fedtune.privacy.noise import noise_of
 from fedtune.privacy.plan import outward
 from fedtune.probes import answers, block_scores, require_probing
 from fedtune.seeds import generator
+from fedtune.stateful.base import Pull
+from fedtune.stateful.methods import method_of
+from fedtune.stateful.store import Kept
 from fedtune.subspace import NAME
 from fedtune.training.batches import probed_batches
 from fedtune.training.clients import Stream
 from fedtune.training.evaluate import Scores, score
 from fedtune.training.forward import train_forward
 from fedtune.training.holder import require_converged
+from fedtune.training.keeping import personal_model, train_keeping
 from fedtune.training.local import batch_gradients, only, train_locally, weight_gradients
 from fedtune.training.private import Audit, PerExample, private_gradients, train_privately
 from fedtune.types import Arrays, Metrics
@@ -36,6 +40,7 @@ class Worker:
 
     `bundle` is asked for once, when the first model arrives.
     `device`: where the model is moved to then.
+    `kept`: where clients' own state lies, of a job whose clients keep any.
     """
 
     job: Job
@@ -44,6 +49,7 @@ class Worker:
     encoder: Encoder
     bundle: Callable[[], Bundle]
     device: str = "cpu"
+    kept: Kept | None = None
     parameters: Parameters = field(default_factory=dict)
     opened: Bundle | None = None
     audit: Audit | None = None
@@ -81,16 +87,26 @@ class Worker:
             self.opened = bundle
         return self.opened
 
-    def train(self, arrays: Arrays, client: str, data: ClientData, round: int, names: tuple[str, ...] | None = None) -> tuple[Arrays, Metrics]:
-        """A round's local training of these tensors of a model (None: all), without privacy: (what they became, metrics)."""
+    def personal(self, arrays: Arrays, client: str, data: ClientData | Stream, round: int) -> Metrics | None:
+        """As `metrics`, of the model that is the client's own after this round; None where it has none."""
+        found = None if self.kept is None else personal_model(self.open(), self.kept, arrays, client, round)
+        return None if found is None else self.metrics(found, data)
+
+    def train(
+        self, arrays: Arrays, client: str, data: ClientData, round: int, names: tuple[str, ...] | None = None, pull: Pull | None = None, purpose: str = "local",
+    ) -> tuple[Arrays, Metrics]:
+        """A round's local training of these tensors of a model (None: all), without privacy: (what they became, metrics).
+
+        pull: None is that of federation.proximal. purpose: names the draw of batches.
+        """
         bundle, fed = self.open(), self.job.federation
         if bundle.subspace is not None:
             numbers = arrays[NAME].copy()
             return {NAME: numbers}, train_forward(bundle.subspace, numbers, data, self.job, round, client, self._passes)
         write(self.parameters, arrays)
-        rng = generator(fed.seed, "local", round, client)
+        rng = generator(fed.seed, purpose, round, client)
         with only(self.parameters, names) as chosen:
-            metrics = train_locally(self.model, chosen, data, self.encoder, fed, round, rng)
+            metrics = train_locally(self.model, chosen, data, self.encoder, fed, round, rng, pull)
             return read(chosen), metrics
 
     def _train_privately(self, packet: Packet, client: str, data: ClientData, private: ExamplePrivacy) -> tuple[Arrays, Metrics]:
@@ -108,7 +124,12 @@ class Worker:
 
     def _train(self, bundle: Bundle, packet: Packet, client: str, data: ClientData) -> bytes:
         round, private = packet.header.round, example_privacy(self.job)
-        if private is None:
+        if method_of(self.job):
+            def local(start: Arrays, pull: Pull, purpose: str = "local") -> tuple[Arrays, Metrics]:
+                return self.train(start, client, data, round, None, pull, purpose)
+
+            arrays, metrics = train_keeping(bundle, self.kept, packet, client, data, local)
+        elif private is None:
             arrays, metrics = self.train(packet.arrays, client, data, round, packet.train)
             require_converged(metrics)
         else:

@@ -68,6 +68,8 @@ def clients_alone(simulation: Simulation, federated: Scores, took_part: dict[str
     """Clients that train the same adapter, in each round the same units, from the same start on their own data, each for as many local rounds as it took
     part in the federated run (at least one), beside the federated model on the same held-out examples."""
     setup, start = simulation.setup, simulation.run.first_arrays()
+    if setup.job.edge.mode == "backward":
+        start = simulation.worker.open().trained(start)
     offsets = setup.split.held_out.offsets
     found: list[dict[str, Any]] = []
     both: tuple[list[Metrics], list[Metrics]] = ([], [])

@@ -4,13 +4,15 @@ from typing import Any
 
 import numpy as np
 
+from fedtune.algorithms import State
 from fedtune.data.partition import Split
-from fedtune.metrics import tenth
+from fedtune.metrics import merge, tenth, value
+from fedtune.stateful.methods import is_personal
 from fedtune.training.evaluate import Scores, by_client
 from fedtune.workflows import baselines
 from fedtune.workflows.export import export_run
 from fedtune.workflows.simulate import Simulation
-from fedtune.workflows.summary import facts, final_of, write_summary
+from fedtune.workflows.summary import facts, final_of, personal_of, write_summary
 
 
 def finish(simulation: Simulation) -> dict[str, Any]:
@@ -28,6 +30,8 @@ def finish(simulation: Simulation) -> dict[str, Any]:
         "baselines": measure(simulation, scores, checkpoint.counters["rounds"]),
         "complete": checkpoint.state.round >= simulation.setup.job.federation.rounds,
     }
+    if is_personal(simulation.setup.job):
+        summary["personal"] = personal(simulation, checkpoint.state, scores)
     write_summary(run, summary)
     summary["export"] = export_run(run, simulation.setup, lambda text: watch.stage(text, 0))
     write_summary(run, summary)
@@ -44,6 +48,13 @@ def final(split: Split, scores: Scores) -> dict[str, Any]:
         worst = ranked[: tenth(len(ranked))]
         found["whole"] = {"clients": len(ranked), "examples": int(clients.examples.sum()), "worst_examples": int(clients.examples[worst].sum())}
     return found
+
+
+def personal(simulation: Simulation, state: State, scores: Scores) -> dict[str, Any]:
+    """What clients predict with on their own, beside the global model on the same held-out examples."""
+    found = [(own.metrics(), scores.metrics(index)) for _, index, own in simulation.personal_scores(state.round, state.arrays)]
+    ours, beside = ([pair[side] for pair in found] for side in (0, 1))
+    return personal_of(merge(ours), merge(beside), [value(metrics, "accuracy") for metrics in ours], len(simulation.setup.split.clients))
 
 
 def measure(simulation: Simulation, scores: Scores, took_part: dict[str, int]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from safetensors.numpy import save
 from fedtune import packages
 from fedtune.adapters.spec import describe
 from fedtune.algorithms.units import lowest, require_budgets, round_bytes, selected, step_share
+from fedtune.bundle import shipped_of
 from fedtune.data.examples import PACKAGE_READERS, load_dataset
 from fedtune.data.partition import Split, split
 from fedtune.errors import DataError, EnvironmentProblem, UserError
@@ -24,6 +25,7 @@ from fedtune.privacy.plan import plan_of, warnings_of
 from fedtune.probes import probe_bytes
 from fedtune.report.format import duration, size
 from fedtune.simulation.devices import able, assign, span
+from fedtune.stateful.methods import gradients
 from fedtune.subspace import travelling
 from fedtune.training.memory import NUMBER, step_memory
 from fedtune.wire import Schema
@@ -132,7 +134,7 @@ def make_plan(job: Job) -> Plan:
     job = fitted(job, schema, memory_of, examples or fed.local_steps * fed.batch_size)
     sizes = {budget: round_bytes(job, schema, job.federation.rounds, budget) for budget in {0, *(d.units for d in job.simulation.devices)}}
     model, update = (max(column) for column in zip(*sizes[0]))
-    once = (spec.frame, spec.trainable if job.edge.mode == "forward" else ())
+    once = (spec.frame, spec.trainable if "initial.safetensors" in shipped_of(job) else ())
     frame = sum(len(save({t.name: np.zeros(t.shape, np.float32) for t in tensors})) for tensors in once if tensors)
     init = min(job.adapter.init_clients, clients) * sum(gradient_bytes(spec)) if job.adapter.asks_gradients else 0
     memory, steps = memories[0], {budget: memory_of(budget) for budget in sizes}
@@ -218,7 +220,7 @@ def _devices(job: Job, schema: Schema, clients: int, examples: float | None, ste
     if not devices:
         return ()
     held = np.bincount(assign(fed.seed, devices, clients), minlength=len(devices)).tolist()
-    mean = examples or 0.0
+    mean = gradients(job) * (examples or 0.0)
     largest = [(max(model for model, _ in sizes[device.units]), max(update for _, update in sizes[device.units])) for device in devices]
     work = [step_share(schema, lowest(job, schema, device.units)) for device in devices]
     spans = [span(device, model, share * mean, update) for device, share, (model, update) in zip(devices, work, largest)]

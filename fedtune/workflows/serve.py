@@ -25,7 +25,7 @@ from fedtune.bundle import Bundle, open_bundle, write_bundle
 from fedtune.errors import EnvironmentProblem, FedtuneError, PrivacyRefused, Refused, RunError, UserError
 from fedtune.gradient_init import gather_gradients, gradient_schema
 from fedtune.job import Job
-from fedtune.metrics import merge, plausible
+from fedtune.metrics import merge, plausible, split_personal, value, with_personal
 from fedtune.privacy.contribution import message_bytes, secure_of
 from fedtune.privacy.plan import Plan, fewest, plan_of
 from fedtune.provision import days_left, load_devices
@@ -36,12 +36,13 @@ from fedtune.server.app import Exchange, Pairs, run_rounds
 from fedtune.server.lobby import Guest, Lobby
 from fedtune.server.secure import SecureRounds
 from fedtune.server.superlink import LinkGrid, SuperLink, Tls, superlink
+from fedtune.stateful.methods import is_personal
 from fedtune.storage import failing_clearly, lock, write_atomic, write_json
 from fedtune.types import Arrays, Metrics
 from fedtune.waits import DESK_SECONDS, GRID_POLL, LOBBY_POLL, QUEUE_POLL, ROSTER_POLL, STAGE_SECONDS
 from fedtune.wire import Schema, decode, encode, packet_bytes
 from fedtune.workflows.privacy import LIGHT, spent_so_far
-from fedtune.workflows.summary import client_row, facts, final_of, follow, write_summary
+from fedtune.workflows.summary import client_row, facts, final_of, follow, personal_of, write_summary
 
 log = logging.getLogger(__name__)
 _NAMED = re.compile(r"\d{3,}-")
@@ -198,6 +199,8 @@ class Live:
     watch: Watch
     traffic: Traffic = field(default_factory=Traffic)
     scores: dict[str, Metrics] = field(default_factory=dict)
+    personal: dict[str, Metrics] = field(default_factory=dict)
+    """Of the last evaluation, by device: of the global model, and of what devices keep for themselves."""
     _looked: float = 0.0
     _began: bool = False
 
@@ -207,7 +210,7 @@ class Live:
         self.lobby = Lobby(self.link, self.grid, self.bundle, self.roster, self._changed, self._sent)
         self.exchange = self._exchange(self.job.federation.deadline)
         self.coordinator = start(
-            self.job, self.run, self.schema, self.bundle.frame_digest, self.bundle.frame_bytes, make_algorithm(self.job, self.schema),
+            self.job, self.run, self.schema, self.bundle.frame_digest, self.bundle.frame_bytes, make_algorithm(self.job, self.schema, population=0 if self.roster is None else len(self.roster())),
             (), lambda: self.bundle.start, self.evaluate, self.traffic, self._plan())
         self.traffic = self.coordinator.traffic  # of the checkpoint, on a run that continues
         self.desk.note(epsilon=spent_so_far(self.run, self.coordinator.privacy))
@@ -275,18 +278,24 @@ class Live:
         self.desk.note(state="evaluating")
         self.coordinator.traffic.evaluation += len(packet) * len(names)
         found: dict[str, Metrics] = {}
+        personal: dict[str, Metrics] = {}
         for reply in self.exchange([(name, packet) for name in names], kind="evaluate", round=round):
             if reply.payload is None or reply.late:
                 continue
             self.coordinator.traffic.evaluation += len(reply.payload)
             with contextlib.suppress(Refused):
                 scores = decode(reply.payload, Schema(()), kinds=["scores"], round=round, frame=self.bundle.frame_digest).metrics
-                if plausible(scores, most_predictions(self.job)):
-                    found[reply.client] = scores
+                ours, own = split_personal(scores)
+                if all(plausible(part, most_predictions(self.job)) for part in (ours, own)):
+                    found[reply.client], personal[reply.client] = ours, own
                 else:
                     log.warning("%s: scores that cannot be are left out", reply.client)
         self.scores = {name: found[name] for name in sorted(found) if found[name].get("accuracy", (0.0, 0.0))[1] > 0}
-        return merge(list(self.scores.values())) if self.scores else None
+        self.personal = {name: own for name in self.scores if (own := personal[name]).get("accuracy", (0.0, 0.0))[1] > 0}
+        if not self.scores:
+            return None
+        metrics = merge(list(self.scores.values()))
+        return with_personal(metrics, list(self.personal.values())) if is_personal(self.job) else metrics
 
     def finish(self) -> dict[str, Any]:
         """Writes summary and page. The final scores are those of the last evaluation, made again if a crash lost them."""
@@ -300,6 +309,9 @@ class Live:
             "final": final_of(merge(self.scores.values()), [client_row(n, m, int(m["accuracy"][1])) for n, m in self.scores.items()]),
             "baselines": {}, "complete": True,
         }
+        if is_personal(self.job):
+            beside = [self.scores[name] for name in self.personal]
+            summary["personal"] = personal_of(merge(self.personal.values()), merge(beside), [value(m, "accuracy") for m in self.personal.values()], len(held))
         write_summary(self.run, summary)
         return summary
 

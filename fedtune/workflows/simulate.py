@@ -1,6 +1,7 @@
 """fedtune simulate: one job, many clients, one machine, one run folder."""
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from fedtune.client.app import make_client_app
 from fedtune.errors import EnvironmentProblem
 from fedtune.gradient_init import gather_gradients
 from fedtune.job import SimulationSection
+from fedtune.metrics import with_personal
 from fedtune.models.base import TunableModel
 from fedtune.privacy.plan import Plan, plan_of
 from fedtune.rounds import Coordinator, Traffic, Watch, evaluated, make_algorithm, start
@@ -25,10 +27,13 @@ from fedtune.server.app import Ask, make_server_app, run_rounds
 from fedtune.simulation.engines import run_ray, run_serial
 from fedtune.simulation.fleet import Fleet
 from fedtune.simulation.vectorised import Together, memory_for
+from fedtune.stateful.methods import is_personal, kept, method_of
+from fedtune.stateful.store import Kept
 from fedtune.training.clients import CACHE_BYTES, Stream
 from fedtune.training.cohort import CohortTrainer
 from fedtune.training.evaluate import Scores
 from fedtune.training.features import FeatureStore
+from fedtune.training.keeping import personal_model
 from fedtune.training.local import only
 from fedtune.training.stacked import NotStackable
 from fedtune.training.together import open_trainer
@@ -77,7 +82,9 @@ class Simulation:
         self.model: TunableModel = self.base or self.setup.fresh_model()
         settings = self.setup.job.simulation
         require_device(settings)
-        self.worker = Worker(self.setup.job, self.setup.spec, self.model, self.setup.encoder, lambda: open_bundle(self.run.bundle), settings.device)
+        self.kept = Kept(self.run.clients, kept(self.setup.job, self.setup.spec.schema)) if method_of(self.setup.job) else None
+        self.worker = Worker(
+            self.setup.job, self.setup.spec, self.model, self.setup.encoder, lambda: open_bundle(self.run.bundle), settings.device, self.kept)
         self.features = FeatureStore(*_room(settings, self.run.path))
 
     def rounds(self) -> None:
@@ -157,7 +164,7 @@ class Simulation:
             frame, first, traffic = self._make_frame(exchange, plan)
             bundle = make_bundle(self.setup, self.run.bundle, frame, self.model, first)
         coordinator = start(
-            job, self.run, bundle.schema, bundle.frame_digest, bundle.frame_bytes, make_algorithm(job, bundle.schema, self.budget),
+            job, self.run, bundle.schema, bundle.frame_digest, bundle.frame_bytes, make_algorithm(job, bundle.schema, self.budget, len(self.setup.split.clients)),
             self.setup.store.clients, lambda: bundle.start, self.evaluate, traffic, plan,
         )
         follow(coordinator, self.watch)
@@ -170,7 +177,22 @@ class Simulation:
         job = self.setup.job
         if not evaluated(job, round):
             return None
-        return self.scores(arrays, whole=round == job.federation.rounds or not job.evaluation.max_examples).metrics()
+        whole = round == job.federation.rounds or not job.evaluation.max_examples
+        metrics = self.scores(arrays, whole).metrics()
+        return with_personal(metrics, [scores.metrics() for _, _, scores in self.personal_scores(round, arrays, whole)]) if is_personal(job) else metrics
+
+    def personal_scores(self, round: int, arrays: Arrays, whole: bool = True) -> Iterator[tuple[int, np.ndarray, Scores]]:
+        """Of each client that has something of its own to predict with after this round, and held-out examples: its place, those examples' places in
+        `held_out` (or in the sample for the rounds between), and what it makes of them. In the order of the split."""
+        if self.kept is None:
+            return
+        parts = self.setup.split
+        taken = np.arange(len(parts.held_out.rows)) if whole else self._drawn
+        for place in sorted(parts.clients.place(name) for name in self.kept.clients(round)):
+            index = np.arange(*np.searchsorted(taken, parts.held_out.offsets[place : place + 2]))
+            own = personal_model(self.worker.open(), self.kept, arrays, parts.clients[place], round) if len(index) else None
+            if own is not None:
+                yield place, index, self.worker.scores(own, self.setup.store.stream(parts.held_out.rows[taken[index]]))
 
     def scores(self, arrays: Arrays, whole: bool = True) -> Scores:
         """Held-out scores per example of `held_out`, or of the sample for the rounds between."""
@@ -191,9 +213,13 @@ class Simulation:
     @cached_property
     def _sample(self) -> Stream:
         """`evaluation.max-examples` of them, drawn by the seed."""
-        rows, rng = self.setup.split.held_out.rows, generator(self.setup.job.federation.seed, "evaluation")
-        drawn = rng.choice(len(rows), size=min(self.setup.job.evaluation.max_examples, len(rows)), replace=False)
-        return self.setup.store.stream(rows[np.sort(drawn)], CACHE_BYTES)
+        return self.setup.store.stream(self.setup.split.held_out.rows[self._drawn], CACHE_BYTES)
+
+    @cached_property
+    def _drawn(self) -> np.ndarray:
+        """The places of the sample in split.held_out.rows, ascending."""
+        count, rng = len(self.setup.split.held_out.rows), generator(self.setup.job.federation.seed, "evaluation")
+        return np.sort(rng.choice(count, size=min(self.setup.job.evaluation.max_examples, count), replace=False))
 
     def _make_frame(self, exchange: Ask, plan: Plan | None) -> tuple[Arrays, Arrays, Traffic]:
         job = self.setup.job

@@ -91,7 +91,7 @@ def communication(bundle: Bundle, traffic: Traffic) -> dict[str, Any]:
     asked = sorted(traffic.down.keys() | traffic.up.keys(), key=lambda n: (traffic.up.get(n, 0) + traffic.down.get(n, 0), n))
     names = sorted(asked[i] for i in few(len(asked)))
     return {
-        "trainable_numbers": spec.size, "update_bytes": largest, "frame_bytes": bundle.frame_bytes,
+        "trainable_numbers": spec.size, **({"sent_numbers": bundle.schema.size} if bundle.schema.size != spec.size else {}), "update_bytes": largest, "frame_bytes": bundle.frame_bytes,
         "up": sum(traffic.up.values()), "down": sum(traffic.down.values()), "messages": traffic.messages,
         "evaluation": traffic.evaluation, "offers": traffic.offers, "probes": traffic.probes,
         "clients": [{"name": n, "up": traffic.up.get(n, 0), "down": traffic.down.get(n, 0), "rounds": traffic.rounds.get(n, 0)} for n in names],
@@ -111,6 +111,13 @@ def final_of(metrics: Metrics, rows: list[dict[str, Any]], all_: Sequence[float]
         "accuracy": value(metrics, "accuracy"), "loss": value(metrics, "loss"), "clients": rows,
         "mean": sum(accuracies) / len(accuracies) if accuracies else None, "worst_tenth": worst_tenth(accuracies),
     }
+
+
+def personal_of(metrics: Metrics, federated: Metrics, accuracies: Sequence[float], clients: int) -> dict[str, Any]:
+    """Clients' own models at the end, over the held-out examples of those that have one, and the global model on the same; `clients`: all there are."""
+    return {
+        "accuracy": value(metrics, "accuracy"), "loss": value(metrics, "loss"), "federated": value(federated, "accuracy"), "worst_tenth": worst_tenth(accuracies),
+        "clients": len(accuracies), "of": clients, "examples": int(metrics.get("accuracy", (0.0, 0.0))[1])}
 
 
 def follow(coordinator: Coordinator, watch: Watch) -> None:

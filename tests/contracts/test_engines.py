@@ -207,7 +207,8 @@ SECURE = ("privacy.secure-aggregation=true", "privacy.clip=2.0", "privacy.noise=
 
 
 @pytest.mark.slow  # Ray takes half a minute to start
-@pytest.mark.parametrize("changes", [(), SECURE, (*SECURE, "privacy.unit=client", "privacy.noise-multiplier=1.0", "privacy.i-understand=true")], ids=["plain", "secure", "secure, client"])
+@pytest.mark.parametrize("changes", [(), SECURE, (*SECURE, "privacy.unit=client", "privacy.noise-multiplier=1.0", "privacy.i-understand=true"), ("personal.method=ditto",)],
+    ids=["plain", "secure", "secure, client", "own models"])
 def test_ray_is_serial(changes, tiny_settings, tiny_csv, tmp_path):
     """As a user runs it, from another folder and with paths relative to it."""
     (tmp_path / "data.csv").write_bytes(tiny_csv.read_bytes())
@@ -222,5 +223,7 @@ def test_ray_is_serial(changes, tiny_settings, tiny_csv, tmp_path):
     for name in serial.state.arrays:
         np.testing.assert_allclose(ray.state.arrays[name], serial.state.arrays[name], rtol=0, atol=1e-4 if changes else 1e-6, err_msg=name)  # the grid
     assert [line["refused"] for line in runs["ray"].metrics()] == [{}] * 4
+    assert [line.get("personal_clients") for line in runs["ray"].metrics()] == [line.get("personal_clients") for line in runs["serial"].metrics()]
+    assert len({tuple(sorted(p.relative_to(run.path) for p in run.clients.rglob("*.safetensors"))) for run in runs.values()}) == 1
     assert ray.counters["rounds"] == serial.counters["rounds"] and ray.counters["down"] == serial.counters["down"]
     assert len({run.ledger.read_bytes() for run in runs.values()}) == 1

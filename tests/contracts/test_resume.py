@@ -19,6 +19,8 @@ FLEET = (
     *GRADIENT, "adapter.init-clients=4", "federation.deadline=5.0",
     'simulation.devices=[{name = "phone", speed = 4, up-kbps = 1000, available = 0.8, drop-out = 0.3}, {name = "laptop", down-kbps = 1000}]')
 LISA = ("units.strategy=lisa", "units.budget=1", 'simulation.devices=[{name = "any"}, {name = "own", units = 2}]')
+DITTO = ("personal.method=ditto",)
+SCAFFOLD = ("federation.drift=scaffold", "federation.weighting=equal", "federation.optimizer=sgd")
 SELDOM = ("evaluation.every=2",)
 EXAMPLE = ("privacy.unit=example", "privacy.noise-multiplier=2.0", "privacy.clip=0.5", "privacy.examples=160", "federation.weighting=equal",
            "privacy.participations=2", "privacy.noise=seeded", "privacy.metrics-noise=5.0")
@@ -89,7 +91,8 @@ def left(folder: Path):
     found = sorted((folder / "checkpoints").glob("round-*"))
     checkpoints = {p.name: p.read_bytes() for p in (found[0], found[-1])}
     bundle = {p.name: p.read_bytes() for p in (folder / "bundle").glob("[a-z]*")}
-    return checkpoints, lines, Ledger(run.ledger).events(), bundle
+    kept = {str(p.relative_to(folder)): p.read_bytes() for p in run.clients.rglob("*.safetensors")}
+    return checkpoints, lines, Ledger(run.ledger).events(), bundle, kept
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +133,9 @@ INSTANTS = {
     "client level: the last model is kept, not scored": ("fedtune.workflows.simulate:Simulation", "evaluate", True, ", 3, {", 1, CLIENT),
     "round 2's checkpoint is written, not in its place": ("os", "replace", True, "round-00002", 1, ()),
     "round 3's checkpoint is there, the old one too": ("fedtune.run", "save_checkpoint", False, "round-00003", 1, ()),
+    "own models: one of round 2's clients wrote down what it keeps": ("fedtune.stateful.store:Kept", "save", False, ", 2, {", 1, DITTO),
+    "own models: all of round 3's clients answered, no checkpoint": ("fedtune.run", "save_checkpoint", True, "round-00003", 1, DITTO),
+    "controls: round 2's first client sent nothing of what it wrote down": ("fedtune.stateful.store:Kept", "save", False, ", 2, {", 1, SCAFFOLD),
     "all rounds are done, the summary is not": ("fedtune.workflows.finish", "write_summary", True, "", 1, ()),
 }
 

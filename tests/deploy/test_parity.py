@@ -1,6 +1,7 @@
 """One job in a simulation and live, on real SuperNodes: the same model, ledger and byte counts."""
 
 import json
+import stat
 
 import numpy as np
 import pytest
@@ -9,12 +10,28 @@ from fedtune.bundle import open_bundle
 from fedtune.job import parse_job
 from fedtune.ledger import Ledger
 from fedtune.run import open_run
+from fedtune.stateful.methods import kept
+from fedtune.stateful.store import Kept
 
 pytestmark = pytest.mark.slow
 
 
+def kept_here(live, simulated, summary):
+    """Each device has what the simulated client of its name keeps, in its own folder, for nobody else to read."""
+    for name in simulated.clients(3):
+        (job,) = (live.keys / "devices" / name / "personal").iterdir()
+        mine, theirs = Kept(job, simulated.schema, "device").load(name, 3), simulated.load(name, 3)
+        assert mine.keys() == theirs.keys() and all(np.allclose(mine[n], a, rtol=0, atol=1e-4) for n, a in theirs.items())
+        assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in job.rglob("*.safetensors")) and stat.S_IMODE(job.stat().st_mode) == 0o700
+    if "personal" in summary:
+        assert (summary["personal"]["clients"], summary["personal"]["of"]) == (3, 3)
+        assert summary["personal"]["accuracy"] == pytest.approx(summary["rounds"][-1]["personal_accuracy"]) and summary["personal"]["federated"] == pytest.approx(summary["final"]["accuracy"])
+
+
 @pytest.mark.parametrize("changes", [
-    (), ("units.strategy=lisa", "units.budget=1"), ("units.strategy=gradient", "units.budget=1", "units.probe-every=2")], ids=["all", "drawn units", "probed units"])
+    (), ("units.strategy=lisa", "units.budget=1"), ("units.strategy=gradient", "units.budget=1", "units.probe-every=2"), ("personal.method=ditto",), ("personal.method=head",),
+    ("federation.drift=scaffold", "federation.optimizer=sgd", "federation.lr=0.1", "federation.weighting=equal"),
+], ids=["all", "drawn units", "probed units", "ditto", "own heads", "controls"])
 def test_live_equals_simulated(changes, federation, domain_csv, live_settings, make_bundle, run_rounds, tmp_path):
     live = federation()
     bundle = make_bundle(*changes)
@@ -26,7 +43,7 @@ def test_live_equals_simulated(changes, federation, domain_csv, live_settings, m
     run = open_run(live.run())
     ours, theirs = run.newest(), simulated.newest()
     assert ours.state.round == theirs.state.round == 3
-    start = open_bundle(bundle).initial
+    start = open_bundle(bundle).start
     for name, array in theirs.state.arrays.items():
         np.testing.assert_allclose(ours.state.arrays[name], array, atol=1e-5, rtol=0)
     assert any(not np.allclose(start[name], array, atol=1e-4) for name, array in theirs.state.arrays.items())
@@ -36,9 +53,11 @@ def test_live_equals_simulated(changes, federation, domain_csv, live_settings, m
         assert sorted(mine["clients"]) == sorted(other["clients"])  # live, they stand in the order they answered
         for key in ("round", "refused", "up", "down", "total_bytes", "evaluated", "late"):
             assert mine[key] == other[key], key
-        assert mine.get("units") == other.get("units") and ("units" in mine) == bool(changes)
+        assert mine.get("units") == other.get("units") and ("units" in mine) == any("units" in change for change in changes)
         assert mine.get("scores") == pytest.approx(other["scores"], abs=1e-5) if "scores" in other else "scores" not in mine
-        for key in ("loss", "accuracy", "train_loss", "train_accuracy"):
+        assert mine.keys() == other.keys() and ("personal_clients" in mine) == any("personal" in change for change in changes)
+        assert [mine.get(f"personal_{key}") for key in ("clients", "evaluated")] == [other.get(f"personal_{key}") for key in ("clients", "evaluated")]
+        for key in mine.keys() & {"loss", "accuracy", "train_loss", "train_accuracy", "personal_loss", "personal_accuracy"}:
             assert mine[key] == pytest.approx(other[key], abs=1e-5), key
     assert {k: v for k, v in ours.counters.items() if k not in ("evaluation", "offers")} == {k: v for k, v in theirs.counters.items() if k not in ("evaluation", "offers")}
     assert ours.counters["evaluation"] > theirs.counters["evaluation"] == 0
@@ -47,6 +66,8 @@ def test_live_equals_simulated(changes, federation, domain_csv, live_settings, m
     assert summary["complete"] and summary["engine"] == "live"
     assert {c["name"] for c in summary["final"]["clients"]} == set(domain_csv)
     assert (run.path / "tensorboard").is_dir()
+    if changes and "units" not in changes[0]:
+        kept_here(live, Kept(simulated.clients, kept(simulated.job(), open_bundle(simulated.bundle).manifest.spec.schema)), summary)
     for name, device in devices.items():
         assert device.stop() == 130, name
         assert not any(word in device.text for word in ("Traceback", "error:")), device.text

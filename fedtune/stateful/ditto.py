@@ -1,0 +1,22 @@
+"""Ditto (Li et al. 2021, arXiv:2012.04221, Algorithm 1): beside the global model w, each client k trains a model v of its own that is pulled towards w.
+
+    w by federated averaging, as without                            v <- v - lr (grad F_k(v) + lambda (v - w^t))
+
+v takes as many steps as w and with the same optimizer, on batches of its own draw. It never leaves the client, so nothing more is sent, and the
+global model is that of a run without. The paper leaves the start of v open: here it is the model of the first round that the client takes part in.
+"""
+
+from fedtune.stateful.base import Answer, Client, Pull
+from fedtune.types import Arrays
+
+
+def ditto(client: Client, strength: float, proximal: float = 0.0) -> Answer:
+    """strength: lambda. proximal: mu of FedProx, for w alone."""
+    update, metrics = client.local(client.model, Pull(proximal))
+    own, _ = client.local(client.kept or client.model, Pull(strength, client.model), "personal")
+    return Answer(update, metrics, own)
+
+
+def personal(model: Arrays, kept: Arrays) -> Arrays:
+    """What the client predicts with."""
+    return kept

@@ -1,0 +1,60 @@
+"""Which method a job's clients follow: the one place that knows them all."""
+
+from fedtune.errors import ContractError
+from fedtune.job import Job
+from fedtune.stateful import ditto, fed_per, fed_speed, scaffold
+from fedtune.stateful.base import Answer, Client
+from fedtune.types import Arrays
+from fedtune.wire import Schema
+
+
+def method_of(job: Job) -> str:
+    """ "ditto", "head", "scaffold" or "fedspeed"; "" where clients keep nothing from round to round."""
+    names = [name for name in (job.personal.method, job.federation.drift) if name != "none"]
+    return names[0] if names else ""
+
+
+def is_personal(job: Job) -> bool:
+    """Whether clients predict with something of their own."""
+    return job.personal.method != "none"
+
+
+def travelling(job: Job, schema: Schema) -> Schema:
+    """What models and updates hold, of the trained tensors in `schema`."""
+    method = method_of(job)
+    return fed_per.shared(schema) if method == "head" else scaffold.with_controls(schema) if method == "scaffold" else schema
+
+
+def kept(job: Job, schema: Schema) -> Schema:
+    """What a client keeps, of the trained tensors in `schema`."""
+    return fed_per.own(schema) if method_of(job) == "head" else schema
+
+
+def gradients(job: Job) -> int:
+    """Gradients that a client computes for each example that it trains on: 1, or 2 where a method doubles the work."""
+    return 2 if method_of(job) in ("ditto", "fedspeed") else 1
+
+
+def copies(job: Job) -> int:
+    """Arrays as large as all trained tensors that a client holds in a step beside those of a plain one."""
+    return {"ditto": 2, "scaffold": 3, "fedspeed": 4}.get(method_of(job), 0)
+
+
+def answer(job: Job, schema: Schema, client: Client) -> Answer:
+    """A client's round. schema: of the trained tensors."""
+    fed = job.federation
+    match method_of(job):
+        case "ditto":
+            return ditto.ditto(client, job.personal.strength, fed.proximal)
+        case "head":
+            return fed_per.fed_per(client, schema, fed.proximal)
+        case "scaffold":
+            return scaffold.scaffold(client)
+        case "fedspeed":
+            return fed_speed.fed_speed(client, fed.proximal, fed.ascent)
+    raise ContractError("the job's clients keep nothing")
+
+
+def personal(job: Job, model: Arrays, kept: Arrays) -> Arrays:
+    """The trained tensors with which a client predicts, from those of the global model and what it keeps."""
+    return ditto.personal(model, kept) if job.personal.method == "ditto" else fed_per.personal(model, kept)

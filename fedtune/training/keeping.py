@@ -1,0 +1,59 @@
+"""A round of a client that keeps something: what it kept is read, the job's method run, and what it keeps now written before the update leaves. No torch."""
+
+from pathlib import Path
+
+import numpy as np
+
+from fedtune.bundle import Bundle
+from fedtune.data.encoded import ClientData
+from fedtune.errors import ContractError, Refused
+from fedtune.seeds import generator
+from fedtune.stateful import methods
+from fedtune.stateful.base import Client, Local
+from fedtune.stateful.store import Kept
+from fedtune.training.batches import local_batches
+from fedtune.training.chunks import trainable_batches
+from fedtune.training.clients import Stream
+from fedtune.training.holder import require_converged
+from fedtune.training.rates import learning_rate
+from fedtune.types import Arrays, Metrics
+from fedtune.wire import Packet
+
+
+def train_keeping(bundle: Bundle, kept: Kept | None, packet: Packet, client: str, data: ClientData | Stream, local: Local) -> tuple[Arrays, Metrics]:
+    """(update, metrics) of one client. Raises Refused where training diverged, RunError for what it kept and cannot be read; nothing is written then.
+
+    What it kept is that of the rounds before this one, so a round that is asked for again gives the same.
+    """
+    if kept is None:
+        raise ContractError("the job's clients keep something, and there is no place for it")
+    job, schema, round = bundle.job, bundle.manifest.spec.schema, packet.header.round
+    rates = {t.name: learning_rate(job.federation, t.name, round) for t in schema.tensors}
+    model = packet.arrays | bundle.trained(packet.arrays)
+    found = methods.answer(job, schema, Client(model, kept.load(client, round - 1), local, _steps(bundle, client, data, round), rates))
+    require_converged(found.metrics)
+    if not all(np.isfinite(a).all() for a in found.kept.values()):
+        raise Refused("not-finite", "what this client keeps diverged: a number of it is not finite; a lower federation.lr may help")
+    kept.save(client, round, found.kept)
+    return found.update, found.metrics
+
+
+def personal_model(bundle: Bundle, kept: Kept, model: Arrays, client: str, round: int) -> Arrays | None:
+    """The trained tensors with which a client predicts after this round; None where it has nothing of its own to predict with."""
+    own = kept.load(client, round) if methods.is_personal(bundle.job) else None
+    return None if own is None else methods.personal(bundle.job, bundle.trained(model), own)
+
+
+def own_state(bundle: Bundle, folder: Path | None) -> Kept | None:
+    """Where a device, which is one client, keeps its own; None for a job whose clients keep nothing, or without a folder."""
+    job = bundle.job
+    if folder is None or not methods.method_of(job):
+        return None
+    return Kept(folder, methods.kept(job, bundle.manifest.spec.schema), owner="device")
+
+
+def _steps(bundle: Bundle, client: str, data: ClientData | Stream, round: int) -> int:
+    """Optimizer steps of the round, from the same draw as the steps themselves."""
+    fed = bundle.job.federation
+    batches = local_batches(data.lengths, fed.batch_size, fed.local_epochs, fed.local_steps, generator(fed.seed, "local", round, client))
+    return len(trainable_batches(data, list(batches), bundle.job.model.task))

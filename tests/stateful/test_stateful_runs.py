@@ -1,0 +1,127 @@
+"""Runs whose clients keep something, whatever the method: engines, refusals, resuming, what reports say."""
+
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from fedtune.errors import JobError, RunError
+from fedtune.job import parse_job
+from fedtune.report import compare, facts, page, terminal
+from fedtune.report.summary import check, load_summary
+from fedtune.workflows.finish import finish
+from fedtune.workflows.simulate import Simulation
+
+SGD = ("federation.optimizer=sgd", "federation.lr=0.2")
+METHODS = {
+    "ditto": ("personal.method=ditto", "federation.server-optimizer=fedavgm", "federation.proximal=0.1"), "head": ("personal.method=head", "federation.aggregation=median", "federation.cohort=3"),
+    "scaffold": ("federation.drift=scaffold", "federation.weighting=equal", *SGD), "fedspeed": ("federation.drift=fedspeed", "federation.proximal=0.1", *SGD),
+}
+
+
+def everything(simulation):
+    folder = simulation.run.path
+    return {str(p.relative_to(folder)): p.read_bytes() for p in [*folder.glob("clients/**/*.safetensors"), sorted(folder.glob("checkpoints/*"))[-1]]}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_engines_agree_and_a_resumed_run_is_the_same(method, tiny_job, run_rounds, tmp_path):
+    """To the last bit, as both train such clients one by one."""
+    runs = {e: run_rounds(tiny_job(*METHODS[method], f"simulation.engine={e}"), tmp_path / e) for e in ("serial", "vectorised")}
+    serial, vectorised = (everything(runs[e]) for e in runs)
+    assert len(serial) > 3 and serial == vectorised
+    lines = [[line | {"seconds": 0} for line in run.run.metrics()] for run in runs.values()]
+    assert lines[0] == lines[1] and all(not line["refused"] for line in lines[0]) and ("personal_accuracy" in lines[0][-1]) == (method in ("ditto", "head"))
+    assert lines[0][0].get("personal_clients", 0) == 0 and runs["serial"].run.newest().counters == runs["vectorised"].run.newest().counters
+    newest = sorted((runs["serial"].run.path / "checkpoints").glob("round-*"))[-1]
+    newest.unlink()
+    Simulation(runs["serial"].setup, runs["serial"].run).rounds()
+    assert everything(runs["serial"]) == serial
+
+
+@pytest.mark.parametrize("changes, message", [
+    (("personal.method=head", "adapter.method=head"), r'adapter\.method = "head": with personal\.method = "head" nothing would be left to send'),
+    (("personal.method=head", "adapter.train-head=false"), r'adapter\.train-head = false: personal\.method = "head" is a head that each client trains; set it to true'),
+    (("personal.method=head", "model.task=causal-lm"), r'personal\.method = "head": a causal-lm has no task head; use "ditto"'),
+    (("personal.strength=2.0",), r'personal\.strength = 2: only for method = "ditto", not "none"; remove it'),
+    (("personal.method=ditto", "units.strategy=top", "units.budget=1"), r'personal\.method = "ditto": what a client keeps is of all that is trained, and units\.strategy = "top" trains a part; use "all"'),
+    (("personal.method=ditto", "privacy.unit=example", "privacy.epsilon=3.0", "privacy.clip=1.0", "privacy.examples=50", "federation.weighting=equal"), r'made without noise, so no epsilon covers it; set privacy\.unit = "none"'),
+    (("personal.method=ditto", "privacy.secure-aggregation=true", "privacy.clip=1.0", "federation.weighting=equal"), r"was not tried under secure-aggregation, .*; set privacy\.secure-aggregation = false"),
+    (("personal.method=ditto", "edge.mode=forward", *SGD), r'personal\.method = "ditto": needs gradients in every step; use edge\.mode = "backward"'),
+    (("federation.drift=scaffold", "federation.weighting=equal"), r'federation\.drift = "scaffold": is made for plain SGD, and optimizer = "adamw", momentum = 0\.0; set federation\.optimizer = "sgd" and momentum = 0'),
+    (("federation.drift=scaffold", *SGD, "federation.momentum=0.5", "federation.weighting=equal"), r'optimizer = "sgd", momentum = 0\.5; set'),
+    (("federation.drift=scaffold", *SGD), r'federation\.weighting = "examples": SCAFFOLD\'s controls count all clients alike; set it to "equal"'),
+    (("federation.drift=scaffold", *SGD, "federation.weighting=equal", "federation.proximal=0.1"), r"federation\.proximal = 0\.1: SCAFFOLD reads"),
+    (("federation.drift=scaffold", *SGD, "federation.weighting=equal", "federation.server-optimizer=fedavgm"), r'the coordinator takes the mean, and server-optimizer = "fedavgm", aggregation = "mean"; set them to "average" and "mean"'),
+    (("federation.drift=fedspeed", *SGD, "federation.proximal=0.1", "federation.aggregation=median"), r'server-optimizer = "average", aggregation = "median"'),
+    (("federation.drift=fedspeed", *SGD), r'federation\.proximal = 0: drift = "fedspeed" needs the strength of its pull'),
+    (("federation.drift=fedspeed", *SGD, "federation.proximal=0.1", "personal.method=ditto"), r'is not known to work with personal\.method = "ditto"; set one of the two to "none"'),
+    (("federation.ascent=0.2",), r'federation\.ascent = 0\.2: only for drift = "fedspeed", not "none"; remove it'),
+])
+def test_what_does_not_work_is_refused(changes, message):
+    with pytest.raises(JobError, match=message) as e:
+        parse_job("", changes)
+    assert len(e.value.problems) == 1
+
+
+def test_only_clients_that_took_part_are_written_and_a_sample_is_enough(tiny_job, run_rounds, tmp_path):
+    simulation = run_rounds(tiny_job("personal.method=ditto", "federation.cohort=1", "federation.rounds=2", "evaluation.max-examples=9"), tmp_path / "run")
+    met = {name for line in simulation.run.metrics() for name in line["clients"]}
+    assert set(simulation.kept.clients(2)) == met and len(list(simulation.run.clients.glob("*/*"))) == len(met) <= 2
+    held = sum(len(simulation.setup.split.held_out[simulation.setup.split.clients.place(name)]) for name in met)
+    assert simulation.run.metrics()[-1]["personal_evaluated"] == held and simulation.run.metrics()[1]["personal_evaluated"] <= 9
+    found = [(place, index.tolist(), scores.count.tolist()) for place, index, scores in simulation.personal_scores(2, simulation.run.newest().state.arrays)]
+    assert all(index == list(range(*simulation.setup.split.held_out.offsets[place : place + 2])) and len(count) == len(index) for place, index, count in found)
+
+
+def test_a_damaged_file_ends_the_run_with_a_line(tiny_job, run_rounds, tmp_path):
+    simulation = run_rounds(tiny_job("personal.method=ditto", "federation.rounds=1"), tmp_path / "run")
+    path = sorted(simulation.run.clients.rglob("*.safetensors"))[0]
+    path.write_bytes(b"no")
+    with pytest.raises(RunError, match="not what a client of this job keeps"):
+        finish(simulation)
+
+
+@pytest.fixture(scope="module")
+def told(tiny_job, run_rounds, tmp_path_factory):
+    found = {}
+    for method in ("ditto", "head", "none"):
+        simulation = run_rounds(tiny_job(f"personal.method={method}", "federation.rounds=2", "report.html=true", 'evaluation.baselines=["local"]'), tmp_path_factory.mktemp(method) / "run")
+        finish(simulation)
+        found[method] = load_summary(simulation.run.path)
+    return found
+
+
+def test_reports_say_personal_accuracy_beside_the_global(told):
+    for method in ("ditto", "head"):
+        s = told[method]
+        own, line = s["personal"], s["rounds"][-1]
+        assert (own["accuracy"], own["clients"], own["examples"], own["of"]) == (line["personal_accuracy"], line["personal_clients"], line["personal_evaluated"], 6)
+        assert own["accuracy"] != own["federated"] or method == "ditto"
+        sentence = facts.personal(s)
+        assert re.search(rf"held-out examples of the {own['clients']} of 6 clients that have one, worst tenth [\d.]+; the global model has [\d.]+ on the same examples\.$", sentence)
+        html = page.render(s)
+        assert sentence in html.replace("&#x27;", "'") and 'id="personal"' in html and "personal accuracy" in html
+        console = Console(file=io.StringIO(), width=80, force_terminal=False)
+        terminal.show(s, console)
+        assert "What clients keep" in console.file.getvalue()
+        assert check(json.loads(json.dumps(s))) == s
+    assert any("initial head" in line for line in facts.notices(told["head"])) and not any("initial head" in line for line in facts.notices(told["ditto"]))
+    assert facts.personal(told["none"]) == "" and 'id="personal"' not in page.render(told["none"])
+
+
+def test_compare_has_a_column(told):
+    three = list(told.values())
+    assert compare.header(three)[-1] == "personal accuracy" and compare.header([told["none"]]) == compare.HEADER
+    ditto, head, none = (row[-1] for row in compare.rows(three))
+    assert ditto.endswith("clients") and head.endswith("clients") and not none.endswith("clients")
+    assert "personal accuracy" in compare.render(three)
+
+
+def test_clients_alone_train_the_whole_model(told):
+    """That baseline knows no rounds and keeps nothing: it is the same for whatever travels."""
+    alone = [[(c["name"], c["accuracy"]) for c in told[method]["baselines"]["local"]["clients"]] for method in told]
+    assert alone[0] == alone[1] == alone[2] and np.isfinite([a for _, a in alone[0]]).all()
