@@ -92,9 +92,9 @@ class UnitsSection(_Section):
     strategy: Literal["all", "top", "bottom", "both", "gradient", "rgn", "snr", "fisher", "lisa"] = _key(
         "all", "all; top, bottom or both: the last blocks, the first, or last and first in turn; lisa: drawn for each round by the seed, the same for all clients; "
         "gradient, rgn, snr or fisher: those that matter most for a client's data, by gradients of a few of its batches")
-    budget: int = _key(0, "blocks a client trains in a round; all: 0", ge=0, le=100_000)
+    budget: int = _key(0, "blocks a client trains in a round; all: 0; fit: 0 for no limit", ge=0, le=100_000)
     consistency: float = _key(0.0, "gradient, rgn, snr, fisher: what each two clients that differ in a block cost, where all blocks' scores of a client sum to 1; may leave part of a budget unused", ge=0.0, le=100.0)
-    fit: bool = _key(False, "each class of devices trains as many blocks, at most its `units` or else `budget`, as fit its memory-mb and `seconds`; at least one")
+    fit: bool = _key(False, "each class of devices trains as many blocks, at most its `units` or else `budget`, as fit its memory-mb and `seconds`; at least one. Where any block may be drawn or chosen, a step is counted down to the first")
     seconds: float = _key(0.0, "fit: seconds of training that a round may take a device at the speed of its class (0: no limit)", ge=0.0, le=1e9)
     probe_every: int = _key(5, "gradient, rgn, snr, fisher: rounds from one probe of a cohort to the next; between them all clients go by the mean of the last", ge=1, le=100_000)
     probe_batches: int = _key(2, "gradient, rgn, snr, fisher: batches that a client takes its gradients from; fisher takes them example by example", ge=1, le=10_000)
@@ -350,7 +350,7 @@ def _idle(name: str, section: _Section, choice: str, keys: Mapping[str, tuple[st
     unchanged = type(section)()
     for key, choices in keys.items():
         if getattr(section, key) != getattr(unchanged, key) and getattr(section, choice) not in choices:
-            yield (f"{name}.{key.replace('_', '-')} = {getattr(section, key)}: only for {choice.replace('_', '-')} = {' or '.join(map(toml_value, choices))}, "
+            yield (f"{name}.{key.replace('_', '-')} = {getattr(section, key)}: only for {choice.replace('_', '-')} = {_or(choices)}, "
                    f"not {toml_value(getattr(section, choice))}; remove it")
 
 
@@ -437,7 +437,9 @@ def _units_disagreements(job: Job) -> Iterator[str]:
     if units.fit and not any(device.memory_mb or (units.seconds and device.speed) for device in job.simulation.devices):
         yield "units.fit = true: no class of simulation.devices has memory-mb, or speed beside units.seconds, to fit blocks to; give one, or remove it"
     if units.seconds and not units.fit:
-        yield f"units.seconds = {units.seconds}: only for fit = true; remove it"
+        yield f"units.seconds = {units.seconds:g}: only for fit = true; remove it"
+    elif units.seconds and not any(device.speed for device in job.simulation.devices):
+        yield f"units.seconds = {units.seconds:g}: no class of simulation.devices has a speed, so training takes no time; give one, or remove it"
     if units.strategy == "all":
         if units.fit:
             yield 'units.fit = true: strategy = "all" trains every block; remove it, or choose another strategy'
@@ -446,7 +448,7 @@ def _units_disagreements(job: Job) -> Iterator[str]:
         for place, count in own:
             yield f'simulation.devices.{place}.units = {count}: units.strategy = "all" trains every block; remove it, or choose another strategy'
         return
-    if not units.budget:
+    if not units.budget and not units.fit:
         yield f"units.budget = 0: strategy = {toml_value(units.strategy)} needs the number of blocks that a client trains; give at least 1"
     if job.adapter.method == "head":
         yield f'units.strategy = {toml_value(units.strategy)}: adapter.method = "head" trains nothing in the blocks; use "all"'
@@ -457,16 +459,24 @@ def _units_disagreements(job: Job) -> Iterator[str]:
         f"federation.aggregation = {toml_value(job.federation.aggregation)}" if job.federation.aggregation != "mean" else ""]
     if units.strategy == "snr" and units.probe_batches < 2:
         yield f'units.probe-batches = {units.probe_batches}: strategy = "snr" compares the gradients of batches; give at least 2'
-    if units.probes and job.privacy.unit == "example":
-        alike.insert(0, 'privacy.unit = "example"')
+    if units.probes:
+        yield from _probe_disagreements(job)
+        return
     for key in [key for key in alike if key][:1]:
-        if units.probes:
-            yield f'units.strategy = {toml_value(units.strategy)}: {_UNPROTECTED[key.startswith("federation")]}, so it does not go with {key}; use "lisa" or "top"'
         if units.fit:
             yield f"units.fit = true: with {key} all clients must train as many blocks; remove it"
         for place, count in own:
             if count != units.budget:
                 yield f"simulation.devices.{place}.units = {count}: units.budget is {units.budget}, and with {key} all clients must train as many blocks; remove it"
+
+
+def _probe_disagreements(job: Job) -> Iterator[str]:
+    chosen, aggregation = f"units.strategy = {toml_value(job.units.strategy)}", job.federation.aggregation
+    if job.privacy.unit != "none" or job.privacy.secure_aggregation:
+        key = "privacy.secure-aggregation = true" if job.privacy.unit == "none" else f"privacy.unit = {toml_value(job.privacy.unit)}"
+        yield f"{chosen}: scores of single clients' data would leave without protection, so it does not go with {key}; use \"lisa\" or \"top\""
+    if aggregation != "mean":
+        yield f"{chosen}: clients train different blocks, whose updates federation.aggregation = {toml_value(aggregation)} cannot compare; use \"lisa\" or \"top\""
 
 
 def _privacy_disagreements(job: Job) -> Iterator[str]:
@@ -561,8 +571,6 @@ def _table_of(field: Any) -> type[_Section] | None:
 
 _NO_PRIVACY = PrivacySection()
 _SECURE = ("secure_aggregation", "clip", "update_clip", "noise")  # keys that mean something where nothing is protected
-_UNPROTECTED = {False: "scores of single clients' data would leave without protection", True: "clients train different blocks"}
-"""Why clients are not asked what matters to them: under privacy, and under a rule that compares updates."""
 _SUGGEST = 0.6
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # with all that ends a line: a message is one line
 

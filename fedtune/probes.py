@@ -9,7 +9,7 @@ g is the gradient of a batch's mean loss to the tensors that the job trains, wit
 model, so that nobody needs to have taken part before; the answer is a number per block.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -35,29 +35,44 @@ def answers(schema: Schema) -> Schema:
 
 
 def block_scores(strategy: str, schema: Schema, gradients: Iterable[Arrays], weights: Mapping[str, float]) -> Arrays:
-    """The answer of a client from its gradients, which are read once and not kept; 0 everywhere without any. weights: |w|^2 of each block, for rgn."""
-    squares, totals, count = dict[str, np.ndarray](), dict[str, np.ndarray](), 0
+    """The answer of a client from its gradients, which are read once and not kept; 0 everywhere where they say nothing: without any, and for snr with one.
+
+    weights: |w|^2 of each block, for rgn; raises Refused where one is missing.
+    """
+    if strategy == "rgn" and any(weights.get(unit, 0.0) <= 0 for unit in schema.blocks):
+        raise Refused("bundle", "does not say how large the base's blocks are, which units.strategy = \"rgn\" divides by; make the bundle anew")
+    sums, count = dict[str, np.ndarray](), 0
     names = [t.name for t in schema.of_units(schema.blocks)]
     for found in gradients:
         count += 1
         for name in names:
-            g = found[name].astype(np.float64)
-            squares[name] = squares.get(name, 0.0) + g * g
-            totals[name] = totals.get(name, 0.0) + g
-    scores = np.array([_score(strategy, schema, unit, squares, totals, count) if count else 0.0 for unit in schema.blocks])
-    if strategy == "rgn":
-        scores /= np.array([weights.get(unit) or np.inf for unit in schema.blocks])
-    return {SCORES: scores.astype(np.float32)}
+            part = _part(strategy, found[name])
+            sums[name] = sums[name] + part if name in sums else part
+    if count < (2 if strategy == "snr" else 1):
+        return {SCORES: np.zeros(len(schema.blocks), np.float32)}
+    scores = [_score(strategy, [sums[t.name] / count for t in schema.of_units([unit])]) for unit in schema.blocks]
+    return {SCORES: np.array([s / weights[unit] if strategy == "rgn" else s for s, unit in zip(scores, schema.blocks)], np.float32)}
 
 
-def _score(strategy: str, schema: Schema, unit: str, squares: Arrays, totals: Arrays, count: int) -> float:
-    names = [t.name for t in schema.of_units([unit])]
+def _part(strategy: str, g: np.ndarray) -> np.ndarray:
+    """What is added up of a tensor's gradients."""
+    if strategy in ("gradient", "rgn"):
+        return np.array(np.vdot(g, g), np.float64)
+    return np.square(g) if strategy == "fisher" else np.stack([g, np.square(g)], dtype=np.float64)
+
+
+def kept_numbers(strategy: str) -> int:
+    """Float32 numbers, or as many bytes, that a probe keeps for each trained number beside the gradient."""
+    return {"fisher": 1, "snr": 4}.get(strategy, 0)
+
+
+def _score(strategy: str, means: Sequence[np.ndarray]) -> float:
+    """Of a block, from the means over gradients of what `_part` has, by tensor."""
     if strategy == "fisher":
-        return float(sum(np.linalg.norm(squares[name] / count) for name in names))
+        return float(sum(np.linalg.norm(squares) for squares in means))
     if strategy != "snr":
-        return float(sum(squares[name].sum() for name in names) / count)
-    signal = [np.square(totals[name] / count) for name in names]
-    ratios = [np.ravel(s / (np.maximum(squares[name] / count - s, 0.0) + _FLOOR)) for name, s in zip(names, signal)]
+        return float(sum(means))
+    ratios = [np.ravel(mean**2 / (np.maximum(square - mean**2, 0.0) + _FLOOR)) for mean, square in means]
     return float(np.concatenate(ratios).mean())
 
 

@@ -4,7 +4,6 @@ An engine asks `plan` for (client, packet) pairs, has them answered in any way i
 All engines run this same object.
 """
 
-import contextlib
 import math
 import time
 from collections import Counter
@@ -144,6 +143,8 @@ class Coordinator:
     _began: float = 0.0
     _asked: tuple[str, ...] = ()
     """Whom the probe asked that the round under way began with."""
+    _silent: dict[str, str] = field(default_factory=dict)
+    """Of them, those without an answer that counts, and why."""
 
     @property
     def done(self) -> bool:
@@ -171,20 +172,30 @@ class Coordinator:
         return [(client, packet) for client in self._asked]
 
     def probed(self, replies: Iterable[Reply]) -> None:
-        """Takes the answers to `probe`. A client whose answer is missing or wrong goes by the mean of the others."""
+        """Takes the answers to `probe`. A client whose answer is missing, wrong or says nothing goes by the mean of the others."""
         found, expected = dict[str, np.ndarray](), answers(self.schema)
+        self._silent = dict.fromkeys(self._asked, "no reply")
         for reply in replies:
             if reply.late:
                 self.traffic.late += 1
                 self.traffic.received(reply.client, reply.length)
                 continue
-            if reply.payload is None or reply.client not in self._asked:
+            if reply.client not in self._silent:  # nobody asked it, or it answered before
+                continue
+            self._silent[reply.client] = reply.error or "no payload"
+            if reply.payload is None:
                 continue
             self._count_probe(reply.client, up=reply.length)
-            with contextlib.suppress(Refused):
+            try:
                 scores = decode(reply.payload, expected, kinds=["block-scores"], round=self.state.round + 1, frame=self.frame_digest).arrays[SCORES]
-                if (scores >= 0).all():
-                    found[reply.client] = scores
+            except Refused as e:
+                self._silent[reply.client] = str(e)
+                continue
+            if (scores >= 0).all() and scores.any():
+                found[reply.client] = scores
+                del self._silent[reply.client]
+            else:
+                self._silent[reply.client] = "scores: a negative one" if scores.any() else "scores: all are 0, as of a client with too few examples"
         self.state = with_scores(self.state, [found.get(client) for client in self._asked], self.schema)
 
     def _count_probe(self, client: str, down: int = 0, up: int = 0) -> None:
@@ -349,12 +360,16 @@ class Coordinator:
         self._show(line)
 
     def _trained(self, report: RoundReport) -> dict[str, Any]:
-        """How many of the clients averaged trained each unit, where they do not all train all; and the mean scores of this round's probe."""
+        """How many of the clients averaged trained each unit, where they do not all train all; and of this round's probe the mean scores, and who gave none that counts."""
         if self.job.units.strategy == "all":
             return {}
         counts = Counter(unit for client in report.clients for unit in self._planned[client])
-        scores = {"scores": dict(zip(self.schema.blocks, self.state.slots[ROWS].mean(0).round(6).tolist()))} if self._asked and report.round else {}
-        return {"units": {unit: counts[unit] for unit in self.schema.units if counts[unit]}} | scores
+        found: dict[str, Any] = {"units": {unit: counts[unit] for unit in self.schema.units if counts[unit]}}
+        if self._asked and report.round:
+            found["unprobed"] = dict(self._silent)
+            if len(self._silent) < len(self._asked):
+                found["scores"] = dict(zip(self.schema.blocks, self.state.slots[ROWS].mean(0).round(6).tolist()))
+        return found
 
     def _show(self, line: dict[str, Any]) -> None:
         """Metrics line, then checkpoint: a crash between them writes the same line again."""

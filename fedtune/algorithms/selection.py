@@ -1,6 +1,6 @@
 """Which blocks each client of a round trains, from scores of all blocks: the objective of arXiv:2408.15600 (ISIT 2025, section 4).
 
-    maximise   sum_i sum_l m_il s_il  -  consistency * sum_{i<j} sum_l (m_il - m_jl)^2,   with sum_l m_il <= budget_i,  m binary
+    maximise   sum_i sum_l m_il s_il  -  consistency * sum_{i<j} sum_l (m_il - m_jl)^2,   with 1 <= sum_l m_il <= budget_i,  m binary
 
 The first sum wants every client to train what matters most for it, the second wants clients to train the same. s_i are a client's
 scores divided by their sum, so that `consistency` has no unit; the paper's code takes squared gradient norms as they are.
@@ -21,7 +21,7 @@ def choose(scores: np.ndarray, budgets: np.ndarray, consistency: float) -> np.nd
 
     Args:
         scores: at least 0, [clients, blocks].
-        budgets: blocks that each client may train, integers [clients]. With consistency a client may train fewer.
+        budgets: blocks that each client may train, at least 1, integers [clients]. It trains fewer where more would not raise the objective, and always one.
     """
     shares = normalised(scores)
     found = [_ascend(start, shares, budgets, consistency) for start in _starts(shares, budgets)]
@@ -41,11 +41,10 @@ def normalised(scores: np.ndarray) -> np.ndarray:
 
 
 def _starts(shares: np.ndarray, budgets: np.ndarray) -> Iterator[np.ndarray]:
-    """Nothing; what each would take alone; what all together would, as many as each may; and as many as all may."""
+    """What each would take alone; what all together would, as many as each may, as many as all may, and one."""
     common = np.broadcast_to(shares.mean(0), shares.shape)
-    yield np.zeros(shares.shape, bool)
-    for values, most in ((shares, budgets), (common, budgets), (common, np.full_like(budgets, budgets.min(initial=shares.shape[1])))):
-        yield np.stack([_largest(row, count) for row, count in zip(values, most)])
+    for values, most in ((shares, budgets), (common, budgets), (common, np.full_like(budgets, budgets.min())), (common, np.ones_like(budgets))):
+        yield np.stack([_highest(row, count) for row, count in zip(values, most)])
 
 
 def _ascend(start: np.ndarray, shares: np.ndarray, budgets: np.ndarray, consistency: float) -> np.ndarray:
@@ -54,13 +53,15 @@ def _ascend(start: np.ndarray, shares: np.ndarray, budgets: np.ndarray, consiste
         moved = False
         for i, row in enumerate(shares):
             gain = row - consistency * (others - 2 * (chosen.sum(0) - chosen[i]))
-            best = _largest(gain, budgets[i]) & (gain > 0)
+            best = _highest(gain, budgets[i]) & (gain > 0)
+            if not best.any():
+                best = _highest(gain, 1)
             if gain[best].sum() > gain[chosen[i]].sum() + _GAIN:
                 chosen[i], moved = best, True
     return chosen
 
 
-def _largest(values: np.ndarray, count: int) -> np.ndarray:
+def _highest(values: np.ndarray, count: int) -> np.ndarray:
     """Places of the `count` largest, of equal ones the last: booleans [n]."""
     taken = np.zeros(len(values), bool)
     taken[len(values) - 1 - np.argsort(-values[::-1], kind="stable")[:count]] = True

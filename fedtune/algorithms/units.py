@@ -113,7 +113,7 @@ def with_scores(state: State, rows: Sequence[np.ndarray | None], schema: Schema)
     answered = [row for row in rows if row is not None]
     if not answered:
         common = _common(state, len(schema.blocks))
-        return replace(state, slots=state.slots | {ROWS: np.broadcast_to(common, (max(1, len(rows)), len(common))).copy()})
+        return replace(state, slots=state.slots | {ROWS: np.broadcast_to(common, (len(rows), len(common))).copy()})
     found = normalised(np.stack(answered).astype(np.float64))
     own = iter(found)
     return replace(state, slots=state.slots | {ROWS: np.stack([found.mean(0) if row is None else next(own) for row in rows])})
@@ -170,8 +170,7 @@ def require_budgets(job: Job, schema: Schema) -> None:
 def selecting(algorithm: Algorithm, job: Job, schema: Schema, budget: Budget = lambda client: 0) -> Algorithm:
     """The same, with each client training what its budget takes, on the part of the model that anybody trains in the round.
 
-    What nobody trains stays as it is, with its moments, and no algorithm adds noise to it. Only where blocks are chosen by scores it counts as not
-    moved by anybody, so a server optimizer's momentum carries it on. Raises JobError as `require_budgets`.
+    What nobody trains stays as it is, with its moments, and no algorithm adds noise to it. Raises JobError as `require_budgets`.
     """
     require_budgets(job, schema)
     if job.units.strategy == "all":

@@ -62,7 +62,8 @@ def _show(plan: "Plan", console: Console) -> None:
     if plan.devices:
         console.print(Text("A round of one client, in simulated time", style="bold"))
         header = ("device class", "clients", "receiving", "training", "sending", "in all", "frame, once")
-        console.print(table(header, [_device(d) for d in plan.devices]))
+        more = (*(("blocks",) if plan.strategy != "all" else ()), *(("a probe",) if plan.probes else ()))
+        console.print(table((*header, *more), [(*_device(d), *_units(d, plan)) for d in plan.devices]))
     for note in plan.notes:
         console.print(Text(f"! {note}", style="yellow"))
 
@@ -87,6 +88,12 @@ def _device(d: "DeviceTime") -> tuple[str, ...]:
 
     times = [duration(seconds) for seconds in (d.down, d.train, d.up, d.seconds, d.frame)]
     return clean(d.name), count(d.clients), *(times if d.able else [ABSENT, ABSENT, ABSENT, "too little memory", ABSENT])
+
+
+def _units(d: "DeviceTime", plan: "Plan") -> tuple[str, ...]:
+    from fedtune.report.format import count, duration
+
+    return (*((count(d.blocks),) if plan.strategy != "all" else ()), *((duration(d.probe),) if plan.probes else ()))
 
 
 def _size(value: int | None) -> str:

@@ -20,6 +20,7 @@ from fedtune.errors import DataError, FedtuneError, ModelError, Refused, RunErro
 from fedtune.offer import Answer, Offer
 from fedtune.storage import lock, private_folder
 from fedtune.waits import GOODBYE_SECONDS, OFFER_SECONDS, STEADY_SECONDS, WATCH_POLL, backoff
+from fedtune.wire import kind_of
 
 log = logging.getLogger(__name__)
 KEEP_BUNDLES = 3
@@ -105,7 +106,7 @@ class Work:
             if (sent := budget.charge(packet)) is not None:
                 self.say("sending the answer of this round again")
                 return sent
-            self.say("training")
+            self.say("saying which blocks matter" if kind_of(packet) == "probe" else "training")
             answer = trainer.handle(packet, client, bundle.job.federation.deadline)
             budget.keep(packet, answer)
             return answer

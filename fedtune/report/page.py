@@ -185,7 +185,7 @@ def _units(s: Summary) -> str:
         "units",
         "Trained units",
         html.paragraph(facts.units(s)),
-        html.table("Trained units", tables.UNIT_HEADER, tables.unit_rows(s)),
+        html.table("Trained units", tables.unit_header(s), tables.unit_rows(s)),
     )
 
 

@@ -84,12 +84,18 @@ def device_rows(s: Summary) -> list[tuple[str, ...]]:
     return rows
 
 
-UNIT_HEADER = ("unit", "rounds trained", "client updates", "score")
+def unit_header(s: Summary) -> tuple[str, ...]:
+    return ("unit", "rounds trained", "client updates", *(("score",) if _probed(s) else ()))
 
 
 def unit_rows(s: Summary) -> list[tuple[str, ...]]:
-    """How often each unit was trained, and its score at the last probe; nothing where all clients train all."""
-    return [(clean(u["name"]), count(u["rounds"]), count(u["updates"]), number(u["score"]) if "score" in u else ABSENT) for u in s.get("units", [])]
+    """How often each unit was trained, and its score at the last probe that was answered; nothing where all clients train all."""
+    score = [(number(u["score"]) if "score" in u else ABSENT,) if _probed(s) else () for u in s.get("units", [])]
+    return [(clean(u["name"]), count(u["rounds"]), count(u["updates"]), *more) for u, more in zip(s.get("units", []), score)]
+
+
+def _probed(s: Summary) -> bool:
+    return any("score" in u for u in s.get("units", []))
 
 
 RIVAL_HEADER = ("baseline", "accuracy", "federated", "difference")

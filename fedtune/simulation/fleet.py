@@ -13,6 +13,7 @@ import numpy as np
 
 from fedtune.algorithms.units import step_share
 from fedtune.job import DeviceClass, Job
+from fedtune.probes import probe_bytes
 from fedtune.rounds import Coordinator, Reply, Traffic
 from fedtune.simulation.devices import Chosen, able, assign, available, drops_out, examples_run, round_seconds, span
 from fedtune.stateful.methods import gradients
@@ -64,7 +65,7 @@ class Fleet:
     _turns: dict[str, Turn] = field(default_factory=dict)
     _up: dict[str, int] = field(default_factory=dict)
     """Of the round that is under way or was the last: the clients asked, and the bytes of those that answered."""
-    _probed: dict[str, "Probed"] = field(default_factory=dict)
+    _probed: dict[str, Probed] = field(default_factory=dict)
     """By client, of the probe that the round began with."""
     _frame: Callable[[str], int] = lambda client: 0
     """Bytes of the frame that go with the packet of a client asked now."""
@@ -126,13 +127,16 @@ class Fleet:
         self._up = dict(traffic.up)
 
     def _probing(self, ask: Ask, pairs: Sequence[tuple[str, bytes]], kind: str, round: int) -> Iterator[Reply]:
-        """Everybody answers a probe: those who are lost are lost while they train."""
-        most, size = self.job.units.probe_batches * self.job.federation.batch_size, len(pairs[0][1])
-        for reply in ask(pairs, kind=kind, round=round):
-            place = self._place[reply.client]
-            times = span(self.devices[self.classes[place]], size, min(self.clients[place].examples, most), reply.length)
-            self._probed[reply.client] = Probed(times.total, size, reply.length)
-            yield reply
+        """All who can before the deadline answer a probe: drop-outs are lost while they train."""
+        most, size, up = self.job.units.probe_batches * self.job.federation.batch_size, len(pairs[0][1]), probe_bytes(self.schema)[1]
+        for client, _ in pairs:
+            place = self._place[client]
+            seconds = span(self.devices[self.classes[place]], size, min(self.clients[place].examples, most), up).total
+            late = seconds > self.job.federation.deadline
+            self._probed[client] = Probed(self.job.federation.deadline if late else seconds, size, 0 if late else up)
+            if late:
+                yield Reply(client, None, "deadline")
+        yield from ask([pair for pair in pairs if self._probed[pair[0]].up], kind=kind, round=round)
 
     def _answer(self, packet: bytes, round: int) -> tuple[int, float]:
         """Bytes of the answer to a packet, and the share of a whole step's work that is in one of its steps."""

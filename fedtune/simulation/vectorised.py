@@ -27,6 +27,8 @@ from fedtune.wire import Header, Packet, Pieces, Schema, decode, finite_norm, ki
 
 MOST_TOGETHER = 256
 """Clients in a block unless the job says otherwise: beyond it nothing is gained, and replies come seldom."""
+MOST_TRAINERS = 8
+"""Sets of tensors whose trainers are kept for the next clients that train the same."""
 COPIES = 8
 """Arrays as large as a model that each client of a block needs: values, gradient, two moments, a chunk's copies, and what is sent."""
 
@@ -48,9 +50,11 @@ class Together:
     _trainers: dict[tuple[str, ...] | None, CohortTrainer | None] = field(default_factory=dict)
 
     def trainer(self, names: tuple[str, ...] | None) -> CohortTrainer | None:
-        if names not in self._trainers:
-            self._trainers[names] = self.open(names)
-        return self._trainers[names]
+        found = self._trainers.pop(names) if names in self._trainers else self.open(names)
+        self._trainers[names] = found
+        while len(self._trainers) > MOST_TRAINERS:
+            del self._trainers[next(iter(self._trainers))]
+        return found
 
     def __call__(self, pairs: Sequence[tuple[str, bytes]], kind: str = "train", round: int = 0) -> Iterator[Reply]:
         for payload in dict.fromkeys(payload for _, payload in pairs):  # one packet is sent to all who train the same

@@ -16,6 +16,7 @@ from fedtune.adapters.spec import AdapterSpec
 from fedtune.algorithms.units import lowest, most_numbers
 from fedtune.job import Job
 from fedtune.models.base import TunableModel, layout
+from fedtune.probes import kept_numbers
 from fedtune.stateful.methods import copies
 from fedtune.training.lean import Lean
 
@@ -62,13 +63,19 @@ def step_memory(job: Job, spec: AdapterSpec, sketch: TunableModel, budget: int =
     parts: dict[str, int | None] = {
         "base": NUMBER * (parameters + spec.head_size),
         "frame": NUMBER * sum(t.size for t in spec.frame),
-        "adapter_gradients_optimizer": NUMBER * ((1 + copies(job)) * spec.size + (1 + states) * most_numbers(job, spec.schema, budget)),
+        "adapter_gradients_optimizer": NUMBER * ((1 + copies(job)) * spec.size + max((1 + states) * most_numbers(job, spec.schema, budget), _probe_numbers(job, spec))),
         "activations": None if found is None else found.bytes,
     }
     known = [v for v in parts.values() if v is not None]
     return parts | {
         "total": sum(known) if len(known) == len(parts) else None,
         "activations_without_lean": None if stock is None else stock.bytes, "curved": None if found is None else found.curved}
+
+
+def _probe_numbers(job: Job, spec: AdapterSpec) -> int:
+    """What a probe needs beside the trained numbers themselves: gradients of all blocks, and what it keeps of them."""
+    found = sum(t.size for t in spec.schema.of_units(spec.schema.blocks)) if job.units.probes else 0
+    return (1 + kept_numbers(job.units.strategy)) * found
 
 
 def lean_of(job: Job) -> str:

@@ -18,14 +18,15 @@ StepMemory = Callable[[int], int | None]
 def fitted(job: Job, schema: Schema, memory: StepMemory, examples: float) -> Job:
     """The job with `units` of each class set to the most blocks that fit, at least one; the same job without units.fit.
 
-    The cost of blocks is that of all they need: activations and backward pass from the lowest of them to the output. More than the class's own
-    `units`, or else units.budget, are never taken. examples: that a client runs in a round, in the mean. Raises JobError where memory is not known.
+    The cost of blocks is that of all they need: activations and backward pass from the lowest of them to the output; where any may be drawn or chosen,
+    from the first. More than the class's own `units`, or else units.budget, where it is given, are never taken. examples: that a client runs in a round, in the mean. Raises JobError where memory is not known.
     """
     if not job.units.fit:
         return job
     require_budgets(job, schema)
     devices = tuple(device.model_copy(update={"units": _most(job, schema, device, memory, examples)}) for device in job.simulation.devices)
-    return job.model_copy(update={"simulation": job.simulation.model_copy(update={"devices": devices})})
+    units = job.units.model_copy(update={"budget": job.units.budget or max(device.units for device in devices)})
+    return job.model_copy(update={"units": units, "simulation": job.simulation.model_copy(update={"devices": devices})})
 
 
 def mean_examples(parts: Split, settings: FederationSection) -> float:
@@ -36,7 +37,7 @@ def mean_examples(parts: Split, settings: FederationSection) -> float:
 
 def _most(job: Job, schema: Schema, device: DeviceClass, memory: StepMemory, examples: float) -> int:
     """By halving, as more blocks never cost less."""
-    low, high = 1, device.units or job.units.budget
+    low, high = 1, device.units or job.units.budget or len(schema.blocks)
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if _fits(job, schema, device, middle, memory, examples) else (low, middle - 1)
@@ -51,5 +52,5 @@ def _fits(job: Job, schema: Schema, device: DeviceClass, blocks: int, memory: St
         return True
     step = memory(blocks)
     if step is None:
-        raise JobError(["units.fit = true: what a step of this base needs cannot be computed from shapes; give each class of devices its units"])
+        raise JobError(["units.fit = true: what a step of this base needs cannot be computed from shapes; set it to false and give each class of devices its units"])
     return step <= device.memory_mb * MB

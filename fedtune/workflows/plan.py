@@ -46,7 +46,8 @@ class Unit:
 
 @dataclass(frozen=True)
 class DeviceTime:
-    """What a round costs a device of a class, in simulated seconds, as the mean over all clients' examples.
+    """What a round costs a device of a class, in simulated seconds, as the mean over all clients' examples. `blocks` are those that it trains, 0 where all
+    train all; `probe` is what a probe takes, where the round begins with one.
 
     `able`: whether the class has the memory. `frame`: what receiving the frame adds to a client's first round. None is not known.
     """
@@ -60,6 +61,8 @@ class DeviceTime:
     train: float | None
     up: float
     frame: float
+    blocks: int = 0
+    probe: float | None = None
 
     @property
     def seconds(self) -> float | None:
@@ -222,10 +225,16 @@ def _devices(job: Job, schema: Schema, clients: int, examples: float | None, ste
     held = np.bincount(assign(fed.seed, devices, clients), minlength=len(devices)).tolist()
     mean = gradients(job) * (examples or 0.0)
     largest = [(max(model for model, _ in sizes[device.units]), max(update for _, update in sizes[device.units])) for device in devices]
+    (question, answer), probed = probe_bytes(schema), min(mean, job.units.probe_batches * fed.batch_size)
+
+    def probing(device: DeviceClass) -> float | None:
+        return span(device, question, probed, answer).total if job.units.probes and (examples is not None or not device.speed) else None
+
     work = [step_share(schema, lowest(job, schema, device.units)) for device in devices]
     spans = [span(device, model, share * mean, update) for device, share, (model, update) in zip(devices, work, largest)]
     return tuple(
-        DeviceTime(device.name, count, bool(fit), device.available, device.drop_out, s.down, None if examples is None and device.speed else s.train, s.up, span(device, frame, 0, 0).down)
+        DeviceTime(device.name, count, bool(fit), device.available, device.drop_out, s.down, None if examples is None and device.speed else s.train, s.up, span(device, frame, 0, 0).down,
+                   0 if job.units.strategy == "all" else device.units or job.units.budget, probing(device))
         for device, count, fit, s in zip(devices, held, able(devices, [steps[device.units] for device in devices]), spans))
 
 
@@ -248,10 +257,14 @@ def _curved_notes(job: Job, memory: dict[str, int | None]) -> list[str]:
 
 
 def _device_notes(job: Job, device: DeviceClass, made: DeviceTime, step: int | None) -> list[str]:
-    deadline = job.federation.deadline
+    deadline, seconds = job.federation.deadline, job.units.seconds
     if not made.able:
         need = "an unknown amount" if step is None else size(step)
         return [f"{device.name}: memory-mb = {device.memory_mb}, a training step needs {need}: its {made.clients} clients cannot take part"]
+    if seconds and made.train is None:
+        return [f"{device.name}: how many examples clients hold is not known, so its blocks are not fitted to units.seconds"]
+    if seconds and made.train is not None and made.train > seconds:
+        return [f"{device.name}: one block is the least, and training it takes {duration(made.train)}, units.seconds = {seconds:g}"]
     if made.seconds is not None and made.seconds > deadline:
         return [f"{device.name}: a round takes {duration(made.seconds)} with a client's mean examples, federation.deadline = {deadline:g} s: most of its clients will miss it"]
     return []

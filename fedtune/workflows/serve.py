@@ -227,7 +227,7 @@ class Live:
         self.run.keep_start(self.traffic.dump())
         return write_bundle(
             self.run.bundle, self.job, frame, self.bundle.initial | first, source=manifest.source, sha256=manifest.sha256, licence=manifest.licence,
-            parameters=manifest.parameters, task=manifest.task, labels=manifest.labels, spec=spec, versions=manifest.versions)
+            parameters=manifest.parameters, task=manifest.task, labels=manifest.labels, spec=spec, versions=manifest.versions, weights=manifest.weights)
 
     def rounds(self) -> None:
         run_rounds(self.coordinator, self.ask, self.gather, self._through())

@@ -123,8 +123,9 @@ class Simulation:
 
     def assigned(self, client: str, round: int) -> tuple[str, ...] | None:
         """The tensors that this client trains in a round; None: all. Where blocks are chosen by scores: by those of the last probe."""
-        job, schema, budget, newest = self.setup.job, self.setup.schema, self.budget(client), self.run.newest()
+        job, schema, budget = self.setup.job, self.setup.schema, self.budget(client)
         if job.units.probes:
+            newest = self.run.newest()
             return tensors_of(schema, by_common_scores(job, schema, newest.state, budget)) if newest else None
         return tensors_of(schema, selected(job, schema, round, budget))
 

@@ -16,7 +16,7 @@ def by_definition(chosen, shares, consistency):
 
 
 def best_of_all(shares, budgets, consistency):
-    rows = [[row for row in product((False, True), repeat=shares.shape[1]) if sum(row) <= most] for most in budgets]
+    rows = [[row for row in product((False, True), repeat=shares.shape[1]) if 1 <= sum(row) <= most] for most in budgets]
     return max(by_definition(np.array(chosen), shares, consistency) for chosen in product(*rows))
 
 
@@ -25,15 +25,15 @@ def best_of_program(shares, budgets, consistency):
     n, blocks = shares.shape
     pairs = [(i, j, b) for i, j in combinations(range(n), 2) for b in range(blocks)]
     cost = np.concatenate([-shares.ravel(), np.full(len(pairs), consistency)])
-    rows, most = np.zeros((n + 2 * len(pairs), len(cost))), np.zeros(n + 2 * len(pairs))
+    rows, most, least = np.zeros((n + 2 * len(pairs), len(cost))), np.zeros(n + 2 * len(pairs)), np.full(n + 2 * len(pairs), -np.inf)
     for i in range(n):
-        rows[i, i * blocks : (i + 1) * blocks], most[i] = 1, budgets[i]
+        rows[i, i * blocks : (i + 1) * blocks], most[i], least[i] = 1, budgets[i], 1
     for place, (i, j, b) in enumerate(pairs):
         for half, sign in enumerate((1, -1)):
             row = rows[n + 2 * place + half]
             row[i * blocks + b], row[j * blocks + b], row[n * blocks + place] = sign, -sign, -1
     whole = np.concatenate([np.ones(n * blocks), np.zeros(len(pairs))])
-    found = milp(cost, constraints=LinearConstraint(rows, ub=most), integrality=whole, bounds=Bounds(0, 1))
+    found = milp(cost, constraints=LinearConstraint(rows, least, most), integrality=whole, bounds=Bounds(0, 1))
     assert found.success
     return -found.fun
 
@@ -53,7 +53,7 @@ def test_small_cases_against_every_choice():
         shares, budgets = draw(seed, 3, 4)
         for consistency in (0.0, 0.03, 0.1, 0.5, 3.0):
             chosen = choose(shares, budgets, consistency)
-            assert (chosen.sum(1) <= budgets).all()
+            assert (chosen.sum(1) >= 1).all() and (chosen.sum(1) <= budgets).all()
             assert objective(chosen, shares, consistency) == pytest.approx(by_definition(chosen, shares, consistency), abs=1e-12)
             gaps.append(gap(best_of_all(shares, budgets, consistency), objective(chosen, shares, consistency)))
     gaps = np.array(gaps)
@@ -98,3 +98,11 @@ def test_scores_have_no_unit():
     scores = np.array([[1.0, 3.0], [0.0, 0.0], [1e-30, 0.0]])
     np.testing.assert_allclose(normalised(scores), [[0.25, 0.75], [0.5, 0.5], [1, 0]])
     np.testing.assert_allclose(normalised(1e6 * scores), normalised(scores))
+
+
+def test_nobody_is_left_without_a_block():
+    """Three clients that each have a block of their own, and one to which all are alike: agreeing with nobody is dear, and idling is not allowed."""
+    scores = np.full((4, 12), 1e-3)
+    scores[[0, 1, 2], [0, 1, 2]], scores[3] = 1.0, 1.0
+    for consistency in (0.05, 0.1, 1.0, 100.0):
+        assert choose(scores, np.ones(4, int), consistency).sum(1).tolist() == [1, 1, 1, 1]

@@ -46,7 +46,7 @@ def test_engines_agree_and_a_resumed_run_is_the_same(method, tiny_job, run_round
     (("personal.method=head", "adapter.method=head"), r'adapter\.method = "head": with personal\.method = "head" nothing would be left to send'),
     (("personal.method=head", "adapter.train-head=false"), r'adapter\.train-head = false: personal\.method = "head" is a head that each client trains; set it to true'),
     (("personal.method=head", "model.task=causal-lm"), r'personal\.method = "head": a causal-lm has no task head; use "ditto"'),
-    (("personal.strength=2.0",), r'personal\.strength = 2: only for method = "ditto", not "none"; remove it'),
+    (("personal.strength=2.0",), r'personal\.strength = 2\.0: only for method = "ditto", not "none"; remove it'),
     (("personal.method=ditto", "units.strategy=top", "units.budget=1"), r'personal\.method = "ditto": what a client keeps is of all that is trained, and units\.strategy = "top" trains a part; use "all"'),
     (("personal.method=ditto", "privacy.unit=example", "privacy.epsilon=3.0", "privacy.clip=1.0", "privacy.examples=50", "federation.weighting=equal"), r'made without noise, so no epsilon covers it; set privacy\.unit = "none"'),
     (("personal.method=ditto", "privacy.secure-aggregation=true", "privacy.clip=1.0", "federation.weighting=equal"), r"was not tried under secure-aggregation, .*; set privacy\.secure-aggregation = false"),

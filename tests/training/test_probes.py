@@ -7,13 +7,14 @@ import torch
 from fedtune.adapters.methods import write
 from fedtune.algorithms.units import ROWS, by_common_scores
 from fedtune.errors import Refused
-from fedtune.probes import SCORES, answers, probe_bytes
+from fedtune.probes import SCORES, _part, answers, block_scores, kept_numbers, probe_bytes
 from fedtune.rounds import Reply
 from fedtune.run import open_run
 from fedtune.seeds import generator
 from fedtune.training.batches import local_batches
 from fedtune.training.local import to_batch
-from fedtune.wire import decode, encode
+from fedtune.types import RoundReport, TensorSpec
+from fedtune.wire import Schema, decode, encode
 
 PROBED = ("units.budget=1", "units.probe-batches=3", "units.probe-every=2")
 
@@ -112,12 +113,14 @@ def test_missing_and_wrong_answers_go_by_the_mean_of_the_others(tiny_job, run_ro
     before = coordinator.traffic.dump()
     replies = [
         Reply(asked[0], answer([1, 3])), Reply(asked[1], None, "drop-out"), Reply(asked[2], answer([-1, 2])), Reply(asked[3], answer([9, 1], round=1)),
-        Reply(asked[4], answer([1, 1])), Reply("stranger", answer([9, 1])), Reply(asked[0], answer([9, 1]), late=True)]
+        Reply(asked[4], answer([1, 1])), Reply(asked[4], answer([1, 9])), Reply("stranger", answer([9, 1])), Reply(asked[0], answer([9, 1]), late=True)]
     coordinator.probed(replies)
     mean = [0.375, 0.625]
     np.testing.assert_allclose(coordinator.state.slots[ROWS], [[0.25, 0.75], mean, mean, mean, [0.5, 0.5]])
     after = coordinator.traffic
     assert after.probes - before["probes"] == sum(r.length for r in replies[:5]) and after.late == before["late"] + 1
+    assert coordinator._silent == {
+        asked[1]: "drop-out", asked[2]: "scores: a negative one", asked[3]: "round: reply to round 1, this is round 2"}
     planned = {client: decode(packet, coordinator.schema, kinds=["model"]).train for client, packet in coordinator.plan()}
     tops = {client: any(".layer.1." in name for name in names) for client, names in planned.items()}
     assert all(tops.values())
@@ -126,12 +129,30 @@ def test_missing_and_wrong_answers_go_by_the_mean_of_the_others(tiny_job, run_ro
 
 
 def test_a_silent_first_probe_takes_the_upper_blocks(tiny_job, run_rounds, tmp_path):
-    simulation = run_rounds(tiny_job("units.strategy=snr", *PROBED, "federation.rounds=1"), tmp_path / "run")
+    simulation = run_rounds(tiny_job("units.strategy=snr", *PROBED, "units.probe-every=1", "federation.rounds=1"), tmp_path / "run")
     coordinator = simulation.coordinator(lambda *a, **k: iter(()))
     state = coordinator.state
     coordinator.state = type(state)(state.round, state.arrays, {})
     coordinator.probe()
     coordinator.probed([])
+    line = coordinator._trained(RoundReport(1, (), 0.0, {}))
+    assert "scores" not in line and line["unprobed"] == dict.fromkeys(coordinator._asked, "no reply")
     for _, packet in coordinator.plan():
         assert not any(".layer.0." in name for name in decode(packet, coordinator.schema, kinds=["model"]).train)
     assert open_run(simulation.run.path).newest().state.round == 1
+
+
+def test_one_gradient_is_no_signal_to_noise_ratio_and_rgn_needs_the_weights():
+    schema = Schema((TensorSpec("a.R", (2, 2), "block.0"), TensorSpec("b.R", (2, 2), "block.1")))
+    gradients = [{"a.R": np.full((2, 2), i + 1.0, np.float32), "b.R": np.full((2, 2), 5.0, np.float32)} for i in range(2)]
+    assert block_scores("snr", schema, gradients[:1], {})[SCORES].tolist() == [0, 0] == block_scores("gradient", schema, [], {})[SCORES].tolist()
+    assert block_scores("snr", schema, gradients, {})[SCORES] == pytest.approx([2.25 / (0.25 + 1e-8), 25 / 1e-8])
+    assert block_scores("rgn", schema, gradients, {"block.0": 2.0, "block.1": 4.0})[SCORES].tolist() == [5.0, 25.0]
+    with pytest.raises(Refused, match="does not say how large the base's blocks are"):
+        block_scores("rgn", schema, gradients, {"block.0": 2.0})
+
+
+@pytest.mark.parametrize("strategy", ["gradient", "fisher", "snr"])
+def test_a_probe_keeps_what_a_plan_counts(strategy):
+    """Sums of one tensor's gradients, in float32 numbers for each of its own."""
+    assert _part(strategy, np.ones((50, 40), np.float32)).nbytes // 4 // 2000 == kept_numbers(strategy)

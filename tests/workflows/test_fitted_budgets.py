@@ -49,7 +49,7 @@ def test_seconds_are_those_of_the_forward_pass_and_of_the_backward_pass_to_the_l
 
 def test_memory_that_is_not_known_is_refused(tiny_job):
     job = tiny_job("units.strategy=top", "units.budget=2", "units.fit=true", devices("memory-mb=3"))
-    with pytest.raises(JobError, match=r"units\.fit = true: what a step of this base needs cannot be computed from shapes; give each class"):
+    with pytest.raises(JobError, match=r"units\.fit = true: what a step of this base needs cannot be computed from shapes; set it to false and give each class"):
         fitted(job, SIX, lambda blocks: None, 100)
     with pytest.raises(JobError, match=r"units\.budget = 2: 1 blocks of this base have trained tensors; lower it"):
         fitted(job, Schema(SIX.tensors[:1]), lambda blocks: 1, 100)
