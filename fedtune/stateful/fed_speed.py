@@ -8,12 +8,24 @@ the authors' experiments' code, of which also the length 1 of the uphill step is
 or not; here the paper's Algorithm 1 holds, and the server is that of federated averaging. A step costs two gradients, and messages are as long as ever.
 """
 
-from fedtune.stateful.base import Answer, Client, Pull
+from collections.abc import Sequence
+
+from fedtune.stateful.base import Answer, Ask, Client, Pull, Trained
+from fedtune.types import Arrays
 
 
-def fed_speed(client: Client, strength: float, ascent: float) -> Answer:
+def asks(client: Client, strength: float, ascent: float) -> tuple[Ask, ...]:
     """strength: mu. ascent: rho."""
-    kept = client.kept or {name: a * 0 for name, a in client.model.items()}
-    trained, metrics = client.local(client.model, Pull(strength, {name: a - kept[name] for name, a in client.model.items()}, ascent=ascent))
+    kept = _kept(client)
+    return (Ask(client.model, Pull(strength, {name: a - kept[name] for name, a in client.model.items()}, ascent=ascent)),)
+
+
+def answer(client: Client, given: Sequence[Trained]) -> Answer:
+    kept, ((trained, metrics),) = _kept(client), given
     after = {name: kept[name] + (trained[name] - a) for name, a in client.model.items()}
     return Answer({name: trained[name] + after[name] for name in trained}, metrics, after)
+
+
+def _kept(client: Client) -> Arrays:
+    """h_i, 0 before the first round."""
+    return client.kept or {name: a * 0 for name, a in client.model.items()}

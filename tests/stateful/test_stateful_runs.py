@@ -7,11 +7,13 @@ import re
 import numpy as np
 import pytest
 from rich.console import Console
+from safetensors.numpy import load
 
 from fedtune.errors import JobError, RunError
 from fedtune.job import parse_job
 from fedtune.report import compare, facts, page, terminal
 from fedtune.report.summary import check, load_summary
+from fedtune.training.worker import Worker
 from fedtune.workflows.finish import finish
 from fedtune.workflows.simulate import Simulation
 
@@ -28,18 +30,37 @@ def everything(simulation):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_engines_agree_and_a_resumed_run_is_the_same(method, tiny_job, run_rounds, tmp_path):
-    """To the last bit, as both train such clients one by one."""
-    runs = {e: run_rounds(tiny_job(*METHODS[method], f"simulation.engine={e}"), tmp_path / e) for e in ("serial", "vectorised")}
-    serial, vectorised = (everything(runs[e]) for e in runs)
-    assert len(serial) > 3 and serial == vectorised
-    lines = [[line | {"seconds": 0} for line in run.run.metrics()] for run in runs.values()]
-    assert lines[0] == lines[1] and all(not line["refused"] for line in lines[0]) and ("personal_accuracy" in lines[0][-1]) == (method in ("ditto", "head"))
-    assert lines[0][0].get("personal_clients", 0) == 0 and runs["serial"].run.newest().counters == runs["vectorised"].run.newest().counters
-    newest = sorted((runs["serial"].run.path / "checkpoints").glob("round-*"))[-1]
-    newest.unlink()
-    Simulation(runs["serial"].setup, runs["serial"].run).rounds()
-    assert everything(runs["serial"]) == serial
+def test_engines_agree_and_a_resumed_run_is_the_same(method, tiny_job, run_rounds, tmp_path, monkeypatch):
+    serial = run_rounds(tiny_job(*METHODS[method], "simulation.engine=serial"), tmp_path / "serial")
+    monkeypatch.setattr(Worker, "handle", None)  # all together
+    together = run_rounds(tiny_job(*METHODS[method]), tmp_path / "together")
+    before, others = everything(together), everything(serial)
+    assert len(before) > 3 and before.keys() == others.keys()
+    for name, content in before.items():
+        found, expected = load(content), load(others[name])
+        assert found.keys() == expected.keys()
+        for tensor, array in expected.items():
+            np.testing.assert_allclose(found[tensor], array, rtol=0, atol=2e-5, err_msg=f"{name} {tensor}")
+    for ours, theirs in zip(together.run.metrics(), serial.run.metrics(), strict=True):
+        assert ours.keys() == theirs.keys() and not ours["refused"] and ours.get("personal_clients") == theirs.get("personal_clients")
+        assert all(ours[key] == (pytest.approx(value, abs=1e-4) if isinstance(value, float) else value) for key, value in theirs.items() if key != "seconds")
+    assert ("personal_accuracy" in ours) == (method in ("ditto", "head")) and serial.run.newest().counters == together.run.newest().counters
+    sorted((together.run.path / "checkpoints").glob("round-*"))[-1].unlink()
+    Simulation(together.setup, together.run).rounds()
+    assert everything(together) == before
+
+
+@pytest.mark.parametrize("block", [1, 3])
+@pytest.mark.parametrize("changes", [("personal.method=ditto", "federation.optimizer=sgd", "federation.momentum=0.9", "federation.head-lr=0.01"), METHODS["fedspeed"]], ids=["ditto", "fedspeed"])
+def test_blocks_and_uneven_clients_change_nothing(changes, block, tiny_job, run_rounds, tmp_path):
+    """Clients of very different sizes, the longest-training first in a block."""
+    uneven = ("data.alpha=0.7", "federation.cohort=5", "federation.rounds=2", "federation.batch-size=3", "federation.weight-decay=0.01", *changes)
+    runs = [run_rounds(tiny_job(*uneven, *more), tmp_path / more[0].replace("=", "-")) for more in (("simulation.engine=serial",), (f"simulation.block={block}",))]
+    serial, together = map(everything, runs)
+    assert serial.keys() == together.keys()
+    for name, content in serial.items():
+        for tensor, array in load(content).items():
+            np.testing.assert_allclose(load(together[name])[tensor], array, rtol=0, atol=3e-5, err_msg=f"{name} {tensor}")
 
 
 @pytest.mark.parametrize("changes, message", [
