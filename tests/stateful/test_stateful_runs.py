@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -15,6 +16,9 @@ from fedtune.report import compare, facts, page, terminal
 from fedtune.report.summary import check, load_summary
 from fedtune.training.worker import Worker
 from fedtune.workflows.finish import finish
+from fedtune.workflows.fleet import make_fleet
+from fedtune.workflows.plan import make_plan
+from fedtune.workflows.setup import open_setup
 from fedtune.workflows.simulate import Simulation
 
 SGD = ("federation.optimizer=sgd", "federation.lr=0.2")
@@ -96,6 +100,34 @@ def test_only_clients_that_took_part_are_written_and_a_sample_is_enough(tiny_job
     assert simulation.run.metrics()[-1]["personal_evaluated"] == held and simulation.run.metrics()[1]["personal_evaluated"] <= 9
     found = [(place, index.tolist(), scores.count.tolist()) for place, index, scores in simulation.personal_scores(2, simulation.run.newest().state.arrays)]
     assert all(index == list(range(*simulation.setup.split.held_out.offsets[place : place + 2])) and len(count) == len(index) for place, index, count in found)
+
+
+def test_a_language_model_of_its_own(tiny_llama, tiny_job, run_rounds, tmp_path):
+    changes = (f"model.source={tiny_llama}", "model.task=causal-lm", "personal.method=ditto", "federation.rounds=2")
+    runs = [run_rounds(tiny_job(*changes, f"simulation.engine={engine}"), tmp_path / engine) for engine in ("serial", "vectorised")]
+    serial, together = map(everything, runs)
+    assert serial.keys() == together.keys() and runs[0].run.metrics()[-1]["personal_accuracy"] == pytest.approx(runs[1].run.metrics()[-1]["personal_accuracy"], abs=1e-3)
+    for name, content in serial.items():
+        for tensor, array in load(content).items():
+            np.testing.assert_allclose(load(together[name])[tensor], array, rtol=0, atol=1e-4, err_msg=f"{name} {tensor}")
+
+
+@pytest.mark.parametrize("method, times", [("ditto", 2), ("head", 1), ("scaffold", 1), ("fedspeed", 2)])
+def test_simulated_time_counts_every_gradient(method, times, tiny_job):
+    phones = 'simulation.devices=[{name = "phone", speed = 4}]'
+    (plain,), (ours,) = (make_plan(tiny_job(phones, *changes)).devices for changes in ((), METHODS[method]))
+    assert ours.train == times * plain.train > 0
+    setup = open_setup(tiny_job(phones, *METHODS[method]))
+    name = setup.split.clients[0]
+    assert make_fleet(setup)._turn(name, 100, 1).seconds == times * len(setup.split.train[0]) / 4
+
+
+def test_a_run_does_not_go_on_without_what_its_clients_kept(tiny_job, run_rounds, tmp_path):
+    simulation = run_rounds(tiny_job("personal.method=head"), tmp_path / "run")
+    sorted((simulation.run.path / "checkpoints").glob("round-*"))[-1].unlink()
+    shutil.rmtree(simulation.run.clients)
+    with pytest.raises(RunError, match=r"clients: what clients keep is missing; restore it or begin a new run$"):
+        Simulation(simulation.setup, simulation.run).rounds()
 
 
 def test_a_damaged_file_ends_the_run_with_a_line(tiny_job, run_rounds, tmp_path):
