@@ -12,7 +12,7 @@ packet; a client that holds another frame is refused.
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,8 @@ class Manifest:
     frame_sha256: str
     initial_sha256: str
     versions: dict[str, str]
+    weights: dict[str, float] = field(default_factory=dict)
+    """|w|^2 of the base's own parameters in each block, for a job that goes by it."""
 
 
 _MANIFEST = TypeAdapter(Manifest)

@@ -1,8 +1,8 @@
 """The job: one TOML file that says everything about a run, read into frozen, checked values.
 
 Every key has a default, so an empty file is a job. Unknown keys are errors; all problems are reported together, one line
-each with key, value, limit and remedy. A key or a value whose feature is not built yet is refused, never ignored: such
-keys carry `later` and such values `available` in their field below.
+each with key, value, limit and remedy. A value whose feature is not built yet is refused, never ignored: the others are `available`
+in their field below.
 """
 
 import difflib
@@ -17,11 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from fedtune.errors import JobError
 
 
-def _key(
-    default: Any, description: str, *, later: bool = False, available: tuple[str, ...] | None = None, example: Any = None, **limits: Any,
-) -> Any:
+def _key(default: Any, description: str, *, available: tuple[str, ...] | None = None, example: Any = None, **limits: Any) -> Any:
     """A key of a section; one whose default is ... must be given, and needs an example."""
-    extra: dict[str, Any] = {"later": later, "example": default if example is None else example}
+    extra: dict[str, Any] = {"example": default if example is None else example}
     if available is not None:
         extra["available"] = list(available)
     return Field(default=default, description=description, json_schema_extra=extra, **limits)
@@ -85,14 +83,31 @@ class AdapterSection(_Section):
         return self.init in ("gradient", "gradient-dp")
 
 
+PROBING = ("gradient", "rgn", "snr", "fisher")
+
+
 class UnitsSection(_Section):
     """Which blocks each client trains. What is trained outside the blocks, such as the head, is always trained and does not count."""
 
     strategy: Literal["all", "top", "bottom", "both", "gradient", "rgn", "snr", "fisher", "lisa"] = _key(
-        "all", "all; top, bottom or both: the last blocks, the first, or last and first in turn; lisa: drawn for each round by the seed, the same for all clients",
-        available=("all", "top", "bottom", "both", "lisa"))
+        "all", "all; top, bottom or both: the last blocks, the first, or last and first in turn; lisa: drawn for each round by the seed, the same for all clients; "
+        "gradient, rgn, snr or fisher: those that matter most for a client's data, by gradients of a few of its batches")
     budget: int = _key(0, "blocks a client trains in a round; all: 0", ge=0, le=100_000)
-    consistency: float = _key(0.0, "gradient: weight of agreement between clients", later=True, ge=0.0)
+    consistency: float = _key(0.0, "gradient, rgn, snr, fisher: what each two clients that differ in a block cost, where all blocks' scores of a client sum to 1; may leave part of a budget unused", ge=0.0, le=100.0)
+    fit: bool = _key(False, "each class of devices trains as many blocks, at most its `units` or else `budget`, as fit its memory-mb and `seconds`; at least one")
+    seconds: float = _key(0.0, "fit: seconds of training that a round may take a device at the speed of its class (0: no limit)", ge=0.0, le=1e9)
+    probe_every: int = _key(5, "gradient, rgn, snr, fisher: rounds from one probe of a cohort to the next; between them all clients go by the mean of the last", ge=1, le=100_000)
+    probe_batches: int = _key(2, "gradient, rgn, snr, fisher: batches that a client takes its gradients from; fisher takes them example by example", ge=1, le=10_000)
+
+    @property
+    def probes(self) -> bool:
+        """Whether clients are asked which blocks matter to them."""
+        return self.strategy in PROBING
+
+    @property
+    def varies(self) -> bool:
+        """Whether a client of one budget may train other blocks in another round."""
+        return self.probes or self.strategy == "lisa"
 
 
 class FederationSection(_Section):
@@ -302,7 +317,7 @@ def _disagreements(job: Job) -> Iterator[str]:
     if len(set(job.evaluation.baselines)) != len(job.evaluation.baselines):
         yield f"evaluation.baselines = {toml_value(job.evaluation.baselines)}: a baseline stands twice; name each once"
     yield from _robust_disagreements(job)
-    yield from _idle(fed, "server_optimizer", {
+    yield from _idle("federation", fed, "server_optimizer", {
         "server_lr": ("fedavgm", "fedadam"), "server_momentum": ("fedavgm", "fedadam"), "server_beta2": ("fedadam",), "server_tau": ("fedadam",)})
     if fed.momentum and fed.optimizer != "sgd":
         yield f"federation.momentum = {fed.momentum}: only used by optimizer = \"sgd\"; remove it or change the optimizer from {toml_value(fed.optimizer)}"
@@ -330,17 +345,18 @@ def _disagreements(job: Job) -> Iterator[str]:
                 yield f"{where}.{key.replace('_', '-')} = {toml_value(value)}: holds a control character; remove it"
 
 
-def _idle(fed: FederationSection, choice: str, keys: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
-    """Keys that were changed although the choice is none of those they are for."""
-    for name, choices in keys.items():
-        if getattr(fed, name) != getattr(_FEDERATION, name) and getattr(fed, choice) not in choices:
-            yield (f"federation.{name.replace('_', '-')} = {getattr(fed, name)}: only for {choice.replace('_', '-')} = {' or '.join(map(toml_value, choices))}, "
-                   f"not {toml_value(getattr(fed, choice))}; remove it")
+def _idle(name: str, section: _Section, choice: str, keys: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
+    """Keys of the section that were changed although its choice is none of those they are for."""
+    unchanged = type(section)()
+    for key, choices in keys.items():
+        if getattr(section, key) != getattr(unchanged, key) and getattr(section, choice) not in choices:
+            yield (f"{name}.{key.replace('_', '-')} = {getattr(section, key)}: only for {choice.replace('_', '-')} = {' or '.join(map(toml_value, choices))}, "
+                   f"not {toml_value(getattr(section, choice))}; remove it")
 
 
 def _robust_disagreements(job: Job) -> Iterator[str]:
     fed, rules = job.federation, {"trim": ("trimmed-mean",), "byzantine": ("krum", "multi-krum"), "norm_bound": ("norm-bound",)}
-    yield from _idle(fed, "aggregation", rules)
+    yield from _idle("federation", fed, "aggregation", rules)
     for name, its in rules.items():
         if not getattr(fed, name) and fed.aggregation in its:
             yield f"federation.{name.replace('_', '-')} = 0: aggregation = {toml_value(fed.aggregation)} needs it; set it above 0"
@@ -370,7 +386,7 @@ def _forward_disagreements(job: Job) -> Iterator[str]:
 
 def _drift_disagreements(job: Job) -> Iterator[str]:
     fed, chosen = job.federation, f"federation.drift = {toml_value(job.federation.drift)}"
-    yield from _idle(fed, "drift", {"ascent": ("fedspeed",)})
+    yield from _idle("federation", fed, "drift", {"ascent": ("fedspeed",)})
     if fed.drift == "none":
         return
     if job.personal.method != "none":
@@ -418,13 +434,18 @@ def _stateful_disagreements(job: Job, chosen: str) -> Iterator[str]:
 
 def _units_disagreements(job: Job) -> Iterator[str]:
     units, own = job.units, [(place, device.units) for place, device in enumerate(job.simulation.devices) if device.units]
+    yield from _idle("units", units, "strategy", dict.fromkeys(("consistency", "probe_every", "probe_batches"), PROBING))
+    if units.fit and not any(device.memory_mb or (units.seconds and device.speed) for device in job.simulation.devices):
+        yield "units.fit = true: no class of simulation.devices has memory-mb, or speed beside units.seconds, to fit blocks to; give one, or remove it"
+    if units.seconds and not units.fit:
+        yield f"units.seconds = {units.seconds}: only for fit = true; remove it"
     if units.strategy == "all":
+        if units.fit:
+            yield 'units.fit = true: strategy = "all" trains every block; remove it, or choose another strategy'
         if units.budget:
-            yield f'units.budget = {units.budget}: strategy = "all" trains every block; remove it, or set strategy to "top", "bottom", "both" or "lisa"'
+            yield f'units.budget = {units.budget}: strategy = "all" trains every block; remove it, or choose another strategy'
         for place, count in own:
             yield f'simulation.devices.{place}.units = {count}: units.strategy = "all" trains every block; remove it, or choose another strategy'
-        return
-    if units.strategy in _planned(_field(("units", "strategy"))):  # which is said already
         return
     if not units.budget:
         yield f"units.budget = 0: strategy = {toml_value(units.strategy)} needs the number of blocks that a client trains; give at least 1"
@@ -435,7 +456,15 @@ def _units_disagreements(job: Job) -> Iterator[str]:
     alike = [  # noise and denominators count on it; what one client alone trains is seen in the sum, and is that client's
         'privacy.unit = "client"' if job.privacy.unit == "client" else "", "privacy.secure-aggregation = true" if job.privacy.secure_aggregation else "",
         f"federation.aggregation = {toml_value(job.federation.aggregation)}" if job.federation.aggregation != "mean" else ""]
+    if units.strategy == "snr" and units.probe_batches < 2:
+        yield f'units.probe-batches = {units.probe_batches}: strategy = "snr" compares the gradients of batches; give at least 2'
+    if units.probes and job.privacy.unit == "example":
+        alike.insert(0, 'privacy.unit = "example"')
     for key in [key for key in alike if key][:1]:
+        if units.probes:
+            yield f'units.strategy = {toml_value(units.strategy)}: {_UNPROTECTED[key.startswith("federation")]}, so it does not go with {key}; use "lisa" or "top"'
+        if units.fit:
+            yield f"units.fit = true: with {key} all clients must train as many blocks; remove it"
         for place, count in own:
             if count != units.budget:
                 yield f"simulation.devices.{place}.units = {count}: units.budget is {units.budget}, and with {key} all clients must train as many blocks; remove it"
@@ -531,8 +560,10 @@ def _table_of(field: Any) -> type[_Section] | None:
     return inner[0] if inner and isinstance(inner[0], type) and issubclass(inner[0], _Section) else None
 
 
-_NO_PRIVACY, _FEDERATION = PrivacySection(), FederationSection()
+_NO_PRIVACY = PrivacySection()
 _SECURE = ("secure_aggregation", "clip", "update_clip", "noise")  # keys that mean something where nothing is protected
+_UNPROTECTED = {False: "scores of single clients' data would leave without protection", True: "clients train different blocks"}
+"""Why clients are not asked what matters to them: under privacy, and under a rule that compares updates."""
 _SUGGEST = 0.6
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # with all that ends a line: a message is one line
 
@@ -626,15 +657,11 @@ def _apply(raw: dict[str, Any], override: str) -> list[str]:
 
 
 def _unavailable(raw: dict[str, Any]) -> Iterator[str]:
-    """A line for each key or value given whose feature is not built yet; works on unchecked values too."""
+    """A line for each value given whose feature is not built yet; works on unchecked values too."""
     for section, values in raw.items():
         for key, value in values.items() if isinstance(values, dict) else ():
             field = _field((section, key))
-            if field is None or value == field.default:
-                continue
-            if field.json_schema_extra["later"]:
-                yield f"{section}.{key} = {_shown(value)}: not available yet; remove the key"
-            elif isinstance(value, str) and value in _planned(field):
+            if field is not None and isinstance(value, str) and value in _planned(field):
                 yield f"{section}.{key} = {_shown(value)}: not available yet; use {_or(field.json_schema_extra['available'])}"
 
 
@@ -767,12 +794,11 @@ def to_toml(job: Job, comments: bool = False) -> str:
             lines.append(f"# {(type(values).__doc__ or '').strip().splitlines()[0]}")
         lines.append(f"[{section}]")
         for name, field in type(values).model_fields.items():
-            key, later = name.replace("_", "-"), field.json_schema_extra["later"]
             if _table_of(field) is not None:
                 continue
             if comments:
-                lines.append(f"# {field.description}{' (not available yet)' if later else ''}")
-            lines.append(f"{'# ' if comments and later else ''}{key} = {toml_value(getattr(values, name))}")
+                lines.append(f"# {field.description}")
+            lines.append(f"{name.replace('_', '-')} = {toml_value(getattr(values, name))}")
         lines.append("")
         for key, tables in _tables(values):
             lines += _table_lines(f"{section}.{key}", _field((section, key)), tables, comments)

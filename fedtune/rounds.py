@@ -4,6 +4,7 @@ An engine asks `plan` for (client, packet) pairs, has them answered in any way i
 All engines run this same object.
 """
 
+import contextlib
 import math
 import time
 from collections import Counter
@@ -11,12 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from fedtune.aggregation import robust
 from fedtune.aggregation.mean import Mean
 from fedtune.algorithms import Algorithm, State, dp_fed_avg, fed_avg, secure_avg
 from fedtune.algorithms.dp_fed_avg import CLIP
 from fedtune.algorithms.server_optimizers import with_server_optimizer
-from fedtune.algorithms.units import Budget, selecting, tensors_of
+from fedtune.algorithms.units import ROWS, Budget, begins_with_probe, selecting, tensors_of, with_scores
 from fedtune.checkpoint import Checkpoint
 from fedtune.errors import EmptyCohort, Refused, SecAggFailed
 from fedtune.job import FederationSection, Job
@@ -27,6 +30,7 @@ from fedtune.privacy.contribution import Secure, message_bytes, secure_of
 from fedtune.privacy.noise import noise_of
 from fedtune.privacy.plan import Plan, fewest
 from fedtune.privacy.releases import Release, read
+from fedtune.probes import SCORES, answers
 from fedtune.run import RunFolder
 from fedtune.secagg.server import Sum
 from fedtune.stateful.scaffold import steering
@@ -66,6 +70,8 @@ class Traffic:
     evaluation: int = 0
     offers: int = 0
     """Bytes beside the rounds, live only: of evaluation, both ways, and of job offers and bundles without the frame."""
+    probes: int = 0
+    """Of `up` and `down`, what probes took."""
 
     def sent(self, client: str, size: int) -> None:
         self.messages += 1
@@ -81,7 +87,7 @@ class Traffic:
 
     def dump(self) -> dict:
         return {"up": self.up, "down": self.down, "rounds": self.rounds, "messages": self.messages,
-                "late": self.late, "evaluation": self.evaluation, "offers": self.offers}
+                "late": self.late, "evaluation": self.evaluation, "offers": self.offers, "probes": self.probes}
 
 
 @dataclass(frozen=True)
@@ -136,6 +142,8 @@ class Coordinator:
     _unfinished: dict[str, Any] | None = None
     """Of a round whose model the process before this one stored and may not have scored."""
     _began: float = 0.0
+    _asked: tuple[str, ...] = ()
+    """Whom the probe asked that the round under way began with."""
 
     @property
     def done(self) -> bool:
@@ -150,13 +158,50 @@ class Coordinator:
             self._show(self._unfinished)
         self._unfinished = None
 
+    def probe(self) -> list[tuple[str, bytes]]:
+        """The (client, packet) pairs of the questions that come before the next round's plan: which blocks matter. None where it begins without."""
+        self._asked = ()
+        if not begins_with_probe(self.job, self.state.round + 1):
+            return []
+        self._began = time.monotonic()
+        self._asked = tuple(a.client for a in self.algorithm.plan(self.state, self.clients))
+        packet = encode("probe", self.schema, self.state.arrays, round=self.state.round + 1, frame=self.frame_digest)
+        for client in self._asked:
+            self._count_probe(client, down=len(packet))
+        return [(client, packet) for client in self._asked]
+
+    def probed(self, replies: Iterable[Reply]) -> None:
+        """Takes the answers to `probe`. A client whose answer is missing or wrong goes by the mean of the others."""
+        found, expected = dict[str, np.ndarray](), answers(self.schema)
+        for reply in replies:
+            if reply.late:
+                self.traffic.late += 1
+                self.traffic.received(reply.client, reply.length)
+                continue
+            if reply.payload is None or reply.client not in self._asked:
+                continue
+            self._count_probe(reply.client, up=reply.length)
+            with contextlib.suppress(Refused):
+                scores = decode(reply.payload, expected, kinds=["block-scores"], round=self.state.round + 1, frame=self.frame_digest).arrays[SCORES]
+                if (scores >= 0).all():
+                    found[reply.client] = scores
+        self.state = with_scores(self.state, [found.get(client) for client in self._asked], self.schema)
+
+    def _count_probe(self, client: str, down: int = 0, up: int = 0) -> None:
+        self.traffic.probes += down + up
+        if down:
+            self.traffic.sent(client, down)
+        else:
+            self.traffic.received(client, up)
+
     def plan(self) -> list[tuple[str, bytes]]:
         """The next round's (client, packet) pairs. Writes the round's ledger event before anything is sent.
 
         A client whose privacy budget is spent is not asked.
         """
         drawn = self.algorithm.plan(self.state, self.clients)
-        self._began = time.monotonic()
+        if not self._asked:
+            self._began = time.monotonic()
         assignments = self._within_budget(drawn)
         if self._aborted and sorted(a.client for a in assignments) not in self._aborted:  # who was asked then may have answered: that counts, too
             self._joined.update(name for names in self._aborted for name in names)
@@ -304,11 +349,12 @@ class Coordinator:
         self._show(line)
 
     def _trained(self, report: RoundReport) -> dict[str, Any]:
-        """How many of the clients averaged trained each unit, where they do not all train all."""
+        """How many of the clients averaged trained each unit, where they do not all train all; and the mean scores of this round's probe."""
         if self.job.units.strategy == "all":
             return {}
         counts = Counter(unit for client in report.clients for unit in self._planned[client])
-        return {"units": {unit: counts[unit] for unit in self.schema.units if counts[unit]}}
+        scores = {"scores": dict(zip(self.schema.blocks, self.state.slots[ROWS].mean(0).round(6).tolist()))} if self._asked and report.round else {}
+        return {"units": {unit: counts[unit] for unit in self.schema.units if counts[unit]}} | scores
 
     def _show(self, line: dict[str, Any]) -> None:
         """Metrics line, then checkpoint: a crash between them writes the same line again."""

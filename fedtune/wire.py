@@ -40,7 +40,7 @@ _STRETCH = 2**16
 Layout = tuple[tuple[tuple[str, ...], tuple[int, ...]], ...]
 """Names of tensors in order, as runs of one shape: a tensor costs little where its neighbours are shaped alike."""
 
-Kind = Literal["model", "update", "gradient-request", "gradient", "scores"]
+Kind = Literal["model", "update", "gradient-request", "gradient", "scores", "probe", "block-scores"]
 Short = Annotated[str, Field(max_length=64)]
 Number = Annotated[float, Field(ge=-1e30, le=1e30, allow_inf_nan=False)]
 Index = Annotated[int, Field(ge=0, le=10**6)]
@@ -70,6 +70,11 @@ class Schema:
     @cached_property
     def units(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(t.unit for t in self.tensors))
+
+    @cached_property
+    def blocks(self) -> tuple[str, ...]:
+        """The units that can be selected, from the bottom up."""
+        return tuple(unit for unit in self.units if unit.startswith("block."))
 
     def of_units(self, units: Sequence[str]) -> tuple[TensorSpec, ...]:
         wanted = set(units)
@@ -220,6 +225,12 @@ def packet_bytes(schema: Schema, trained: Collection[str] | None = None) -> tupl
     metrics = {"loss": [1.0, 1.0], "accuracy": [1.0, 1.0]}
     update = Header(kind="update", schema_digest=schema.digest, frame="0" * 16, round=1, tensors=part, weight=1.0, metrics=metrics)
     return packed_size(model, schema), packed_size(update, schema)
+
+
+def trained_of(data: bytes, schema: Schema) -> Schema:
+    """The tensors that a model packet asks to be trained. Raises Refused when the header is not one."""
+    train = _open(data)[0].train
+    return schema if train is None else _chosen(train, schema)
 
 
 def finite_norm(vector: np.ndarray) -> float:

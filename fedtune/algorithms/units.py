@@ -1,16 +1,22 @@
-"""Which units each client trains in a round, from the job, the round and the client's budget alone: any party works out the same.
+"""Which units each client trains in a round, from the job, the round and the client's budget; and, where clients are probed, from scores.
 
 What can be selected are the transformer blocks or CNN stages with trained tensors. All else that is trained, such as the head, is
 trained by everyone and does not count. A strategy puts the blocks of a round in an order, of which a client of budget b takes the
 first b: so what a smaller budget trains, a larger one trains, too. top, bottom and both are the baselines of arXiv:2408.15600; lisa draws
 the order anew for each round, as LISA (Pan et al. 2024, arXiv:2403.17919, Algorithm 1) does every K steps, here for all clients alike.
+
+gradient, rgn, snr and fisher go by what clients were asked (`fedtune.probes`): in a round that begins with a probe each client's own
+scores count (of one that did not answer, the mean), in the rounds up to the next the mean of those scores stands for everybody.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 
+import numpy as np
+
 from fedtune.algorithms.base import Algorithm, State
+from fedtune.algorithms.selection import choose, normalised
 from fedtune.errors import JobError
 from fedtune.job import Job
 from fedtune.seeds import generator
@@ -19,11 +25,8 @@ from fedtune.wire import Schema, packet_bytes
 
 Budget = Callable[[str], int]
 """Blocks that this client may train; 0: as many as the job says."""
-
-
-def blocks(schema: Schema) -> tuple[str, ...]:
-    """The units that can be selected, from the bottom up."""
-    return tuple(unit for unit in schema.units if unit.startswith("block."))
+ROWS = "units.scores"
+"""The slot that holds the scores of the last probe, [clients then drawn, blocks], each row with sum 1."""
 
 
 def order(strategy: str, blocks: Sequence[str], seed: int, round: int) -> tuple[str, ...]:
@@ -41,33 +44,37 @@ def order(strategy: str, blocks: Sequence[str], seed: int, round: int) -> tuple[
 
 
 def selected(job: Job, schema: Schema, round: int, budget: int = 0) -> tuple[str, ...]:
-    """What a client of this budget (0: the job's) trains, in the order of the schema."""
+    """What a client of this budget (0: the job's) trains, in the order of the schema. Not of a strategy that goes by scores."""
+    assert not job.units.probes
     return _taken(job, schema, job.units.strategy, round, budget)
 
 
 def ever(job: Job, schema: Schema) -> tuple[str, ...]:
     """What any client may train in any round: nothing else ever changes."""
-    return schema.units if job.units.strategy == "lisa" else selected(job, schema, 1, max(budgets(job)))
+    return schema.units if job.units.varies else selected(job, schema, 1, max(budgets(job)))
 
 
 def lowest(job: Job, schema: Schema, budget: int = 0) -> tuple[str, ...]:
     """Of what this budget trains in any round, that whose backward pass goes down furthest and so keeps most."""
-    return _taken(job, schema, "bottom" if job.units.strategy == "lisa" else job.units.strategy, 1, budget)
+    return _taken(job, schema, "bottom" if job.units.varies else job.units.strategy, 1, budget)
 
 
 def most_numbers(job: Job, schema: Schema, budget: int = 0) -> int:
     """The most numbers that this budget trains in a round."""
-    if job.units.strategy != "lisa":
-        return sum(t.size for t in schema.of_units(selected(job, schema, 1, budget)))
-    sizes = {unit: sum(t.size for t in schema.of_units([unit])) for unit in schema.units}
-    largest = sorted((sizes.pop(unit) for unit in blocks(schema)), reverse=True)
-    return sum(largest[: budget or job.units.budget]) + sum(sizes.values())
+    return sum(t.size for t in schema.of_units(_largest(job, schema, budget) if job.units.varies else selected(job, schema, 1, budget)))
+
+
+def _largest(job: Job, schema: Schema, budget: int) -> tuple[str, ...]:
+    """Of what this budget may train, that with the most numbers."""
+    size = {unit: sum(t.size for t in schema.of_units([unit])) for unit in schema.blocks}
+    left = set(sorted(size, key=lambda unit: -size[unit])[budget or job.units.budget :])
+    return tuple(unit for unit in schema.units if unit not in left)
 
 
 def _taken(job: Job, schema: Schema, strategy: str, round: int, budget: int) -> tuple[str, ...]:
     if strategy == "all":
         return schema.units
-    found = blocks(schema)
+    found = schema.blocks
     left = set(order(strategy, found, job.federation.seed, round)[budget or job.units.budget :])
     return tuple(unit for unit in schema.units if unit not in left)
 
@@ -84,11 +91,67 @@ def tensors_of(schema: Schema, units: Sequence[str]) -> tuple[str, ...] | None:
 
 
 def round_bytes(job: Job, schema: Schema, rounds: int, budget: int = 0) -> list[tuple[int, int]]:
-    """Bytes of the (model, update) packets of a client of this budget in each of the first rounds, at least one."""
+    """Bytes of the (model, update) packets of a client of this budget in each of the first rounds, at least one; of blocks chosen by scores, the most."""
     size = cache(lambda units: packet_bytes(schema, tensors_of(schema, units)))
+    if job.units.probes:
+        return [size(_largest(job, schema, budget))] * max(1, rounds)
     if job.units.strategy != "lisa":
         return [size(selected(job, schema, 1, budget))] * max(1, rounds)
     return [size(selected(job, schema, round, budget)) for round in range(1, max(1, rounds) + 1)]
+
+
+def begins_with_probe(job: Job, round: int) -> bool:
+    """Whether the clients of this round are asked what matters to them before they train."""
+    return job.units.probes and (round - 1) % job.units.probe_every == 0
+
+
+def with_scores(state: State, rows: Sequence[np.ndarray | None], schema: Schema) -> State:
+    """The state after a probe. rows: scores, at least 0, [blocks], of each client of the coming round in the order it is drawn; None: no answer.
+
+    Where nobody answered, what an earlier probe found still stands.
+    """
+    answered = [row for row in rows if row is not None]
+    if not answered:
+        common = _common(state, len(schema.blocks))
+        return replace(state, slots=state.slots | {ROWS: np.broadcast_to(common, (max(1, len(rows)), len(common))).copy()})
+    found = normalised(np.stack(answered).astype(np.float64))
+    own = iter(found)
+    return replace(state, slots=state.slots | {ROWS: np.stack([found.mean(0) if row is None else next(own) for row in rows])})
+
+
+def _common(state: State, count: int) -> np.ndarray:
+    """The mean scores of the last probe, [blocks]; all equal before the first."""
+    return state.slots[ROWS].mean(0) if ROWS in state.slots else np.full(count, 1.0 / count)
+
+
+def by_common_scores(job: Job, schema: Schema, state: State, budget: int = 0) -> tuple[str, ...]:
+    """What a client of this budget trains between probes, where all go by the mean of the last."""
+    return _by_scores(job, schema, replace(state, round=0, slots={ROWS: _common(state, len(schema.blocks))[None]}), (Assignment("", 1, schema.units),), lambda client: budget)[0].units
+
+
+def _by_scores(job: Job, schema: Schema, state: State, drawn: Sequence[Assignment], budget: Budget) -> tuple[Assignment, ...]:
+    found, own = schema.blocks, state.slots.get(ROWS)
+    if own is None or len(own) != len(drawn) or not begins_with_probe(job, state.round + 1):
+        own = np.broadcast_to(_common(state, len(found)), (len(drawn), len(found)))
+    most = np.array([budget(a.client) or job.units.budget for a in drawn], np.int64)
+    chosen = choose(own, most, job.units.consistency) if drawn else ()
+    left = [{unit for unit, taken in zip(found, row) if not taken} for row in chosen]
+    return tuple(replace(a, units=tuple(unit for unit in schema.units if unit not in out)) for a, out in zip(drawn, left))
+
+
+def step_share(schema: Schema, units: Sequence[str]) -> float:
+    """How much of the work of a step that trains all blocks remains with these units: the forward pass whole, half of the work, and the backward
+    pass, with as much of it for each block, down to the lowest that is trained.
+
+    >>> from fedtune.types import TensorSpec
+    >>> step_share(Schema(tuple(TensorSpec(name, (1,), name) for name in ("block.0", "block.1", "head"))), ("block.1", "head"))
+    0.75
+    """
+    found = schema.blocks
+    if not found or "outside" in units:
+        return 1.0
+    lowest = next((place for place, unit in enumerate(found) if unit in units), len(found))
+    return 1.0 - lowest / (2 * len(found))
 
 
 def require_budgets(job: Job, schema: Schema) -> None:
@@ -97,7 +160,7 @@ def require_budgets(job: Job, schema: Schema) -> None:
         return
     asked = [("units.budget", job.units.budget)]
     asked += [(f"simulation.devices.{place}.units", device.units) for place, device in enumerate(job.simulation.devices)]
-    most = len(blocks(schema))
+    most = len(schema.blocks)
     if not most:
         raise JobError([f'units.strategy = "{job.units.strategy}": this base has no blocks in which adapter.method = "{job.adapter.method}" trains anything; use "all"'])
     if problems := [f"{key} = {count}: {most} blocks of this base have trained tensors; lower it" for key, count in asked if count > most]:
@@ -107,7 +170,8 @@ def require_budgets(job: Job, schema: Schema) -> None:
 def selecting(algorithm: Algorithm, job: Job, schema: Schema, budget: Budget = lambda client: 0) -> Algorithm:
     """The same, with each client training what its budget takes, on the part of the model that anybody trains in the round.
 
-    What nobody trains stays as it is, with its moments, and no algorithm adds noise to it. Raises JobError as `require_budgets`.
+    What nobody trains stays as it is, with its moments, and no algorithm adds noise to it. Only where blocks are chosen by scores it counts as not
+    moved by anybody, so a server optimizer's momentum carries it on. Raises JobError as `require_budgets`.
     """
     require_budgets(job, schema)
     if job.units.strategy == "all":
@@ -116,9 +180,13 @@ def selecting(algorithm: Algorithm, job: Job, schema: Schema, budget: Budget = l
 
     def plan(state: State, clients: Sequence[ClientInfo]) -> tuple[Assignment, ...]:
         drawn = algorithm.plan(state, clients)
+        if job.units.probes:
+            return _by_scores(job, schema, state, drawn, budget)
         return tuple(replace(a, units=selected(job, schema, a.round, budget(a.client))) for a in drawn)
 
     def part(state: State) -> State:
+        if job.units.probes:
+            return state
         trained = schema.of_units(selected(job, schema, state.round + 1, most))
         return replace(state, arrays={t.name: state.arrays[t.name] for t in trained})
 

@@ -53,7 +53,7 @@ def shell(command: Callable[..., Any]) -> Callable[..., Any]:
         except ModuleNotFoundError as e:  # of an installation for another role; one of fedtune's own is a bug
             if (e.name or "fedtune").partition(".")[0] == "fedtune":
                 raise
-            err.print(f"fedtune: this needs the package {e.name}, which is not installed here; install fedtune[sim], or fedtune[client] on a device with torch",
+            err.print(f"fedtune: this needs the package {e.name}, which is not installed here; install fedtune[sim], on a coordinator fedtune[server], on a device with torch fedtune[client]",
                       style="red", markup=False, highlight=False, soft_wrap=True)
             sys.exit(EnvironmentProblem.exit_code)
         except KeyboardInterrupt:

@@ -39,8 +39,9 @@ def _show(plan: "Plan", console: Console) -> None:
         ("adapter", f"{plan.method}, rank {plan.rank}" if plan.modules else plan.method, f"{plan.modules} linears" if plan.modules else ""),
         ("trained", f"{count(plan.trainable)} numbers", f"{percent(plan.trainable, plan.base_parameters)} of the base, {count(plan.head)} in the head"),
         *([("a client trains", f"{plan.budget} of {sum(u.selectable for u in plan.units)} blocks", f"{_chosen(plan)}; what lies outside the blocks is always trained")] if plan.strategy != "all" else []),
-        ("one update", size(plan.update_bytes), "up, per client and round" + (", at most" if plan.strategy == "lisa" else "")),
+        ("one update", size(plan.update_bytes), "up, per client and round" + (", at most" if plan.units and any(u.trained in ("drawn", "chosen") for u in plan.units) else "")),
         ("one model", size(plan.model_bytes), "down, per client and round"),
+        *([("a probe", size(plan.probe_bytes), f"a model down and scores up, per client; {plan.probes} times in all")] if plan.probes else []),
         ("frame", size(plan.frame_bytes), "down, once per client"),
         ("initialisation", size(plan.init_bytes), "gradients of the first step" if plan.init_bytes else "needs no exchange"),
         ("a round", size(plan.round_bytes), f"{plan.cohort} of {plan.clients} clients"),
@@ -67,7 +68,7 @@ def _show(plan: "Plan", console: Console) -> None:
 
 
 def _chosen(plan: "Plan") -> str:
-    return {"top": "the last", "bottom": "the first", "both": "last and first in turn", "lisa": "drawn for each round"}[plan.strategy]
+    return {"top": "the last", "bottom": "the first", "both": "last and first in turn", "lisa": "drawn for each round"}.get(plan.strategy, "those that matter most, by a probe")
 
 
 def _kept(device: dict[str, int | None]) -> str:

@@ -10,23 +10,25 @@ from fedtune.data.encoded import ClientData
 from fedtune.data.images import ImageEncoder
 from fedtune.edge.graphs import Graphs
 from fedtune.edge.memory import rows_within
-from fedtune.edge.training import Engine, score, train_locally, train_privately
+from fedtune.edge.training import Engine, batch_gradients, score, train_locally, train_privately
 from fedtune.errors import ModelError
 from fedtune.onnx.folder import EdgeCard
 from fedtune.privacy.example import example_privacy
 from fedtune.privacy.noise import noise_of
 from fedtune.privacy.plan import outward
+from fedtune.probes import answers, block_scores, require_probing
 from fedtune.seeds import generator
 from fedtune.stateful.base import Ask, Trained
 from fedtune.stateful.methods import method_of
 from fedtune.stateful.store import Kept
 from fedtune.subspace import NAME
+from fedtune.training.batches import probed_batches
 from fedtune.training.clients import ClientStore, Stream
 from fedtune.training.forward import train_forward
 from fedtune.training.holder import Device, read_data, require_converged
 from fedtune.training.keeping import Local, own_state, personal_model, train_keeping
 from fedtune.types import Arrays, Metrics
-from fedtune.wire import Pieces, decode, encode, require_whole
+from fedtune.wire import Packet, Pieces, decode, encode, require_whole
 
 TOKENS, IMAGES = 256, 4
 """What goes through the graph at once where memory sets no lower bound. On MiniLM, 4 texts of 64 tokens a time take no longer for a text
@@ -42,13 +44,15 @@ class EdgeWorker:
     kept: Kept | None = None
 
     def handle(self, payload: bytes, client: str, data: ClientData | Stream) -> bytes:
-        """Answers a "model" packet with an "update".
+        """Answers a "model" packet with an "update", a "probe" with "block-scores".
 
         Raises Refused when the packet is not for this bundle: another schema, another frame, another kind, or not the whole model.
         """
         job, schema = self.bundle.job, self.bundle.schema
-        packet = decode(payload, schema, kinds=["model"], frame=self.bundle.frame_digest)
+        packet = decode(payload, schema, kinds=["model", "probe"], frame=self.bundle.frame_digest)
         require_whole(packet)
+        if packet.header.kind == "probe":
+            return self._probe(packet, client, data)
         fed, round, private, values = job.federation, packet.header.round, example_privacy(job), packet.arrays
         if method_of(job):
             update, metrics = train_keeping(self.bundle, self.kept, packet, client, data, self._local(client, data, round))
@@ -64,6 +68,13 @@ class EdgeWorker:
         weight, metrics = outward(job, len(data), metrics)
         trained = values if packet.train is None else {name: values[name] for name in packet.train}
         return encode("update", schema, trained, round=round, frame=self.bundle.frame_digest, weight=weight, metrics=metrics)
+
+    def _probe(self, packet: Packet, client: str, data: ClientData | Stream) -> bytes:
+        job, schema, round = self.bundle.job, self.bundle.schema, packet.header.round
+        units = require_probing(job)
+        batches = probed_batches(data.lengths, units, job.federation, round, client)
+        scores = block_scores(units.strategy, schema, batch_gradients(self.engine, packet.arrays, data, batches), self.bundle.manifest.weights)
+        return encode("block-scores", answers(schema), scores, round=round, frame=self.bundle.frame_digest)
 
     def _local(self, client: str, data: ClientData | Stream, round: int) -> Local:
         fed, spec = self.bundle.job.federation, self.bundle.manifest.spec.schema

@@ -3,7 +3,7 @@
 Batches go through the graph in pieces, whose gradients are added up, so that memory is that of a piece and not of a batch.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -130,6 +130,15 @@ def train_locally(
 
 def _flat(arrays: Arrays, like: Pieces) -> np.ndarray:
     return np.concatenate([arrays[name].ravel() for name in like])
+
+
+def batch_gradients(engine: Engine, values: Pieces, data: ClientData | Stream, batches: Iterable[np.ndarray]) -> Iterator[Arrays]:
+    """As `training.local.batch_gradients`, to all tensors."""
+    for index in batches:
+        taken = data.take(index)
+        count = int(engine.predictions(taken).sum())
+        if count:
+            yield Pieces(engine.added(values, taken, np.full(len(taken), 1.0 / count, np.float32)).gradient, values.layout)
 
 
 def train_privately(

@@ -44,6 +44,15 @@ class TunableModel(nn.Module):
         return self.head(self.features(**inputs))
 
 
+def block_weights(model: TunableModel) -> dict[str, float]:
+    """|w|^2 of the base's own parameters in each block, for a base without an adapter."""
+    units, found = _Units(model.body), dict[str, float]()
+    for name, p in model.body.named_parameters():
+        if (unit := units.of(name)).startswith("block."):
+            found[unit] = found.get(unit, 0.0) + float(p.detach().double().square().sum())
+    return found
+
+
 def layout(model: TunableModel) -> Layout:
     """Names and shapes of a base, also of one on the meta device. Names are relative to the body."""
     units = _Units(model.body)

@@ -216,6 +216,7 @@ def communication(s: Summary) -> list[Fact]:
         *([Fact("frame", size(c["frame_bytes"]), f"frozen, sent once to each of {plural(holders, 'client')}")] if c["frame_bytes"] else []),
         Fact("sent by clients", size(c["up"]), f"{percent(c['up'], c['up'] + c['down'])} of all bytes"),
         Fact("received by clients", size(c["down"]), "frame included" if c["frame_bytes"] else ""),
+        *([Fact("for probes", size(c["probes"]), "of these, to ask which blocks matter")] if c.get("probes") else []),
         *([Fact("beside the rounds", size(beside), "evaluation on the devices, job offers and bundles")] if beside else []),
         Fact("in all", size(c["up"] + c["down"] + beside), f"{plural(c['messages'], 'message')} in the rounds" if beside else plural(c["messages"], "message")),
     ]

@@ -25,7 +25,10 @@ GLOSSARY = {
     "KB, MB": "1000 and 1,000,000 bytes; bytes are those of serialised messages",
 }
 PERSONAL_GLOSSARY = {"personal accuracy": "that of what each client predicts with on its own, a model or a head that it keeps, on its own held-out examples"}
-UNITS_GLOSSARY = {"unit": "what is trained or left alone as one: a block of the base, or all that is trained outside the blocks, such as the head"}
+UNITS_GLOSSARY = {
+    "unit": "what is trained or left alone as one: a block of the base, or all that is trained outside the blocks, such as the head",
+    "score": "how much a block mattered to the clients at the last probe, as a share of all blocks' together",
+}
 FLEET_GLOSSARY = {
     "simulated time": "what the rounds would have taken on the job's classes of devices: bytes over bandwidth, examples over speed, and waiting for the lost until the deadline",
 }

@@ -70,7 +70,8 @@ class Round(TypedDict):
 
     With device classes there are the simulated seconds of the round, and those up to its end (`simulated_clock`), the clients
     that never answered (`dropped`) and those that would have needed longer than the deadline (`stragglers`). Where not all clients
-    train all, `units` says how many of `clients` trained each. Where clients keep a part of the model or a model of their own, `personal_accuracy`
+    train all, `units` says how many of `clients` trained each, and `scores`, of a round that began with a probe, what it said of
+    each block: means of shares that sum to 1. Where clients keep a part of the model or a model of their own, `personal_accuracy`
     and `personal_loss` are of those that have one, `personal_clients`, with what each has, on `personal_evaluated` examples of theirs.
     """
 
@@ -90,6 +91,7 @@ class Round(TypedDict):
     dropped: NotRequired[list[str]]
     stragglers: NotRequired[list[str]]
     units: NotRequired[dict[str, int]]
+    scores: NotRequired[dict[str, float]]
     personal_accuracy: NotRequired[float | None]
     personal_loss: NotRequired[float | None]
     personal_evaluated: NotRequired[int]
@@ -201,7 +203,7 @@ class Communication(TypedDict):
     """All that was sent. `sent_numbers`: of an update of all that is trained, where they are not those. `update_bytes` is the largest update that a client sends. `frame_bytes` is the frozen frame, which each client receives once; it is part of `down`.
 
     `evaluation` and `offers` come on top in live runs: evaluation both ways, and job offers and bundles without the frame.
-    `took_part` counts the clients of all rounds where `clients` lists only some, evenly from least to most bytes.
+    `probes` is what of `up` and `down` probes took. `took_part` counts the clients of all rounds where `clients` lists only some, evenly from least to most bytes.
     """
 
     trainable_numbers: int
@@ -213,6 +215,7 @@ class Communication(TypedDict):
     messages: int
     evaluation: NotRequired[int]
     offers: NotRequired[int]
+    probes: NotRequired[int]
     clients: list[ClientTraffic]
     took_part: NotRequired[int]
 
@@ -239,11 +242,12 @@ class DeviceClass(TypedDict):
 
 
 class Trained(TypedDict):
-    """How often a unit was trained: rounds in which any client did whose update was used, and those updates together."""
+    """How often a unit was trained: rounds in which any client did whose update was used, and those updates together; and its score at the last probe."""
 
     name: str
     rounds: int
     updates: int
+    score: NotRequired[float]
 
 
 class Exported(TypedDict, total=False):

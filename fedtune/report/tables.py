@@ -84,12 +84,12 @@ def device_rows(s: Summary) -> list[tuple[str, ...]]:
     return rows
 
 
-UNIT_HEADER = ("unit", "rounds trained", "client updates")
+UNIT_HEADER = ("unit", "rounds trained", "client updates", "score")
 
 
 def unit_rows(s: Summary) -> list[tuple[str, ...]]:
-    """How often each unit was trained; nothing where all clients train all."""
-    return [(clean(u["name"]), count(u["rounds"]), count(u["updates"])) for u in s.get("units", [])]
+    """How often each unit was trained, and its score at the last probe; nothing where all clients train all."""
+    return [(clean(u["name"]), count(u["rounds"]), count(u["updates"]), number(u["score"]) if "score" in u else ABSENT) for u in s.get("units", [])]
 
 
 RIVAL_HEADER = ("baseline", "accuracy", "federated", "difference")

@@ -46,7 +46,7 @@ def show(summary: Summary, console: Console) -> None:
     _rows(console, "Refused updates", ("round", "client", "reason"), [(str(r), c, why) for r, c, why in facts.refusals(s)], words=(1, 2))
     _rows(console, "Exported files", tables.EXPORT_HEADER, tables.exports(s), words=(0, 1))
     _heading(console, "Privacy")
-    console.print(Padding(Text(facts.privacy(s)), (0, 0, 0, 2)))
+    console.print(Padding(Text(facts.privacy(s)), (0, 0, 0, 2), expand=False))
     _accountants(console, s["privacy"])
 
 
@@ -57,7 +57,7 @@ def show_privacy(p: Privacy, title: str, console: Console) -> None:
     _accountants(console, p)
     if privacy.spread(p):
         _heading(console, "Clients")
-        console.print(Padding(Text(privacy.spread(p)), (0, 0, 0, 2)))
+        console.print(Padding(Text(privacy.spread(p)), (0, 0, 0, 2), expand=False))
     _rows(console, "By round", privacy.ROUND_HEADER, privacy.round_rows(p), words=())
     _rows(console, "What each kind of release cost", privacy.PART_HEADER, privacy.part_rows(p))
     if p.get("assumptions"):
@@ -77,13 +77,13 @@ def _accountants(console: Console, p: Privacy) -> None:
 def _devices(console: Console, s: Summary) -> None:
     if facts.fleet(s):
         _heading(console, "Devices")
-        console.print(Padding(Text(facts.fleet(s)), (0, 0, 0, 2)))
+        console.print(Padding(Text(facts.fleet(s)), (0, 0, 0, 2), expand=False))
         console.print(table(DEVICE_HEADER, tables.device_rows(s)))
 
 
 def _clients(console: Console, s: Summary) -> None:
     _heading(console, "The clients")
-    console.print(Padding(Text(facts.spread(s)), (0, 0, 0, 2)))
+    console.print(Padding(Text(facts.spread(s)), (0, 0, 0, 2), expand=False))
     worst = [(clean(name), number(ours), number(head), count(n)) for name, ours, head, n in facts.scores(s)[:5]]
     _rows(console, "Served worst", ("client", "federated", "base + head", "held-out"), worst)
 
@@ -99,7 +99,7 @@ def _facts(console: Console, title: str, facts_: Iterable[Fact]) -> None:
     grid = Table.grid(padding=(0, 2))
     for fact in facts_:
         grid.add_row(Text(fact.name, style="dim"), Text(fact.value, overflow="fold"), Text(fact.note, style="dim"))
-    console.print(Padding(grid, (0, 0, 0, 2)))
+    console.print(Padding(grid, (0, 0, 0, 2), expand=False))
 
 
 def _rows(console: Console, title: str, header: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[int] = (0,)) -> None:

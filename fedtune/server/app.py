@@ -112,6 +112,8 @@ def run_rounds(
     coordinator.begin()
     while not coordinator.done:
         gather(coordinator)
+        if questions := coordinator.probe():
+            coordinator.probed(exchange(questions, round=coordinator.state.round + 1))
         pairs = coordinator.plan()
         if through is None:
             coordinator.finish(exchange(pairs, round=coordinator.state.round + 1))

@@ -11,11 +11,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from fedtune.algorithms.units import step_share
 from fedtune.job import DeviceClass, Job
 from fedtune.rounds import Coordinator, Reply, Traffic
 from fedtune.simulation.devices import Chosen, able, assign, available, drops_out, examples_run, round_seconds, span
 from fedtune.stateful.methods import gradients
 from fedtune.types import ClientInfo, RoundReport
+from fedtune.wire import Schema, kind_of, packet_bytes, trained_of
 
 Ask = Callable[..., Iterator[Reply]]
 """(pairs of client and packet, kind, round) -> replies, as every engine answers."""
@@ -35,24 +37,35 @@ class Turn:
     lost: Literal["", "drop-out", "deadline"]
 
 
+@dataclass(frozen=True)
+class Probed:
+    """What a probe took of one client: simulated seconds, and bytes both ways."""
+
+    seconds: float
+    down: int
+    up: int
+
+
 @dataclass
 class Fleet:
     """The devices of a simulation's clients. `around` an exchange it loses replies; `gather` says who can be drawn.
 
     Attributes:
         steps: bytes that a training step of each class needs; None if not known.
-        update_bytes: an update as sent in a round by a client of so many blocks (0: the job's budget).
+        schema: what models and updates hold.
         gradient_bytes: a gradient of the first step as sent.
     """
 
     job: Job
     clients: Sequence[ClientInfo]
     steps: Sequence[int | None]
-    update_bytes: Callable[[int, int], int]
+    schema: Schema
     gradient_bytes: int
     _turns: dict[str, Turn] = field(default_factory=dict)
     _up: dict[str, int] = field(default_factory=dict)
     """Of the round that is under way or was the last: the clients asked, and the bytes of those that answered."""
+    _probed: dict[str, "Probed"] = field(default_factory=dict)
+    """By client, of the probe that the round began with."""
     _frame: Callable[[str], int] = lambda client: 0
     """Bytes of the frame that go with the packet of a client asked now."""
 
@@ -84,6 +97,7 @@ class Fleet:
 
     def gather(self, coordinator: Coordinator) -> None:
         """Before each round: the coordinator may draw those that are available, and its lines say what the round cost."""
+        self._probed = {}
         held, frame = coordinator.traffic.rounds, coordinator.frame_bytes
         self._frame = lambda client: frame if held.get(client, 0) == 1 else 0  # planning a round has counted it already
         coordinator.clients, coordinator.more = self.available(coordinator.state.round + 1), self.line
@@ -92,7 +106,11 @@ class Fleet:
         """The same exchange over these devices. Clients that drop out or miss the deadline are not given to it."""
 
         def through(pairs: Sequence[tuple[str, bytes]], kind: str = "train", round: int = 0) -> Iterator[Reply]:
-            self._turns, self._up = {client: self._turn(client, len(packet), round) for client, packet in pairs}, {}
+            if pairs and kind_of(pairs[0][1]) == "probe":
+                yield from self._probing(ask, pairs, kind, round)
+                return
+            answers = {packet: self._answer(packet, round) for packet in {packet for _, packet in pairs}}
+            self._turns, self._up = {client: self._turn(client, len(packet), round, *answers[packet]) for client, packet in pairs}, {}
             for turn in self._turns.values():
                 if turn.lost:
                     yield Reply(turn.client, None, turn.lost)
@@ -104,16 +122,29 @@ class Fleet:
 
     def recall(self, traffic: Traffic) -> None:
         """After a restart: what preceded round 1, from the bytes it took."""
-        self._turns = {client: self._turn(client, size, 0) for client, size in traffic.down.items()}
+        self._turns = {client: self._turn(client, size, 0, self.gradient_bytes, 1.0) for client, size in traffic.down.items()}
         self._up = dict(traffic.up)
 
-    def _turn(self, client: str, size: int, round: int) -> Turn:
+    def _probing(self, ask: Ask, pairs: Sequence[tuple[str, bytes]], kind: str, round: int) -> Iterator[Reply]:
+        """Everybody answers a probe: those who are lost are lost while they train."""
+        most, size = self.job.units.probe_batches * self.job.federation.batch_size, len(pairs[0][1])
+        for reply in ask(pairs, kind=kind, round=round):
+            place = self._place[reply.client]
+            times = span(self.devices[self.classes[place]], size, min(self.clients[place].examples, most), reply.length)
+            self._probed[reply.client] = Probed(times.total, size, reply.length)
+            yield reply
+
+    def _answer(self, packet: bytes, round: int) -> tuple[int, float]:
+        """Bytes of the answer to a packet, and the share of a whole step's work that is in one of its steps."""
+        if not round:
+            return self.gradient_bytes, 1.0
+        trained = trained_of(packet, self.schema)
+        return packet_bytes(self.schema, [t.name for t in trained.tensors])[1], step_share(self.schema, trained.units)
+
+    def _turn(self, client: str, size: int, round: int, up: int, work: float) -> Turn:
         fed, place = self.job.federation, self._place[client]
         device, examples = self.devices[self.classes[place]], self.clients[place].examples
-        if round:
-            run, up = gradients(self.job) * examples_run(examples, fed, round, client), self.update_bytes(round, device.units)
-        else:
-            run, up = min(examples, self.job.adapter.init_examples), self.gradient_bytes
+        run = gradients(self.job) * work * examples_run(examples, fed, round, client) if round else min(examples, self.job.adapter.init_examples)
         down = size + self._frame(client)
         seconds = span(device, down, run, up).total
         dropped = drops_out(fed.seed, round, client, device)
@@ -126,7 +157,8 @@ class Fleet:
         came = [t.seconds for t in turns if t.client in self._up]
         open_ = self.available(report.round)
         waited = len(came) < len(turns) or not len(open_)  # with nobody there, the next chance is after the deadline
-        seconds = round_seconds(came, waited and (report.round > 0 or len(turns) > 0), self.job.federation.deadline)
+        probing = max((found.seconds for found in self._probed.values()), default=0.0)  # training begins when all have answered
+        seconds = probing + round_seconds(came, waited and (report.round > 0 or len(turns) > 0), self.job.federation.deadline)
         return {
             "refused": {c: why for c, why in report.refused.items() if c not in self._turns or not self._turns[c].lost},
             "simulated_seconds": round(seconds, 3), "dropped": lost["drop-out"], "stragglers": lost["deadline"],
@@ -145,8 +177,10 @@ class Fleet:
 
     def _counts(self, turns: Sequence[Turn], used: set[str]) -> dict[str, Any]:
         came = [t for t in turns if t.client in self._up]
+        probed = [self._probed[t.client] for t in turns if t.client in self._probed]
         values = (
             len(turns), sum(t.client in used for t in turns), sum(t.lost == "drop-out" for t in turns), sum(t.lost == "deadline" for t in turns),
-            round(sum(t.seconds for t in came), 3), sum(self._up[t.client] for t in came), sum(t.down for t in turns),
+            round(sum(t.seconds for t in came) + sum(p.seconds for p in probed), 3),
+            sum(self._up[t.client] for t in came) + sum(p.up for p in probed), sum(t.down for t in turns) + sum(p.down for p in probed),
         )
         return dict(zip(COUNTS, values, strict=True))

@@ -4,6 +4,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from fedtune.job import FederationSection, UnitsSection
+from fedtune.seeds import generator
+
 POOL = 8
 
 
@@ -38,3 +41,10 @@ def by_length(lengths: Sequence[int], batch_size: int) -> list[np.ndarray]:
     """Every example once, longest first, for evaluation: the order of the answer is the caller's to restore."""
     order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+def probed_batches(lengths: Sequence[int], units: UnitsSection, settings: FederationSection, round: int, client: str) -> Iterator[np.ndarray]:
+    """The batches of a client's probe: some of a local epoch's, other ones in each round. For fisher, of one example each."""
+    rng = generator(settings.seed, "probe", round, client)
+    for batch in local_batches(lengths, settings.batch_size, 1, units.probe_batches, rng):
+        yield from np.split(batch, len(batch)) if units.strategy == "fisher" else (batch,)

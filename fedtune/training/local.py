@@ -100,6 +100,23 @@ class Pulled:
         return {name: torch.from_numpy(arrays[name]).to(p.device) for name, p in self.parameters.items() if name in arrays}
 
 
+def batch_gradients(
+    model: TunableModel, parameters: Parameters, data: ClientData, encoder: Encoder, settings: FederationSection, batches: Iterable[np.ndarray],
+) -> Iterator[dict[str, np.ndarray]]:
+    """Gradients of the mean loss of each batch to `parameters`, which stay as they are. Batches without predictions are left out."""
+    device = device_of(model)
+    lean = Lean(model, settings.lean == "exact") if settings.lean != "off" and device.type == "cpu" else None
+    for index in batches:
+        for p in parameters.values():
+            p.grad = None
+        batch, labels = to_batch(data, index, encoder, device)
+        with lean.running() if lean else nullcontext():
+            loss, _, count = summed_loss(model(**batch), batch, labels, model.task)
+        if count.sum() > 0:
+            (loss.sum() / count.sum()).backward()
+            yield {name: np.zeros(p.shape, np.float32) if p.grad is None else p.grad.cpu().numpy() for name, p in parameters.items()}
+
+
 @contextmanager
 def only(parameters: Parameters, names: Collection[str] | None) -> Iterator[Parameters]:
     """These parameters (None: all), in the order they had. Inside, no others have gradients: a backward pass ends at the lowest of them, and

@@ -16,17 +16,19 @@ from fedtune.models.base import TunableModel
 from fedtune.privacy.example import ExamplePrivacy, example_privacy, first_gradient
 from fedtune.privacy.noise import noise_of
 from fedtune.privacy.plan import outward
+from fedtune.probes import answers, block_scores, require_probing
 from fedtune.seeds import generator
 from fedtune.stateful.base import Pull
 from fedtune.stateful.methods import method_of
 from fedtune.stateful.store import Kept
 from fedtune.subspace import NAME
+from fedtune.training.batches import probed_batches
 from fedtune.training.clients import Stream
 from fedtune.training.evaluate import Scores, score
 from fedtune.training.forward import train_forward
 from fedtune.training.holder import require_converged
 from fedtune.training.keeping import personal_model, train_keeping
-from fedtune.training.local import only, train_locally, weight_gradients
+from fedtune.training.local import batch_gradients, only, train_locally, weight_gradients
 from fedtune.training.private import Audit, PerExample, private_gradients, train_privately
 from fedtune.types import Arrays, Metrics
 from fedtune.wire import Packet, Schema, decode, encode, kind_of, require_whole
@@ -55,14 +57,16 @@ class Worker:
     """By example, for each set of tensors that was trained."""
 
     def handle(self, payload: bytes, client: str, data: ClientData) -> bytes:
-        """Answers a "model" packet with an "update", a "gradient-request" with a "gradient".
+        """Answers a "model" packet with an "update", a "probe" with "block-scores", a "gradient-request" with a "gradient".
 
         Raises Refused when the packet is not for this bundle: another schema, another frame, another kind, or not the whole model.
         """
         if kind_of(payload) == "gradient-request":
             return self._gradient(decode(payload, Schema(()), kinds=["gradient-request"]), client, data)
         bundle = self.open()
-        return self._train(bundle, decode(payload, bundle.schema, kinds=["model"], frame=bundle.frame_digest), client, data)
+        packet = decode(payload, bundle.schema, kinds=["model", "probe"], frame=bundle.frame_digest)
+        require_whole(packet)
+        return self._probe(bundle, packet, client, data) if packet.header.kind == "probe" else self._train(bundle, packet, client, data)
 
     def metrics(self, arrays: Arrays, data: ClientData | Stream) -> Metrics:
         """Loss and accuracy of a model, summed over the predictions on `data`."""
@@ -119,7 +123,6 @@ class Worker:
         return np.array([found.loss.sum(), found.correct.sum(), found.count.sum()])
 
     def _train(self, bundle: Bundle, packet: Packet, client: str, data: ClientData) -> bytes:
-        require_whole(packet)
         round, private = packet.header.round, example_privacy(self.job)
         if method_of(self.job):
             arrays, metrics = train_keeping(
@@ -131,6 +134,15 @@ class Worker:
             arrays, metrics = self._train_privately(packet, client, data, private)
         weight, metrics = outward(self.job, len(data), metrics)
         return encode("update", bundle.schema, arrays, round=round, frame=bundle.frame_digest, weight=weight, metrics=metrics)
+
+    def _probe(self, bundle: Bundle, packet: Packet, client: str, data: ClientData) -> bytes:
+        units, fed, round, schema = require_probing(self.job), self.job.federation, packet.header.round, bundle.schema
+        write(self.parameters, packet.arrays)
+        with only(self.parameters, [t.name for t in schema.of_units(schema.blocks)]) as chosen:
+            batches = probed_batches(data.lengths, units, fed, round, client)
+            scores = block_scores(units.strategy, schema, batch_gradients(self.model, chosen, data, self.encoder, fed, batches), bundle.manifest.weights)
+        of = answers(schema)
+        return encode("block-scores", of, scores, round=round, frame=bundle.frame_digest)
 
     def _gradient(self, packet: Packet, client: str, data: ClientData) -> bytes:
         if self.opened is not None:

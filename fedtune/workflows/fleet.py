@@ -1,14 +1,10 @@
 """The devices of a job's simulated clients, checked against what a training step needs."""
 
-from functools import cache
-
-from fedtune.algorithms.units import selected, tensors_of
 from fedtune.errors import JobError
 from fedtune.gradient_init import gradient_bytes
 from fedtune.report.format import size
 from fedtune.simulation.devices import MB
 from fedtune.simulation.fleet import Fleet
-from fedtune.wire import packet_bytes
 from fedtune.workflows.setup import Setup
 
 
@@ -22,10 +18,7 @@ def make_fleet(setup: Setup) -> Fleet | None:
     known = [step for step in steps if step is not None]
     if limits and len(known) < len(steps):
         raise JobError([f"simulation.devices: memory-mb = {min(limits)}: what a step of this base needs cannot be computed from shapes; set memory-mb to 0"])
-    size_of = cache(lambda units: packet_bytes(schema, tensors_of(schema, units))[1])
-    fleet = Fleet(
-        job, setup.store.clients, steps, lambda round, budget: size_of(selected(job, schema, round, budget)),
-        gradient_bytes(setup.spec)[1] if job.adapter.asks_gradients else 0)
+    fleet = Fleet(job, setup.store.clients, steps, schema, gradient_bytes(setup.spec)[1] if job.adapter.asks_gradients else 0)
     if limits and not fleet.fit[fleet.classes].any():
         least = min(known)
         raise JobError([f"simulation.devices: memory-mb = {max(limits)}: a training step needs {size(least)}, so none of the {len(fleet.clients)} clients can take part; "

@@ -11,7 +11,7 @@ from safetensors.numpy import save
 
 from fedtune import packages
 from fedtune.adapters.spec import describe
-from fedtune.algorithms.units import blocks, require_budgets, round_bytes, selected
+from fedtune.algorithms.units import lowest, require_budgets, round_bytes, selected, step_share
 from fedtune.bundle import shipped_of
 from fedtune.data.examples import PACKAGE_READERS, load_dataset
 from fedtune.data.partition import Split, split
@@ -22,12 +22,14 @@ from fedtune.models.base import layout
 from fedtune.models.load import load_encoder, sketch_model
 from fedtune.models.sources import check_hash, locate
 from fedtune.privacy.plan import plan_of, warnings_of
+from fedtune.probes import probe_bytes
 from fedtune.report.format import duration, size
 from fedtune.simulation.devices import able, assign, span
 from fedtune.stateful.methods import gradients
 from fedtune.subspace import travelling
 from fedtune.training.memory import NUMBER, step_memory
 from fedtune.wire import Schema
+from fedtune.workflows.budgets import fitted, mean_examples
 from fedtune.workflows.privacy import figure
 
 
@@ -39,7 +41,7 @@ class Unit:
     numbers: int
     bytes: int
     selectable: bool
-    trained: Literal["always", "drawn", "never"]
+    trained: Literal["always", "drawn", "chosen", "never"]
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Plan:
     """Bytes are those of serialised messages. Totals that depend on who is drawn are expectations, said as such.
 
     An update is the largest that a client of the job's own budget sends; the memory is that of such a client. `budget` is that number of
-    blocks, all of them where `strategy` is all. `unit` is what privacy protects, "none" for nothing, and `epsilon` at `delta` the most one unit can lose: "inf" without protection.
+    blocks, all of them where `strategy` is all. A probe's bytes are both ways, for one client. `unit` is what privacy protects, "none" for nothing, and `epsilon` at `delta` the most one unit can lose: "inf" without protection.
     `device` is the memory of one training client in bytes: its parts are computed from shapes, not measured.
     """
 
@@ -86,6 +88,8 @@ class Plan:
     units: tuple[Unit, ...]
     model_bytes: int
     update_bytes: int
+    probe_bytes: int
+    probes: int
     frame_bytes: int
     rounds: int
     cohort: int
@@ -119,21 +123,27 @@ def make_plan(job: Job) -> Plan:
     parameters = layout(sketch).size
     schema = travelling(job, spec)
     require_budgets(job, schema)
+    fed, examples = job.federation, None if parts is None else mean_examples(parts, job.federation)
+    memories = {0: step_memory(job, spec, sketch)}
+
+    def memory_of(budget: int) -> int | None:
+        if budget not in memories:
+            memories[budget] = step_memory(job, spec, sketch_model(job.model, source, classes), budget)
+        return memories[budget]["total"]
+
+    job = fitted(job, schema, memory_of, examples or fed.local_steps * fed.batch_size)
     sizes = {budget: round_bytes(job, schema, job.federation.rounds, budget) for budget in {0, *(d.units for d in job.simulation.devices)}}
     model, update = (max(column) for column in zip(*sizes[0]))
     once = (spec.frame, spec.trainable if "initial.safetensors" in shipped_of(job) else ())
     frame = sum(len(save({t.name: np.zeros(t.shape, np.float32) for t in tensors})) for tensors in once if tensors)
     init = min(job.adapter.init_clients, clients) * sum(gradient_bytes(spec)) if job.adapter.asks_gradients else 0
-    fed = job.federation
-    memory = step_memory(job, spec, sketch)
-    steps = {0: memory["total"]}
-    for budget in sizes.keys() - steps.keys():
-        steps[budget] = step_memory(job, spec, sketch_model(job.model, source, classes), budget)["total"]
-    devices = _devices(job, clients, parts, steps, sizes, frame)
+    memory, steps = memories[0], {budget: memory_of(budget) for budget in sizes}
+    devices = _devices(job, schema, clients, examples, steps, sizes, frame)
     drawable = max(1, sum(d.clients for d in devices if d.able)) if devices else clients
     cohort = min(fed.cohort, drawable)
     first = holders(drawable, cohort, fed.rounds)
-    exchanged = fed.rounds * cohort * _mean_bytes(job, devices, sizes)
+    probes, probe = (-(-fed.rounds // job.units.probe_every), probe_bytes(schema)) if job.units.probes else (0, (0, 0))
+    exchanged = cohort * (fed.rounds * _mean_bytes(job, devices, sizes) + probes * sum(probe))
     privacy = plan_of(job, clients)
     notes += [*warnings_of(privacy), *init_warnings(spec, privacy)] if privacy else []
     lost = privacy.reading().epsilon if privacy and job.privacy.noise == "system" else math.inf
@@ -144,8 +154,8 @@ def make_plan(job: Job) -> Plan:
     notes += [note for device, made in zip(job.simulation.devices, devices) for note in _device_notes(job, device, made, steps[device.units])]
     return Plan(
         job.model.source, bool(source.weights), parameters, spec.method, spec.rank, len(spec.linears), spec.size, spec.head_size,
-        job.units.strategy, job.units.budget or len(blocks(schema)), _units(job, schema),
-        model, update, frame, fed.rounds, cohort, clients, round(exchanged / fed.rounds), first, init, exchanged + first * frame + init, memory, devices,
+        job.units.strategy, job.units.budget or len(schema.blocks), _units(job, schema),
+        model, update, sum(probe), probes, frame, fed.rounds, cohort, clients, round(exchanged / fed.rounds), first, init, exchanged + first * frame + init, memory, devices,
         job.privacy.unit, figure(lost), privacy.delta if privacy else 0.0, privacy.parts["update"] if privacy else 0.0, tuple(notes),
     )
 
@@ -182,12 +192,13 @@ def _there(source: str) -> bool:
 
 
 def _units(job: Job, schema: Schema) -> tuple[Unit, ...]:
-    found, selectable, taken = [], blocks(schema), selected(job, schema, 1)
+    found, selectable = [], schema.blocks
+    taken = schema.units if job.units.varies else selected(job, schema, 1)
     for name in schema.units:
         numbers = sum(t.size for t in schema.of_units([name]))
-        trained: Literal["always", "drawn", "never"] = "always" if name in taken else "never"
-        if job.units.strategy == "lisa" and name in selectable:
-            trained = "drawn"
+        trained: Literal["always", "drawn", "chosen", "never"] = "always" if name in taken else "never"
+        if job.units.varies and name in selectable:
+            trained = "chosen" if job.units.probes else "drawn"
         found.append(Unit(name, numbers, NUMBER * numbers, name in selectable, trained))
     return tuple(found)
 
@@ -203,18 +214,16 @@ def _mean_bytes(job: Job, devices: Sequence[DeviceTime], sizes: Sizes) -> float:
     return sum(n * mean for n, mean in weighed) / sum(n for n, _ in weighed) if weighed else means[0]
 
 
-def _devices(job: Job, clients: int, parts: Split | None, steps: dict[int, int | None], sizes: Sizes, frame: int) -> tuple[DeviceTime, ...]:
-    """Each class of the job: its clients, as a run draws them, and its times. steps: bytes that a training step needs, by budget; frame: its bytes."""
+def _devices(job: Job, schema: Schema, clients: int, examples: float | None, steps: dict[int, int | None], sizes: Sizes, frame: int) -> tuple[DeviceTime, ...]:
+    """Each class of the job: its clients, as a run draws them, and its times. steps: bytes that a training step needs, by budget; frame: its bytes; examples: that a client runs in a round."""
     devices, fed = job.simulation.devices, job.federation
     if not devices:
         return ()
     held = np.bincount(assign(fed.seed, devices, clients), minlength=len(devices)).tolist()
-    examples = None if parts is None else np.array([len(place) for place in parts.train]) * fed.local_epochs
-    if examples is not None and fed.local_steps:
-        examples = np.minimum(examples, fed.local_steps * fed.batch_size)
-    mean = 0.0 if examples is None else gradients(job) * float(examples.mean())
+    mean = gradients(job) * (examples or 0.0)
     largest = [(max(model for model, _ in sizes[device.units]), max(update for _, update in sizes[device.units])) for device in devices]
-    spans = [span(device, model, mean, update) for device, (model, update) in zip(devices, largest)]
+    work = [step_share(schema, lowest(job, schema, device.units)) for device in devices]
+    spans = [span(device, model, share * mean, update) for device, share, (model, update) in zip(devices, work, largest)]
     return tuple(
         DeviceTime(device.name, count, bool(fit), device.available, device.drop_out, s.down, None if examples is None and device.speed else s.train, s.up, span(device, frame, 0, 0).down)
         for device, count, fit, s in zip(devices, held, able(devices, [steps[device.units] for device in devices]), spans))

@@ -20,7 +20,7 @@ from fedtune.data.partition import Split, split
 from fedtune.errors import DataError, ModelError, RunError, UserError
 from fedtune.gradient_init import init_warnings
 from fedtune.job import Job
-from fedtune.models.base import TunableModel, layout
+from fedtune.models.base import TunableModel, block_weights, layout
 from fedtune.models.load import Encoder, load_encoder, load_model, sketch_model
 from fedtune.models.sources import Source, check_hash, locate
 from fedtune.privacy.plan import plan_of, resolved, warnings_of
@@ -31,6 +31,7 @@ from fedtune.training.clients import ClientStore
 from fedtune.training.memory import step_memory
 from fedtune.types import Arrays
 from fedtune.wire import Schema
+from fedtune.workflows.budgets import fitted, mean_examples
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ def open_setup(job: Job) -> Setup:
     parts = split(dataset.examples, job.data, job.federation.seed)
     if not len(parts.held_out.rows):
         raise DataError(f"data.clients = {job.data.clients}: each client holds a single row or group, so nothing is left to evaluate on; lower it or give more data")
-    return Setup(job, source, sha256, dataset.label_names, dataset, parts)
+    setup = Setup(job, source, sha256, dataset.label_names, dataset, parts)
+    return replace(setup, job=fitted(job, setup.schema, setup.step_memory, mean_examples(parts, job.federation))) if job.units.fit else setup
 
 
 def with_noise(setup: Setup, note: Callable[[str], None]) -> Setup:
@@ -121,11 +123,12 @@ def with_noise(setup: Setup, note: Callable[[str], None]) -> Setup:
 
 def make_bundle(setup: OpenBase, folder: Path, frame: Arrays, model: TunableModel, start: Arrays) -> Bundle:
     """Writes a bundle; `start` holds what of the model of round 0 is not drawn or taken from the base."""
+    weights = block_weights(model) if setup.job.units.strategy == "rgn" else {}
     kind, _, name = setup.job.model.source.partition(":")
     licence = packages.lookup(name).licence if kind == "package" else ""
     return write_bundle(
         folder, setup.job, frame, methods.initial(model, setup.spec, start, setup.job.federation.seed), source=setup.job.model.source, sha256=setup.sha256, licence=licence, parameters=layout(model).size,
-        task=setup.job.model.task, labels=setup.labels, spec=setup.spec, versions=versions(),
+        task=setup.job.model.task, labels=setup.labels, spec=setup.spec, versions=versions(), weights=weights,
     )
 
 

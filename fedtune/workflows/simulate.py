@@ -11,7 +11,7 @@ import torch
 
 from fedtune.adapters import frames
 from fedtune.adapters.methods import write
-from fedtune.algorithms.units import ever, selected, tensors_of
+from fedtune.algorithms.units import by_common_scores, ever, selected, tensors_of
 from fedtune.bundle import open_bundle
 from fedtune.client.app import make_client_app
 from fedtune.errors import EnvironmentProblem, RunError
@@ -128,9 +128,11 @@ class Simulation:
         return 0 if self.fleet is None else self.fleet.budget(client)
 
     def assigned(self, client: str, round: int) -> tuple[str, ...] | None:
-        """The tensors that this client trains in a round; None: all."""
-        job, schema = self.setup.job, self.setup.schema
-        return tensors_of(schema, selected(job, schema, round, self.budget(client)))
+        """The tensors that this client trains in a round; None: all. Where blocks are chosen by scores: by those of the last probe."""
+        job, schema, budget, newest = self.setup.job, self.setup.schema, self.budget(client), self.run.newest()
+        if job.units.probes:
+            return tensors_of(schema, by_common_scores(job, schema, newest.state, budget)) if newest else None
+        return tensors_of(schema, selected(job, schema, round, budget))
 
     def answer(self, packet: bytes, client: str) -> bytes:
         return self.worker.handle(packet, client, self.setup.store.train(client))

@@ -74,12 +74,14 @@ def devices(lines: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def units(lines: list[dict[str, Any]], schema: Schema) -> dict[str, Any]:
-    """How often each unit was trained; nothing for a run in which all clients train all."""
+    """How often each unit was trained, and its score at the last probe; nothing for a run in which all clients train all."""
     found = [line["units"] for line in lines if "units" in line]
     if not found:
         return {}
+    scores: dict[str, float] = next((line["scores"] for line in reversed(lines) if "scores" in line), {})
     return {"units": [
-        {"name": name, "rounds": sum(name in counts for counts in found), "updates": sum(counts.get(name, 0) for counts in found)} for name in schema.units]}
+        {"name": name, "rounds": sum(name in counts for counts in found), "updates": sum(counts.get(name, 0) for counts in found)}
+        | ({"score": scores[name]} if name in scores else {}) for name in schema.units]}
 
 
 def communication(bundle: Bundle, traffic: Traffic) -> dict[str, Any]:
@@ -91,7 +93,7 @@ def communication(bundle: Bundle, traffic: Traffic) -> dict[str, Any]:
     return {
         "trainable_numbers": spec.size, **({"sent_numbers": bundle.schema.size} if bundle.schema.size != spec.size else {}), "update_bytes": largest, "frame_bytes": bundle.frame_bytes,
         "up": sum(traffic.up.values()), "down": sum(traffic.down.values()), "messages": traffic.messages,
-        "evaluation": traffic.evaluation, "offers": traffic.offers,
+        "evaluation": traffic.evaluation, "offers": traffic.offers, "probes": traffic.probes,
         "clients": [{"name": n, "up": traffic.up.get(n, 0), "down": traffic.down.get(n, 0), "rounds": traffic.rounds.get(n, 0)} for n in names],
         **({"took_part": sum(rounds > 0 for rounds in traffic.rounds.values())} if len(names) < len(asked) else {}),
     }

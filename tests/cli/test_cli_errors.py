@@ -11,7 +11,7 @@ from fedtune.cli import common
 from fedtune.cli.main import app, main
 
 COMMANDS = ("init", "validate", "plan", "fetch", "prepare", "simulate", "server", "client", "status", "report", "compare")
-BAD_JOB = "[federation]\nrounds = 0\nbogus = 1\n[units]\nconsistency = 0.5\n"
+BAD_JOB = "[federation]\nrounds = 0\nbogus = 1\n[units]\nconsistency = -1.0\n"
 
 
 def invoke(arguments, wide=500):
@@ -88,7 +88,7 @@ def test_a_mistake_is_one_line(arguments, code, expected, place):
     (["folder"], 1, r"folder is a folder; give the \.toml file in it"),
     (["bytes.toml"], 1, r"not UTF-8 text \(byte 0\); save the file as UTF-8"),
     (["broken.toml"], 1, r"not valid TOML: .*line 1"),
-    (["bad.toml"], 3, r"federation\.rounds = 0: .*\n  federation\.bogus: unknown key; .*\n  units\.consistency = 0\.5: not available yet"),
+    (["bad.toml"], 3, r"units\.consistency = -1\.0: .*\n  federation\.rounds = 0: .*\n  federation\.bogus: unknown key; "),
     (["--set", "rounds"], 1, r"--set rounds: not of the form section\.key=value"),
     (["--set", "adapter.rank=0", "--set", "federation.lr=-1.0"], 2, r"adapter\.rank = 0: .*\n  federation\.lr = -1\.0: "),
 ])

@@ -101,11 +101,12 @@ EXAMPLE = ("privacy.unit=example", "privacy.noise-multiplier=2.0", "privacy.clip
     ("units.strategy=lisa", "units.budget=2", TWO_CLASSES, "federation.cohort=4"), ("units.strategy=top", "units.budget=2", TWO_CLASSES, "federation.cohort=4", "adapter.method=full", "federation.lr=1e-3"),
     ("units.strategy=both", "units.budget=1", "adapter.method=bias", "federation.optimizer=sgd", "federation.momentum=0.9"),
     ("units.strategy=lisa", "units.budget=1", "federation.proximal=0.5", "federation.server-optimizer=fedavgm"), ("units.strategy=top", "units.budget=1", "federation.aggregation=median", "federation.cohort=3"),
+    ("units.strategy=gradient", "units.budget=1", "units.probe-every=2", "federation.cohort=4"), ("units.strategy=fisher", "units.budget=2", "units.consistency=0.2", TWO_CLASSES, "federation.cohort=4"),
     ("units.strategy=lisa", "units.budget=1", *EXAMPLE), ("units.strategy=top", "units.budget=1", "simulation.features=disk"),
 ], ids=" ".join)
 def test_vectorised_is_serial_on_selected_units(changes, tiny_job, run_rounds, tmp_path, monkeypatch):
     serial = run_rounds(tiny_job(*changes, "simulation.engine=serial"), tmp_path / "serial").run
-    monkeypatch.setattr(Worker, "handle", None)  # all together
+    monkeypatch.setattr(Worker, "_train", None)  # all together
     same({"serial": serial, "vectorised": run_rounds(tiny_job(*changes), tmp_path / "vectorised").run})
 
 

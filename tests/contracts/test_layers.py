@@ -15,6 +15,7 @@ LAYERS = (  # from the bottom up; a module stands where its longest prefix here 
     ("errors", "types", "seeds", "waits", "child"),
     ("trees", "metrics", "storage", "address", "flower", "trainer_service"),
     ("job", "wire", "provision", "packages"),
+    ("probes",),
     ("secagg",),
     ("aggregation", "ledger", "privacy", "adapters.spec", "data", "report"),
     ("algorithms", "adapters.frames"),

@@ -8,7 +8,6 @@ import pytest
 
 from fedtune.algorithms import dp_fed_avg, fed_avg
 from fedtune.algorithms.units import (
-    blocks,
     budgets,
     ever,
     lowest,
@@ -225,4 +224,4 @@ def test_moments_of_what_a_round_does_not_train_stay(privacy):
 
 
 def test_blocks_are_those_of_the_schema_from_the_bottom_up():
-    assert blocks(SCHEMA) == BLOCKS and blocks(Schema(SCHEMA.tensors[:1])) == ()
+    assert SCHEMA.blocks == BLOCKS and Schema(SCHEMA.tensors[:1]).blocks == ()

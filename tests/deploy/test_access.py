@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import Federation, Process, free_port, until
+from live_federation import Federation, Process, free_port, until
 
 from fedtune import provision
 

@@ -8,7 +8,7 @@ import signal
 import numpy as np
 import psutil
 import pytest
-from conftest import Federation, Process, until
+from live_federation import Federation, Process, until
 
 from fedtune.bundle import open_bundle
 from fedtune.job import parse_job

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from conftest import DOMAINS, Federation, Process, free_port, until
+from live_federation import DOMAINS, Federation, Process, free_port, until
 
 from fedtune.job import parse_job
 from fedtune.ledger import Ledger

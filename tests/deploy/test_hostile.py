@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from conftest import DOMAINS, Federation, until
 from hostile_device import ATTACKS, LANES
+from live_federation import DOMAINS, Federation, until
 
 from fedtune import provision
 from fedtune.job import parse_job

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import Federation, free_port, until
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.fab import Fab
+from live_federation import Federation, free_port, until
 
 from fedtune.bundle import open_bundle
 from fedtune.server import superlink as server

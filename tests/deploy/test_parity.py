@@ -29,9 +29,9 @@ def kept_here(live, simulated, summary):
 
 
 @pytest.mark.parametrize("changes", [
-    (), ("units.strategy=lisa", "units.budget=1"), ("personal.method=ditto",), ("personal.method=head",),
+    (), ("units.strategy=lisa", "units.budget=1"), ("units.strategy=gradient", "units.budget=1", "units.probe-every=2"), ("personal.method=ditto",), ("personal.method=head",),
     ("federation.drift=scaffold", "federation.optimizer=sgd", "federation.lr=0.1", "federation.weighting=equal"),
-], ids=["all", "drawn units", "ditto", "own heads", "controls"])
+], ids=["all", "drawn units", "probed units", "ditto", "own heads", "controls"])
 def test_live_equals_simulated(changes, federation, domain_csv, live_settings, make_bundle, run_rounds, tmp_path):
     live = federation()
     bundle = make_bundle(*changes)
@@ -54,6 +54,7 @@ def test_live_equals_simulated(changes, federation, domain_csv, live_settings, m
         for key in ("round", "refused", "up", "down", "total_bytes", "evaluated", "late"):
             assert mine[key] == other[key], key
         assert mine.get("units") == other.get("units") and ("units" in mine) == any("units" in change for change in changes)
+        assert mine.get("scores") == pytest.approx(other["scores"], abs=1e-5) if "scores" in other else "scores" not in mine
         assert mine.keys() == other.keys() and ("personal_clients" in mine) == any("personal" in change for change in changes)
         assert [mine.get(f"personal_{key}") for key in ("clients", "evaluated")] == [other.get(f"personal_{key}") for key in ("clients", "evaluated")]
         for key in mine.keys() & {"loss", "accuracy", "train_loss", "train_accuracy", "personal_loss", "personal_accuracy"}:

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import until
+from live_federation import until
 
 from fedtune.job import load_job, parse_job
 from fedtune.ledger import Ledger

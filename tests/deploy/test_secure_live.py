@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import DOMAINS, until
+from live_federation import DOMAINS, until
 
 from fedtune.checkpoint import load_checkpoint
 from fedtune.job import parse_job

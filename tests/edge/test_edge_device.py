@@ -8,6 +8,7 @@ import pytest
 from fedtune.edge import device as edge_device
 from fedtune.edge.training import Engine, pieces
 from fedtune.errors import DataError, ModelError, Refused, RunError
+from fedtune.probes import answers
 from fedtune.training.device import open_device
 from fedtune.wire import Schema, decode, encode
 
@@ -78,6 +79,16 @@ def test_an_update_of_some_units_is_torchs_and_holds_no_other(units, changes, pr
     np.testing.assert_allclose(found.arrays.vector, expected.arrays.vector, rtol=0, atol=NEAR)
     moved = [np.abs(found.arrays[n] - model[n]).max() for n in names]
     assert min(moved) > 0 and max(moved) > 100 * NEAR
+
+
+@pytest.mark.parametrize("strategy", ["gradient", "rgn", "snr", "fisher"])
+def test_a_probe_is_torchs(strategy, prepared, tiny_csv):
+    theirs, ours = both(prepared, tiny_csv, f"units.strategy={strategy}", "units.budget=1")
+    bundle, schema = theirs.bundle, theirs.bundle.schema
+    asked = encode("probe", schema, decode(packet(bundle), schema, kinds=["model"]).arrays, round=3, frame=bundle.frame_digest)
+    expected, found = (decode(d.handle(asked, "a"), answers(schema), kinds=["block-scores"], round=3, frame=bundle.frame_digest) for d in (theirs, ours))
+    assert expected.arrays["scores"].min() > 0 and found.header == expected.header
+    np.testing.assert_allclose(found.arrays["scores"], expected.arrays["scores"], rtol=1e-3)
 
 
 def test_a_forward_only_update_is_torchs(prepared, tiny_csv):

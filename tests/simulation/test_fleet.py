@@ -5,12 +5,13 @@ import pytest
 
 from fedtune.algorithms import fed_avg
 from fedtune.job import parse_job
-from fedtune.rounds import Reply, start
+from fedtune.probes import SCORES, answers, probe_bytes
+from fedtune.rounds import Reply, make_algorithm, start
 from fedtune.run import create_run
 from fedtune.server.app import run_rounds
 from fedtune.simulation.fleet import Fleet
 from fedtune.types import ClientInfo, TensorSpec
-from fedtune.wire import Schema, encode, packet_bytes
+from fedtune.wire import Schema, decode, encode, kind_of, packet_bytes
 
 SCHEMA = Schema((TensorSpec("a.R", (3, 3), "block.0"), TensorSpec("head.bias", (2,), "head")))
 FRAME, FRAME_BYTES = "0123456789abcdef", 8000
@@ -30,7 +31,7 @@ def simulated(tmp_path):
     def run(devices, *changes, step=None, silent=(), again=False):
         job = parse_job("", ["data.clients=6", "federation.cohort=6", "federation.rounds=4", "federation.deadline=60", f"simulation.devices=[{devices}]", *changes])
         folder = create_run(tmp_path / f"run-{len(list(tmp_path.iterdir()))}", job, {})
-        fleet, given = Fleet(job, CLIENTS, [step] * len(job.simulation.devices), lambda round, budget: UPDATE, 0), {}
+        fleet, given = Fleet(job, CLIENTS, [step] * len(job.simulation.devices), SCHEMA, 0), {}
 
         def engine(pairs, kind="train", round=0):
             given[round] = [client for client, _ in pairs]
@@ -115,3 +116,35 @@ def test_the_same_seed_loses_the_same_clients(simulated):
     one, two, other = (simulated(devices, f"federation.seed={seed}")[0] for seed in (3, 3, 4))
     assert [line | {"seconds": 0} for line in one] == [line | {"seconds": 0} for line in two]
     assert [line["dropped"] for line in one] != [line["dropped"] for line in other]
+
+
+def test_a_probe_takes_its_time_and_bytes_and_a_step_on_fewer_blocks_less(tmp_path):
+    """Two blocks, of which each client trains one: the upper takes three quarters of a step's work, the lower all of it."""
+    schema = Schema((TensorSpec("a.R", (3, 3), "block.0"), TensorSpec("b.R", (3, 3), "block.1"), TensorSpec("head.bias", (2,), "head")))
+    start_model = {t.name: np.zeros(t.shape, np.float32) for t in schema.tensors}
+    job = parse_job("", [
+        "data.clients=6", "federation.cohort=6", "federation.rounds=2", f"simulation.devices=[{EVEN}]", "units.strategy=gradient", "units.budget=1", "units.probe-batches=1"])
+    folder, trained = create_run(tmp_path / "run", job, {}), {}
+    fleet = Fleet(job, CLIENTS, [None], schema, 0)
+
+    def engine(pairs, kind="train", round=0):
+        for client, packet in pairs:
+            if kind_of(packet) == "probe":  # c0 to c2 gain most from the lower block
+                scores = np.array([3, 1] if client < "c3" else [1, 9], np.float32)
+                yield Reply(client, encode("block-scores", answers(schema), {SCORES: scores}, round=round, frame=FRAME))
+            else:
+                names = trained[round, client] = decode(packet, schema, kinds=["model"]).train
+                yield Reply(client, encode("update", schema, {name: start_model[name] for name in names}, round=round, frame=FRAME, weight=1.0))
+
+    coordinator = start(job, folder, schema, FRAME, 0, make_algorithm(job, schema), CLIENTS, lambda: start_model, lambda round, arrays: None)
+    run_rounds(coordinator, fleet.around(engine), fleet.gather)
+    (question, answer), lines = probe_bytes(schema), folder.metrics()
+    assert {client: names[0] for (round, client), names in trained.items() if round == 1} == {f"c{i}": "a.R" if i < 3 else "b.R" for i in range(6)}
+    assert {names[0] for (round, _), names in trained.items() if round == 2} == {"b.R"}  # the mean of 3/4, 3/4, 3/4, .1, .1, .1 is below a half
+    model, update = packet_bytes(schema, ("a.R", "head.bias"))
+    probing, exchange = 16 / 2 + question / 10_000 + answer / 1000, model / 10_000 + update / 1000
+    assert lines[1]["simulated_seconds"] == pytest.approx(probing + 60 * 0.75 / 2 + exchange, abs=2e-3)
+    assert lines[2]["simulated_seconds"] == pytest.approx(60 * 0.75 / 2 + exchange, abs=2e-3)
+    tally, after = lines[1]["devices"]["even"], lines[2]["devices"]["even"]
+    assert (tally["down"] - after["down"], tally["up"] - after["up"]) == (6 * question, 6 * answer) and coordinator.traffic.probes == 6 * (question + answer)
+    assert sum(coordinator.traffic.down.values()) == tally["down"] + after["down"]

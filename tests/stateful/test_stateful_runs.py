@@ -118,7 +118,7 @@ def test_simulated_time_counts_every_gradient(method, times, tiny_job):
     assert ours.train == times * plain.train > 0
     setup = open_setup(tiny_job(phones, *METHODS[method]))
     name = setup.split.clients[0]
-    assert make_fleet(setup)._turn(name, 100, 1).seconds == times * len(setup.split.train[0]) / 4
+    assert make_fleet(setup)._turn(name, 100, 1, 100, 1.0).seconds == times * len(setup.split.train[0]) / 4
 
 
 def test_a_run_does_not_go_on_without_what_its_clients_kept(tiny_job, run_rounds, tmp_path):

@@ -1,0 +1,100 @@
+"""Accuracy against bytes and simulated time for the strategies of [units]: python simulations/units/record.py [--seeds 0,1,2] [--only TEXT]
+
+All strategies run with the same learning rate, that of the quickstart. --only runs those whose name holds TEXT and records nothing.
+Runs lie in runs/units-PARTITION-BUDGET-STRATEGY-SEED and are resumed or read if they are there. Writes result.json and plot.png.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tomllib
+from itertools import product
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+from recording import simulated, spread, write  # noqa: E402
+
+PARTITIONS = {
+    "natural": {"data.partition": "natural", "data.by": "domain"},
+    "dirichlet": {"data.partition": "dirichlet", "data.alpha": 0.1},
+}
+BUDGETS = {"1": (1, 1, 1), "2": (2, 2, 2), "mixed": (1, 2, 4)}
+"""Blocks of the classes of devices in their order."""
+CLASSES = tomllib.loads((HERE / "job.toml").read_text())["simulation"]["devices"]
+STRATEGIES = {
+    **{name: {"units.strategy": name} for name in ("top", "bottom", "both", "lisa", "gradient", "rgn", "snr", "fisher")},
+    "gradient, consistency 0.1": {"units.strategy": "gradient", "units.consistency": 0.1},
+}
+
+
+def name_of(partition: str, budget: str, strategy: str, seed: int) -> str:
+    return f"units-{partition}-{budget}-{strategy.replace(', consistency ', '-')}-{seed}"
+
+
+def with_units(blocks: tuple[int, ...]) -> str:
+    """The job's classes of devices as TOML, each with its number of blocks."""
+    tables = [{**device, "units": count} for device, count in zip(CLASSES, blocks, strict=True)]
+    return "[" + ", ".join("{" + ", ".join(f"{key} = {json.dumps(value)}" for key, value in table.items()) + "}" for table in tables) + "]"
+
+
+def run(partition: str, budget: str, strategy: str, seed: int) -> dict:
+    """One run's figures. Budget and strategy "all" train every block."""
+    changes: dict[str, object] = {**PARTITIONS[partition], "federation.seed": seed}
+    if strategy != "all":
+        changes |= {"units.budget": BUDGETS[budget][0], **STRATEGIES[strategy], "simulation.devices": with_units(BUDGETS[budget])}
+    summary = simulated(name_of(partition, budget, strategy, seed), HERE / "job.toml", changes)
+    sent = summary["communication"]
+    return {
+        "partition": partition, "budget": budget, "strategy": strategy, "seed": seed,
+        "accuracy": summary["final"]["accuracy"], "worst_tenth": summary["final"]["worst_tenth"], "bytes": sent["up"] + sent["down"], "probes": sent["probes"],
+        "seconds": summary["rounds"][-1]["simulated_clock"], "versions": summary["versions"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--only", default="")
+    chosen = parser.parse_args()
+    cases = [(partition, "all", "all") for partition in PARTITIONS] + list(product(PARTITIONS, BUDGETS, STRATEGIES))
+    wanted = [(*case, int(seed)) for seed in chosen.seeds.split(",") for case in cases]
+    rows = [run(*case) for case in wanted if chosen.only in name_of(*case)]
+    for case in cases:
+        own = [row for row in rows if (row["partition"], row["budget"], row["strategy"]) == case]
+        if own:
+            sent, time = (statistics.mean(row[key] for row in own) for key in ("bytes", "seconds"))
+            print(f"{case[0]:9} budget {case[1]:5} {case[2]:25} accuracy {spread([row['accuracy'] for row in own])}   {sent / 1e6:6.2f} MB   {time:6.0f} s")
+    if not chosen.only:
+        write(HERE / "result.json", {"runs": rows})
+        draw(rows, HERE / "plot.png")
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """A row of pictures for each partition: accuracy against bytes, and against simulated time."""
+    figure, axes = plt.subplots(len(PARTITIONS), 2, figsize=(11, 8), sharey="row", layout="constrained")
+    colors = dict(zip(("all", *STRATEGIES), plt.get_cmap("tab10").colors))
+    markers = dict(zip(("all", *BUDGETS), "*o^s"))
+    for across, partition in zip(axes, PARTITIONS):
+        for axis, key, label, scale in zip(across, ("bytes", "seconds"), ("bytes sent in all, MB", "simulated seconds"), (1e6, 1.0)):
+            for strategy, budget in dict.fromkeys((row["strategy"], row["budget"]) for row in rows):
+                own = [row for row in rows if (row["partition"], row["strategy"], row["budget"]) == (partition, strategy, budget)]
+                if own:
+                    spot = [statistics.mean(row[k] for row in own) for k in (key, "accuracy")]
+                    axis.plot(spot[0] / scale, spot[1], markers[budget], color=colors[strategy], label=f"{strategy}, budget {budget}" if strategy != "all" else "all blocks")
+            axis.set(title=partition, xlabel=label, ylabel="held-out accuracy")
+            axis.grid(alpha=0.3)
+    for axis in axes[:, 1]:
+        axis.set_ylabel("")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
