@@ -3,9 +3,9 @@
     step:     g' = g(w + rho g(w)/|g(w)|);   w <- w - lr (g' + mu (w - w^t + h_i))
     then:     h_i <- h_i + (w - w^t);   sends w + h_i                           server: w^{t+1} = mean of what came
 
-mu is the paper's 1/lambda and h_i its -lambda g_i, the prox-correction. The paper mixes the gradients at both places by alpha; this is alpha = 1, as in
-the authors' experiments' code, of which also the length 1 of the uphill step is. That code sends w alone and adds the mean of h over all clients, asked
-or not; here the paper's Algorithm 1 holds, and the server is that of federated averaging. A step costs two gradients, and messages are as long as ever.
+mu is the paper's 1/lambda and h_i its -lambda g_i, the prox-correction. The paper mixes the gradients at both places by alpha; this is alpha = 1, and
+the uphill step has length rho, both as in the authors' code (FL-Simulator). That code sends w alone and adds the mean of h over all clients, asked or
+not; here clients send w + h_i, and the server is that of federated averaging. A step costs two gradients, and messages are as long as ever.
 """
 
 from collections.abc import Sequence
