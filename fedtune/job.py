@@ -140,7 +140,7 @@ class FederationSection(_Section):
     proximal: float = _key(0.0, "FedProx: mu of mu/2 times the squared distance from the round's start, added to the loss of each step; drift = fedspeed: the strength of its pull", ge=0.0, le=1e4)
     drift: Literal["none", "scaffold", "fedspeed"] = _key(
         "none", "what keeps clients with unlike data together; scaffold: steps are corrected by how a client's gradients differ from everybody's (messages twice as long); "
-        "fedspeed: a pull to the round's start, corrected by earlier rounds (two gradients a step); clients keep state, and are trained one by one")
+        "fedspeed: a pull to the round's start, corrected by earlier rounds (two gradients a step); clients keep state from round to round")
     ascent: float = _key(0.1, "fedspeed: how far uphill a step takes its gradient, as L2 length (0: where it is)", ge=0.0, le=100.0)
     min_replies: int = _key(1, "fewest valid replies for a round to count; below it the model stays and the round is reported as void", ge=1)
     deadline: float = _key(3600.0, "seconds a round waits for replies", gt=0.0, le=604_800.0)
@@ -153,7 +153,7 @@ class FederationSection(_Section):
 
 
 class PersonalSection(_Section):
-    """What each client keeps for itself from round to round. It never leaves the client; such clients are trained one by one."""
+    """What each client keeps for itself from round to round. It never leaves the client."""
 
     method: Literal["none", "ditto", "head"] = _key(
         "none", "ditto: beside the global model each client trains one of its own, with as many bytes sent as without; head: the task head is trained and stays on the client, the rest is averaged")

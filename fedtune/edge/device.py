@@ -18,7 +18,7 @@ from fedtune.privacy.noise import noise_of
 from fedtune.privacy.plan import outward
 from fedtune.probes import answers, block_scores, require_probing
 from fedtune.seeds import generator
-from fedtune.stateful.base import Local, Pull
+from fedtune.stateful.base import Ask, Trained
 from fedtune.stateful.methods import method_of
 from fedtune.stateful.store import Kept
 from fedtune.subspace import NAME
@@ -26,7 +26,7 @@ from fedtune.training.batches import probed_batches
 from fedtune.training.clients import ClientStore, Stream
 from fedtune.training.forward import train_forward
 from fedtune.training.holder import Device, read_data, require_converged
-from fedtune.training.keeping import own_state, personal_model, train_keeping
+from fedtune.training.keeping import Local, own_state, personal_model, train_keeping
 from fedtune.types import Arrays, Metrics
 from fedtune.wire import Packet, Pieces, decode, encode, require_whole
 
@@ -79,9 +79,9 @@ class EdgeWorker:
     def _local(self, client: str, data: ClientData | Stream, round: int) -> Local:
         fed, spec = self.bundle.job.federation, self.bundle.manifest.spec.schema
 
-        def local(start: Arrays, pull: Pull, purpose: str = "local") -> tuple[Arrays, Metrics]:
-            values = Pieces(np.concatenate([start[t.name].ravel() for t in spec.tensors]), spec.layout)
-            metrics = train_locally(self.engine, values, data, fed, round, generator(fed.seed, purpose, round, client), None, pull)
+        def local(ask: Ask) -> Trained:
+            values = Pieces(np.concatenate([ask.start[t.name].ravel() for t in spec.tensors]), spec.layout)
+            metrics = train_locally(self.engine, values, data, fed, round, generator(fed.seed, ask.purpose, round, client), None, ask.pull)
             return values, metrics
 
         return local

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import psutil
+import torch
 
 from fedtune.adapters.methods import write
 from fedtune.data.encoded import ClientData
@@ -15,20 +16,24 @@ from fedtune.privacy.noise import noise_of
 from fedtune.privacy.plan import outward
 from fedtune.rounds import Reply
 from fedtune.seeds import generator
-from fedtune.stateful.methods import method_of
+from fedtune.stateful.base import Ask
+from fedtune.stateful.methods import asks, method_of
+from fedtune.training import keeping
 from fedtune.training.batches import local_batches
 from fedtune.training.chunks import Task, trainable_batches
-from fedtune.training.cohort import CohortTrainer
+from fedtune.training.cohort import CohortTrainer, Pulls
 from fedtune.training.holder import require_converged
 from fedtune.training.local import only
 from fedtune.training.worker import Worker
-from fedtune.types import Metrics
-from fedtune.wire import Header, Packet, Pieces, Schema, decode, finite_norm, kind_of, packed_size, require_whole
+from fedtune.types import Arrays, Metrics
+from fedtune.wire import Header, Packet, Pieces, Schema, decode, encode, finite_norm, kind_of, packed_size, require_whole
 
 MOST_TOGETHER = 256
 """Clients in a block unless the job says otherwise: beyond it nothing is gained, and replies come seldom."""
 MOST_TRAINERS = 8
 """Sets of tensors whose trainers are kept for the next clients that train the same."""
+KEPT = 4
+"""Times that memory for a client that keeps something: its trainings, their starts and what pulls them."""
 COPIES = 8
 """Arrays as large as a model that each client of a block needs: values, gradient, two moments, a chunk's copies, and what is sent."""
 
@@ -59,7 +64,7 @@ class Together:
     def __call__(self, pairs: Sequence[tuple[str, bytes]], kind: str = "train", round: int = 0) -> Iterator[Reply]:
         for payload in dict.fromkeys(payload for _, payload in pairs):  # one packet is sent to all who train the same
             clients = [client for client, sent in pairs if sent is payload or sent == payload]
-            if kind_of(payload) != "model" or method_of(self.worker.job):  # those that keep something are trained each from its own
+            if kind_of(payload) != "model":
                 yield from self._one_by_one(payload, clients)
                 continue
             bundle = self.worker.open()
@@ -69,9 +74,10 @@ class Together:
             if trainer is None:
                 yield from self._one_by_one(payload, clients)
                 continue
-            size = self.settings.block or block_size(trainer.schema.size, memory_for(self.settings) // 2)
+            keeps = bool(method_of(self.worker.job))
+            size = self.settings.block or block_size(trainer.schema.size * (KEPT if keeps else 1), memory_for(self.settings) // 2)
             for begin in range(0, len(clients), size):
-                yield from self._block(trainer, packet, clients[begin : begin + size])
+                yield from (self._keeping if keeps else self._block)(trainer, packet, clients[begin : begin + size])
 
     def _one_by_one(self, payload: bytes, clients: Sequence[str]) -> Iterator[Reply]:
         for client in clients:
@@ -99,6 +105,26 @@ class Together:
             except Refused as e:
                 yield Reply(task.client, None, str(e))
 
+    def _keeping(self, trainer: CohortTrainer, packet: Packet, clients: Sequence[str]) -> Iterator[Reply]:
+        """As `_block`, each client from what it keeps, with all the trainings that its method asks for."""
+        bundle, kept, schema, round = self.worker.open(), self.worker.kept, trainer.schema, packet.header.round
+        held = [self.data(client) for client in clients]
+        found = [keeping.begin(bundle, kept, packet, client, data) for client, data in zip(clients, held)]
+        asked = [(client, data, ask) for client, data, one in zip(clients, held, found) for ask in asks(bundle.job, one)]
+        tasks = [Task(client, data, keeping.batches_of(bundle, client, data, round, ask.purpose)) for client, data, ask in asked]
+        starts, pulls = _stacked([ask for *_, ask in asked], schema)
+        models, totals = trainer.train(starts, tasks, round, pulls=pulls)
+        each = len(asked) // len(clients)
+        for place, (client, data, one) in enumerate(zip(clients, held, found)):
+            try:
+                rows = range(place * each, (place + 1) * each)
+                trained = [(Pieces(models[row], schema.layout), _metrics(tasks[row], totals[row], None)) for row in rows]
+                update, metrics = keeping.end(bundle, kept, packet, client, one, trained)
+                weight, metrics = outward(bundle.job, len(data), metrics)
+                yield Reply(client, encode("update", bundle.schema, update, round=round, frame=bundle.frame_digest, weight=weight, metrics=metrics))
+            except Refused as e:
+                yield Reply(client, None, str(e))
+
     def _task(self, client: str, round: int, private: ExamplePrivacy | None) -> Task:
         job, data = self.worker.job, self.data(client)
         if private is not None:
@@ -117,6 +143,21 @@ class Together:
             metrics={name: [total, share] for name, (total, share) in metrics.items()},
         )
         return Reply(task.client, None, packet=Packet(header, Pieces(vector, trained.layout), norm), size=packed_size(header, schema))
+
+
+def _stacked(asked: Sequence[Ask], schema: Schema) -> tuple[np.ndarray, Pulls]:
+    """(starts, float32 [K, P], and pulls) of trainings, in the order of the schema."""
+
+    def flat(arrays: Arrays) -> np.ndarray:
+        return np.concatenate([arrays[t.name].ravel() for t in schema.tensors])
+
+    starts = np.stack([flat(ask.start) for ask in asked])
+    towards = np.stack([start if ask.pull.towards is None else flat(ask.pull.towards) for ask, start in zip(asked, starts)])
+    offsets = [flat(ask.pull.offset) for ask in asked if ask.pull.offset is not None]
+    (ascent,) = {ask.pull.ascent for ask in asked}
+    assert len(offsets) in (0, len(asked))
+    strength = torch.tensor([[ask.pull.strength] for ask in asked], dtype=torch.float32)
+    return starts, Pulls(strength, torch.from_numpy(towards), torch.from_numpy(np.stack(offsets)) if offsets else None, ascent)
 
 
 def _metrics(task: Task, seen: np.ndarray, private: ExamplePrivacy | None) -> Metrics:

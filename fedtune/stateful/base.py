@@ -1,7 +1,10 @@
-"""What a stateful method is given and gives back. Values are Arrays of float32; nothing given is changed."""
+"""What a stateful method is given and gives back. Values are Arrays of float32; nothing given is changed.
+
+A method is two pure functions: asks(client, …) -> the trainings it wants, and answer(client, what they gave, …) -> Answer. So an engine may train one
+client after another, or many together.
+"""
 
 from dataclasses import dataclass
-from typing import Protocol
 
 from fedtune.types import Arrays, Metrics
 
@@ -19,10 +22,17 @@ class Pull:
     ascent: float = 0.0
 
 
-class Local(Protocol):
-    """Trains from `start` for a round on the client's own data. `purpose` names the draws of batches."""
+@dataclass(frozen=True)
+class Ask:
+    """A training that a method asks for: from `start`, for a round, on the client's own data. `purpose` names the draw of its batches."""
 
-    def __call__(self, start: Arrays, pull: Pull, purpose: str = "local") -> tuple[Arrays, Metrics]: ...
+    start: Arrays
+    pull: Pull
+    purpose: str = "local"
+
+
+Trained = tuple[Arrays, Metrics]
+"""What a training made of its start, and loss and accuracy as seen on the way."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +47,6 @@ class Client:
 
     model: Arrays
     kept: Arrays | None
-    local: Local
     steps: int
     rates: dict[str, float]
 

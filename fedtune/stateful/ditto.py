@@ -6,14 +6,19 @@ v takes as many steps as w and with the same optimizer, on batches of its own dr
 global model is that of a run without. The paper leaves the start of v open: here it is the model of the first round that the client takes part in.
 """
 
-from fedtune.stateful.base import Answer, Client, Pull
+from collections.abc import Sequence
+
+from fedtune.stateful.base import Answer, Ask, Client, Pull, Trained
 from fedtune.types import Arrays
 
 
-def ditto(client: Client, strength: float, proximal: float = 0.0) -> Answer:
-    """strength: lambda. proximal: mu of FedProx, for w alone."""
-    update, metrics = client.local(client.model, Pull(proximal))
-    own, _ = client.local(client.kept or client.model, Pull(strength, client.model), "personal")
+def asks(client: Client, strength: float, proximal: float = 0.0) -> tuple[Ask, ...]:
+    """Trainings of w and v. strength: lambda. proximal: mu of FedProx, for w alone."""
+    return Ask(client.model, Pull(proximal)), Ask(client.kept or client.model, Pull(strength, client.model), "personal")
+
+
+def answer(trained: Sequence[Trained]) -> Answer:
+    (update, metrics), (own, _) = trained
     return Answer(update, metrics, own)
 
 

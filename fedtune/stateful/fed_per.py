@@ -5,7 +5,9 @@
 h_k begins at the initial head, with which a client that was never asked predicts, too.
 """
 
-from fedtune.stateful.base import Answer, Client, Pull
+from collections.abc import Sequence
+
+from fedtune.stateful.base import Answer, Ask, Client, Pull, Trained
 from fedtune.types import Arrays
 from fedtune.wire import Schema
 
@@ -23,10 +25,15 @@ def own(schema: Schema) -> Schema:
     return Schema(schema.of_units([HEAD]))
 
 
-def fed_per(client: Client, schema: Schema, proximal: float = 0.0) -> Answer:
-    """schema: of all trained tensors; client.model has the initial head."""
-    trained, metrics = client.local(client.model | (client.kept or {}), Pull(proximal))
-    return Answer({t.name: trained[t.name] for t in shared(schema).tensors}, metrics, {t.name: trained[t.name] for t in own(schema).tensors})
+def asks(client: Client, proximal: float = 0.0) -> tuple[Ask, ...]:
+    """client.model has the initial head."""
+    return (Ask(client.model | (client.kept or {}), Pull(proximal)),)
+
+
+def answer(trained: Sequence[Trained], schema: Schema) -> Answer:
+    """schema: of all trained tensors."""
+    ((values, metrics),) = trained
+    return Answer({t.name: values[t.name] for t in shared(schema).tensors}, metrics, {t.name: values[t.name] for t in own(schema).tensors})
 
 
 def personal(model: Arrays, kept: Arrays) -> Arrays:

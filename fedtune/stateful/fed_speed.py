@@ -3,17 +3,29 @@
     step:     g' = g(w + rho g(w)/|g(w)|);   w <- w - lr (g' + mu (w - w^t + h_i))
     then:     h_i <- h_i + (w - w^t);   sends w + h_i                           server: w^{t+1} = mean of what came
 
-mu is the paper's 1/lambda and h_i its -lambda g_i, the prox-correction. The paper mixes the gradients at both places by alpha; this is alpha = 1, as in
-the authors' experiments' code, of which also the length 1 of the uphill step is. That code sends w alone and adds the mean of h over all clients, asked
-or not; here the paper's Algorithm 1 holds, and the server is that of federated averaging. A step costs two gradients, and messages are as long as ever.
+mu is the paper's 1/lambda and h_i its -lambda g_i, the prox-correction. The paper mixes the gradients at both places by alpha; this is alpha = 1, and
+the uphill step has length rho, both as in the authors' code (FL-Simulator). That code sends w alone and adds the mean of h over all clients, asked or
+not; here clients send w + h_i, and the server is that of federated averaging. A step costs two gradients, and messages are as long as ever.
 """
 
-from fedtune.stateful.base import Answer, Client, Pull
+from collections.abc import Sequence
+
+from fedtune.stateful.base import Answer, Ask, Client, Pull, Trained
+from fedtune.types import Arrays
 
 
-def fed_speed(client: Client, strength: float, ascent: float) -> Answer:
+def asks(client: Client, strength: float, ascent: float) -> tuple[Ask, ...]:
     """strength: mu. ascent: rho."""
-    kept = client.kept or {name: a * 0 for name, a in client.model.items()}
-    trained, metrics = client.local(client.model, Pull(strength, {name: a - kept[name] for name, a in client.model.items()}, ascent=ascent))
+    kept = _kept(client)
+    return (Ask(client.model, Pull(strength, {name: a - kept[name] for name, a in client.model.items()}, ascent=ascent)),)
+
+
+def answer(client: Client, given: Sequence[Trained]) -> Answer:
+    kept, ((trained, metrics),) = _kept(client), given
     after = {name: kept[name] + (trained[name] - a) for name, a in client.model.items()}
     return Answer({name: trained[name] + after[name] for name in trained}, metrics, after)
+
+
+def _kept(client: Client) -> Arrays:
+    """h_i, 0 before the first round."""
+    return client.kept or {name: a * 0 for name, a in client.model.items()}

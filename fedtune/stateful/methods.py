@@ -1,9 +1,11 @@
 """Which method a job's clients follow: the one place that knows them all."""
 
+from collections.abc import Sequence
+
 from fedtune.errors import ContractError
 from fedtune.job import Job
 from fedtune.stateful import ditto, fed_per, fed_speed, scaffold
-from fedtune.stateful.base import Answer, Client
+from fedtune.stateful.base import Answer, Ask, Client, Trained
 from fedtune.types import Arrays
 from fedtune.wire import Schema
 
@@ -40,18 +42,32 @@ def copies(job: Job) -> int:
     return {"ditto": 2, "scaffold": 3, "fedspeed": 4}.get(method_of(job), 0)
 
 
-def answer(job: Job, schema: Schema, client: Client) -> Answer:
-    """A client's round. schema: of the trained tensors."""
+def asks(job: Job, client: Client) -> tuple[Ask, ...]:
+    """The trainings of a client's round."""
     fed = job.federation
     match method_of(job):
         case "ditto":
-            return ditto.ditto(client, job.personal.strength, fed.proximal)
+            return ditto.asks(client, job.personal.strength, fed.proximal)
         case "head":
-            return fed_per.fed_per(client, schema, fed.proximal)
+            return fed_per.asks(client, fed.proximal)
         case "scaffold":
-            return scaffold.scaffold(client)
+            return scaffold.asks(client)
         case "fedspeed":
-            return fed_speed.fed_speed(client, fed.proximal, fed.ascent)
+            return fed_speed.asks(client, fed.proximal, fed.ascent)
+    raise ContractError("the job's clients keep nothing")
+
+
+def answer(job: Job, schema: Schema, client: Client, trained: Sequence[Trained]) -> Answer:
+    """What a client makes of them. schema: of the trained tensors."""
+    match method_of(job):
+        case "ditto":
+            return ditto.answer(trained)
+        case "head":
+            return fed_per.answer(trained, schema)
+        case "scaffold":
+            return scaffold.answer(client, trained)
+        case "fedspeed":
+            return fed_speed.answer(client, trained)
     raise ContractError("the job's clients keep nothing")
 
 

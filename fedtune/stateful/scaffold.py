@@ -7,11 +7,11 @@ The control c travels beside the model, a tensor for each trained one, so that m
 K lr is what a step of plain SGD moves by, which is why no other optimizer is allowed. A client whose update is lost has moved its c_i all the same.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from fedtune.stateful.base import Answer, Client, Pull
+from fedtune.stateful.base import Answer, Ask, Client, Pull, Trained
 from fedtune.types import Arrays, RoundReport, TensorSpec, Update
 from fedtune.wire import Schema
 
@@ -27,18 +27,27 @@ def with_controls(schema: Schema) -> Schema:
     return Schema((*schema.tensors, *(TensorSpec(CONTROL + t.name, t.shape, t.unit) for t in schema.tensors)))
 
 
-def scaffold(client: Client) -> Answer:
+def asks(client: Client) -> tuple[Ask, ...]:
     """client.model holds tensors and controls."""
-    model = {name: a for name, a in client.model.items() if not name.startswith(CONTROL)}
-    common = {name: client.model[CONTROL + name] for name in model}
-    own = client.kept or {name: a * 0 for name, a in model.items()}
-    trained, metrics = client.local(model, Pull(offset={name: common[name] - own[name] for name in model}))
+    model, common, own = _parts(client)
+    return (Ask(model, Pull(offset={name: common[name] - own[name] for name in model})),)
+
+
+def answer(client: Client, given: Sequence[Trained]) -> Answer:
+    model, common, own = _parts(client)
+    ((trained, metrics),) = given
     if not client.steps:  # nothing to train on: nothing is known of its gradients
         return Answer(trained | {CONTROL + name: common[name] for name in model}, metrics, own)
     moved = {name: (model[name].astype("f8") - trained[name]) / (client.steps * client.rates[name]) for name in model}
     change = {name: (moved[name] - common[name]).astype("f4") for name in model}
     return Answer(
         trained | {CONTROL + name: common[name] + change[name] for name in model}, metrics, {name: own[name] + change[name] for name in model})
+
+
+def _parts(client: Client) -> tuple[Arrays, Arrays, Arrays]:
+    """(model, c, c_i), by the names of the trained tensors."""
+    model = {name: a for name, a in client.model.items() if not name.startswith(CONTROL)}
+    return model, {name: client.model[CONTROL + name] for name in model}, client.kept or {name: a * 0 for name, a in model.items()}
 
 
 def steering(inner: "Algorithm", clients: int) -> "Algorithm":

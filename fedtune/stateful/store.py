@@ -64,7 +64,7 @@ class Kept:
         """Those that keep something after round `round`, in no order that means anything. Raises as `load`."""
         for place in sorted(self.folder.glob("[0-9a-f][0-9a-f]/*")):
             if (path := self._newest(place, round)) is not None:
-                yield self._read(path)[0]
+                yield self._read(path, whole=False)[0]
 
     def _place(self, client: str) -> Path:
         name = _name(self.owner or client)
@@ -73,21 +73,22 @@ class Kept:
     def _newest(self, place: Path, round: int) -> Path | None:
         return max(((path, its) for path, its in _versions(place) if its <= round), key=lambda found: found[1], default=(None, 0))[0]
 
-    def _read(self, path: Path) -> tuple[str, Arrays]:
-        """(whose, what)."""
+    def _read(self, path: Path, whole: bool = True) -> tuple[str, Arrays]:
+        """(whose, what), or without `whole` whose alone."""
         limit = HEADER + sum(4 * t.size + HEADER for t in self.schema.tensors)
         try:
             if path.stat().st_size > limit:
                 raise ValueError(f"more than {limit:,} bytes")
             with safe_open(path, "numpy") as file:
                 facts = json.loads((file.metadata() or {})[KEY])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+                tensors = {name: file.get_tensor(name) for name in file.keys()} if whole else {}  # noqa: SIM118 (not a dict)
             if facts["format"] != FORMAT:
                 raise ValueError(f"format {facts['format']!r}, this fedtune reads {FORMAT}")
             if _name(facts["client"]) != path.parent.parent.name + path.parent.name or facts["round"] != _round(path):
                 raise ValueError("it is of another client or round")
-            _require(tensors, self.schema)
-            return facts["client"], {t.name: tensors[t.name] for t in self.schema.tensors}
+            if whole:
+                _require(tensors, self.schema)
+            return facts["client"], {t.name: tensors[t.name] for t in self.schema.tensors if whole}
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as e:
             why = " ".join(str(e).split())[:150]
             raise RunError(f"{path}: not what a client of this job keeps ({why}); restore it, or remove its folder {path.parent}, and the client begins anew") from None

@@ -6,7 +6,7 @@ trained layers apply to each example its own client's values (`training.stacked`
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,12 +19,35 @@ from fedtune.privacy.example import ExamplePrivacy, SelfCheck, capped
 from fedtune.training import optimizers
 from fedtune.training.chunks import Picked, Task, balanced, join, pick, predictions, stretches
 from fedtune.training.features import FeatureStore
+from fedtune.training.local import TINY
 from fedtune.training.passes import Pass
 from fedtune.training.private import NUMBERS, Audit, clipped
 from fedtune.training.rates import learning_rate
 from fedtune.training.stacked import Examples, Stack
 from fedtune.types import TensorSpec
 from fedtune.wire import Schema
+
+
+@dataclass(frozen=True)
+class Pulls:
+    """A `fedtune.stateful.base.Pull` for each of K models, [K, 1] and [K, P]; one ascent for all."""
+
+    strength: Tensor
+    towards: Tensor
+    offset: Tensor | None = None
+    ascent: float = 0.0
+
+    def take(self, rows: np.ndarray) -> "Pulls":
+        return replace(self, strength=self.strength[rows], towards=self.towards[rows], offset=None if self.offset is None else self.offset[rows])
+
+    def on(self, device: torch.device) -> "Pulls":
+        return replace(self, strength=self.strength.to(device), towards=self.towards.to(device), offset=None if self.offset is None else self.offset.to(device))
+
+    def add(self, gradients: Tensor, models: Tensor) -> Tensor:
+        """The gradients of the first len(models) with what is added to them."""
+        k = len(models)
+        gradients = gradients + self.strength[:k] * (models - self.towards[:k])
+        return gradients if self.offset is None else gradients + self.offset[:k]
 
 
 class CohortTrainer:
@@ -54,11 +77,14 @@ class CohortTrainer:
         ends = np.cumsum([t.size for t in trainable]).tolist()
         self._spans = [(t.name, t.shape, end - t.size, end) for t, end in zip(trainable, ends)]
 
-    def train(self, start: np.ndarray, tasks: Sequence[Task], round: int, private: ExamplePrivacy | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """All tasks from one model.
+    def train(
+        self, start: np.ndarray, tasks: Sequence[Task], round: int, private: ExamplePrivacy | None = None, pulls: Pulls | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """All tasks, from one model or each from its own.
 
         Args:
-            start: float32 [P].
+            start: float32 [P], or [len(tasks), P].
+            pulls: of each task; None is that of federation.proximal.
             round: from 1; sets the learning rate.
             private: as `train_privately` for each task, which then has its noise and all batches of the round, also empty ones.
 
@@ -68,8 +94,9 @@ class CohortTrainer:
         """
         ranked = sorted(range(len(tasks)), key=lambda i: -len(tasks[i].batches))  # who still trains is then always a first stretch
         ordered = [tasks[i] for i in ranked]
-        begin = torch.from_numpy(start).to(self.device)
-        models = begin.repeat(len(tasks), 1)
+        begin = torch.from_numpy(start if start.ndim == 1 else start[ranked]).to(self.device)
+        models = begin.repeat(len(tasks), 1) if begin.ndim == 1 else begin.clone()
+        pulled = None if pulls is None else pulls.take(np.array(ranked)).on(self.device)
         totals = np.zeros((len(tasks), 3))
         moments, rates = optimizers.start(models, self.settings), self._rates(round)
         mask = None if private else self._mask(ordered)
@@ -80,13 +107,18 @@ class CohortTrainer:
                 picked = pick(ordered[:active], step, self.model.task)
                 if check is None:
                     gradients = self._step(models[:active], picked, totals)
+                    if pulled is not None and pulled.ascent:
+                        length = torch.linalg.vector_norm(gradients, dim=1, keepdim=True)
+                        gradients = self._step(models[:active] + pulled.ascent / (length + TINY) * gradients, picked, np.zeros_like(totals))
                 else:
                     gradients = self._private_step(models, picked, totals, check, ordered)
-                if self.settings.proximal:
+                if pulled is not None:
+                    gradients = pulled.add(gradients, models[:active])
+                elif self.settings.proximal:
                     gradients = gradients + self.settings.proximal * (models[:active] - begin)
                 optimizers.update(models[:active], gradients, moments, rates, step + 1, self.settings)
                 if mask is not None:
-                    torch.where(mask[:active], models[:active], begin, out=models[:active])
+                    torch.where(mask[:active], models[:active], begin if begin.ndim == 1 else begin[:active], out=models[:active])
         back, trained = np.argsort(ranked), models.cpu().numpy()
         if check is not None:
             for model in trained:

@@ -1,5 +1,6 @@
 """A round of a client that keeps something: what it kept is read, the job's method run, and what it keeps now written before the update leaves. No torch."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,33 +10,50 @@ from fedtune.data.encoded import ClientData
 from fedtune.errors import ContractError, Refused
 from fedtune.seeds import generator
 from fedtune.stateful import methods
-from fedtune.stateful.base import Client, Local
+from fedtune.stateful.base import Ask, Client, Trained
 from fedtune.stateful.store import Kept
 from fedtune.training.batches import local_batches
 from fedtune.training.chunks import trainable_batches
 from fedtune.training.clients import Stream
 from fedtune.training.holder import require_converged
 from fedtune.training.rates import learning_rate
-from fedtune.types import Arrays, Metrics
+from fedtune.types import Arrays
 from fedtune.wire import Packet
 
+Local = Callable[[Ask], Trained]
 
-def train_keeping(bundle: Bundle, kept: Kept | None, packet: Packet, client: str, data: ClientData | Stream, local: Local) -> tuple[Arrays, Metrics]:
+
+def train_keeping(bundle: Bundle, kept: Kept | None, packet: Packet, client: str, data: ClientData | Stream, local: Local) -> Trained:
     """(update, metrics) of one client. Raises Refused where training diverged, RunError for what it kept and cannot be read; nothing is written then.
 
     What it kept is that of the rounds before this one, so a round that is asked for again gives the same.
     """
+    found = begin(bundle, kept, packet, client, data)
+    return end(bundle, kept, packet, client, found, [local(ask) for ask in methods.asks(bundle.job, found)])
+
+
+def begin(bundle: Bundle, kept: Kept | None, packet: Packet, client: str, data: ClientData | Stream) -> Client:
+    """A client as its method sees it, before its trainings. Raises RunError as `Kept.load`."""
+    job, round = bundle.job, packet.header.round
+    rates = {t.name: learning_rate(job.federation, t.name, round) for t in bundle.manifest.spec.trainable}
+    model = packet.arrays | bundle.trained(packet.arrays)
+    return Client(model, _place(kept).load(client, round - 1), len(batches_of(bundle, client, data, round)), rates)
+
+
+def end(bundle: Bundle, kept: Kept | None, packet: Packet, client: str, found: Client, trained: Sequence[Trained]) -> Trained:
+    """(update, metrics) after its trainings; what it keeps is written. Raises Refused as `train_keeping`."""
+    answer = methods.answer(bundle.job, bundle.manifest.spec.schema, found, trained)
+    require_converged(answer.metrics)
+    if not all(np.isfinite(a).all() for a in answer.kept.values()):
+        raise Refused("not-finite", "what this client keeps diverged: a number of it is not finite; a lower federation.lr may help")
+    _place(kept).save(client, packet.header.round, answer.kept)
+    return answer.update, answer.metrics
+
+
+def _place(kept: Kept | None) -> Kept:
     if kept is None:
         raise ContractError("the job's clients keep something, and there is no place for it")
-    job, schema, round = bundle.job, bundle.manifest.spec.schema, packet.header.round
-    rates = {t.name: learning_rate(job.federation, t.name, round) for t in schema.tensors}
-    model = packet.arrays | bundle.trained(packet.arrays)
-    found = methods.answer(job, schema, Client(model, kept.load(client, round - 1), local, _steps(bundle, client, data, round), rates))
-    require_converged(found.metrics)
-    if not all(np.isfinite(a).all() for a in found.kept.values()):
-        raise Refused("not-finite", "what this client keeps diverged: a number of it is not finite; a lower federation.lr may help")
-    kept.save(client, round, found.kept)
-    return found.update, found.metrics
+    return kept
 
 
 def personal_model(bundle: Bundle, kept: Kept, model: Arrays, client: str, round: int) -> Arrays | None:
@@ -52,8 +70,8 @@ def own_state(bundle: Bundle, folder: Path | None) -> Kept | None:
     return Kept(folder, methods.kept(job, bundle.manifest.spec.schema), owner="device")
 
 
-def _steps(bundle: Bundle, client: str, data: ClientData | Stream, round: int) -> int:
-    """Optimizer steps of the round, from the same draw as the steps themselves."""
+def batches_of(bundle: Bundle, client: str, data: ClientData | Stream, round: int, purpose: str = "local") -> list[np.ndarray]:
+    """The examples of each optimizer step of a training, from the same draw as the steps themselves."""
     fed = bundle.job.federation
-    batches = local_batches(data.lengths, fed.batch_size, fed.local_epochs, fed.local_steps, generator(fed.seed, "local", round, client))
-    return len(trainable_batches(data, list(batches), bundle.job.model.task))
+    drawn = local_batches(data.lengths, fed.batch_size, fed.local_epochs, fed.local_steps, generator(fed.seed, purpose, round, client))
+    return trainable_batches(data, list(drawn), bundle.job.model.task)

@@ -70,6 +70,8 @@ class Pulled:
 
     def __call__(self, batch: Mapping[str, Tensor], labels: Tensor, around: Callable[[], AbstractContextManager]) -> None:
         """After the backward pass on this batch."""
+        if not (self._towards or self._offset or self.pull.ascent):
+            return
         if self.pull.ascent:
             self._climb(batch, labels, around)
         for name, p in self.parameters.items():

@@ -125,10 +125,8 @@ class Worker:
     def _train(self, bundle: Bundle, packet: Packet, client: str, data: ClientData) -> bytes:
         round, private = packet.header.round, example_privacy(self.job)
         if method_of(self.job):
-            def local(start: Arrays, pull: Pull, purpose: str = "local") -> tuple[Arrays, Metrics]:
-                return self.train(start, client, data, round, None, pull, purpose)
-
-            arrays, metrics = train_keeping(bundle, self.kept, packet, client, data, local)
+            arrays, metrics = train_keeping(
+                bundle, self.kept, packet, client, data, lambda ask: self.train(ask.start, client, data, round, None, ask.pull, ask.purpose))
         elif private is None:
             arrays, metrics = self.train(packet.arrays, client, data, round, packet.train)
             require_converged(metrics)

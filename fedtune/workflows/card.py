@@ -78,6 +78,9 @@ def _facts(setup: Setup, manifest: Manifest, round: int, last: dict[str, Any], b
         ("rounds", f"{round} of {fed.rounds}, {fed.cohort} clients in a round"),
         ("bytes exchanged", size(last["total_bytes"]) if "total_bytes" in last else ""),
         ("accuracy", f"{number(last['accuracy'])} on {count(last['evaluated'])} {where}" if measured else "not measured"),
+        ("head", "the initial one, which nobody trained: the trained heads stay with the clients" if setup.job.personal.method == "head" else ""),
+        ("accuracy of what clients keep", f"{number(last['personal_accuracy'])} on {count(last['personal_evaluated'])} {where.replace('all clients', 'their own')}, {count(last['personal_clients'])} clients"
+            if last.get("personal_clients") else ""),
         ("accuracy of the most common label", number(baselines["majority"]["accuracy"]) if "majority" in baselines else ""),
         ("accuracy of the frozen base, head fitted on pooled data", number(baselines["head"]["accuracy"]) if "head" in baselines else ""),
         ("privacy", privacy),

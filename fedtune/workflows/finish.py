@@ -9,6 +9,7 @@ from fedtune.data.partition import Split
 from fedtune.metrics import merge, tenth, value
 from fedtune.stateful.methods import is_personal
 from fedtune.training.evaluate import Scores, by_client
+from fedtune.types import Metrics
 from fedtune.workflows import baselines
 from fedtune.workflows.export import export_run
 from fedtune.workflows.simulate import Simulation
@@ -52,9 +53,12 @@ def final(split: Split, scores: Scores) -> dict[str, Any]:
 
 def personal(simulation: Simulation, state: State, scores: Scores) -> dict[str, Any]:
     """What clients predict with on their own, beside the global model on the same held-out examples."""
-    found = [(own.metrics(), scores.metrics(index)) for _, index, own in simulation.personal_scores(state.round, state.arrays)]
-    ours, beside = ([pair[side] for pair in found] for side in (0, 1))
-    return personal_of(merge(ours), merge(beside), [value(metrics, "accuracy") for metrics in ours], len(simulation.setup.split.clients))
+    ours, beside, examples = list[Metrics](), list[Metrics](), 0
+    for _, index, own in simulation.personal_scores(state.round, state.arrays):
+        ours.append(own.metrics())
+        beside.append(scores.metrics(index))
+        examples += len(index)
+    return personal_of(merge(ours), merge(beside), [value(metrics, "accuracy") for metrics in ours], len(simulation.setup.split.clients), examples)
 
 
 def measure(simulation: Simulation, scores: Scores, took_part: dict[str, int]) -> dict[str, Any]:

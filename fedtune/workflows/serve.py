@@ -311,7 +311,7 @@ class Live:
         }
         if is_personal(self.job):
             beside = [self.scores[name] for name in self.personal]
-            summary["personal"] = personal_of(merge(self.personal.values()), merge(beside), [value(m, "accuracy") for m in self.personal.values()], len(held))
+            summary["personal"] = personal_of(merge(self.personal.values()), merge(beside), [value(m, "accuracy") for m in self.personal.values()], len(held), int(sum(m["accuracy"][1] for m in beside)))
         write_summary(self.run, summary)
         return summary
 

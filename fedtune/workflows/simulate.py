@@ -14,7 +14,7 @@ from fedtune.adapters.methods import write
 from fedtune.algorithms.units import by_common_scores, ever, selected, tensors_of
 from fedtune.bundle import open_bundle
 from fedtune.client.app import make_client_app
-from fedtune.errors import EnvironmentProblem
+from fedtune.errors import EnvironmentProblem, RunError
 from fedtune.gradient_init import gather_gradients
 from fedtune.job import SimulationSection
 from fedtune.metrics import with_personal
@@ -92,6 +92,7 @@ class Simulation:
         job, done = self.setup.job, self.run.newest()
         if done and done.unfinished is None and done.state.round >= job.federation.rounds:
             return
+        self._require_kept()
         engine, deadline = job.simulation.engine, job.federation.deadline if self.fleet is None else WEEK
         if engine == "vectorised":
             try:
@@ -104,6 +105,11 @@ class Simulation:
             run_ray(server, make_client_app(partial(answer_in, str(self.run.path))), job.simulation.workers)
         else:
             run_serial(server, make_client_app(self.answer))
+
+    def _require_kept(self) -> None:
+        """Raises RunError where what clients kept in the rounds that are done is gone: going on without would be another run."""
+        if self.kept is not None and not self.kept.folder.is_dir() and any(line["clients"] for line in self.run.metrics()):
+            raise RunError(f"{self.kept.folder}: what clients keep is missing; restore it or begin a new run")
 
     def run_over(self, ask: Ask) -> None:
         """The rounds on whatever answers, with the effects of the job's devices around it."""

@@ -113,11 +113,11 @@ def final_of(metrics: Metrics, rows: list[dict[str, Any]], all_: Sequence[float]
     }
 
 
-def personal_of(metrics: Metrics, federated: Metrics, accuracies: Sequence[float], clients: int) -> dict[str, Any]:
+def personal_of(metrics: Metrics, federated: Metrics, accuracies: Sequence[float], clients: int, examples: int) -> dict[str, Any]:
     """Clients' own models at the end, over the held-out examples of those that have one, and the global model on the same; `clients`: all there are."""
     return {
         "accuracy": value(metrics, "accuracy"), "loss": value(metrics, "loss"), "federated": value(federated, "accuracy"), "worst_tenth": worst_tenth(accuracies),
-        "clients": len(accuracies), "of": clients, "examples": int(metrics.get("accuracy", (0.0, 0.0))[1])}
+        "clients": len(accuracies), "of": clients, "examples": examples}
 
 
 def follow(coordinator: Coordinator, watch: Watch) -> None:

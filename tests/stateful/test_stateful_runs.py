@@ -3,16 +3,22 @@
 import io
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 from rich.console import Console
+from safetensors.numpy import load
 
 from fedtune.errors import JobError, RunError
 from fedtune.job import parse_job
 from fedtune.report import compare, facts, page, terminal
 from fedtune.report.summary import check, load_summary
+from fedtune.training.worker import Worker
 from fedtune.workflows.finish import finish
+from fedtune.workflows.fleet import make_fleet
+from fedtune.workflows.plan import make_plan
+from fedtune.workflows.setup import open_setup
 from fedtune.workflows.simulate import Simulation
 
 SGD = ("federation.optimizer=sgd", "federation.lr=0.2")
@@ -28,18 +34,36 @@ def everything(simulation):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_engines_agree_and_a_resumed_run_is_the_same(method, tiny_job, run_rounds, tmp_path):
-    """To the last bit, as both train such clients one by one."""
-    runs = {e: run_rounds(tiny_job(*METHODS[method], f"simulation.engine={e}"), tmp_path / e) for e in ("serial", "vectorised")}
-    serial, vectorised = (everything(runs[e]) for e in runs)
-    assert len(serial) > 3 and serial == vectorised
-    lines = [[line | {"seconds": 0} for line in run.run.metrics()] for run in runs.values()]
-    assert lines[0] == lines[1] and all(not line["refused"] for line in lines[0]) and ("personal_accuracy" in lines[0][-1]) == (method in ("ditto", "head"))
-    assert lines[0][0].get("personal_clients", 0) == 0 and runs["serial"].run.newest().counters == runs["vectorised"].run.newest().counters
-    newest = sorted((runs["serial"].run.path / "checkpoints").glob("round-*"))[-1]
-    newest.unlink()
-    Simulation(runs["serial"].setup, runs["serial"].run).rounds()
-    assert everything(runs["serial"]) == serial
+def test_engines_agree_and_a_resumed_run_is_the_same(method, tiny_job, run_rounds, tmp_path, monkeypatch):
+    serial = run_rounds(tiny_job(*METHODS[method], "simulation.engine=serial"), tmp_path / "serial")
+    monkeypatch.setattr(Worker, "handle", None)  # all together
+    together = run_rounds(tiny_job(*METHODS[method]), tmp_path / "together")
+    before, others = everything(together), everything(serial)
+    assert len(before) > 3 and before.keys() == others.keys()
+    for name, content in before.items():
+        found, expected = load(content), load(others[name])
+        assert found.keys() == expected.keys()
+        for tensor, array in expected.items():
+            np.testing.assert_allclose(found[tensor], array, rtol=0, atol=2e-5, err_msg=f"{name} {tensor}")
+    for ours, theirs in zip(together.run.metrics(), serial.run.metrics(), strict=True):
+        assert ours.keys() == theirs.keys() and not ours["refused"] and ours.get("personal_clients") == theirs.get("personal_clients")
+        assert all(ours[key] == (pytest.approx(value, abs=1e-4) if isinstance(value, float) else value) for key, value in theirs.items() if key != "seconds")
+    assert ("personal_accuracy" in ours) == (method in ("ditto", "head")) and serial.run.newest().counters == together.run.newest().counters
+    sorted((together.run.path / "checkpoints").glob("round-*"))[-1].unlink()
+    Simulation(together.setup, together.run).rounds()
+    assert everything(together) == before
+
+
+@pytest.mark.parametrize("changes, block", [(("personal.method=ditto", "federation.optimizer=sgd", "federation.momentum=0.9", "federation.head-lr=0.01"), 3), (METHODS["fedspeed"], 2)], ids=["ditto", "fedspeed"])
+def test_blocks_and_uneven_clients_change_nothing(changes, block, tiny_job, run_rounds, tmp_path):
+    """Clients of very different sizes, the longest-training first in a block."""
+    uneven = ("data.alpha=0.7", "federation.cohort=4", "federation.rounds=2", "federation.batch-size=4", "federation.weight-decay=0.01", *changes)
+    runs = [run_rounds(tiny_job(*uneven, *more), tmp_path / more[0].replace("=", "-")) for more in (("simulation.engine=serial",), (f"simulation.block={block}",))]
+    serial, together = map(everything, runs)
+    assert serial.keys() == together.keys()
+    for name, content in serial.items():
+        for tensor, array in load(content).items():
+            np.testing.assert_allclose(load(together[name])[tensor], array, rtol=0, atol=3e-5, err_msg=f"{name} {tensor}")
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -77,6 +101,34 @@ def test_only_clients_that_took_part_are_written_and_a_sample_is_enough(tiny_job
     assert all(index == list(range(*simulation.setup.split.held_out.offsets[place : place + 2])) and len(count) == len(index) for place, index, count in found)
 
 
+def test_a_language_model_of_its_own(tiny_llama, tiny_job, run_rounds, tmp_path):
+    changes = (f"model.source={tiny_llama}", "model.task=causal-lm", "personal.method=ditto", "federation.rounds=2")
+    runs = [run_rounds(tiny_job(*changes, f"simulation.engine={engine}"), tmp_path / engine) for engine in ("serial", "vectorised")]
+    serial, together = map(everything, runs)
+    assert serial.keys() == together.keys() and runs[0].run.metrics()[-1]["personal_accuracy"] == pytest.approx(runs[1].run.metrics()[-1]["personal_accuracy"], abs=1e-3)
+    for name, content in serial.items():
+        for tensor, array in load(content).items():
+            np.testing.assert_allclose(load(together[name])[tensor], array, rtol=0, atol=1e-4, err_msg=f"{name} {tensor}")
+
+
+@pytest.mark.parametrize("method, times", [("ditto", 2), ("head", 1), ("scaffold", 1), ("fedspeed", 2)])
+def test_simulated_time_counts_every_gradient(method, times, tiny_job):
+    phones = 'simulation.devices=[{name = "phone", speed = 4}]'
+    (plain,), (ours,) = (make_plan(tiny_job(phones, *changes)).devices for changes in ((), METHODS[method]))
+    assert ours.train == times * plain.train > 0
+    setup = open_setup(tiny_job(phones, *METHODS[method]))
+    name = setup.split.clients[0]
+    assert make_fleet(setup)._turn(name, 100, 1, 100, 1.0).seconds == times * len(setup.split.train[0]) / 4
+
+
+def test_a_run_does_not_go_on_without_what_its_clients_kept(tiny_job, run_rounds, tmp_path):
+    simulation = run_rounds(tiny_job("personal.method=head"), tmp_path / "run")
+    sorted((simulation.run.path / "checkpoints").glob("round-*"))[-1].unlink()
+    shutil.rmtree(simulation.run.clients)
+    with pytest.raises(RunError, match=r"clients: what clients keep is missing; restore it or begin a new run$"):
+        Simulation(simulation.setup, simulation.run).rounds()
+
+
 def test_a_damaged_file_ends_the_run_with_a_line(tiny_job, run_rounds, tmp_path):
     simulation = run_rounds(tiny_job("personal.method=ditto", "federation.rounds=1"), tmp_path / "run")
     path = sorted(simulation.run.clients.rglob("*.safetensors"))[0]
@@ -86,16 +138,20 @@ def test_a_damaged_file_ends_the_run_with_a_line(tiny_job, run_rounds, tmp_path)
 
 
 @pytest.fixture(scope="module")
-def told(tiny_job, run_rounds, tmp_path_factory):
-    found = {}
-    for method in ("ditto", "head", "none"):
-        simulation = run_rounds(tiny_job(f"personal.method={method}", "federation.rounds=2", "report.html=true", 'evaluation.baselines=["local"]'), tmp_path_factory.mktemp(method) / "run")
-        finish(simulation)
-        found[method] = load_summary(simulation.run.path)
+def folders(tiny_job, run_rounds, tmp_path_factory):
+    """Finished runs by personal.method."""
+    found = {method: tmp_path_factory.mktemp(method) / "run" for method in ("ditto", "head", "none")}
+    for method, folder in found.items():
+        finish(run_rounds(tiny_job(f"personal.method={method}", "federation.rounds=2", "report.html=true", 'evaluation.baselines=["local"]'), folder))
     return found
 
 
-def test_reports_say_personal_accuracy_beside_the_global(told):
+@pytest.fixture(scope="module")
+def told(folders):
+    return {method: load_summary(folder) for method, folder in folders.items()}
+
+
+def test_reports_say_personal_accuracy_beside_the_global(told, folders):
     for method in ("ditto", "head"):
         s = told[method]
         own, line = s["personal"], s["rounds"][-1]
@@ -109,6 +165,8 @@ def test_reports_say_personal_accuracy_beside_the_global(told):
         terminal.show(s, console)
         assert "What clients keep" in console.file.getvalue()
         assert check(json.loads(json.dumps(s))) == s
+    cards = {method: (run / "README.md").read_text() for method, run in folders.items()}
+    assert ["accuracy of what clients keep" in cards[m] for m in ("ditto", "head", "none")] == [True, True, False] and ["which nobody trained" in card for card in cards.values()] == [False, True, False]
     assert any("initial head" in line for line in facts.notices(told["head"])) and not any("initial head" in line for line in facts.notices(told["ditto"]))
     assert facts.personal(told["none"]) == "" and 'id="personal"' not in page.render(told["none"])
 
