@@ -71,8 +71,8 @@ class Round(TypedDict):
     With device classes there are the simulated seconds of the round, and those up to its end (`simulated_clock`), the clients
     that never answered (`dropped`) and those that would have needed longer than the deadline (`stragglers`). Where not all clients
     train all, `units` says how many of `clients` trained each, and `scores`, of a round that began with a probe, what it said of
-    each block: means of shares that sum to 1; `unprobed` are the clients whose answer is missing or was not taken, and why. Where clients keep a part of the model or a model of their own, `personal_accuracy`
-    and `personal_loss` are of those that have one, `personal_clients`, with what each has, on `personal_evaluated` examples of theirs.
+    each block: means of shares that sum to 1; `unprobed` are the clients whose answer is missing or was not taken, and why. Where clients
+    keep a part of the model or a model of their own, `personal_accuracy` and `personal_loss` are of those that have one, `personal_clients`, with what each has, on `personal_evaluated` examples of theirs.
     """
 
     round: int

@@ -32,10 +32,10 @@ MOST_TOGETHER = 256
 """Clients in a block unless the job says otherwise: beyond it nothing is gained, and replies come seldom."""
 MOST_TRAINERS = 8
 """Sets of tensors whose trainers are kept for the next clients that train the same."""
-KEPT = 4
-"""Times that memory for a client that keeps something: its trainings, their starts and what pulls them."""
 COPIES = 8
 """Arrays as large as a model that each client of a block needs: values, gradient, two moments, a chunk's copies, and what is sent."""
+KEPT = 4
+"""Times that memory for a client that keeps something: its trainings, their starts and what pulls them."""
 
 
 @dataclass
