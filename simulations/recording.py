@@ -58,3 +58,29 @@ def write(path: Path, facts: Mapping[str, Any]) -> None:
     """Records facts beside the machine they are of."""
     machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, no GPU"
     path.write_text(json.dumps({"machine": machine, **facts}, indent=2) + "\n")
+
+
+class Record:
+    """A file of results that grows row by row, so that a long record can be made in several goes: what stands there is not made again.
+
+    `facts`: rates by method, rows of tuning runs, rows of runs, each in the file under these names.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.facts: dict[str, Any] = {"rates": {}, "tuned": [], "runs": []} | {key: value for key, value in before(path).items() if key != "machine"}
+
+    def row(self, wanted: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The row with these values, made if there is none. Those with TUNED_SEED are tuning runs."""
+        rows = self.facts["tuned" if wanted["seed"] == TUNED_SEED else "runs"]
+        if not any(wanted.items() <= row.items() for row in rows):
+            rows.append(dict(wanted) | make())
+            write(self.path, self.facts)
+        return next(row for row in rows if wanted.items() <= row.items())
+
+    def rate(self, method: str, rates: Sequence[float], accuracy: Callable[[str, float], float]) -> float:
+        """The method's rate as recorded, or the best of `rates` now."""
+        if method not in self.facts["rates"]:
+            self.facts["rates"] |= tuned([method], rates, accuracy)
+            write(self.path, self.facts)
+        return self.facts["rates"][method]

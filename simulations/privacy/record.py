@@ -1,9 +1,9 @@
-"""Accuracy against epsilon for Fed-SB, FFA-LoRA and FedIT: python simulations/privacy/record.py [example|client] [--tune] [--seeds 0,1,2] [--methods fed-sb,ffa-lora,lora] [--epsilons 1,3,10,0]
+"""Accuracy against epsilon for Fed-SB, FFA-LoRA and FedIT: python simulations/privacy/record.py [example|client] [--seeds 0,1,2] [--methods fed-sb,ffa-lora,lora] [--epsilons 1,3,10,0]
 
---tune first finds each method's learning rate: the best of RATES at epsilon 3 with seed 100, which is used for nothing else. The
-choice is itself made by looking at held-out scores, which no epsilon here covers; it is the same for all epsilons and seeds.
+Each method's learning rate is found first: the best of RATES at epsilon 3 with seed 100, which is used for nothing else. The choice is itself made by looking at held-out scores, which no epsilon here covers; it is the same for all epsilons and seeds.
 
-Runs lie in runs/privacy-LEVEL-METHOD-EPSILON-SEED and are resumed or read if they are there. Writes LEVEL.json beside this file.
+Runs lie in runs/privacy-LEVEL-METHOD-EPSILON-RATE-SEED and are resumed or read if they are there. Each is written to LEVEL.json beside this file when
+it has ended, and not made again when it stands there.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
-from recording import TUNED_SEED, before, simulated, spread, tuned, write  # noqa: E402
+from recording import TUNED_SEED, Record, simulated, spread  # noqa: E402
 
 METHODS = {"fed-sb": "Fed-SB", "ffa-lora": "FFA-LoRA", "lora": "FedIT"}
 RATES = (1e-2, 3e-2, 1e-1)
@@ -24,7 +24,7 @@ def run(level: str, method: str, epsilon: float, rate: float, seed: int) -> dict
     changes = {"adapter.method": method, "federation.lr": rate, "federation.seed": seed, **({"privacy.epsilon": epsilon} if epsilon else plain(level))}
     summary = simulated(f"privacy-{level}-{method}-{epsilon:g}-{rate:g}-{seed}", HERE / f"{level}.toml", changes)
     return {
-        "method": method, "epsilon": epsilon, "rate": rate, "seed": seed, "accuracy": summary["final"]["accuracy"],
+        "accuracy": summary["final"]["accuracy"],
         "claimed": summary["privacy"]["epsilon"], "delta": summary["job"]["privacy"]["delta"], "noise": summary["job"]["privacy"]["noise-multiplier"],
         "trainable": summary["communication"]["trainable_numbers"], "update_bytes": summary["communication"]["update_bytes"], "versions": summary["versions"],
     }
@@ -39,22 +39,22 @@ def plain(level: str) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("level", choices=("example", "client"), nargs="?", default="example")
-    parser.add_argument("--tune", action="store_true")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--epsilons", default="1,3,10,0", help="0: without privacy")
     chosen = parser.parse_args()
-    path = HERE / f"{chosen.level}.json"
-    rates = None if chosen.tune else before(path).get("rates")
-    methods, epsilons = chosen.methods.split(","), [float(epsilon) for epsilon in chosen.epsilons.split(",")]
-    rates = rates or tuned(methods, RATES, lambda method, rate: run(chosen.level, method, TUNED, rate, TUNED_SEED)["accuracy"])
-    seeds = [int(seed) for seed in chosen.seeds.split(",")]
-    rows = [run(chosen.level, method, epsilon, rates[method], seed) for seed in seeds for method in methods for epsilon in epsilons]
+    methods, epsilons, record = chosen.methods.split(","), [float(epsilon) for epsilon in chosen.epsilons.split(",")], Record(HERE / f"{chosen.level}.json")
+
+    def row(method: str, epsilon: float, rate: float, seed: int) -> dict:
+        wanted = {"method": method, "epsilon": epsilon, "rate": rate, "seed": seed}
+        return record.row(wanted, lambda: run(chosen.level, **wanted))
+
+    rates = {method: record.rate(method, RATES, lambda method, rate: row(method, TUNED, rate, TUNED_SEED)["accuracy"]) for method in methods}
+    rows = [row(method, epsilon, rates[method], int(seed)) for seed in chosen.seeds.split(",") for method in methods for epsilon in epsilons]
     for method in methods:
         own = [row for row in rows if row["method"] == method]
         cells = [f"{epsilon or 'none'}: " + spread([row["accuracy"] for row in own if row["epsilon"] == epsilon]) for epsilon in epsilons]
         print(f"{METHODS[method]:9} rate {rates[method]:g}, {own[0]['trainable']:,} numbers   " + "   ".join(cells))
-    write(path, {"rates": rates, "runs": rows})
 
 
 if __name__ == "__main__":

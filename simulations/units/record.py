@@ -1,7 +1,8 @@
 """Accuracy against bytes and simulated time for the strategies of [units]: python simulations/units/record.py [--seeds 0,1,2] [--only TEXT]
 
-All strategies run with the same learning rate, that of the quickstart. --only runs those whose name holds TEXT and records nothing.
-Runs lie in runs/units-PARTITION-BUDGET-STRATEGY-SEED and are resumed or read if they are there. Writes result.json and plot.png.
+All strategies run with the same learning rate, that of the quickstart. --only takes those whose name holds TEXT, and draws nothing.
+Runs lie in runs/units-PARTITION-BUDGET-STRATEGY-SEED and are resumed or read if they are there. Each is written to result.json when it has ended, and
+not made again when it stands there; plot.png is drawn at the end.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from matplotlib import pyplot as plt
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
-from recording import simulated, spread, write  # noqa: E402
+from recording import Record, simulated, spread  # noqa: E402
 
 PARTITIONS = {
     "natural": {"data.partition": "natural", "data.by": "domain"},
@@ -52,7 +53,6 @@ def run(partition: str, budget: str, strategy: str, seed: int) -> dict:
     summary = simulated(name_of(partition, budget, strategy, seed), HERE / "job.toml", changes)
     sent = summary["communication"]
     return {
-        "partition": partition, "budget": budget, "strategy": strategy, "seed": seed,
         "accuracy": summary["final"]["accuracy"], "worst_tenth": summary["final"]["worst_tenth"], "bytes": sent["up"] + sent["down"], "probes": sent["probes"],
         "seconds": summary["rounds"][-1]["simulated_clock"], "versions": summary["versions"],
     }
@@ -65,14 +65,14 @@ def main() -> None:
     chosen = parser.parse_args()
     cases = [(partition, "all", "all") for partition in PARTITIONS] + list(product(PARTITIONS, BUDGETS, STRATEGIES))
     wanted = [(*case, int(seed)) for seed in chosen.seeds.split(",") for case in cases]
-    rows = [run(*case) for case in wanted if chosen.only in name_of(*case)]
+    record = Record(HERE / "result.json")
+    rows = [record.row(dict(zip(("partition", "budget", "strategy", "seed"), case)), lambda case=case: run(*case)) for case in wanted if chosen.only in name_of(*case)]
     for case in cases:
         own = [row for row in rows if (row["partition"], row["budget"], row["strategy"]) == case]
         if own:
             sent, time = (statistics.mean(row[key] for row in own) for key in ("bytes", "seconds"))
             print(f"{case[0]:9} budget {case[1]:5} {case[2]:25} accuracy {spread([row['accuracy'] for row in own])}   {sent / 1e6:6.2f} MB   {time:6.0f} s")
     if not chosen.only:
-        write(HERE / "result.json", {"runs": rows})
         draw(rows, HERE / "plot.png")
 
 
