@@ -331,6 +331,7 @@ def _disagreements(job: Job) -> Iterator[str]:
         yield 'adapter.train-head = false: method = "head" trains nothing but the head; set it to true or choose another method'
     yield from _forward_disagreements(job)
     yield from _units_disagreements(job)
+    yield from _overshooting(job)
     yield from _drift_disagreements(job)
     yield from _personal_disagreements(job)
     yield from _privacy_disagreements(job)
@@ -417,6 +418,15 @@ def _personal_disagreements(job: Job) -> Iterator[str]:
     elif personal.method == "head" and job.adapter.method == "head":
         yield f'adapter.method = "head": with {chosen} nothing would be left to send; choose another adapter'
     yield from _stateful_disagreements(job, chosen)
+
+
+def _overshooting(job: Job) -> Iterator[str]:
+    """Pulls that throw a step of plain SGD further beyond their aim than it was before: those of lr times strength from 2 on."""
+    fed = job.federation
+    rate = max(fed.lr, fed.head_lr)
+    for key, strength in (("federation.proximal", fed.proximal), ("personal.strength", job.personal.strength if job.personal.method == "ditto" else 0.0)):
+        if fed.optimizer == "sgd" and rate * strength >= 2:
+            yield f"{key} = {strength:g}: times the learning rate {rate:g} it is {rate * strength:g}, and from 2 on each step of SGD lands further away; lower one of the two"
 
 
 def _stateful_disagreements(job: Job, chosen: str) -> Iterator[str]:

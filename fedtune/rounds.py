@@ -32,7 +32,7 @@ from fedtune.privacy.releases import Release, read
 from fedtune.probes import SCORES, answers
 from fedtune.run import RunFolder
 from fedtune.secagg.server import Sum
-from fedtune.stateful.scaffold import steering
+from fedtune.stateful.scaffold import controls_of, steering
 from fedtune.trees import norm, subtract
 from fedtune.types import Arrays, Assignment, ClientInfo, Metrics, RoundReport, Update
 from fedtune.wire import Packet, Schema, decode, encode, places
@@ -263,7 +263,7 @@ class Coordinator:
         refused |= report.refused
         if void:
             refused |= {c: f"round void: {void}" for c in report.clients}
-            state, report = same, empty
+            state, report = replace(same, arrays=same.arrays | controls_of(state.arrays)), empty  # clients have moved theirs, whatever becomes of the round
         for silent in set(self._planned) - set(report.clients) - refused.keys():
             refused[silent] = "no reply"
         self.state = state

@@ -18,12 +18,14 @@ from fedtune.client.supernode import NodeSettings, SuperNode, execute
 from fedtune.client.trainer import Trainer, TrainerSettings
 from fedtune.errors import DataError, FedtuneError, ModelError, Refused, RunError, UserError
 from fedtune.offer import Answer, Offer
+from fedtune.stateful.methods import method_of
 from fedtune.storage import lock, private_folder
 from fedtune.waits import GOODBYE_SECONDS, OFFER_SECONDS, STEADY_SECONDS, WATCH_POLL, backoff
 from fedtune.wire import kind_of
 
 log = logging.getLogger(__name__)
 KEEP_BUNDLES = 3
+KEEP_OWN = 16
 OWN = "personal"
 """Folder of what this device keeps for itself, by job; not removed with the bundles, as nobody could make it again."""
 
@@ -157,7 +159,7 @@ class Work:
         trainer = Trainer(TrainerSettings(
             bundle.folder, self.settings.data, self.settings.base, self.settings.threads, self.settings.idle_seconds,
             self.settings.folder / "trainer.log", self.settings.folder, self.settings.graphs, self.settings.memory_mb,
-            self.settings.folder / OWN / bundle.manifest.job_sha256[:16]))
+            self._own(bundle)))
         try:
             self._facts = trainer.open(OFFER_SECONDS)
         except BaseException:
@@ -165,6 +167,14 @@ class Work:
             raise
         self._bundle, self._trainer, self._secure = bundle, trainer, secure
         self._tidy()
+
+    def _own(self, bundle: Bundle) -> Path:
+        """Folder of what this device keeps of a job. Raises Refused where it would be one too many: a coordinator could fill the disk, and only the owner can
+        say what may go."""
+        folder = self.settings.folder / OWN / bundle.digest[:16]
+        if method_of(bundle.job) and not folder.exists() and len(list(folder.parent.glob("*"))) >= KEEP_OWN:
+            raise Refused("personal", f"this device keeps something of {KEEP_OWN} jobs already; its owner can remove folders from {OWN}/")
+        return folder
 
     def _here(self, job: str) -> bool:
         try:

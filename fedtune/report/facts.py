@@ -127,7 +127,7 @@ def notices(s: Summary) -> list[str]:
     found += [
         f"Not better than “{r.name}” ({number(r.federated)} against {number(r.accuracy)})."
         for r in rivals(s)
-        if is_number(r.gain) and r.gain is not None and r.gain <= 0
+        if is_number(r.gain) and r.gain is not None and r.gain <= 0 and not _keeps_head(s)
     ]
     refused = len(refusals(s))
     if refused:

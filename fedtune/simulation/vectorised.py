@@ -118,7 +118,7 @@ class Together:
         for place, (client, data, one) in enumerate(zip(clients, held, found)):
             try:
                 rows = range(place * each, (place + 1) * each)
-                trained = [(Pieces(models[row], schema.layout), _metrics(tasks[row], totals[row], None)) for row in rows]
+                trained = [(Pieces(models[row], schema.layout), _summed(totals[row])) for row in rows]
                 update, metrics = keeping.end(bundle, kept, packet, client, one, trained)
                 weight, metrics = outward(bundle.job, len(data), metrics)
                 yield Reply(client, encode("update", bundle.schema, update, round=round, frame=bundle.frame_digest, weight=weight, metrics=metrics))
@@ -165,10 +165,14 @@ def _metrics(task: Task, seen: np.ndarray, private: ExamplePrivacy | None) -> Me
     if private is not None:
         assert task.noise is not None
         return noisy_metrics(seen, private, task.noise)
-    loss, correct, count = seen.tolist()
-    metrics: Metrics = {"loss": (loss, count), "accuracy": (correct, count)}
+    metrics = _summed(seen)
     require_converged(metrics)
     return metrics
+
+
+def _summed(seen: np.ndarray) -> Metrics:
+    loss, correct, count = seen.tolist()
+    return {"loss": (loss, count), "accuracy": (correct, count)}
 
 
 def memory_for(settings: SimulationSection) -> int:

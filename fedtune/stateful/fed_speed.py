@@ -6,6 +6,7 @@
 mu is the paper's 1/lambda and h_i its -lambda g_i, the prox-correction. The paper mixes the gradients at both places by alpha; this is alpha = 1, and
 the uphill step has length rho, both as in the authors' code (FL-Simulator). That code sends w alone and adds the mean of h over all clients, asked or
 not; here clients send w + h_i, and the server is that of federated averaging. A step costs two gradients, and messages are as long as ever.
+A client whose update is lost has moved its h_i all the same.
 """
 
 from collections.abc import Sequence

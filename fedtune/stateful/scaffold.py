@@ -4,7 +4,8 @@
     server:   w^{t+1} = mean of the y (a global learning rate of 1);   c <- c + (1 / N) sum of (c_i+ - c_i)
 
 The control c travels beside the model, a tensor for each trained one, so that messages are twice as long; c_i stays on its client. Both begin at 0.
-K lr is what a step of plain SGD moves by, which is why no other optimizer is allowed. A client whose update is lost has moved its c_i all the same.
+K lr is what a step of plain SGD moves by, which is why no other optimizer is allowed. A client whose update is refused or lost on its way has moved its c_i all
+the same, and c lacks that change for the rest of the run; of a void round, the controls that came count.
 """
 
 from collections.abc import Iterable, Sequence
@@ -58,6 +59,11 @@ def steering(inner: "Algorithm", clients: int) -> "Algorithm":
         return replace(after, arrays=part_of(state.arrays, after.arrays, min(1.0, len(report.clients) / clients))), report
 
     return replace(inner, step=step)
+
+
+def controls_of(arrays: Arrays) -> Arrays:
+    """Of a model, the controls; empty where none travel."""
+    return {name: a for name, a in arrays.items() if name.startswith(CONTROL)}
 
 
 def part_of(before: Arrays, mean: Arrays, share: float) -> Arrays:

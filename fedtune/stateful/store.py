@@ -55,6 +55,8 @@ class Kept:
         facts = {"format": FORMAT, "client": self.owner or client, "round": round}
         tensors = {t.name: np.ascontiguousarray(arrays[t.name], np.float32) for t in self.schema.tensors}
         write_atomic(place / f"{round:05d}.safetensors", save(tensors, {KEY: json.dumps(facts)}), 0o600)
+        for unfinished in place.glob(".*.part"):  # of a write that was cut off
+            unfinished.unlink(missing_ok=True)
         needed = self._newest(place, round - BACK)
         for path, its in _versions(place):
             if its > round or (needed is not None and its < _round(needed)):

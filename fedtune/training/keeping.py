@@ -45,7 +45,8 @@ def end(bundle: Bundle, kept: Kept | None, packet: Packet, client: str, found: C
     answer = methods.answer(bundle.job, bundle.manifest.spec.schema, found, trained)
     require_converged(answer.metrics)
     if not all(np.isfinite(a).all() for a in answer.kept.values()):
-        raise Refused("not-finite", "what this client keeps diverged: a number of it is not finite; a lower federation.lr may help")
+        pull = {"ditto": " or personal.strength", "fedspeed": " or federation.proximal"}.get(methods.method_of(bundle.job), "")
+        raise Refused("not-finite", f"what this client keeps diverged: a number of it is not finite; a lower federation.lr{pull} may help")
     _place(kept).save(client, packet.header.round, answer.kept)
     return answer.update, answer.metrics
 

@@ -26,7 +26,7 @@ def model_card(run: RunFolder, setup: Setup, bundle: Bundle, round: int, exports
     summary = json.loads(run.summary.read_bytes()) if run.summary.exists() else {}
     name, manifest, lines = run.path.resolve().name, bundle.manifest, run.metrics()
     parts = [
-        _front_matter(manifest, name, public_name(setup.job.data.source), lines[-1]["accuracy"] if lines else None, exports),
+        _front_matter(manifest, name, public_name(setup.job.data.source), lines[-1]["accuracy"] if lines and setup.job.personal.method != "head" else None, exports),
         f"# {' '.join(str(summary.get('title') or name).split())}",
         _table(_facts(setup, manifest, round, lines[-1] if lines else {}, summary.get("baselines", {}), _privacy(privacy_of(run)))),
         "## Files", _files(exports), "## Use", _usage(setup.job.model, manifest, exports),

@@ -55,7 +55,9 @@ def test_a_run_that_went_back_forgets_what_it_has_not_had(tmp_path):
     for round in (4, 5, 6):
         kept.save("x", round, values(round))
     assert kept.load("x", 4)["a.R"][0, 0] == 4  # from the checkpoint after round 4
+    (kept._place("x") / ".00006.safetensors.abc.part").write_bytes(b"cut off")
     kept.save("x", 5, values(55))
+    assert not list(kept._place("x").glob(".*"))
     assert rounds(kept, "x") == [4, 5] and kept.load("x", 9)["a.R"][0, 0] == 55
 
 

@@ -46,3 +46,14 @@ def test_a_client_without_steps_changes_nothing():
     (ask,) = asks(client)
     found = answer(client, [(ask.start, {})])
     assert np.array_equal(found.update["control.a"], model["control.a"]) and not found.kept["a"].any()
+
+
+def test_the_common_control_is_the_mean_of_all_also_after_void_rounds(tiny_job, run_rounds, tmp_path):
+    """Rounds with fewer than three of four clients leave the model as it is, and its clients have moved their controls."""
+    ran = run_rounds(tiny_job(
+        *SGD, *SCAFFOLD, "federation.rounds=8", "federation.cohort=4", "federation.min-replies=4", 'simulation.devices=[{name = "shaky", drop-out = 0.2}]'), tmp_path / "run")
+    assert 2 <= sum(not line["clients"] for line in ran.run.metrics()[1:]) <= 7
+    kept = [ran.kept.load(name, 8) for name in ran.kept.clients(8)]
+    for name, array in ran.run.newest().state.arrays.items():
+        if name.startswith("control."):
+            np.testing.assert_allclose(array, sum(own[name.removeprefix("control.")] for own in kept) / 6, rtol=0, atol=1e-6)

@@ -83,6 +83,8 @@ def test_blocks_and_uneven_clients_change_nothing(changes, block, tiny_job, run_
     (("federation.drift=fedspeed", *SGD, "federation.proximal=0.1", "federation.aggregation=median"), r'server-optimizer = "average", aggregation = "median"'),
     (("federation.drift=fedspeed", *SGD), r'federation\.proximal = 0: drift = "fedspeed" needs the strength of its pull'),
     (("federation.drift=fedspeed", *SGD, "federation.proximal=0.1", "personal.method=ditto"), r'is not known to work with personal\.method = "ditto"; set one of the two to "none"'),
+    (("personal.method=ditto", "personal.strength=30.0", *SGD, "federation.lr=0.1"), r"personal\.strength = 30: times the learning rate 0\.1 it is 3, and from 2 on each step of SGD lands further away; lower one of the two"),
+    (("federation.proximal=25.0", *SGD, "federation.lr=0.1"), r"federation\.proximal = 25: times the learning rate 0\.1 it is 2\.5"),
     (("federation.ascent=0.2",), r'federation\.ascent = 0\.2: only for drift = "fedspeed", not "none"; remove it'),
 ])
 def test_what_does_not_work_is_refused(changes, message):
@@ -135,6 +137,18 @@ def test_a_damaged_file_ends_the_run_with_a_line(tiny_job, run_rounds, tmp_path)
     path.write_bytes(b"no")
     with pytest.raises(RunError, match="not what a client of this job keeps"):
         finish(simulation)
+
+
+@pytest.mark.parametrize("engine", ["serial", "vectorised"])
+def test_a_damaged_file_ends_the_rounds_on_any_engine(engine, tiny_job, run_rounds, tmp_path):
+    """Nobody reads what scaffold keeps at the end, so a client that could not go on must not be passed over."""
+    job = tiny_job(*SGD, "federation.drift=scaffold", "federation.weighting=equal", "federation.cohort=6", f"simulation.engine={engine}")
+    simulation = run_rounds(job, tmp_path / "run")
+    newest = max((simulation.run.path / "checkpoints").iterdir())
+    shutil.rmtree(newest) if newest.is_dir() else newest.unlink()
+    sorted(simulation.run.clients.rglob("00002.safetensors"))[0].write_bytes(b"no")
+    with pytest.raises(RunError, match=r"not what a client of this job keeps .* restore it, or remove its folder"):
+        Simulation(simulation.setup, simulation.run).rounds()
 
 
 @pytest.fixture(scope="module")
