@@ -251,7 +251,7 @@ def test_errors_come_back_as_their_classes(bundle, tiny_csv, trainer_of, tmp_pat
     assert len(str(e.value)) == service.MAX_DETAILS
     path.write_bytes(tiny_csv.read_bytes())
     assert trainer.open(OPEN)["held_out"] == 24  # mended, and tried again by the same process
-    with pytest.raises(Refused, match=r"^kind: 'update', taken here: model$") as refused:
+    with pytest.raises(Refused, match=r"^kind: 'update', taken here: model, probe$") as refused:
         trainer.handle(encode("update", bundle.manifest.spec.schema, bundle.initial, round=1), "a", CALL)
     assert refused.value.reason == "kind"
     assert trainer.starts == 1 and trainer.running
