@@ -14,17 +14,22 @@ class Pull:
     """What is added to the gradient g of each local step at w: strength (w - towards) + offset.
 
     `towards`: None is where the training begins. `ascent`: g is taken at w + ascent g'/|g'|, with g' the gradient at w; 0: at w.
+    `moving`: 1 for the entries that the steps move, 0 for those that stay where the training begins, whatever the optimizer; None: all move.
     """
 
     strength: float = 0.0
     towards: Arrays | None = None
     offset: Arrays | None = None
     ascent: float = 0.0
+    moving: Arrays | None = None
 
 
 @dataclass(frozen=True)
 class Ask:
-    """A training that a method asks for: from `start`, for a round, on the client's own data. `purpose` names the draw of its batches."""
+    """A training that a method asks for: from `start`, for a round, on the client's own data. `purpose` names the draw of its batches.
+
+    `start`: {} is what the training before it gave, which then has to be over.
+    """
 
     start: Arrays
     pull: Pull

@@ -4,14 +4,14 @@ from collections.abc import Sequence
 
 from fedtune.errors import ContractError
 from fedtune.job import Job
-from fedtune.stateful import ditto, fed_per, fed_speed, scaffold
+from fedtune.stateful import ditto, fed_per, fed_speed, scaffold, select
 from fedtune.stateful.base import Answer, Ask, Client, Trained
 from fedtune.types import Arrays
 from fedtune.wire import Schema
 
 
 def method_of(job: Job) -> str:
-    """ "ditto", "head", "scaffold" or "fedspeed"; "" where clients keep nothing from round to round."""
+    """ "ditto", "head", "select", "scaffold" or "fedspeed"; "" where clients keep nothing from round to round."""
     names = [name for name in (job.personal.method, job.federation.drift) if name != "none"]
     return names[0] if names else ""
 
@@ -29,17 +29,18 @@ def travelling(job: Job, schema: Schema) -> Schema:
 
 def kept(job: Job, schema: Schema) -> Schema:
     """What a client keeps, of the trained tensors in `schema`."""
-    return fed_per.own(schema) if method_of(job) == "head" else schema
+    method = method_of(job)
+    return fed_per.own(schema) if method == "head" else select.kept(schema) if method == "select" else schema
 
 
 def gradients(job: Job) -> int:
     """Gradients that a client computes for each example that it trains on: 1, or 2 where a method doubles the work."""
-    return 2 if method_of(job) in ("ditto", "fedspeed") else 1
+    return 2 if method_of(job) in ("ditto", "select", "fedspeed") else 1
 
 
 def copies(job: Job) -> int:
     """Arrays as large as all trained tensors that a client holds in a step beside those of a plain one."""
-    return {"ditto": 2, "scaffold": 3, "fedspeed": 4}.get(method_of(job), 0)
+    return {"ditto": 2, "select": 7, "scaffold": 3, "fedspeed": 4}.get(method_of(job), 0)
 
 
 def asks(job: Job, client: Client) -> tuple[Ask, ...]:
@@ -50,6 +51,8 @@ def asks(job: Job, client: Client) -> tuple[Ask, ...]:
             return ditto.asks(client, job.personal.strength, fed.proximal)
         case "head":
             return fed_per.asks(client, fed.proximal)
+        case "select":
+            return select.asks(client, fed.proximal)
         case "scaffold":
             return scaffold.asks(client)
         case "fedspeed":
@@ -64,6 +67,8 @@ def answer(job: Job, schema: Schema, client: Client, trained: Sequence[Trained])
             return ditto.answer(trained)
         case "head":
             return fed_per.answer(trained, schema)
+        case "select":
+            return select.answer(client, trained, job.personal.share, job.personal.most, job.personal.every)
         case "scaffold":
             return scaffold.answer(client, trained)
         case "fedspeed":
@@ -73,4 +78,4 @@ def answer(job: Job, schema: Schema, client: Client, trained: Sequence[Trained])
 
 def personal(job: Job, model: Arrays, kept: Arrays) -> Arrays:
     """The trained tensors with which a client predicts, from those of the global model and what it keeps."""
-    return ditto.personal(model, kept) if job.personal.method == "ditto" else fed_per.personal(model, kept)
+    return {"ditto": ditto, "head": fed_per, "select": select}[job.personal.method].personal(model, kept)

@@ -1,6 +1,7 @@
 """A round of a client that keeps something: what it kept is read, the job's method run, and what it keeps now written before the update leaves. No torch."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,10 @@ def train_keeping(bundle: Bundle, kept: Kept | None, packet: Packet, client: str
     What it kept is that of the rounds before this one, so a round that is asked for again gives the same.
     """
     found = begin(bundle, kept, packet, client, data)
-    return end(bundle, kept, packet, client, found, [local(ask) for ask in methods.asks(bundle.job, found)])
+    trained = list[Trained]()
+    for ask in methods.asks(bundle.job, found):
+        trained.append(local(ask if ask.start else replace(ask, start=trained[-1][0])))
+    return end(bundle, kept, packet, client, found, trained)
 
 
 def begin(bundle: Bundle, kept: Kept | None, packet: Packet, client: str, data: ClientData | Stream) -> Client:
