@@ -29,6 +29,8 @@ MASK, MARK = "mask.", "mark."
 """Begin the names of what a client keeps beside the values of a tensor: 1 where it is personal, else 0; and its values when entries last became personal."""
 ROUNDS = "rounds"
 """How many rounds the client has taken part in, [1]."""
+TINY = 1e-9
+"""0.29 of 100 entries are 29, whatever floats make of the product."""
 
 
 def is_masked(name: str) -> bool:
@@ -72,9 +74,9 @@ def personal(model: Arrays, kept: Arrays | None) -> Arrays:
 def promoted(mask: np.ndarray, moved: np.ndarray, share: float, most: float) -> np.ndarray:
     """The mask of a tensor with more of it personal: of equal ones the first. moved: how far each entry did, of the mask's shape."""
     left = np.flatnonzero(mask == 0)
-    count = min(int(np.ceil(share * left.size)), int(most * mask.size) - (mask.size - left.size))
+    wanted, room = np.ceil(share * left.size - TINY), np.floor(most * mask.size + TINY) - (mask.size - left.size)
     after = mask.copy()
-    after.flat[left[np.argsort(-moved.flat[left], kind="stable")[: max(0, count)]]] = 1
+    after.flat[left[np.argsort(-moved.flat[left], kind="stable")[: max(0, int(min(wanted, room)))]]] = 1
     return after
 
 
