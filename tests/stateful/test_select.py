@@ -94,7 +94,7 @@ def test_each_entry_is_the_mean_of_those_that_hold_it():
         held_mean([], reference)
     with pytest.raises(EmptyCohort):
         held_mean([Update("c", 1, reference, 0.0)], reference)
-    with pytest.raises(ShapeMismatch, match="'c', tensor 'a.R'"):
+    with pytest.raises(ShapeMismatch, match="'c', tensor 'a\\.R'"):
         held_mean([Update("c", 1, {"a.R": np.zeros((1, 1), np.float32)}, 1.0)], reference)
 
 
