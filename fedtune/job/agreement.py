@@ -118,12 +118,14 @@ def _personal_disagreements(job: Sections) -> Iterator[str]:
     yield from _idle("personal", personal, "method", {"strength": ("ditto",), **dict.fromkeys(("every", "share", "most"), ("select",))})
     if personal.method == "none":
         return
-    if personal.method == "head" and job.model.task == "causal-lm":
+    heads = personal.method in ("head", "loge")
+    if heads and job.model.task == "causal-lm":
         yield f'{chosen}: a causal-lm has no task head; use "ditto"'
-    elif personal.method == "head" and not job.adapter.train_head:
+    elif heads and not job.adapter.train_head:
         yield f'adapter.train-head = false: {chosen} is a head that each client trains; set it to true'
-    elif personal.method == "head" and job.adapter.method == "head":
-        yield f'adapter.method = "head": with {chosen} nothing would be left to send; choose another adapter'
+    elif heads and job.adapter.method == "head":
+        left = "to send" if personal.method == "head" else "to learn against the fixed head"
+        yield f'adapter.method = "head": with {chosen} nothing would be left {left}; choose another adapter'
     if personal.method == "select":
         yield from _select_disagreements(job, chosen)
     yield from _stateful_disagreements(job, chosen)

@@ -252,7 +252,8 @@ def units(s: Summary) -> str:
 
 _KEPT = {
     "ditto": "Each client keeps a model of its own, pulled to the global one", "head": "Each client keeps the head that it trained",
-    "select": "Each client keeps those entries of the weights that moved most with it, and shares the others"}
+    "select": "Each client keeps those entries of the weights that moved most with it, and shares the others",
+    "loge": "Each client keeps a head of its own beside the shared one"}
 
 
 def personal(s: Summary) -> str:

@@ -114,8 +114,8 @@ class Together:
         asked = [(client, data, ask) for client, data, one in zip(clients, held, found) for ask in asks(bundle.job, one)]
         tasks = [Task(client, data, keeping.batches_of(bundle, client, data, round, ask.purpose)) for client, data, ask in asked]
         models, totals = np.empty((len(asked), schema.size), np.float32), np.empty((len(asked), 3))
-        for rows in _turns([ask for *_, ask in asked]):
-            begun = {row: asked[row][-1].start or Pieces(models[row - 1], schema.layout) for row in rows}
+        for rows in _turns([ask for *_, ask in asked], schema):
+            begun = {row: Pieces(models[row - 1], schema.layout) | asked[row][-1].start for row in rows}
             starts, pulls = _stacked([replace(asked[row][-1], start=start) for row, start in begun.items()], schema)
             models[rows], totals[rows] = trainer.train(starts, [tasks[row] for row in rows], round, pulls=pulls)
         each = len(asked) // len(clients)
@@ -148,11 +148,11 @@ class Together:
         return Reply(task.client, None, packet=Packet(header, Pieces(vector, trained.layout), norm), size=packed_size(header, schema))
 
 
-def _turns(asked: Sequence[Ask]) -> list[list[int]]:
+def _turns(asked: Sequence[Ask], schema: Schema) -> list[list[int]]:
     """Places of trainings that go together, in the order of time: one that begins where the one before it ended comes a turn later."""
     turns, turn = list[list[int]](), 0
     for row, ask in enumerate(asked):
-        turn = 0 if ask.start else turn + 1
+        turn = 0 if len(ask.start) == len(schema.tensors) else turn + 1
         if turn == len(turns):
             turns.append([])
         turns[turn].append(row)

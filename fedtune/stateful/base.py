@@ -4,7 +4,9 @@ A method is two pure functions: asks(client, …) -> the trainings it wants, and
 client after another, or many together.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from fedtune.types import Arrays, Metrics
 
@@ -28,7 +30,7 @@ class Pull:
 class Ask:
     """A training that a method asks for: from `start`, for a round, on the client's own data. `purpose` names the draw of its batches.
 
-    `start`: {} is what the training before it gave, which then has to be over.
+    `start`: what is not in it is as the training before it left it, which then has to be over.
     """
 
     start: Arrays
@@ -48,12 +50,14 @@ class Client:
         model: the trained tensors at the round's start, with what else travelled beside them.
         kept: what it kept of the last round it took part in; None in its first.
         steps: optimizer steps that a training makes. rates: learning rate of each trained tensor in this round.
+        labels: of its examples, int64 [n].
     """
 
     model: Arrays
     kept: Arrays | None
     steps: int
     rates: dict[str, float]
+    labels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
 @dataclass(frozen=True)

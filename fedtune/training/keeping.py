@@ -32,7 +32,7 @@ def train_keeping(bundle: Bundle, kept: Kept | None, packet: Packet, client: str
     found = begin(bundle, kept, packet, client, data)
     trained = list[Trained]()
     for ask in methods.asks(bundle.job, found):
-        trained.append(local(ask if ask.start else replace(ask, start=trained[-1][0])))
+        trained.append(local(replace(ask, start=trained[-1][0] | ask.start) if trained else ask))
     return end(bundle, kept, packet, client, found, trained)
 
 
@@ -41,7 +41,7 @@ def begin(bundle: Bundle, kept: Kept | None, packet: Packet, client: str, data: 
     job, round = bundle.job, packet.header.round
     rates = {t.name: learning_rate(job.federation, t.name, round) for t in bundle.manifest.spec.trainable}
     model = packet.arrays | bundle.trained(packet.arrays)
-    return Client(model, _place(kept).load(client, round - 1), len(batches_of(bundle, client, data, round)), rates)
+    return Client(model, _place(kept).load(client, round - 1), len(batches_of(bundle, client, data, round)), rates, data.labels)
 
 
 def end(bundle: Bundle, kept: Kept | None, packet: Packet, client: str, found: Client, trained: Sequence[Trained]) -> Trained:

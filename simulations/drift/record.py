@@ -29,6 +29,7 @@ METHODS: dict[str, dict[str, object]] = {
     "FedSpeed": {"federation.drift": "fedspeed", "federation.proximal": 0.1},
     "Ditto": {"personal.method": "ditto"},
     "own heads": {"personal.method": "head"},
+    "FedLoGe": {"personal.method": "loge"},
     "FedSelect": {"personal.method": "select", "personal.every": 1},  # a client takes part in two or three of the rounds
 }
 RATES = (0.1, 0.3, 1.0)
