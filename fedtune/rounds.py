@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from fedtune.algorithms.server_optimizers import with_server_optimizer
 from fedtune.algorithms.units import ROWS, Budget, begins_with_probe, selecting, tensors_of, with_scores
 from fedtune.checkpoint import Checkpoint
 from fedtune.errors import EmptyCohort, Refused, SecAggFailed
-from fedtune.job import FederationSection, Job
+from fedtune.job import Job
 from fedtune.ledger import Ledger, require_whole
 from fedtune.metrics import PERSONAL_CLIENTS, plausible, value
 from fedtune.privacy.client import client_privacy
@@ -33,6 +34,7 @@ from fedtune.probes import SCORES, answers
 from fedtune.run import RunFolder
 from fedtune.secagg.server import Sum
 from fedtune.stateful.scaffold import controls_of, steering
+from fedtune.stateful.select import held_mean
 from fedtune.trees import norm, subtract
 from fedtune.types import Arrays, Assignment, ClientInfo, Metrics, RoundReport, Update
 from fedtune.wire import Packet, Schema, decode, encode, places
@@ -429,11 +431,14 @@ def _averaging(job: Job, schema: Schema) -> Algorithm:
         return dp_fed_avg(
             seed=fed.seed, cohort=fed.cohort, units=schema.units, sampling=fed.sampling, privacy=privacy,
             noise=lambda round: noise_of(job, round, ""), secret=job.privacy.amplification and job.privacy.noise == "system")
-    return fed_avg(seed=fed.seed, cohort=fed.cohort, units=schema.units, sampling=fed.sampling, weighting=fed.weighting, average=_robust(fed))
+    return fed_avg(seed=fed.seed, cohort=fed.cohort, units=schema.units, sampling=fed.sampling, weighting=fed.weighting, average=_average(job))
 
 
-def _robust(fed: FederationSection) -> Callable[[Iterable[Update], Arrays], Mean] | None:
+def _average(job: Job) -> Callable[[Iterable[Update], Arrays], Mean] | None:
     """What stands in the place of the mean."""
+    fed = job.federation
+    if job.personal.method == "select":
+        return partial(held_mean, equal=fed.weighting == "equal")
     rules: dict[str, Callable[[Iterable[Update], Arrays], Mean]] = {
         "median": robust.median,
         "trimmed-mean": lambda updates, reference: robust.trimmed_mean(updates, reference, fed.trim),

@@ -113,6 +113,8 @@ def train_locally(
     optimizer, totals = Optimizer(trained.spec, settings, round), np.zeros(3)
     mu, towards = np.float32(pull.strength), trained.of(values.vector).copy() if pull.towards is None else _flat(pull.towards, values)
     offset = np.float32(0) if pull.offset is None else _flat(pull.offset, values)
+    still = np.flatnonzero(_flat(pull.moving, values) == 0) if pull.moving else np.zeros(0, np.int64)
+    begin = values.vector[still].copy()
     for index in local_batches(data.lengths, settings.batch_size, settings.local_epochs, settings.local_steps, rng):
         taken = data.take(index)
         count = int(engine.predictions(taken).sum())
@@ -124,6 +126,7 @@ def train_locally(
                 gradient, _ = engine.added(Pieces(values.vector + uphill, values.layout), taken, weight)
             gradient = trained.of(gradient) + offset
             trained.step(optimizer, values.vector, gradient + mu * (trained.of(values.vector) - towards) if mu else gradient)
+            values.vector[still] = begin
             totals += found
     return _metrics(totals)
 

@@ -115,16 +115,29 @@ def _drift_disagreements(job: Sections) -> Iterator[str]:
 
 def _personal_disagreements(job: Sections) -> Iterator[str]:
     personal, chosen = job.personal, f"personal.method = {toml_value(job.personal.method)}"
-    yield from _idle("personal", personal, "method", {"strength": ("ditto",)})
+    yield from _idle("personal", personal, "method", {"strength": ("ditto",), **dict.fromkeys(("every", "share", "most"), ("select",))})
     if personal.method == "none":
         return
-    if personal.method == "head" and job.model.task == "causal-lm":
+    heads = personal.method in ("head", "loge")
+    if heads and job.model.task == "causal-lm":
         yield f'{chosen}: a causal-lm has no task head; use "ditto"'
-    elif personal.method == "head" and not job.adapter.train_head:
+    elif heads and not job.adapter.train_head:
         yield f'adapter.train-head = false: {chosen} is a head that each client trains; set it to true'
-    elif personal.method == "head" and job.adapter.method == "head":
-        yield f'adapter.method = "head": with {chosen} nothing would be left to send; choose another adapter'
+    elif heads and job.adapter.method == "head":
+        left = "to send" if personal.method == "head" else "to learn against the fixed head"
+        yield f'adapter.method = "head": with {chosen} nothing would be left {left}; choose another adapter'
+    if personal.method == "select":
+        yield from _select_disagreements(job, chosen)
     yield from _stateful_disagreements(job, chosen)
+
+
+def _select_disagreements(job: Sections, chosen: str) -> Iterator[str]:
+    fed = job.federation
+    if fed.server_optimizer != "average" or fed.aggregation != "mean":
+        found = f"server-optimizer = {toml_value(fed.server_optimizer)}, aggregation = {toml_value(fed.aggregation)}"
+        yield f'{chosen}: the coordinator takes the mean of each entry over the clients that do not keep it, and {found}; set them to "average" and "mean"'
+    if job.adapter.method == "bias" and (job.model.task == "causal-lm" or not job.adapter.train_head):
+        yield f'adapter.method = "bias": {chosen} leaves biases to all, so that nothing would be a client\'s own; choose another adapter, or "ditto"'
 
 
 def _overshooting(job: Sections) -> Iterator[str]:

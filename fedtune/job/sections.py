@@ -144,9 +144,14 @@ class FederationSection(Section):
 class PersonalSection(Section):
     """What each client keeps for itself from round to round. It never leaves the client."""
 
-    method: Literal["none", "ditto", "head"] = _key(
-        "none", "ditto: beside the global model each client trains one of its own, with as many bytes sent as without; head: the task head is trained and stays on the client, the rest is averaged")
+    method: Literal["none", "ditto", "head", "select", "loge"] = _key(
+        "none", "ditto: beside the global model each client trains one of its own, with as many bytes sent as without; head: the task head is trained and stays on the client, the rest is averaged; "
+        "select: each client finds which entries of the weights it keeps, the others are averaged (FedSelect); "
+        "loge: for labels with a long tail: all below the head learns against a fixed one, and a shared head and one of each client's own on its features (FedLoGe)")
     strength: float = _key(1.0, "ditto: lambda, how strongly a client's own model is pulled to the global one; 0 is training alone", ge=0.0, le=1e4)
+    every: int = _key(3, "select: rounds a client takes part in between two times that entries become its own", ge=1, le=10**6)
+    share: float = _key(0.25, "select: of a tensor's entries that are still averaged, how many then become the client's own: those that moved most", gt=0.0, le=1.0)
+    most: float = _key(0.8, "select: largest share of a tensor's entries that become a client's own", ge=0.0, le=1.0)
 
 
 class PrivacySection(Section):

@@ -250,12 +250,18 @@ def units(s: Summary) -> str:
     return f"Strategy {clean(section.get('strategy', ''))}: a client trains {plural(section.get('budget', 0), 'block')} in a round{beside}, and what is trained outside the blocks."
 
 
+_KEPT = {
+    "ditto": "Each client keeps a model of its own, pulled to the global one", "head": "Each client keeps the head that it trained",
+    "select": "Each client keeps those entries of the weights that moved most with it, and shares the others",
+    "loge": "Each client keeps a head of its own beside the shared one"}
+
+
 def personal(s: Summary) -> str:
     """What clients keep for themselves and how well they predict with it, in one sentence; empty where they keep nothing to predict with."""
     found = s.get("personal")
     if found is None:
         return ""
-    what = "Each client keeps the head that it trained" if _keeps_head(s) else "Each client keeps a model of its own, pulled to the global one"
+    what = _KEPT.get(str(s["job"].get("personal", {}).get("method")), "Each client keeps something of its own")
     if not found["clients"] or found["accuracy"] is None:
         return f"{what}; none has been measured."
     text = f"{what}: {number(found['accuracy'])} {metric(s)} on {plural(found['examples'], 'held-out example')} of the {count(found['clients'])} of {plural(found['of'], 'client')} that have one"

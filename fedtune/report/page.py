@@ -24,7 +24,7 @@ GLOSSARY = {
     "label agreement": "share of held-out examples on which an exported file gives the trained model's label",
     "KB, MB": "1000 and 1,000,000 bytes; bytes are those of serialised messages",
 }
-PERSONAL_GLOSSARY = {"personal accuracy": "that of what each client predicts with on its own, a model or a head that it keeps, on its own held-out examples"}
+PERSONAL_GLOSSARY = {"personal accuracy": "that of what each client predicts with on its own, a model, a head or entries that it keeps, on its own held-out examples"}
 UNITS_GLOSSARY = {
     "unit": "what is trained or left alone as one: a block of the base, or all that is trained outside the blocks, such as the head",
     "score": "how much a block mattered to the clients at the last probe, as a share of all blocks' together",

@@ -1,11 +1,12 @@
 """The vectorised engine: answers a round's packets by training the whole cohort together, in blocks that fit in memory."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import psutil
 import torch
+from torch import Tensor
 
 from fedtune.adapters.methods import write
 from fedtune.data.encoded import ClientData
@@ -112,13 +113,15 @@ class Together:
         found = [keeping.begin(bundle, kept, packet, client, data) for client, data in zip(clients, held)]
         asked = [(client, data, ask) for client, data, one in zip(clients, held, found) for ask in asks(bundle.job, one)]
         tasks = [Task(client, data, keeping.batches_of(bundle, client, data, round, ask.purpose)) for client, data, ask in asked]
-        starts, pulls = _stacked([ask for *_, ask in asked], schema)
-        models, totals = trainer.train(starts, tasks, round, pulls=pulls)
+        models, totals = np.empty((len(asked), schema.size), np.float32), np.empty((len(asked), 3))
+        for rows in _turns([ask for *_, ask in asked], schema):
+            begun = {row: Pieces(models[row - 1], schema.layout) | asked[row][-1].start for row in rows}
+            starts, pulls = _stacked([replace(asked[row][-1], start=start) for row, start in begun.items()], schema)
+            models[rows], totals[rows] = trainer.train(starts, [tasks[row] for row in rows], round, pulls=pulls)
         each = len(asked) // len(clients)
         for place, (client, data, one) in enumerate(zip(clients, held, found)):
             try:
-                rows = range(place * each, (place + 1) * each)
-                trained = [(Pieces(models[row], schema.layout), _summed(totals[row])) for row in rows]
+                trained = [(Pieces(models[row], schema.layout), _summed(totals[row])) for row in range(place * each, (place + 1) * each)]
                 update, metrics = keeping.end(bundle, kept, packet, client, one, trained)
                 weight, metrics = outward(bundle.job, len(data), metrics)
                 yield Reply(client, encode("update", bundle.schema, update, round=round, frame=bundle.frame_digest, weight=weight, metrics=metrics))
@@ -145,6 +148,17 @@ class Together:
         return Reply(task.client, None, packet=Packet(header, Pieces(vector, trained.layout), norm), size=packed_size(header, schema))
 
 
+def _turns(asked: Sequence[Ask], schema: Schema) -> list[list[int]]:
+    """Places of trainings that go together, in the order of time: one that begins where the one before it ended comes a turn later."""
+    turns, turn = list[list[int]](), 0
+    for row, ask in enumerate(asked):
+        turn = 0 if len(ask.start) == len(schema.tensors) else turn + 1
+        if turn == len(turns):
+            turns.append([])
+        turns[turn].append(row)
+    return turns
+
+
 def _stacked(asked: Sequence[Ask], schema: Schema) -> tuple[np.ndarray, Pulls]:
     """(starts, float32 [K, P], and pulls) of trainings, in the order of the schema."""
 
@@ -153,11 +167,16 @@ def _stacked(asked: Sequence[Ask], schema: Schema) -> tuple[np.ndarray, Pulls]:
 
     starts = np.stack([flat(ask.start) for ask in asked])
     towards = np.stack([start if ask.pull.towards is None else flat(ask.pull.towards) for ask, start in zip(asked, starts)])
-    offsets = [flat(ask.pull.offset) for ask in asked if ask.pull.offset is not None]
     (ascent,) = {ask.pull.ascent for ask in asked}
-    assert len(offsets) in (0, len(asked))
+    offset, moving = (_rows([flat(a) for a in arrays if a is not None], len(asked)) for arrays in ([ask.pull.offset for ask in asked], [ask.pull.moving for ask in asked]))
     strength = torch.tensor([[ask.pull.strength] for ask in asked], dtype=torch.float32)
-    return starts, Pulls(strength, torch.from_numpy(towards), torch.from_numpy(np.stack(offsets)) if offsets else None, ascent)
+    return starts, Pulls(strength, torch.from_numpy(towards), offset, ascent, None if moving is None else moving > 0)
+
+
+def _rows(vectors: Sequence[np.ndarray], count: int) -> Tensor | None:
+    """[count, P]; None where there are none."""
+    assert len(vectors) in (0, count)
+    return torch.from_numpy(np.stack(vectors)) if vectors else None
 
 
 def _metrics(task: Task, seen: np.ndarray, private: ExamplePrivacy | None) -> Metrics:

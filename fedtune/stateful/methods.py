@@ -4,14 +4,14 @@ from collections.abc import Sequence
 
 from fedtune.errors import ContractError
 from fedtune.job import Job
-from fedtune.stateful import ditto, fed_per, fed_speed, scaffold
+from fedtune.stateful import ditto, fed_per, fed_speed, loge, scaffold, select
 from fedtune.stateful.base import Answer, Ask, Client, Trained
 from fedtune.types import Arrays
 from fedtune.wire import Schema
 
 
 def method_of(job: Job) -> str:
-    """ "ditto", "head", "scaffold" or "fedspeed"; "" where clients keep nothing from round to round."""
+    """ "ditto", "head", "select", "loge", "scaffold" or "fedspeed"; "" where clients keep nothing from round to round."""
     names = [name for name in (job.personal.method, job.federation.drift) if name != "none"]
     return names[0] if names else ""
 
@@ -29,17 +29,17 @@ def travelling(job: Job, schema: Schema) -> Schema:
 
 def kept(job: Job, schema: Schema) -> Schema:
     """What a client keeps, of the trained tensors in `schema`."""
-    return fed_per.own(schema) if method_of(job) == "head" else schema
+    return {"head": fed_per.own, "select": select.kept, "loge": loge.kept}.get(method_of(job), _same)(schema)
 
 
 def gradients(job: Job) -> int:
-    """Gradients that a client computes for each example that it trains on: 1, or 2 where a method doubles the work."""
-    return 2 if method_of(job) in ("ditto", "fedspeed") else 1
+    """Gradients that a client computes for each example that it trains on: 1, or more where a method asks for more than one training."""
+    return {"ditto": 2, "select": 2, "fedspeed": 2, "loge": 3}.get(method_of(job), 1)
 
 
 def copies(job: Job) -> int:
     """Arrays as large as all trained tensors that a client holds in a step beside those of a plain one."""
-    return {"ditto": 2, "scaffold": 3, "fedspeed": 4}.get(method_of(job), 0)
+    return {"ditto": 2, "select": 7, "loge": 4, "scaffold": 3, "fedspeed": 4}.get(method_of(job), 0)
 
 
 def asks(job: Job, client: Client) -> tuple[Ask, ...]:
@@ -50,6 +50,10 @@ def asks(job: Job, client: Client) -> tuple[Ask, ...]:
             return ditto.asks(client, job.personal.strength, fed.proximal)
         case "head":
             return fed_per.asks(client, fed.proximal)
+        case "select":
+            return select.asks(client, fed.proximal)
+        case "loge":
+            return loge.asks(client, fed.seed, fed.proximal)
         case "scaffold":
             return scaffold.asks(client)
         case "fedspeed":
@@ -64,6 +68,10 @@ def answer(job: Job, schema: Schema, client: Client, trained: Sequence[Trained])
             return ditto.answer(trained)
         case "head":
             return fed_per.answer(trained, schema)
+        case "select":
+            return select.answer(client, trained, job.personal.share, job.personal.most, job.personal.every)
+        case "loge":
+            return loge.answer(client, trained)
         case "scaffold":
             return scaffold.answer(client, trained)
         case "fedspeed":
@@ -73,4 +81,13 @@ def answer(job: Job, schema: Schema, client: Client, trained: Sequence[Trained])
 
 def personal(job: Job, model: Arrays, kept: Arrays) -> Arrays:
     """The trained tensors with which a client predicts, from those of the global model and what it keeps."""
-    return ditto.personal(model, kept) if job.personal.method == "ditto" else fed_per.personal(model, kept)
+    return {"ditto": ditto.personal, "head": fed_per.personal, "select": select.personal, "loge": loge.personal}[job.personal.method](model, kept)
+
+
+def shared(job: Job, model: Arrays) -> Arrays:
+    """The model with which everybody predicts, from the one that is trained on; both as they travel."""
+    return loge.realigned(model) if method_of(job) == "loge" else model
+
+
+def _same(schema: Schema) -> Schema:
+    return schema

@@ -4,7 +4,7 @@ All clients take step t together. Their examples go through the base in chunks, 
 trained layers apply to each example its own client's values (`training.stacked`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -30,18 +30,23 @@ from fedtune.wire import Schema
 
 @dataclass(frozen=True)
 class Pulls:
-    """A `fedtune.stateful.base.Pull` for each of K models, [K, 1] and [K, P]; one ascent for all."""
+    """A `fedtune.stateful.base.Pull` for each of K models, [K, 1] and [K, P]; one ascent for all. moving: bool."""
 
     strength: Tensor
     towards: Tensor
     offset: Tensor | None = None
     ascent: float = 0.0
+    moving: Tensor | None = None
 
     def take(self, rows: np.ndarray) -> "Pulls":
-        return replace(self, strength=self.strength[rows], towards=self.towards[rows], offset=None if self.offset is None else self.offset[rows])
+        return self._each(lambda x: x[rows])
 
     def on(self, device: torch.device) -> "Pulls":
-        return replace(self, strength=self.strength.to(device), towards=self.towards.to(device), offset=None if self.offset is None else self.offset.to(device))
+        return self._each(lambda x: x.to(device))
+
+    def _each(self, f: Callable[[Tensor], Tensor]) -> "Pulls":
+        offset, moving = (None if x is None else f(x) for x in (self.offset, self.moving))
+        return replace(self, strength=f(self.strength), towards=f(self.towards), offset=offset, moving=moving)
 
     def add(self, gradients: Tensor, models: Tensor) -> Tensor:
         """The gradients of the first len(models) with what is added to them."""
@@ -100,6 +105,8 @@ class CohortTrainer:
         totals = np.zeros((len(tasks), 3))
         moments, rates = optimizers.start(models, self.settings), self._rates(round)
         mask = None if private else self._mask(ordered)
+        if pulled is not None and pulled.moving is not None:
+            mask = pulled.moving if mask is None else pulled.moving & mask
         check = SelfCheck(private) if private else None
         with self.running(ordered):
             for step in range(len(ordered[0].batches) if ordered else 0):

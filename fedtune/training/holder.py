@@ -15,6 +15,7 @@ from fedtune.data.examples import Dataset, load_dataset
 from fedtune.data.partition import Split, split
 from fedtune.errors import DataError, Refused
 from fedtune.metrics import PERSONAL
+from fedtune.stateful.methods import shared
 from fedtune.training.clients import ClientStore, Stream
 from fedtune.types import Arrays, Metrics
 from fedtune.wire import Schema, decode, encode
@@ -70,7 +71,7 @@ class Device:
         """
         model = decode(packet, self.bundle.schema, kinds=["model"], frame=self.bundle.frame_digest)
         held_out = self._held_out()
-        metrics = self.worker.metrics(model.arrays, held_out)
+        metrics = self.worker.metrics(shared(self.bundle.job, model.arrays), held_out)
         own = self.worker.personal(model.arrays, "", held_out, model.header.round)
         metrics = metrics | {PERSONAL + name: found for name, found in (own or {}).items()}
         if not all(math.isfinite(total) for total, _ in metrics.values()):

@@ -1,6 +1,7 @@
 """A round of a client that keeps something: what it kept is read, the job's method run, and what it keeps now written before the update leaves. No torch."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,10 @@ def train_keeping(bundle: Bundle, kept: Kept | None, packet: Packet, client: str
     What it kept is that of the rounds before this one, so a round that is asked for again gives the same.
     """
     found = begin(bundle, kept, packet, client, data)
-    return end(bundle, kept, packet, client, found, [local(ask) for ask in methods.asks(bundle.job, found)])
+    trained = list[Trained]()
+    for ask in methods.asks(bundle.job, found):
+        trained.append(local(replace(ask, start=trained[-1][0] | ask.start) if trained else ask))
+    return end(bundle, kept, packet, client, found, trained)
 
 
 def begin(bundle: Bundle, kept: Kept | None, packet: Packet, client: str, data: ClientData | Stream) -> Client:
@@ -37,7 +41,7 @@ def begin(bundle: Bundle, kept: Kept | None, packet: Packet, client: str, data: 
     job, round = bundle.job, packet.header.round
     rates = {t.name: learning_rate(job.federation, t.name, round) for t in bundle.manifest.spec.trainable}
     model = packet.arrays | bundle.trained(packet.arrays)
-    return Client(model, _place(kept).load(client, round - 1), len(batches_of(bundle, client, data, round)), rates)
+    return Client(model, _place(kept).load(client, round - 1), len(batches_of(bundle, client, data, round)), rates, data.labels)
 
 
 def end(bundle: Bundle, kept: Kept | None, packet: Packet, client: str, found: Client, trained: Sequence[Trained]) -> Trained:

@@ -55,6 +55,7 @@ def train_locally(
     for index in local_batches(data.lengths, settings.batch_size, settings.local_epochs, settings.local_steps, rng):
         batch, labels = to_batch(data, index, encoder, device)
         totals += step(model, optimizer, batch, labels, around(), partial(pulled, batch, labels, around)).cpu()
+        pulled.hold()
     loss, correct, count = totals.tolist()
     return {"loss": (loss, count), "accuracy": (correct, count)}
 
@@ -67,6 +68,7 @@ class Pulled:
         self._towards = self._tensors(pull.towards) if pull.towards is not None else {
             name: p.detach().clone() for name, p in parameters.items() if pull.strength}
         self._offset = self._tensors(pull.offset or {})
+        self._still = {name: (m == 0, parameters[name].detach().clone()) for name, m in self._tensors(pull.moving or {}).items()}
 
     def __call__(self, batch: Mapping[str, Tensor], labels: Tensor, around: Callable[[], AbstractContextManager]) -> None:
         """After the backward pass on this batch."""
@@ -79,6 +81,12 @@ class Pulled:
                 p.grad += self.pull.strength * (p.detach() - self._towards[name])
             if p.grad is not None and name in self._offset:
                 p.grad += self._offset[name]
+
+    def hold(self) -> None:
+        """After the optimizer's step, weight decay included: what is not to move is where it was."""
+        with torch.no_grad():
+            for name, (still, begin) in self._still.items():
+                self.parameters[name].copy_(torch.where(still, begin, self.parameters[name]))
 
     def _climb(self, batch: Mapping[str, Tensor], labels: Tensor, around: Callable[[], AbstractContextManager]) -> None:
         """Puts the gradients from a step of length `ascent` uphill in the place of those from here."""

@@ -32,6 +32,7 @@ from fedtune.onnx.predict import ADAPTERS, CARD, CARD_FILE, FLOAT32, INT8, STATI
 from fedtune.onnx.quantise import quantise, quantise_static
 from fedtune.run import RunFolder, versions
 from fedtune.seeds import generator
+from fedtune.stateful.methods import shared
 from fedtune.storage import failing_clearly, write_atomic, write_json
 from fedtune.training.batches import by_length
 from fedtune.training.local import to_batch
@@ -134,7 +135,7 @@ def _open(run: RunFolder, setup: Setup | None) -> _Trained:
     if setup.dataset.label_names != bundle.manifest.labels:
         now = f"the data now has {list(setup.dataset.label_names)}"
         raise RunError(f"{run.path}: was trained on labels {list(bundle.manifest.labels)}, {now}; restore that data")
-    return _Trained(setup, bundle, bundle.trained(checkpoint.state.arrays), checkpoint.state.round)
+    return _Trained(setup, bundle, bundle.trained(shared(bundle.job, checkpoint.state.arrays)), checkpoint.state.round)
 
 
 def _publish(made: Path, old: Path, run: Path) -> None:

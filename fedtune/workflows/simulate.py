@@ -28,7 +28,7 @@ from fedtune.server.app import Ask, make_server_app, run_rounds
 from fedtune.simulation.engines import run_ray, run_serial
 from fedtune.simulation.fleet import Fleet
 from fedtune.simulation.vectorised import Together, memory_for
-from fedtune.stateful.methods import is_personal, kept, method_of
+from fedtune.stateful.methods import is_personal, kept, method_of, shared
 from fedtune.stateful.store import Kept
 from fedtune.training.clients import CACHE_BYTES, Stream
 from fedtune.training.cohort import CohortTrainer
@@ -227,7 +227,7 @@ class Simulation:
         if key and key in self._scored:
             return self._scored[key]
         data = self.held_out if whole else self._sample
-        scores = self.worker.scores(arrays, data)
+        scores = self.worker.scores(shared(self.setup.job, arrays), data)
         self._scored = {key: scores} if key else self._scored  # the last round's evaluation is the final one
         return scores
 

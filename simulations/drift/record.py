@@ -29,6 +29,8 @@ METHODS: dict[str, dict[str, object]] = {
     "FedSpeed": {"federation.drift": "fedspeed", "federation.proximal": 0.1},
     "Ditto": {"personal.method": "ditto"},
     "own heads": {"personal.method": "head"},
+    "FedLoGe": {"personal.method": "loge"},
+    "FedSelect": {"personal.method": "select", "personal.every": 1},  # a client takes part in two or three of the rounds
 }
 RATES = (0.1, 0.3, 1.0)
 
@@ -57,8 +59,8 @@ def main() -> None:
         return record.row(wanted, lambda: run(**wanted))
 
     def score(method: str, rate: float) -> float:
-        """With heads of their own, the shared model has the untrained one: what counts is what clients predict with."""
-        return row("dirichlet", method, rate, TUNED_SEED)["personal" if method == "own heads" else "accuracy"]
+        """With heads or entries of their own, the shared model lacks what clients trained: what counts is what they predict with."""
+        return row("dirichlet", method, rate, TUNED_SEED)["personal" if method in ("own heads", "FedSelect") else "accuracy"]
 
     rates = {method: record.rate(method, RATES, score) for method in methods}
     rows = [row(partition, method, rates[method], int(seed)) for seed in chosen.seeds.split(",") for partition, method in product(PARTITIONS, methods)]

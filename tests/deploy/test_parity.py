@@ -29,9 +29,9 @@ def kept_here(live, simulated, summary):
 
 
 @pytest.mark.parametrize("changes", [
-    (), ("units.strategy=lisa", "units.budget=1"), ("units.strategy=gradient", "units.budget=1", "units.probe-every=2"), ("personal.method=ditto",), ("personal.method=head",),
+    (), ("units.strategy=lisa", "units.budget=1"), ("units.strategy=gradient", "units.budget=1", "units.probe-every=2"), ("personal.method=ditto",), ("personal.method=head",), ("personal.method=select", "personal.every=1"), ("personal.method=loge",),
     ("federation.drift=scaffold", "federation.optimizer=sgd", "federation.lr=0.1", "federation.weighting=equal"),
-], ids=["all", "drawn units", "probed units", "ditto", "own heads", "controls"])
+], ids=["all", "drawn units", "probed units", "ditto", "own heads", "own entries", "two heads", "controls"])
 def test_live_equals_simulated(changes, federation, domain_csv, live_settings, make_bundle, run_rounds, tmp_path):
     live = federation()
     bundle = make_bundle(*changes)

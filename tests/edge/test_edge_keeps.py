@@ -11,6 +11,8 @@ from fedtune.wire import Schema, decode, encode
 SGD = ("federation.optimizer=sgd", "federation.lr=0.2")
 METHODS = {
     "ditto": ("personal.method=ditto", "federation.proximal=0.2"), "head": ("personal.method=head", *SGD), "scaffold": ("federation.drift=scaffold", "federation.weighting=equal", *SGD, "federation.head-lr=0.1"),
+    "select": ("personal.method=select", "personal.every=1", "federation.weight-decay=0.1", *SGD),
+    "loge": ("personal.method=loge", *SGD),
     "fedspeed": ("federation.drift=fedspeed", "federation.proximal=0.5", *SGD),
 }
 
@@ -32,7 +34,7 @@ def test_rounds_are_torchs(method, prepared, tiny_csv, tmp_path):
         for name, array in stay[0].items():
             np.testing.assert_allclose(stay[1][name], array, rtol=0, atol=5e-5)
         scores = [decode(d.evaluate(asked), Schema(()), kinds=["scores"]).metrics for d in devices]
-        assert scores[0].keys() == scores[1].keys() and ("personal_accuracy" in scores[0]) == (method in ("ditto", "head"))
+        assert scores[0].keys() == scores[1].keys() and ("personal_accuracy" in scores[0]) == (method in ("ditto", "head", "loge", "select"))
         assert all(scores[1][n] == (pytest.approx(total, rel=1e-4), count) for n, (total, count) in scores[0].items())
     assert moved > 2e-3
     again = [d.handle(asked, "another name") == d.handle(asked, "another name") for d in devices]

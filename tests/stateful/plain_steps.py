@@ -36,8 +36,8 @@ class Plain:
             inputs, labels = to_batch(data, index, self.setup.encoder)
             yield lambda inputs=inputs, labels=labels: torch.nn.functional.cross_entropy(self.model(**inputs), labels)
 
-    def walk(self, start, name, round, purpose="local", term=lambda n, p: 0.0, uphill=0.0):
-        """(where the steps from `start` end, how many there were). term: what of a tensor is added to the loss."""
+    def walk(self, start, name, round, purpose="local", term=lambda n, p: 0.0, uphill=0.0, moving=None):
+        """(where the steps from `start` end, how many there were). term: what of a tensor is added to the loss. moving: by what gradients are multiplied."""
         lr, steps, ps = self.fed.lr * self.fed.lr_decay ** (round - 1), 0, list(self.parameters.values())
         for n, p in self.parameters.items():
             p.data = torch.from_numpy(np.array(start[n], np.float32))
@@ -52,8 +52,9 @@ class Plain:
                 for p, was in zip(ps, before):
                     p.data = was
             terms = torch.autograd.grad(sum(term(n, p) + 0.0 * p.sum() for n, p in self.parameters.items()), ps)
-            for p, g, more in zip(ps, gradients, terms):
-                p.data = p.data - lr * (g + more)
+            for n, g, more in zip(self.parameters, gradients, terms):
+                p, m = self.parameters[n], 1.0 if moving is None else torch.from_numpy(moving[n])
+                p.data = p.data - lr * m * (g + more)
             steps += 1
         return {n: p.detach().numpy().copy() for n, p in self.parameters.items()}, steps
 

@@ -24,6 +24,8 @@ from fedtune.workflows.simulate import Simulation
 SGD = ("federation.optimizer=sgd", "federation.lr=0.2")
 METHODS = {
     "ditto": ("personal.method=ditto", "federation.server-optimizer=fedavgm", "federation.proximal=0.1"), "head": ("personal.method=head", "federation.aggregation=median", "federation.cohort=3"),
+    "loge": ("personal.method=loge", "federation.server-optimizer=fedavgm", "federation.weight-decay=0.1", "federation.head-lr=0.01", "federation.proximal=0.1"),
+    "select": ("personal.method=select", "personal.every=1", "personal.share=0.4", "federation.cohort=4", "federation.weight-decay=0.1", "federation.proximal=0.1"),
     "scaffold": ("federation.drift=scaffold", "federation.weighting=equal", *SGD), "fedspeed": ("federation.drift=fedspeed", "federation.proximal=0.1", *SGD),
 }
 
@@ -48,16 +50,16 @@ def test_engines_agree_and_a_resumed_run_is_the_same(method, tiny_job, run_round
     for ours, theirs in zip(together.run.metrics(), serial.run.metrics(), strict=True):
         assert ours.keys() == theirs.keys() and not ours["refused"] and ours.get("personal_clients") == theirs.get("personal_clients")
         assert all(ours[key] == (pytest.approx(value, abs=1e-4) if isinstance(value, float) else value) for key, value in theirs.items() if key != "seconds")
-    assert ("personal_accuracy" in ours) == (method in ("ditto", "head")) and serial.run.newest().counters == together.run.newest().counters
+    assert ("personal_accuracy" in ours) == (method in ("ditto", "head", "loge", "select")) and serial.run.newest().counters == together.run.newest().counters
     sorted((together.run.path / "checkpoints").glob("round-*"))[-1].unlink()
     Simulation(together.setup, together.run).rounds()
     assert everything(together) == before
 
 
-@pytest.mark.parametrize("changes, block", [(("personal.method=ditto", "federation.optimizer=sgd", "federation.momentum=0.9", "federation.head-lr=0.01"), 3), (METHODS["fedspeed"], 2)], ids=["ditto", "fedspeed"])
+@pytest.mark.parametrize("changes, block", [(("personal.method=ditto", "federation.optimizer=sgd", "federation.momentum=0.9", "federation.head-lr=0.01"), 3), (METHODS["fedspeed"], 2), (METHODS["select"], 3), (METHODS["loge"], 2)], ids=["ditto", "fedspeed", "select", "loge"])
 def test_blocks_and_uneven_clients_change_nothing(changes, block, tiny_job, run_rounds, tmp_path):
     """Clients of very different sizes, the longest-training first in a block."""
-    uneven = ("data.alpha=0.7", "federation.cohort=4", "federation.rounds=2", "federation.batch-size=4", "federation.weight-decay=0.01", *changes)
+    uneven = ("data.alpha=0.7", "federation.rounds=2", "federation.batch-size=4", "federation.weight-decay=0.01", *changes, "federation.cohort=4")
     runs = [run_rounds(tiny_job(*uneven, *more), tmp_path / more[0].replace("=", "-")) for more in (("simulation.engine=serial",), (f"simulation.block={block}",))]
     serial, together = map(everything, runs)
     assert serial.keys() == together.keys()
@@ -85,6 +87,14 @@ def test_blocks_and_uneven_clients_change_nothing(changes, block, tiny_job, run_
     (("federation.drift=fedspeed", *SGD, "federation.proximal=0.1", "personal.method=ditto"), r'is not known to work with personal\.method = "ditto"; set one of the two to "none"'),
     (("personal.method=ditto", "personal.strength=30.0", *SGD, "federation.lr=0.1"), r"personal\.strength = 30: times the learning rate 0\.1 it is 3, and from 2 on each step of SGD lands further away; lower one of the two"),
     (("federation.proximal=25.0", *SGD, "federation.lr=0.1"), r"federation\.proximal = 25: times the learning rate 0\.1 it is 2\.5"),
+    (("personal.method=loge", "adapter.method=head"), r'adapter\.method = "head": with personal\.method = "loge" nothing would be left to learn against the fixed head'),
+    (("personal.method=loge", "adapter.train-head=false"), r'adapter\.train-head = false: personal\.method = "loge" is a head that each client trains; set it to true'),
+    (("personal.method=loge", "model.task=causal-lm"), r'personal\.method = "loge": a causal-lm has no task head; use "ditto"'),
+    (("personal.method=select", "federation.server-optimizer=fedavgm"), r'personal\.method = "select": the coordinator takes the mean of each entry .*, and server-optimizer = "fedavgm", aggregation = "mean"; set them to "average" and "mean"'),
+    (("personal.method=select", "federation.aggregation=median"), r'and server-optimizer = "average", aggregation = "median"; set'),
+    (("personal.method=select", "adapter.method=bias", "adapter.train-head=false"), r'adapter\.method = "bias": personal\.method = "select" leaves biases to all, .*; choose another adapter, or "ditto"'),
+    (("personal.method=select", "units.strategy=top", "units.budget=1"), r'personal\.method = "select": what a client keeps is of all that is trained'),
+    (("personal.method=ditto", "personal.most=0.5"), r'personal\.most = 0\.5: only for method = "select", not "ditto"; remove it'),
     (("federation.ascent=0.2",), r'federation\.ascent = 0\.2: only for drift = "fedspeed", not "none"; remove it'),
 ])
 def test_what_does_not_work_is_refused(changes, message):
@@ -113,7 +123,7 @@ def test_a_language_model_of_its_own(tiny_llama, tiny_job, run_rounds, tmp_path)
             np.testing.assert_allclose(load(together[name])[tensor], array, rtol=0, atol=1e-4, err_msg=f"{name} {tensor}")
 
 
-@pytest.mark.parametrize("method, times", [("ditto", 2), ("head", 1), ("scaffold", 1), ("fedspeed", 2)])
+@pytest.mark.parametrize("method, times", [("ditto", 2), ("head", 1), ("select", 2), ("loge", 3), ("scaffold", 1), ("fedspeed", 2)])
 def test_simulated_time_counts_every_gradient(method, times, tiny_job):
     phones = 'simulation.devices=[{name = "phone", speed = 4}]'
     (plain,), (ours,) = (make_plan(tiny_job(phones, *changes)).devices for changes in ((), METHODS[method]))
