@@ -62,7 +62,7 @@ def _show(plan: "Plan", console: Console) -> None:
     if plan.devices:
         console.print(Text("A round of one client, in simulated time", style="bold"))
         header = ("device class", "clients", "receiving", "training", "sending", "in all", "frame, once")
-        more = (*(("blocks",) if plan.strategy != "all" else ()), *(("a probe",) if plan.probes else ()))
+        more = (*(("blocks",) if plan.strategy != "all" else ()), *(("of the last", "a probe") if plan.probes else ()))
         console.print(table((*header, *more), [(*_device(d), *_units(d, plan)) for d in plan.devices]))
     for note in plan.notes:
         console.print(Text(f"! {note}", style="yellow"))
@@ -93,7 +93,7 @@ def _device(d: "DeviceTime") -> tuple[str, ...]:
 def _units(d: "DeviceTime", plan: "Plan") -> tuple[str, ...]:
     from fedtune.report.format import count, duration
 
-    return (*((count(d.blocks),) if plan.strategy != "all" else ()), *((duration(d.probe),) if plan.probes else ()))
+    return (*((count(d.blocks),) if plan.strategy != "all" else ()), *((count(d.depth), duration(d.probe) if d.probed else "not asked") if plan.probes else ()))
 
 
 def _size(value: int | None) -> str:

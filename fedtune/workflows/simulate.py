@@ -141,12 +141,16 @@ class Simulation:
         """Blocks that this client may train; 0: as many as the job says."""
         return 0 if self.fleet is None else self.fleet.budget(client)
 
+    def depth(self, client: str) -> int:
+        """Blocks, counted from the top, that this client may choose among; 0: all."""
+        return 0 if self.fleet is None else self.fleet.depth(client)
+
     def assigned(self, client: str, round: int) -> tuple[str, ...] | None:
         """The tensors that this client trains in a round; None: all. Where blocks are chosen by scores: by those of the last probe."""
         job, schema, budget = self.setup.job, self.setup.schema, self.budget(client)
         if job.units.probes:
             newest = self.run.newest()
-            return tensors_of(schema, by_common_scores(job, schema, newest.state, budget)) if newest else None
+            return tensors_of(schema, by_common_scores(job, schema, newest.state, budget, self.depth(client))) if newest else None
         return tensors_of(schema, selected(job, schema, round, budget))
 
     def answer(self, packet: bytes, client: str) -> bytes:
@@ -191,7 +195,7 @@ class Simulation:
             frame, first, traffic = self._make_frame(exchange, plan)
             bundle = make_bundle(self.setup, self.run.bundle, frame, self.model, first)
         coordinator = start(
-            job, self.run, bundle.schema, bundle.frame_digest, bundle.frame_bytes, make_algorithm(job, bundle.schema, self.budget, len(self.setup.split.clients)),
+            job, self.run, bundle.schema, bundle.frame_digest, bundle.frame_bytes, make_algorithm(job, bundle.schema, self.budget, len(self.setup.split.clients), self.depth),
             self.setup.store.clients, lambda: bundle.start, self.evaluate, traffic, plan,
         )
         follow(coordinator, self.watch)
