@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,13 +14,13 @@ from fedtune.adapters.methods import write
 from fedtune.algorithms.units import by_common_scores, ever, selected, tensors_of
 from fedtune.bundle import open_bundle
 from fedtune.client.app import make_client_app
-from fedtune.errors import EnvironmentProblem, FedtuneError, Refused, RunError
+from fedtune.errors import EnvironmentProblem, RunError
 from fedtune.gradient_init import gather_gradients
 from fedtune.job import SimulationSection
 from fedtune.metrics import with_personal
 from fedtune.models.base import TunableModel
 from fedtune.privacy.plan import Plan, plan_of
-from fedtune.rounds import Coordinator, Reply, Traffic, Watch, evaluated, make_algorithm, start
+from fedtune.rounds import Coordinator, Traffic, Watch, evaluated, make_algorithm, start
 from fedtune.run import RunFolder, open_run
 from fedtune.seeds import generator
 from fedtune.server.app import Ask, make_server_app, run_rounds
@@ -75,7 +74,6 @@ class Simulation:
     base: TunableModel | None = None
     _scored: dict[str, Scores] = field(default_factory=dict)
     _noted: bool = False
-    _broken: FedtuneError | None = None
 
     def __post_init__(self) -> None:
         threads = self.setup.job.simulation.threads
@@ -115,23 +113,11 @@ class Simulation:
 
     def run_over(self, ask: Ask) -> None:
         """The rounds on whatever answers, with the effects of the job's devices around it."""
-        ask = self._whole(ask)
         if self.fleet is None:
             run_rounds(self.coordinator(ask), ask)
         else:
             ask = self.fleet.around(ask)
             run_rounds(self.coordinator(ask), ask, self.fleet.gather)
-
-    def _whole(self, ask: Ask) -> Ask:
-        """The same exchange, which ends the run where a client failed for a reason that all would."""
-
-        def watched(*args: Any, **kwargs: Any) -> Iterator[Reply]:
-            for reply in ask(*args, **kwargs):
-                if self._broken is not None:
-                    raise self._broken
-                yield reply
-
-        return watched
 
     @cached_property
     def fleet(self) -> Fleet | None:
@@ -154,13 +140,7 @@ class Simulation:
         return tensors_of(schema, selected(job, schema, round, budget))
 
     def answer(self, packet: bytes, client: str) -> bytes:
-        try:
-            return self.worker.handle(packet, client, self.setup.store.train(client))
-        except Refused:
-            raise
-        except FedtuneError as e:  # of this machine and no client's own, such as a full disk
-            self._broken = e
-            raise
+        return self.worker.handle(packet, client, self.setup.store.train(client))
 
     def _trainer(self, names: tuple[str, ...] | None = None) -> CohortTrainer | None:
         """What trains these tensors (None: all) of clients together; None, with a word to whoever watches, where this base does not allow it."""
