@@ -46,6 +46,10 @@ def _show(plan: "Plan", console: Console) -> None:
         ("initialisation", size(plan.init_bytes), "gradients of the first step" if plan.init_bytes else "needs no exchange"),
         ("a round", size(plan.round_bytes), f"{plan.cohort} of {plan.clients} clients"),
         ("in all", size(round(plan.total_bytes)), f"{plan.rounds} rounds; expects {plan.expected_first_time:.1f} clients to need the frame"),
+        *([
+            ("kept by a client", size(plan.kept_bytes), "at most, on its disk, from round to round"),
+            ("kept in clients/", size(plan.kept_total), f"at most, in a simulation, of the {plan.expected_first_time:.1f} clients expected to take part"),
+        ] if plan.kept_bytes else []),
         ("memory of a client", _size(device["total"]), "computed from shapes; libraries and data come on top"),
         ("  base", _size(device["base"]), ""),
         ("  activations", _size(device["activations"]), _kept(device)),

@@ -24,6 +24,8 @@ from fedtune.wire import Schema
 FORMAT, KEY = "1", "fedtune"
 BACK = 2
 """A run may be continued from so many rounds before the last: the checkpoints that it keeps (`fedtune.run`)."""
+VERSIONS = BACK + 1
+"""Files that a client has at most."""
 HEADER = 2**12
 """Bytes of a file beside its numbers, at most, and as much again for each tensor's name and place."""
 
@@ -52,9 +54,7 @@ class Kept:
         private_folder(self.folder)
         private_folder(place.parent)
         private_folder(place)
-        facts = {"format": FORMAT, "client": self.owner or client, "round": round}
-        tensors = {t.name: np.ascontiguousarray(arrays[t.name], np.float32) for t in self.schema.tensors}
-        write_atomic(place / f"{round:05d}.safetensors", save(tensors, {KEY: json.dumps(facts)}), 0o600)
+        write_atomic(place / f"{round:05d}.safetensors", _content(self.schema, self.owner or client, round, arrays), 0o600)
         for unfinished in place.glob(".*.part"):  # of a write that was cut off
             unfinished.unlink(missing_ok=True)
         needed = self._newest(place, round - BACK)
@@ -94,6 +94,16 @@ class Kept:
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as e:
             why = " ".join(str(e).split())[:150]
             raise RunError(f"{path}: not what a client of this job keeps ({why}); restore it, or remove its folder {path.parent}, and the client begins anew") from None
+
+
+def file_bytes(schema: Schema, client: str = "device") -> int:
+    """Bytes of one file of a client of this name."""
+    return len(_content(schema, client, 1, {t.name: np.zeros(t.shape, np.float32) for t in schema.tensors}))
+
+
+def _content(schema: Schema, client: str, round: int, arrays: Arrays) -> bytes:
+    tensors = {t.name: np.ascontiguousarray(arrays[t.name], np.float32) for t in schema.tensors}
+    return save(tensors, {KEY: json.dumps({"format": FORMAT, "client": client, "round": round})})
 
 
 def _require(tensors: Arrays, schema: Schema) -> None:

@@ -26,7 +26,8 @@ from fedtune.privacy.plan import plan_of, warnings_of
 from fedtune.probes import probe_bytes
 from fedtune.report.format import duration, size
 from fedtune.simulation.devices import able, assign, span
-from fedtune.stateful.methods import gradients
+from fedtune.stateful.methods import gradients, kept, method_of
+from fedtune.stateful.store import VERSIONS, file_bytes
 from fedtune.subspace import travelling
 from fedtune.training.memory import NUMBER, step_memory
 from fedtune.wire import Schema
@@ -77,7 +78,8 @@ class Plan:
     """Bytes are those of serialised messages. Totals that depend on who is drawn are expectations, said as such.
 
     An update is the largest that a client of the job's own budget sends; the memory is that of such a client. `budget` is that number of
-    blocks, all of them where `strategy` is all. A probe's bytes are both ways, for one client. `unit` is what privacy protects, "none" for nothing, and `epsilon` at `delta` the most one unit can lose: "inf" without protection.
+    blocks, all of them where `strategy` is all. `kept_bytes` is the most that a client keeps on its disk from round to round, 0 where it keeps nothing, and
+    `kept_total` the most that the clients that are expected to take part in a simulation keep together. A probe's bytes are both ways, for one client. `unit` is what privacy protects, "none" for nothing, and `epsilon` at `delta` the most one unit can lose: "inf" without protection.
     `device` is the memory of one training client in bytes: its parts are computed from shapes, not measured.
     """
 
@@ -104,6 +106,8 @@ class Plan:
     expected_first_time: float
     init_bytes: int
     total_bytes: float
+    kept_bytes: int
+    kept_total: int
     device: dict[str, int | None]
     devices: tuple[DeviceTime, ...]
     unit: str
@@ -148,6 +152,7 @@ def make_plan(job: Job) -> Plan:
     devices = _devices(job, schema, clients, examples, steps, sizes, frame)
     drawable = max(1, sum(d.clients for d in devices if d.able)) if devices else clients
     cohort = min(fed.cohort, drawable)
+    keeps = min(fed.rounds, VERSIONS) * file_bytes(kept(job, spec.schema)) if method_of(job) else 0
     first = holders(drawable, cohort, fed.rounds)
     probes, probe = (-(-fed.rounds // job.units.probe_every), probe_bytes(schema)) if job.units.probes else (0, (0, 0))
     asked = sum(d.clients for d in devices if d.able and d.probed) / drawable if devices else 1.0
@@ -163,7 +168,7 @@ def make_plan(job: Job) -> Plan:
     return Plan(
         job.model.source, bool(source.weights), parameters, spec.method, spec.rank, len(spec.linears), spec.size, spec.head_size,
         job.units.strategy, job.units.budget or len(schema.blocks), _units(job, schema),
-        model, update, sum(probe), probes, frame, fed.rounds, cohort, clients, round(exchanged / fed.rounds), first, init, exchanged + first * frame + init, memory, devices,
+        model, update, sum(probe), probes, frame, fed.rounds, cohort, clients, round(exchanged / fed.rounds), first, init, exchanged + first * frame + init, keeps, round(keeps * first), memory, devices,
         job.privacy.unit, figure(lost), privacy.delta if privacy else 0.0, privacy.parts["update"] if privacy else 0.0, tuple(notes),
     )
 

@@ -123,6 +123,16 @@ def test_simulated_time_counts_every_gradient(method, times, tiny_job):
     assert make_fleet(setup)._turn(name, 100, 1, 100, 1.0).seconds == times * len(setup.split.train[0]) / 4
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_plan_says_what_clients_keep_on_disk(method, tiny_job, run_rounds, tmp_path):
+    """Every client in every round: then nothing is left to chance, and after three rounds each has all the versions it ever has."""
+    job = tiny_job(*METHODS[method], "federation.cohort=6", "federation.rounds=4")
+    run, plan = run_rounds(job, tmp_path / "run").run, make_plan(job)
+    found = [path.stat().st_size for path in run.clients.rglob("*.safetensors")]
+    assert len(found) == 6 * 3 and sum(found) == pytest.approx(plan.kept_total, rel=0.01) and plan.kept_total == 6 * plan.kept_bytes
+    assert make_plan(tiny_job(*METHODS[method], "federation.rounds=1")).kept_bytes == plan.kept_bytes / 3 and make_plan(tiny_job()).kept_bytes == 0
+
+
 def test_a_run_does_not_go_on_without_what_its_clients_kept(tiny_job, run_rounds, tmp_path):
     simulation = run_rounds(tiny_job("personal.method=head"), tmp_path / "run")
     sorted((simulation.run.path / "checkpoints").glob("round-*"))[-1].unlink()
