@@ -199,9 +199,12 @@ class Simulation:
             return
         parts = self.setup.split
         taken = np.arange(len(parts.held_out.rows)) if whole else self._drawn
-        for place in sorted(parts.clients.place(name) for name in self.kept.clients(round)):
-            index = np.arange(*np.searchsorted(taken, parts.held_out.offsets[place : place + 2]))
-            own = personal_model(self.worker.open(), self.kept, arrays, parts.clients[place], round) if len(index) else None
+        ends = np.searchsorted(taken, parts.held_out.offsets)
+        scored = (parts.clients[place] for place in np.flatnonzero(np.diff(ends)).tolist())
+        for name in self.kept.clients(scored, round):
+            place = parts.clients.place(name)
+            index = np.arange(*ends[place : place + 2])
+            own = personal_model(self.worker.open(), self.kept, arrays, name, round)
             if own is not None:
                 yield place, index, self.worker.scores(own, self.setup.store.stream(parts.held_out.rows[taken[index]]))
 

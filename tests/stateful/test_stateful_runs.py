@@ -96,7 +96,7 @@ def test_what_does_not_work_is_refused(changes, message):
 def test_only_clients_that_took_part_are_written_and_a_sample_is_enough(tiny_job, run_rounds, tmp_path):
     simulation = run_rounds(tiny_job("personal.method=ditto", "federation.cohort=1", "federation.rounds=2", "evaluation.max-examples=9"), tmp_path / "run")
     met = {name for line in simulation.run.metrics() for name in line["clients"]}
-    assert set(simulation.kept.clients(2)) == met and len(list(simulation.run.clients.glob("*/*"))) == len(met) <= 2
+    assert set(simulation.kept.clients(simulation.setup.split.clients, 2)) == met and len(list(simulation.run.clients.glob("*/*"))) == len(met) <= 2
     held = sum(len(simulation.setup.split.held_out[simulation.setup.split.clients.place(name)]) for name in met)
     assert simulation.run.metrics()[-1]["personal_evaluated"] == held and simulation.run.metrics()[1]["personal_evaluated"] <= 9
     found = [(place, index.tolist(), scores.count.tolist()) for place, index, scores in simulation.personal_scores(2, simulation.run.newest().state.arrays)]
