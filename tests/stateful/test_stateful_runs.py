@@ -12,7 +12,8 @@ from safetensors.numpy import load
 
 from fedtune.errors import JobError, RunError
 from fedtune.job import parse_job
-from fedtune.report import compare, facts, page, terminal
+from fedtune.report import compare, facts, page, plots, terminal
+from fedtune.report.format import ABSENT, number
 from fedtune.report.summary import check, load_summary
 from fedtune.training.worker import Worker
 from fedtune.workflows.finish import finish
@@ -201,6 +202,27 @@ def test_compare_has_a_column(told):
     ditto, head, none = (row[-1] for row in compare.rows(three))
     assert ditto.endswith("clients") and head.endswith("clients") and not none.endswith("clients")
     assert "personal accuracy" in compare.render(three)
+
+
+def test_where_heads_stay_with_the_clients_their_accuracy_comes_first(told):
+    head, own = told["head"], told["head"]["personal"]
+    assert facts.headline(head).startswith(f"{number(own['accuracy'])} personal accuracy, of each client with the head that it keeps")
+    first, worst, shared = facts.key_figures(head)[:3]
+    assert (first.name, first.value, worst.value) == ("personal accuracy", number(own["accuracy"]), number(own["worst_tenth"])) and f"{own['clients']} of 6 clients" in first.note
+    assert shared.name == "shared model, held-out accuracy" and "nobody trained" in shared.note
+    assert page.render(head).index("personal accuracy") < page.render(head).index("shared model")
+    for plot in plots.learning(head):
+        assert "accuracy" not in plot.key or [key.name for key in plot.legend[:2]] == ["personal", "federated, initial head"]
+    rows = {s["job"]["personal"]["method"]: row for s, row in zip(told.values(), compare.rows(list(told.values())))}
+    assert rows["head"][1] == f"{number(own['accuracy'])} personal" and rows["head"][2] == number(own["worst_tenth"]) and rows["head"][3] == number(head["rounds"][-1]["personal_loss"])
+    assert rows["ditto"][1] == number(told["ditto"]["final"]["accuracy"]) and "personal" not in facts.headline(told["ditto"])
+    assert any(line.startswith("Of runs whose clients keep their heads") for line in compare.cautions(list(told.values()))) and compare.cautions([head, head]) == []
+    better = head | {"personal": own | {"accuracy": 0.999}}
+    assert "0.999 personal" in compare.headline([told["none"], better])
+    unfinished = {key: value for key, value in head.items() if key not in ("personal", "final")} | {"complete": False}
+    assert facts.leading(unfinished)[0] == head["rounds"][-1]["personal_accuracy"] and "personal accuracy" in facts.headline(unfinished)
+    never = unfinished | {"rounds": [{k: v for k, v in r.items() if not k.startswith("personal")} for r in head["rounds"]]}
+    assert facts.headline(never).startswith("Nothing evaluated yet") and compare.rows([never])[0][1] == ABSENT == facts.key_figures(never)[0].value
 
 
 def test_clients_alone_train_the_whole_model(told):
