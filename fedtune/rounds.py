@@ -19,7 +19,7 @@ from fedtune.aggregation.mean import Mean
 from fedtune.algorithms import Algorithm, State, dp_fed_avg, fed_avg, secure_avg
 from fedtune.algorithms.dp_fed_avg import CLIP
 from fedtune.algorithms.server_optimizers import with_server_optimizer
-from fedtune.algorithms.units import ROWS, Budget, begins_with_probe, selecting, tensors_of, with_scores
+from fedtune.algorithms.units import ROWS, Budget, Depth, begins_with_probe, selecting, tensors_of, with_scores
 from fedtune.checkpoint import Checkpoint
 from fedtune.errors import EmptyCohort, Refused, SecAggFailed
 from fedtune.job import Job
@@ -106,6 +106,7 @@ class Watch:
     note: Callable[[str], None] = lambda text: None
 
 
+_NOT_PROBED = "not asked, as it cannot go down to the first block"
 SumUp = Callable[[dict[str, str]], Sum]
 """Takes a round to its secure sum and notes in the dict why which clients are not in it. Raises SecAggFailed when it does not open."""
 Evaluate = Callable[[int, Arrays], Metrics | None]
@@ -130,6 +131,8 @@ class Coordinator:
     on_reply: Callable[[Reply], None] = lambda reply: None
     more: Callable[[RoundReport], dict] = lambda report: {}
     """What a round's line says besides, or in another way, where the clients are simulated."""
+    can_probe: Callable[[str], bool] = lambda client: True
+    """Whether a client can answer a probe; others are not asked."""
     privacy: Plan | None = None
     secure: Secure | None = None
     """How updates are summed, where single ones are not to be seen."""
@@ -144,7 +147,7 @@ class Coordinator:
     """Of a round whose model the process before this one stored and may not have scored."""
     _began: float = 0.0
     _asked: tuple[str, ...] = ()
-    """Whom the probe asked that the round under way began with."""
+    """Those drawn for the probe that the round under way began with."""
     _silent: dict[str, str] = field(default_factory=dict)
     """Of them, those without an answer that counts, and why."""
 
@@ -168,21 +171,25 @@ class Coordinator:
             return []
         self._began = time.monotonic()
         self._asked = tuple(a.client for a in self.algorithm.plan(self.state, self.clients))
+        able = [client for client in self._asked if self.can_probe(client)]
+        if not able:
+            self.probed(())
+            return []
         packet = encode("probe", self.schema, self.state.arrays, round=self.state.round + 1, frame=self.frame_digest)
-        for client in self._asked:
+        for client in able:
             self._count_probe(client, down=len(packet))
-        return [(client, packet) for client in self._asked]
+        return [(client, packet) for client in able]
 
     def probed(self, replies: Iterable[Reply]) -> None:
-        """Takes the answers to `probe`. A client whose answer is missing, wrong or says nothing goes by the mean of the others."""
+        """Takes the answers to `probe`. A client that cannot be asked, or whose answer is missing, wrong or says nothing, goes by the mean of the others."""
         found, expected = dict[str, np.ndarray](), answers(self.schema)
-        self._silent = dict.fromkeys(self._asked, "no reply")
+        self._silent = {client: "no reply" if self.can_probe(client) else _NOT_PROBED for client in self._asked}
         for reply in replies:
             if reply.late:
                 self.traffic.late += 1
                 self.traffic.received(reply.client, reply.length)
                 continue
-            if reply.client not in self._silent:  # nobody asked it, or it answered before
+            if self._silent.get(reply.client, _NOT_PROBED) == _NOT_PROBED:  # nobody asked it, or it answered before
                 continue
             self._silent[reply.client] = reply.error or "no payload"
             if reply.payload is None:
@@ -414,13 +421,13 @@ def evaluated(job: Job, round: int) -> bool:
     return round == job.federation.rounds or round % job.evaluation.every == 0
 
 
-def make_algorithm(job: Job, schema: Schema, budget: Budget = lambda client: 0, population: int = 0) -> Algorithm:
-    """The algorithm object that every engine runs. budget: of each client; live ones have the job's. population: clients that could ever be
+def make_algorithm(job: Job, schema: Schema, budget: Budget = lambda client: 0, population: int = 0, depth: Depth = lambda client: 0) -> Algorithm:
+    """The algorithm object that every engine runs. budget, depth: of each client; live ones have the job's. population: clients that could ever be
     asked (0: not known, then as many as a cohort has). Raises JobError as `require_budgets`."""
     inner = with_server_optimizer(_averaging(job, schema), job.federation)
     if job.federation.drift == "scaffold":
         inner = steering(inner, population or job.federation.cohort)
-    return selecting(inner, job, schema, budget)
+    return selecting(inner, job, schema, budget, depth)
 
 
 def _averaging(job: Job, schema: Schema) -> Algorithm:

@@ -25,6 +25,8 @@ from fedtune.wire import Schema, packet_bytes
 
 Budget = Callable[[str], int]
 """Blocks that this client may train; 0: as many as the job says."""
+Depth = Callable[[str], int]
+"""Blocks, counted from the top, among which this client may choose by scores; 0: all."""
 ROWS = "units.scores"
 """The slot that holds the scores of the last probe, [clients then drawn, blocks], each row with sum 1."""
 
@@ -54,29 +56,43 @@ def ever(job: Job, schema: Schema) -> tuple[str, ...]:
     return schema.units if job.units.varies else selected(job, schema, 1, max(budgets(job)))
 
 
-def lowest(job: Job, schema: Schema, budget: int = 0) -> tuple[str, ...]:
+def lowest(job: Job, schema: Schema, budget: int = 0, depth: int = 0) -> tuple[str, ...]:
     """Of what this budget trains in any round, that whose backward pass goes down furthest and so keeps most."""
-    return _taken(job, schema, "bottom" if job.units.varies else job.units.strategy, 1, budget)
+    if job.units.varies:
+        return _with(schema, within(schema, depth)[: budget or job.units.budget])
+    return _taken(job, schema, job.units.strategy, 1, budget)
 
 
-def most_numbers(job: Job, schema: Schema, budget: int = 0) -> int:
+def within(schema: Schema, depth: int) -> tuple[str, ...]:
+    """The blocks of the schema down to this depth, from the bottom up; 0: all.
+
+    >>> from fedtune.types import TensorSpec
+    >>> within(Schema(tuple(TensorSpec(name, (1,), name) for name in ("block.0", "block.1", "block.2", "head"))), 2)
+    ('block.1', 'block.2')
+    """
+    return schema.blocks[-depth:]
+
+
+def most_numbers(job: Job, schema: Schema, budget: int = 0, depth: int = 0) -> int:
     """The most numbers that this budget trains in a round."""
-    return sum(t.size for t in schema.of_units(_largest(job, schema, budget) if job.units.varies else selected(job, schema, 1, budget)))
+    return sum(t.size for t in schema.of_units(_largest(job, schema, budget, depth) if job.units.varies else selected(job, schema, 1, budget)))
 
 
-def _largest(job: Job, schema: Schema, budget: int) -> tuple[str, ...]:
+def _largest(job: Job, schema: Schema, budget: int, depth: int = 0) -> tuple[str, ...]:
     """Of what this budget may train, that with the most numbers."""
-    size = {unit: sum(t.size for t in schema.of_units([unit])) for unit in schema.blocks}
-    left = set(sorted(size, key=lambda unit: -size[unit])[budget or job.units.budget :])
-    return tuple(unit for unit in schema.units if unit not in left)
+    size = {unit: sum(t.size for t in schema.of_units([unit])) for unit in within(schema, depth)}
+    return _with(schema, sorted(size, key=lambda unit: -size[unit])[: budget or job.units.budget])
+
+
+def _with(schema: Schema, taken: Sequence[str]) -> tuple[str, ...]:
+    """These blocks and what is trained outside all blocks, in the order of the schema."""
+    return tuple(unit for unit in schema.units if unit in taken or unit not in schema.blocks)
 
 
 def _taken(job: Job, schema: Schema, strategy: str, round: int, budget: int) -> tuple[str, ...]:
     if strategy == "all":
         return schema.units
-    found = schema.blocks
-    left = set(order(strategy, found, job.federation.seed, round)[budget or job.units.budget :])
-    return tuple(unit for unit in schema.units if unit not in left)
+    return _with(schema, order(strategy, schema.blocks, job.federation.seed, round)[: budget or job.units.budget])
 
 
 def budgets(job: Job) -> tuple[int, ...]:
@@ -90,14 +106,19 @@ def tensors_of(schema: Schema, units: Sequence[str]) -> tuple[str, ...] | None:
     return None if len(found) == len(schema.tensors) else found
 
 
-def round_bytes(job: Job, schema: Schema, rounds: int, budget: int = 0) -> list[tuple[int, int]]:
+def round_bytes(job: Job, schema: Schema, rounds: int, budget: int = 0, depth: int = 0) -> list[tuple[int, int]]:
     """Bytes of the (model, update) packets of a client of this budget in each of the first rounds, at least one; of blocks chosen by scores, the most."""
     size = cache(lambda units: packet_bytes(schema, tensors_of(schema, units)))
     if job.units.probes:
-        return [size(_largest(job, schema, budget))] * max(1, rounds)
+        return [size(_largest(job, schema, budget, depth))] * max(1, rounds)
     if job.units.strategy != "lisa":
         return [size(selected(job, schema, 1, budget))] * max(1, rounds)
     return [size(selected(job, schema, round, budget)) for round in range(1, max(1, rounds) + 1)]
+
+
+def unlimited(schema: Schema, depth: int) -> bool:
+    """Whether a client of this depth can be probed: what a probe asks takes the backward pass through all blocks."""
+    return not depth or depth >= len(schema.blocks)
 
 
 def begins_with_probe(job: Job, round: int) -> bool:
@@ -124,19 +145,20 @@ def _common(state: State, count: int) -> np.ndarray:
     return state.slots[ROWS].mean(0) if ROWS in state.slots else np.full(count, 1.0 / count)
 
 
-def by_common_scores(job: Job, schema: Schema, state: State, budget: int = 0) -> tuple[str, ...]:
-    """What a client of this budget trains between probes, where all go by the mean of the last."""
-    return _by_scores(job, schema, replace(state, round=0, slots={ROWS: _common(state, len(schema.blocks))[None]}), (Assignment("", 1, schema.units),), lambda client: budget)[0].units
+def by_common_scores(job: Job, schema: Schema, state: State, budget: int = 0, depth: int = 0) -> tuple[str, ...]:
+    """What a client of this budget and depth trains between probes, where all go by the mean of the last."""
+    state = replace(state, round=0, slots={ROWS: _common(state, len(schema.blocks))[None]})
+    return _by_scores(job, schema, state, (Assignment("", 1, schema.units),), lambda client: budget, lambda client: depth)[0].units
 
 
-def _by_scores(job: Job, schema: Schema, state: State, drawn: Sequence[Assignment], budget: Budget) -> tuple[Assignment, ...]:
+def _by_scores(job: Job, schema: Schema, state: State, drawn: Sequence[Assignment], budget: Budget, depth: Depth) -> tuple[Assignment, ...]:
     found, own = schema.blocks, state.slots.get(ROWS)
     if own is None or len(own) != len(drawn) or not begins_with_probe(job, state.round + 1):
         own = np.broadcast_to(_common(state, len(found)), (len(drawn), len(found)))
     most = np.array([budget(a.client) or job.units.budget for a in drawn], np.int64)
-    chosen = choose(own, most, job.units.consistency) if drawn else ()
-    left = [{unit for unit, taken in zip(found, row) if not taken} for row in chosen]
-    return tuple(replace(a, units=tuple(unit for unit in schema.units if unit not in out)) for a, out in zip(drawn, left))
+    depths = np.array([len(within(schema, depth(a.client))) for a in drawn], np.int64)
+    chosen = choose(own, most, job.units.consistency, depths) if drawn else ()
+    return tuple(replace(a, units=_with(schema, [unit for unit, taken in zip(found, row) if taken])) for a, row in zip(drawn, chosen))
 
 
 def step_share(schema: Schema, units: Sequence[str]) -> float:
@@ -155,19 +177,23 @@ def step_share(schema: Schema, units: Sequence[str]) -> float:
 
 
 def require_budgets(job: Job, schema: Schema) -> None:
-    """Raises JobError where a budget asks for more blocks than there are."""
+    """Raises JobError where a budget asks for more blocks than there are, and where clients are to be probed and no class of devices can be."""
     if job.units.strategy == "all":
         return
     asked = [("units.budget", job.units.budget)]
-    asked += [(f"simulation.devices.{place}.units", device.units) for place, device in enumerate(job.simulation.devices)]
+    asked += [(f"simulation.devices.{place}.{key}", count) for place, device in enumerate(job.simulation.devices) for key, count in (("units", device.units), ("depth", device.depth))]
     most = len(schema.blocks)
     if not most:
         raise JobError([f'units.strategy = "{job.units.strategy}": this base has no blocks in which adapter.method = "{job.adapter.method}" trains anything; use "all"'])
     if problems := [f"{key} = {count}: {most} blocks of this base have trained tensors; lower it" for key, count in asked if count > most]:
         raise JobError(problems)
+    depths = [device.depth for device in job.simulation.devices]
+    if job.units.probes and depths and not any(unlimited(schema, depth) for depth in depths):
+        raise JobError([f'units.strategy = "{job.units.strategy}": a probe takes the backward pass through all {most} blocks, and no class of simulation.devices can go deeper than {max(depths)}; '
+                        'give one more memory-mb, units.seconds or depth, or use "top" or "lisa"'])
 
 
-def selecting(algorithm: Algorithm, job: Job, schema: Schema, budget: Budget = lambda client: 0) -> Algorithm:
+def selecting(algorithm: Algorithm, job: Job, schema: Schema, budget: Budget = lambda client: 0, depth: Depth = lambda client: 0) -> Algorithm:
     """The same, with each client training what its budget takes, on the part of the model that anybody trains in the round.
 
     What nobody trains stays as it is, with its moments, and no algorithm adds noise to it. Raises JobError as `require_budgets`.
@@ -180,7 +206,7 @@ def selecting(algorithm: Algorithm, job: Job, schema: Schema, budget: Budget = l
     def plan(state: State, clients: Sequence[ClientInfo]) -> tuple[Assignment, ...]:
         drawn = algorithm.plan(state, clients)
         if job.units.probes:
-            return _by_scores(job, schema, state, drawn, budget)
+            return _by_scores(job, schema, state, drawn, budget, depth)
         return tuple(replace(a, units=selected(job, schema, a.round, budget(a.client))) for a in drawn)
 
     def part(state: State) -> State:

@@ -20,6 +20,11 @@ UnderstandOption = Annotated[bool, typer.Option("--i-understand", help="Go on wi
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 
 
+def no_dash(path: Path | None) -> Path | None:
+    """For what a command writes: refuses a name that begins with a dash, which is an option in the wrong place, or meant as standard output."""
+    if path is not None and str(path).startswith("-"):
+        raise typer.BadParameter(f"{path} begins with a dash, as options do; give another name, or its full path")
+    return path
 
 def _width(stream: TextIO) -> int | None:
     """Lines fit a terminal; in a file or a pipe they stay whole, so that `grep` finds what it looks for."""

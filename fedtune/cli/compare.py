@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fedtune.cli.common import JsonOption, out, shell
+from fedtune.cli.common import JsonOption, no_dash, out, shell
 from fedtune.errors import UserError
 from fedtune.report.summary import Summary
 from fedtune.storage import write_atomic
@@ -17,7 +17,7 @@ EXAMPLES = "Examples:  fedtune compare runs/fed-sb-001 runs/lora-001   |   fedtu
 @shell
 def command(
     runs: Annotated[list[Path], typer.Argument(help="Run folders, two or more.", show_default=False)],
-    out_: Annotated[Path | None, typer.Option("--out", help="Also write the comparison as a page.", show_default=False)] = None,
+    out_: Annotated[Path | None, typer.Option("--out", callback=no_dash, help="Also write the comparison as a page.", show_default=False)] = None,
     json_: JsonOption = False,
 ) -> None:
     """Prints final figures of several runs, what sets their jobs apart, and what makes them hard to compare."""

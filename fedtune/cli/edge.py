@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from fedtune.cli import client
-from fedtune.cli.common import JsonOption, out, shell
+from fedtune.cli.common import JsonOption, no_dash, out, shell
 from fedtune.cli.predict import FILE_HELP, AdapterOption, Int8Option, StaticOption, graph_of
 from fedtune.errors import EnvironmentProblem, RunError, UserError
 from fedtune.report.format import size
@@ -61,7 +61,7 @@ def predict(
     int8: Int8Option = False,
     static: StaticOption = False,
     column: Annotated[str, typer.Option("--column", help="Column with the text, in .csv, .tsv, .jsonl and .parquet.")] = "text",
-    out_: Annotated[Path | None, typer.Option("--out", help="Write input, label and probability as .csv.", show_default=False)] = None,
+    out_: Annotated[Path | None, typer.Option("--out", callback=no_dash, help="Write input, label and probability as .csv.", show_default=False)] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Inputs run at once.")] = 16,
     threads: client.ThreadsOption = 0,
     json_: JsonOption = False,

@@ -46,6 +46,10 @@ def _show(plan: "Plan", console: Console) -> None:
         ("initialisation", size(plan.init_bytes), "gradients of the first step" if plan.init_bytes else "needs no exchange"),
         ("a round", size(plan.round_bytes), f"{plan.cohort} of {plan.clients} clients"),
         ("in all", size(round(plan.total_bytes)), f"{plan.rounds} rounds; expects {plan.expected_first_time:.1f} clients to need the frame"),
+        *([
+            ("kept by a client", size(plan.kept_bytes), "at most, on its disk, from round to round"),
+            ("kept in clients/", size(plan.kept_total), f"at most, in a simulation, of the {plan.expected_first_time:.1f} clients expected to take part"),
+        ] if plan.kept_bytes else []),
         ("memory of a client", _size(device["total"]), "computed from shapes; libraries and data come on top"),
         ("  base", _size(device["base"]), ""),
         ("  activations", _size(device["activations"]), _kept(device)),
@@ -62,7 +66,7 @@ def _show(plan: "Plan", console: Console) -> None:
     if plan.devices:
         console.print(Text("A round of one client, in simulated time", style="bold"))
         header = ("device class", "clients", "receiving", "training", "sending", "in all", "frame, once")
-        more = (*(("blocks",) if plan.strategy != "all" else ()), *(("a probe",) if plan.probes else ()))
+        more = (*(("blocks",) if plan.strategy != "all" else ()), *(("of the last", "a probe") if plan.probes else ()))
         console.print(table((*header, *more), [(*_device(d), *_units(d, plan)) for d in plan.devices]))
     for note in plan.notes:
         console.print(Text(f"! {note}", style="yellow"))
@@ -93,7 +97,7 @@ def _device(d: "DeviceTime") -> tuple[str, ...]:
 def _units(d: "DeviceTime", plan: "Plan") -> tuple[str, ...]:
     from fedtune.report.format import count, duration
 
-    return (*((count(d.blocks),) if plan.strategy != "all" else ()), *((duration(d.probe),) if plan.probes else ()))
+    return (*((count(d.blocks),) if plan.strategy != "all" else ()), *((count(d.depth), duration(d.probe) if d.probed else "not asked") if plan.probes else ()))
 
 
 def _size(value: int | None) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedtune.cli.common import JsonOption, out, shell
+from fedtune.cli.common import JsonOption, no_dash, out, shell
 from fedtune.errors import EnvironmentProblem, UserError
 from fedtune.storage import write_atomic
 
@@ -50,7 +50,7 @@ def command(
     static: StaticOption = False,
     adapter: AdapterOption = None,
     column: Annotated[str, typer.Option("--column", help="Column with the text, in .csv, .tsv, .jsonl and .parquet.")] = "text",
-    out_: Annotated[Path | None, typer.Option("--out", help="Write input, label and probability as .csv.", show_default=False)] = None,
+    out_: Annotated[Path | None, typer.Option("--out", callback=no_dash, help="Write input, label and probability as .csv.", show_default=False)] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Inputs run at once.")] = 64,
     json_: JsonOption = False,
 ) -> None:

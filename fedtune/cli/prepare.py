@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fedtune.cli.common import JobArgument, JsonOption, SetOption, UnderstandOption, out, overrides, shell
+from fedtune.cli.common import JobArgument, JsonOption, SetOption, UnderstandOption, no_dash, out, overrides, shell
 from fedtune.cli.progress import Board
 from fedtune.errors import UserError
 from fedtune.job import load_job
@@ -20,7 +20,7 @@ EXAMPLES = (
 
 @shell
 def command(
-    folder: Annotated[Path, typer.Option("--out", "-o", help="Folder to make.", show_default=False)],
+    folder: Annotated[Path, typer.Option("--out", "-o", callback=no_dash, help="Folder to make.", show_default=False)],
     edge: Annotated[Path | None, typer.Option("--edge", help="Also make this folder, with which a device trains without torch (fedtune edge).", show_default=False)] = None,
     int8: Annotated[bool, typer.Option("--int8", help="With --edge: frozen weights of 8 bits, a quarter of the size; devices then train on a base rounded so.")] = False,
     job: JobArgument = None, set_: SetOption = None, understand: UnderstandOption = False, as_json: JsonOption = False,

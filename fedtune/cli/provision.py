@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedtune.cli.common import JsonOption, out, shell
+from fedtune.cli.common import JsonOption, no_dash, out, shell
 from fedtune.errors import EnvironmentProblem, UserError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ PORT = 9092
 
 HostOption = Annotated[list[str] | None, typer.Option("--host", metavar="NAME-OR-IP", help="What devices call the coordinator; repeatable.")]
 DaysOption = Annotated[int, typer.Option("--days", help="How long the server certificate is good.")]
-FolderOption = Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder that `fedtune provision` made.", show_default=False)]
+FolderOption = Annotated[Path, typer.Option("-o", "--out", callback=no_dash, metavar="DIR", help="Folder that `fedtune provision` made.", show_default=False)]
 
 app = typer.Typer(name="provision", invoke_without_command=True, suggest_commands=False, pretty_exceptions_enable=False)
 
@@ -42,7 +42,7 @@ def command(
     host: HostOption = None,
     devices: Annotated[int | None, typer.Option("--devices", metavar="N", help="Makes device-001 to device-N.", show_default=False)] = None,
     device: Annotated[list[str] | None, typer.Option("--device", metavar="NAME", help="Makes a device of this name; repeatable.")] = None,
-    out_: Annotated[Path | None, typer.Option("-o", "--out", metavar="DIR", help="Folder to write, or to add to.", show_default=False)] = None,
+    out_: Annotated[Path | None, typer.Option("-o", "--out", callback=no_dash, metavar="DIR", help="Folder to write, or to add to.", show_default=False)] = None,
     days: DaysOption = 365,
     ca_days: Annotated[int, typer.Option("--ca-days", help="How long the CA is good.")] = 1825,
     force: Annotated[bool, typer.Option("--force", help="Make everything new, also what is there: every device has to be set up again.")] = False,

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedtune.cli.common import JobArgument, SetOption, UnderstandOption, err, out, overrides, shell
+from fedtune.cli.common import JobArgument, SetOption, UnderstandOption, err, no_dash, out, overrides, shell
 from fedtune.cli.progress import Board
 from fedtune.errors import UserError
 from fedtune.job import Job, load_job
@@ -20,7 +20,7 @@ EXAMPLES = "Examples:  fedtune simulate   |   fedtune simulate job.toml --set fe
 def command(
     job: JobArgument = None,
     set_: SetOption = None,
-    out_: Annotated[Path | None, typer.Option("--out", help="Run folder to make (default: runs/METHOD-001, -002…).", show_default=False)] = None,
+    out_: Annotated[Path | None, typer.Option("--out", callback=no_dash, help="Run folder to make (default: runs/METHOD-001, -002…).", show_default=False)] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Same as --set federation.seed=N.", show_default=False)] = None,
     resume: Annotated[Path | None, typer.Option("--resume", help="Continue this run folder from its last finished round.", show_default=False)] = None,
     understand: UnderstandOption = False,

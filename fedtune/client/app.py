@@ -7,17 +7,18 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedtune.errors import FedtuneError, Refused
+from fedtune.flower import failure
 from fedtune.offer import Answer, Offer, job_name, one_line
 from fedtune.wire import RECORD
 
 
 def make_client_app(answer: Callable[[bytes, str], bytes]) -> ClientApp:
-    """For simulations: `answer` takes (packet, client name) and returns the packet to send back."""
+    """For simulations: `answer` takes (packet, client name) and returns the packet to send back. What fails there for a reason that is no client's own ends the run."""
     app = ClientApp()
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return _reply(message, lambda values: {"packet": answer(*_question(values))})
+        return _reply(message, lambda values: {"packet": answer(*_question(values))}, failure)
 
     return app
 
@@ -43,13 +44,15 @@ def make_device_app(
     return app
 
 
-def _reply(message: Message, work: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> Message:
-    """An error that fedtune raises on purpose goes back as one line; the round goes on without this client."""
+def _reply(
+    message: Message, work: Callable[[Mapping[str, Any]], Mapping[str, Any]], beside: Callable[[FedtuneError], Mapping[str, str]] = lambda e: {},
+) -> Message:
+    """An error that fedtune raises on purpose goes back as one line; the round goes on without this client. beside: what else is said of it."""
     record = message.content.get(RECORD)
     try:
         values = work(record if isinstance(record, ConfigRecord) else {})
     except FedtuneError as e:
-        values = {"refused": one_line(str(e))}
+        values = {"refused": one_line(str(e)), **beside(e)}
     return Message(RecordDict({RECORD: ConfigRecord(dict(values))}), reply_to=message)
 
 

@@ -170,6 +170,10 @@ def _units_disagreements(job: Sections) -> Iterator[str]:
         yield f"units.seconds = {units.seconds:g}: only for fit = true; remove it"
     elif units.seconds and not any(device.speed for device in job.simulation.devices):
         yield f"units.seconds = {units.seconds:g}: no class of simulation.devices has a speed, so training takes no time; give one, or remove it"
+    if not units.probes:
+        for place, device in enumerate(job.simulation.devices):
+            if device.depth:
+                yield f"simulation.devices.{place}.depth = {device.depth}: only for strategies that go by scores, not {toml_value(units.strategy)}; remove it"
     if units.strategy == "all":
         if units.fit:
             yield 'units.fit = true: strategy = "all" trains every block; remove it, or choose another strategy'
@@ -190,6 +194,10 @@ def _units_disagreements(job: Sections) -> Iterator[str]:
     if units.strategy == "snr" and units.probe_batches < 2:
         yield f'units.probe-batches = {units.probe_batches}: strategy = "snr" compares the gradients of batches; give at least 2'
     if units.probes:
+        for place, device in enumerate(job.simulation.devices):
+            count = device.units or (0 if units.fit else units.budget)
+            if device.depth and count > device.depth:
+                yield f"simulation.devices.{place}.depth = {device.depth}: its clients train {count} blocks; give at least {count}, or the class fewer units"
         yield from _probe_disagreements(job)
         return
     for key in [key for key in alike if key][:1]:

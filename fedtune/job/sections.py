@@ -83,7 +83,8 @@ class UnitsSection(Section):
         "gradient, rgn, snr or fisher: those that matter most for a client's data, by gradients of a few of its batches")
     budget: int = _key(0, "blocks a client trains in a round; all: 0; fit: 0 for no limit", ge=0, le=100_000)
     consistency: float = _key(0.0, "gradient, rgn, snr, fisher: what each two clients that differ in a block cost, where all blocks' scores of a client sum to 1; may leave part of a budget unused", ge=0.0, le=100.0)
-    fit: bool = _key(False, "each class of devices trains as many blocks, at most its `units` or else `budget`, as fit its memory-mb and `seconds`; at least one. Where any block may be drawn or chosen, a step is counted down to the first")
+    fit: bool = _key(False, "each class of devices trains as many blocks, at most its `units` or else `budget`, as fit its memory-mb and `seconds`; at least one. lisa: counted from the first block, as any may be drawn. "
+        "gradient, rgn, snr, fisher: first the most blocks that fit if they are the last ones, then the greatest `depth` at which so many still fit")
     seconds: float = _key(0.0, "fit: seconds of training that a round may take a device at the speed of its class (0: no limit)", ge=0.0, le=1e9)
     probe_every: int = _key(5, "gradient, rgn, snr, fisher: rounds from one probe of a cohort to the next; between them all clients go by the mean of the last", ge=1, le=100_000)
     probe_batches: int = _key(2, "gradient, rgn, snr, fisher: batches that a client takes its gradients from; fisher takes them example by example", ge=1, le=10_000)
@@ -243,6 +244,7 @@ class DeviceClass(Section):
     available: float = _key(1.0, "chance that a client of the class can be drawn in a round; cohorts are drawn among those that can", gt=0.0, le=1.0)
     drop_out: float = _key(0.0, "chance that a client that was asked never answers", ge=0.0, le=1.0)
     units: int = _key(0, "blocks a client of the class trains in a round (0: units.budget)", ge=0, le=100_000)
+    depth: int = _key(0, "gradient, rgn, snr, fisher: blocks, counted from the last, that a client of the class may choose among (0: all); with fewer than all it is not probed and goes by the mean of the others", ge=0, le=100_000)
 
 
 class SimulationSection(Section):

@@ -41,7 +41,7 @@ def render(summaries: Sequence[Summary]) -> str:
             f"Held-out accuracy against {against}",
             axis,
             [
-                plots.Line(name, COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)], plots.series(s, axis, "accuracy"))
+                plots.Line(_labelled(name, s), COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)], plots.series(s, axis, "personal_accuracy" if facts.keeps_head(s) else "accuracy"))
                 for i, (name, s) in enumerate(zip(names(summaries), summaries, strict=True))
             ],
             [],
@@ -85,14 +85,14 @@ def headline(summaries: Sequence[Summary]) -> str:
     if not summaries:
         raise ContractError("a comparison needs at least one run")
     named = list(zip(names(summaries), summaries, strict=True))
-    measured = [(facts.accuracy(s), name) for name, s in named if facts.is_number(facts.accuracy(s))]
+    measured = [(facts.leading(s)[0], name, " personal" if facts.keeps_head(s) else "") for name, s in named if facts.is_number(facts.leading(s)[0])]
     least = min(((_sent(s), name) for name, s in named), key=lambda pair: pair[0])
     if not measured:
         return "No run has been evaluated yet."
     best = max(measured, key=lambda pair: pair[0] or 0.0)
     if best[1] == least[1] and len(named) > 1:
-        return f"“{best[1]}” is the most accurate, {number(best[0])}, and sent least, {size(least[0])}."
-    text = f"“{best[1]}” is the most accurate: {number(best[0])}"
+        return f"“{best[1]}” is the most accurate, {number(best[0])}{best[2]}, and sent least, {size(least[0])}."
+    text = f"“{best[1]}” is the most accurate: {number(best[0])}{best[2]}"
     return f"{text}; “{least[1]}” sent least: {size(least[0])}." if len(named) > 1 else f"{text}."
 
 
@@ -111,9 +111,7 @@ def rows(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
     return [
         (
             name,
-            number(facts.accuracy(s)),
-            number(s["final"]["worst_tenth"]) if "final" in s else ABSENT,
-            number(facts.loss(s)),
+            *_figures(s),
             count(facts.rounds_done(s)) + ("" if s["complete"] else f" of {count(facts.rounds_planned(s))}"),
             size(_sent(s)),
             size(s["communication"]["update_bytes"]),
@@ -124,6 +122,16 @@ def rows(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
         )
         for name, s in zip(names(summaries), summaries, strict=True)
     ]
+
+
+def _figures(s: Summary) -> tuple[str, str, str]:
+    mark = " personal" if facts.keeps_head(s) else ""
+    ours, worst, loss = (number(value) for value in facts.leading(s))
+    return ours if ours == ABSENT else ours + mark, worst, loss
+
+
+def _labelled(name: str, s: Summary) -> str:
+    return f"{name}, personal" if facts.keeps_head(s) else name
 
 
 def _personal(s: Summary) -> str:
@@ -141,6 +149,7 @@ def cautions(summaries: Sequence[Summary]) -> list[str]:
         ),
         ("The runs start from different base models.", lambda s: s["base"]["sha256"]),
         ("Not all runs are finished.", lambda s: s["complete"]),
+        ("Of runs whose clients keep their heads, accuracy, worst tenth and loss are personal: of each client's own head, over those that took part.", facts.keeps_head),
     )
     found = [line for line, key in checks if any(key(s) != key(summaries[0]) for s in summaries)]
     return found if found or all(s["complete"] for s in summaries) else ["No run is finished."]

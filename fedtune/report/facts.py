@@ -59,6 +59,16 @@ def loss(s: Summary) -> float | None:
     return s["final"]["loss"] if "final" in s else None if last is None else last["loss"]
 
 
+def leading(s: Summary) -> tuple[float | None, float | None, float | None]:
+    """(accuracy, worst tenth, loss) that stand for the run: of the global model; where heads stay with the clients, of what each client predicts with, over
+    those that have one, as the global model then has a head that nobody trained."""
+    if not keeps_head(s):
+        return accuracy(s), s["final"]["worst_tenth"] if "final" in s else None, loss(s)
+    own, last = s.get("personal"), next((r for r in reversed(s["rounds"]) if r.get("personal_accuracy") is not None), None)
+    measured = None if last is None else last.get("personal_accuracy")
+    return own["accuracy"] if own else measured, own["worst_tenth"] if own else None, None if last is None else last.get("personal_loss")
+
+
 def rounds_done(s: Summary) -> int:
     return max((r["round"] for r in s["rounds"]), default=0)
 
@@ -74,9 +84,12 @@ def headline(s: Summary) -> str:
     if not s["complete"]:
         done = f"{count(rounds_done(s))} of {plural(rounds_planned(s), 'round')}, unfinished"
     cost = f"{'up to ' if s.get('units') else ''}{size(s['communication']['update_bytes'])} per client and round"
-    if accuracy(s) is None:
+    ours = leading(s)[0]
+    if ours is None:
         return f"{'Not evaluated' if s['complete'] else 'Nothing evaluated yet'} after {done}; {cost}."
-    return f"{number(accuracy(s))} {metric(s)} on held-out data after {done}; {cost}."
+    if keeps_head(s):
+        return f"{number(ours)} personal {metric(s)}, of each client with the head that it keeps, on held-out data after {done}; {cost}."
+    return f"{number(ours)} {metric(s)} on held-out data after {done}; {cost}."
 
 
 def rivals(s: Summary) -> list[Rival]:
@@ -116,7 +129,7 @@ def notices(s: Summary) -> list[str]:
         found.append(f"This run is unfinished: {count(rounds_done(s))} of {plural(rounds_planned(s), 'round')} done.")
     if s["privacy"]["unit"] != "none" and words.lost(s["privacy"]):
         found.append(f"NOT PRIVATE, though the job asks for it. {clean(s['privacy']['note'])}".strip())
-    if _keeps_head(s):
+    if keeps_head(s):
         found.append("Heads stay with the clients: what is said of the global model, and what is exported, is with the initial head, which nobody trained.")
     if _unscored(s):
         found.append(words.UNSCORED)
@@ -127,7 +140,7 @@ def notices(s: Summary) -> list[str]:
     found += [
         f"Not better than “{r.name}” ({number(r.federated)} against {number(r.accuracy)})."
         for r in rivals(s)
-        if is_number(r.gain) and r.gain is not None and r.gain <= 0 and not _keeps_head(s)
+        if is_number(r.gain) and r.gain is not None and r.gain <= 0 and not keeps_head(s)
     ]
     refused = len(refusals(s))
     if refused:
@@ -152,7 +165,9 @@ def key_figures(s: Summary) -> list[Fact]:
     drawn = sorted({len(r["clients"]) for r in s["rounds"] if r["round"] > 0})
     cohort = "" if not drawn else f"{drawn[0]} in each round" if len(drawn) == 1 else f"{drawn[0]} to {drawn[-1]} in a round"
     figures = [Fact(f"held-out {metric(s)}", number(accuracy(s)), _measured(s))]
-    if "final" in s:
+    if keeps_head(s):
+        figures = [*_own_figures(s), Fact(f"shared model, held-out {metric(s)}", number(accuracy(s)), "with the initial head, which nobody trained")]
+    elif "final" in s:
         figures.append(Fact("worst tenth", number(s["final"]["worst_tenth"]), f"mean over clients {number(s['final']['mean'])}"))
         figures.append(Fact("held-out loss", number(s["final"]["loss"]), "cross-entropy"))
     return [
@@ -165,6 +180,14 @@ def key_figures(s: Summary) -> list[Fact]:
         Fact("sent in all", size(total), f"in {plural(c['messages'], 'message')}"),
         Fact("epsilon", words.shown(s["privacy"]["epsilon"]), words.short(s["privacy"])),
     ]
+
+
+def _own_figures(s: Summary) -> list[Fact]:
+    """Where heads stay with the clients: how well they predict with these."""
+    found, own = leading(s), s.get("personal")
+    where = f"own heads of {count(own['clients'])} of {plural(own['of'], 'client')}, {plural(own['examples'], 'example')}" if own else "own heads, last measured"
+    worst = [Fact("personal worst tenth", number(found[1]), "of those clients")] if own else []
+    return [Fact(f"personal {metric(s)}", number(found[0]), where), *worst]
 
 
 def clients(s: Summary) -> int:
@@ -268,7 +291,7 @@ def personal(s: Summary) -> str:
     return f"{text}, worst tenth {number(found['worst_tenth'])}; the global model has {number(found['federated'])} on the same examples."
 
 
-def _keeps_head(s: Summary) -> bool:
+def keeps_head(s: Summary) -> bool:
     return s["job"].get("personal", {}).get("method") == "head"
 
 

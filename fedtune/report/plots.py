@@ -73,7 +73,9 @@ def learning(s: Summary, prefix: str = "run") -> list[Plot]:
         ("total_bytes", "against bytes sent", f"Both directions, all clients, the frame of {frame} per client included."),
         ("simulated_clock", "against simulated time", "On the job's classes of devices; measuring takes none of it."),
     ):
-        ours = [Line("federated", "fed", "solid", series(s, axis, "accuracy")), Line("personal", "c3", "solid", series(s, axis, "personal_accuracy"))]
+        shared = "federated, initial head" if facts.keeps_head(s) else "federated"
+        ours = [Line(shared, "fed", "solid", series(s, axis, "accuracy")), Line("personal", "c3", "solid", series(s, axis, "personal_accuracy"))]
+        ours = ours[::-1] if facts.keeps_head(s) else ours
         losses = [
             Line("held-out", "fed", "solid", series(s, axis, "loss")),
             Line("training", "muted", "dashed", series(s, axis, "train_loss")),

@@ -11,14 +11,15 @@ from contextlib import contextmanager
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # Flower reads it at import
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's coming default; without it Ray warns
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedtune.errors import EnvironmentProblem
-from fedtune.flower import check_version
+from fedtune.flower import check_version, require_no_failure
+from fedtune.wire import RECORD
 
 RUN_ID = 1
 
@@ -62,7 +63,9 @@ class SerialGrid(Grid):
         for _ in range(len(self._waiting)):
             message = self._waiting.popleft()
             if message.metadata.message_id in wanted:
-                return [self._answer(message)]
+                answered = self._answer(message)
+                _require_no_failure(answered)
+                return [answered]
             self._waiting.append(message)
         return []
 
@@ -132,12 +135,21 @@ def _stopping(server: ServerApp, stopped: threading.Event) -> ServerApp:
             found = list(pull(message_ids))
             if stopped.is_set():
                 raise EnvironmentProblem("the simulation was stopped")
+            for message in found:
+                _require_no_failure(message)
             return found
 
         grid.pull_messages = pull_unless_stopped  # type: ignore[method-assign]
         server(grid, context)
 
     return app
+
+
+def _require_no_failure(message: Message) -> None:
+    """Raises what would have failed any client, so that the run ends there."""
+    record = message.content.get(RECORD) if message.has_content() else None
+    if isinstance(record, ConfigRecord):
+        require_no_failure(record)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fedtune.algorithms.units import step_share
+from fedtune.algorithms.units import step_share, unlimited
 from fedtune.job import DeviceClass, Job
 from fedtune.probes import probe_bytes
 from fedtune.rounds import Coordinator, Reply, Traffic
@@ -92,6 +92,13 @@ class Fleet:
         """Blocks that a client may train; 0: as many as the job says."""
         return self.devices[self.classes[self._place[client]]].units
 
+    def depth(self, client: str) -> int:
+        """Blocks, counted from the top, that a client may choose among; 0: all."""
+        return self.devices[self.classes[self._place[client]]].depth
+
+    def can_probe(self, client: str) -> bool:
+        return unlimited(self.schema, self.depth(client))
+
     def available(self, round: int) -> Chosen:
         """The clients that can be asked in a round; 0 is what precedes the first."""
         return Chosen(self.clients, available(self.job.federation.seed, round, self.devices, self.classes, self.fit))
@@ -101,7 +108,7 @@ class Fleet:
         self._probed = {}
         held, frame = coordinator.traffic.rounds, coordinator.frame_bytes
         self._frame = lambda client: frame if held.get(client, 0) == 1 else 0  # planning a round has counted it already
-        coordinator.clients, coordinator.more = self.available(coordinator.state.round + 1), self.line
+        coordinator.clients, coordinator.more, coordinator.can_probe = self.available(coordinator.state.round + 1), self.line, self.can_probe
 
     def around(self, ask: Ask) -> Ask:
         """The same exchange over these devices. Clients that drop out or miss the deadline are not given to it."""

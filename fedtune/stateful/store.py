@@ -8,7 +8,7 @@ r, so a run that goes back to a checkpoint finds what was true then. Files that 
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,9 @@ from fedtune.wire import Schema
 FORMAT, KEY = "1", "fedtune"
 BACK = 2
 """A run may be continued from so many rounds before the last: the checkpoints that it keeps (`fedtune.run`)."""
+_FLOAT32 = np.dtype(np.float32)
+VERSIONS = BACK + 1
+"""Files that a client has at most."""
 HEADER = 2**12
 """Bytes of a file beside its numbers, at most, and as much again for each tensor's name and place."""
 
@@ -44,7 +47,7 @@ class Kept:
     def load(self, client: str, round: int) -> Arrays | None:
         """What the client kept after round `round`, float32; None before it first took part. Raises RunError for a file that is not whole or another's."""
         path = self._newest(self._place(client), round)
-        return None if path is None else self._read(path)[1]
+        return None if path is None else self._read(path)
 
     def save(self, client: str, round: int, arrays: Arrays) -> None:
         """What the client keeps since this round. Of later rounds, which a run that went back has not had yet, and of those long past nothing stays."""
@@ -52,9 +55,7 @@ class Kept:
         private_folder(self.folder)
         private_folder(place.parent)
         private_folder(place)
-        facts = {"format": FORMAT, "client": self.owner or client, "round": round}
-        tensors = {t.name: np.ascontiguousarray(arrays[t.name], np.float32) for t in self.schema.tensors}
-        write_atomic(place / f"{round:05d}.safetensors", save(tensors, {KEY: json.dumps(facts)}), 0o600)
+        write_atomic(place / f"{round:05d}.safetensors", _content(self.schema, self.owner or client, round, arrays), 0o600)
         for unfinished in place.glob(".*.part"):  # of a write that was cut off
             unfinished.unlink(missing_ok=True)
         needed = self._newest(place, round - BACK)
@@ -62,11 +63,10 @@ class Kept:
             if its > round or (needed is not None and its < _round(needed)):
                 path.unlink(missing_ok=True)
 
-    def clients(self, round: int) -> Iterator[str]:
-        """Those that keep something after round `round`, in no order that means anything. Raises as `load`."""
-        for place in sorted(self.folder.glob("[0-9a-f][0-9a-f]/*")):
-            if (path := self._newest(place, round)) is not None:
-                yield self._read(path, whole=False)[0]
+    def clients(self, names: Iterable[str], round: int) -> Iterator[str]:
+        """Those of these clients that keep something after round `round`, in their order; by names of files, of which none is opened."""
+        there = {place.parent.name + place.name for place in self.folder.glob("[0-9a-f][0-9a-f]/*")}
+        return (name for name in names if _name(self.owner or name) in there and self._newest(self._place(name), round) is not None)
 
     def _place(self, client: str) -> Path:
         name = _name(self.owner or client)
@@ -75,31 +75,39 @@ class Kept:
     def _newest(self, place: Path, round: int) -> Path | None:
         return max(((path, its) for path, its in _versions(place) if its <= round), key=lambda found: found[1], default=(None, 0))[0]
 
-    def _read(self, path: Path, whole: bool = True) -> tuple[str, Arrays]:
-        """(whose, what), or without `whole` whose alone."""
+    def _read(self, path: Path) -> Arrays:
         limit = HEADER + sum(4 * t.size + HEADER for t in self.schema.tensors)
         try:
             if path.stat().st_size > limit:
                 raise ValueError(f"more than {limit:,} bytes")
             with safe_open(path, "numpy") as file:
                 facts = json.loads((file.metadata() or {})[KEY])
-                tensors = {name: file.get_tensor(name) for name in file.keys()} if whole else {}  # noqa: SIM118 (not a dict)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             if facts["format"] != FORMAT:
                 raise ValueError(f"format {facts['format']!r}, this fedtune reads {FORMAT}")
             if _name(facts["client"]) != path.parent.parent.name + path.parent.name or facts["round"] != _round(path):
                 raise ValueError("it is of another client or round")
-            if whole:
-                _require(tensors, self.schema)
-            return facts["client"], {t.name: tensors[t.name] for t in self.schema.tensors if whole}
+            _require(tensors, self.schema)
+            return {t.name: tensors[t.name] for t in self.schema.tensors}
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as e:
             why = " ".join(str(e).split())[:150]
             raise RunError(f"{path}: not what a client of this job keeps ({why}); restore it, or remove its folder {path.parent}, and the client begins anew") from None
 
 
+def file_bytes(schema: Schema, client: str = "device") -> int:
+    """Bytes of one file of a client of this name."""
+    return len(_content(schema, client, 1, {t.name: np.zeros(t.shape, np.float32) for t in schema.tensors}))
+
+
+def _content(schema: Schema, client: str, round: int, arrays: Arrays) -> bytes:
+    tensors = {t.name: np.ascontiguousarray(arrays[t.name], np.float32) for t in schema.tensors}
+    return save(tensors, {KEY: json.dumps({"format": FORMAT, "client": client, "round": round})})
+
+
 def _require(tensors: Arrays, schema: Schema) -> None:
     """Raises ValueError unless these are the tensors of the schema, finite."""
-    found = {name: (str(a.dtype), a.shape) for name, a in tensors.items()}
-    if found != {t.name: ("float32", t.shape) for t in schema.tensors}:
+    found = {name: (a.dtype, a.shape) for name, a in tensors.items()}
+    if found != {t.name: (_FLOAT32, t.shape) for t in schema.tensors}:
         raise ValueError("its tensors are not those that the job's clients keep")
     if not all(np.isfinite(a).all() for a in tensors.values()):
         raise ValueError("a number is not finite")

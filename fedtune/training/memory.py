@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from fedtune.adapters.methods import attach
 from fedtune.adapters.spec import AdapterSpec
-from fedtune.algorithms.units import lowest, most_numbers
+from fedtune.algorithms.units import lowest, most_numbers, unlimited
 from fedtune.job import Job
 from fedtune.models.base import TunableModel, layout
 from fedtune.probes import kept_numbers
@@ -40,12 +40,13 @@ class Saved:
     curved: int
 
 
-def step_memory(job: Job, spec: AdapterSpec, sketch: TunableModel, budget: int = 0) -> dict[str, int | None]:
+def step_memory(job: Job, spec: AdapterSpec, sketch: TunableModel, budget: int = 0, depth: int = 0) -> dict[str, int | None]:
     """Bytes that one training client needs, part by part and in all: computed from shapes; libraries and data come on top.
 
     Args:
         sketch: the base on the meta device and without an adapter; it cannot be used afterwards.
         budget: blocks that the client trains (0: as many as the job says). Of those that differ from round to round, the most that any need.
+        depth: blocks, counted from the top, that it may choose among (0: all). With fewer than all it is not probed.
 
     Returns:
         "activations" and "total" are None for a base whose code looks at values. "curved" and "activations_without_lean" are no
@@ -54,7 +55,7 @@ def step_memory(job: Job, spec: AdapterSpec, sketch: TunableModel, budget: int =
     parameters = layout(sketch).size
     states = {"adamw": 2, "adam": 2, "sgd": 1 if job.federation.momentum else 0}[job.federation.optimizer]
     side = job.model.image_size if job.model.task == "image-classification" else job.model.max_length
-    trained = {t.name for t in spec.schema.of_units(lowest(job, spec.schema, budget))}
+    trained = {t.name for t in spec.schema.of_units(lowest(job, spec.schema, budget, depth))}
     with torch.device("meta"):
         for name, p in attach(sketch, spec, {t.name: np.zeros(t.shape, np.float32) for t in spec.frame}).items():
             p.requires_grad_(name in trained)
@@ -63,7 +64,7 @@ def step_memory(job: Job, spec: AdapterSpec, sketch: TunableModel, budget: int =
     parts: dict[str, int | None] = {
         "base": NUMBER * (parameters + spec.head_size),
         "frame": NUMBER * sum(t.size for t in spec.frame),
-        "adapter_gradients_optimizer": NUMBER * ((1 + copies(job)) * spec.size + max((1 + states) * most_numbers(job, spec.schema, budget), _probe_numbers(job, spec))),
+        "adapter_gradients_optimizer": NUMBER * ((1 + copies(job)) * spec.size + max((1 + states) * most_numbers(job, spec.schema, budget, depth), _probe_numbers(job, spec, depth))),
         "activations": None if found is None else found.bytes,
     }
     known = [v for v in parts.values() if v is not None]
@@ -72,9 +73,9 @@ def step_memory(job: Job, spec: AdapterSpec, sketch: TunableModel, budget: int =
         "activations_without_lean": None if stock is None else stock.bytes, "curved": None if found is None else found.curved}
 
 
-def _probe_numbers(job: Job, spec: AdapterSpec) -> int:
+def _probe_numbers(job: Job, spec: AdapterSpec, depth: int) -> int:
     """What a probe needs beside the trained numbers themselves: gradients of all blocks, and what it keeps of them."""
-    found = sum(t.size for t in spec.schema.of_units(spec.schema.blocks)) if job.units.probes else 0
+    found = sum(t.size for t in spec.schema.of_units(spec.schema.blocks)) if job.units.probes and unlimited(spec.schema, depth) else 0
     return (1 + kept_numbers(job.units.strategy)) * found
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from fedtune.algorithms.units import budgets
 from fedtune.errors import PrivacyRefused, UserError
 from fedtune.job import Job
 from fedtune.privacy.accounting import read_epsilon
@@ -137,8 +138,10 @@ def audit(
 def _require_auditable(job: Job, kind: Kind) -> None:
     if job.privacy.unit == "none":
         raise UserError('privacy.unit = "none": such a job promises nothing, so there is nothing to audit; set it to "example" or "client"')
-    if job.units.strategy != "all":
-        raise UserError(f'units.strategy = "{job.units.strategy}": not available yet for an audit, whose canaries have directions in the whole model; use "all"')
+    if job.units.varies:
+        raise UserError(f'units.strategy = "{job.units.strategy}": not available yet for an audit, whose canaries keep their directions from round to round; use "all", "top", "bottom" or "both"')
+    if job.units.fit or set(budgets(job)) != {job.units.budget}:
+        raise UserError("simulation.devices: classes that train unlike numbers of blocks are not available yet for an audit, whose canaries have directions in what all train; remove units and units.fit")
     if job.simulation.engine == "ray":
         raise UserError('simulation.engine = "ray": an audit stands inside the process that trains; use "vectorised" or "serial"')
     if job.adapter.init == "gradient-dp":

@@ -14,6 +14,7 @@ import numpy as np
 from fedtune.adapters import methods
 from fedtune.algorithms import State
 from fedtune.algorithms.dp_fed_avg import CLIP
+from fedtune.algorithms.units import selected
 from fedtune.data.encoded import ClientData
 from fedtune.errors import Refused, UserError
 from fedtune.privacy.canaries import Canaries, ClientCanaries, Directions, View, coins
@@ -25,8 +26,8 @@ from fedtune.server.app import Ask, Pairs
 from fedtune.training.canaries import GradientCanaries, InputCanaries, SpikedStore, mislabelled
 from fedtune.training.cohort import CohortTrainer
 from fedtune.training.evaluate import score
-from fedtune.types import Arrays, Metrics
-from fedtune.wire import Packet, Pieces, decode, encode
+from fedtune.types import Arrays, Metrics, TensorSpec
+from fedtune.wire import Packet, Pieces, Schema, decode, encode
 from fedtune.workflows.setup import Setup
 from fedtune.workflows.simulate import Simulation
 
@@ -69,7 +70,7 @@ class Room:
 
     @cached_property
     def directions(self) -> Directions:
-        return Directions(self.setup.spec.size, self.seed)
+        return Directions(sum(t.size for t in trained_of(self.setup)), self.seed)
 
     @property
     def view(self) -> View:
@@ -112,6 +113,11 @@ class Room:
             raise UserError(f"--kind input: mislabels examples, but a {self.setup.job.model.task} job has no labels to choose from; use --kind gradient")
         most = sum(self.setup.store.clients[self.setup.split.clients.place(name)].examples for name in self.often)
         return min(MOST_TEXTS, most), most, f"the clients that are asked most hold {most:,} examples"
+
+
+def trained_of(setup: Setup) -> tuple[TensorSpec, ...]:
+    """The tensors that every client trains in every round; canaries have their directions in these."""
+    return setup.schema.of_units(selected(setup.job, setup.schema, 1))
 
 
 @dataclass(frozen=True)
@@ -243,19 +249,23 @@ class AuditedClients(Audited):
         """What another client adds to the sum, as the attacker knows it; 0 for one that does not answer or is not taken."""
         try:
             packet = reply.packet or decode(reply.payload or b"", self.setup.schema, kinds=["update"])
-            change = {"": packet.arrays.vector.astype(np.float64) - self._model}
+            change = {"": self._vector(packet.arrays) - self._model}
             return bounded(change, clip)[0][""]
         except Refused:
             return np.zeros_like(self._model)
 
     def _pull(self, client: str, packet: Packet, clip: float) -> bytes:
-        schema, told = self.setup.schema, self.setup.job.privacy.metrics_noise > 0
-        update = Pieces(self.audit.pull(client, packet.arrays.vector, clip), schema.layout)
+        schema, told, trained = self.setup.schema, self.setup.job.privacy.metrics_noise > 0, Schema(trained_of(self.setup))
+        update = Pieces(self.audit.pull(client, self._vector(packet.arrays).astype(np.float32), clip), trained.layout)
         metrics: Metrics = {"loss": (METRIC_CAP * CLAIMED, CLAIMED), "accuracy": (CLAIMED, CLAIMED)} if told else {}
         return encode("update", schema, update, round=packet.header.round, frame=self._live.frame_digest, weight=CLAIMED, metrics=metrics)
 
+    def _vector(self, arrays: Arrays) -> np.ndarray:
+        """What clients train of a model or an update, float64 [numbers]."""
+        return np.concatenate([arrays[t.name].ravel() for t in trained_of(self.setup)]).astype(np.float64)
+
     def evaluate(self, round: int, arrays: Arrays) -> Metrics | None:
-        vector = np.concatenate([arrays[t.name].ravel() for t in self.setup.spec.trainable]).astype(np.float64)
+        vector = self._vector(arrays)
         if round:
             self.audit.released(vector - self._model - self._known / self.setup.job.federation.cohort, *self._asked)
         self._model = vector

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ from safetensors.numpy import save
 
 from fedtune import packages
 from fedtune.adapters.spec import describe
-from fedtune.algorithms.units import lowest, require_budgets, round_bytes, selected, step_share
+from fedtune.algorithms.units import lowest, require_budgets, round_bytes, selected, step_share, unlimited, within
 from fedtune.bundle import shipped_of
 from fedtune.data.examples import PACKAGE_READERS, load_dataset
 from fedtune.data.partition import Split, split
@@ -25,7 +26,8 @@ from fedtune.privacy.plan import plan_of, warnings_of
 from fedtune.probes import probe_bytes
 from fedtune.report.format import duration, size
 from fedtune.simulation.devices import able, assign, span
-from fedtune.stateful.methods import gradients
+from fedtune.stateful.methods import gradients, kept, method_of
+from fedtune.stateful.store import VERSIONS, file_bytes
 from fedtune.subspace import travelling
 from fedtune.training.memory import NUMBER, step_memory
 from fedtune.wire import Schema
@@ -47,7 +49,7 @@ class Unit:
 @dataclass(frozen=True)
 class DeviceTime:
     """What a round costs a device of a class, in simulated seconds, as the mean over all clients' examples. `blocks` are those that it trains, 0 where all
-    train all; `probe` is what a probe takes, where the round begins with one.
+    train all, chosen among the last `depth`, 0 where they are not chosen by scores; `probe` is what a probe takes, where the round begins with one and the class can be probed.
 
     `able`: whether the class has the memory. `frame`: what receiving the frame adds to a client's first round. None is not known.
     """
@@ -62,6 +64,8 @@ class DeviceTime:
     up: float
     frame: float
     blocks: int = 0
+    depth: int = 0
+    probed: bool = False
     probe: float | None = None
 
     @property
@@ -74,7 +78,8 @@ class Plan:
     """Bytes are those of serialised messages. Totals that depend on who is drawn are expectations, said as such.
 
     An update is the largest that a client of the job's own budget sends; the memory is that of such a client. `budget` is that number of
-    blocks, all of them where `strategy` is all. A probe's bytes are both ways, for one client. `unit` is what privacy protects, "none" for nothing, and `epsilon` at `delta` the most one unit can lose: "inf" without protection.
+    blocks, all of them where `strategy` is all. `kept_bytes` is the most that a client keeps on its disk from round to round, 0 where it keeps nothing, and
+    `kept_total` the most that the clients that are expected to take part in a simulation keep together. A probe's bytes are both ways, for one client. `unit` is what privacy protects, "none" for nothing, and `epsilon` at `delta` the most one unit can lose: "inf" without protection.
     `device` is the memory of one training client in bytes: its parts are computed from shapes, not measured.
     """
 
@@ -101,6 +106,8 @@ class Plan:
     expected_first_time: float
     init_bytes: int
     total_bytes: float
+    kept_bytes: int
+    kept_total: int
     device: dict[str, int | None]
     devices: tuple[DeviceTime, ...]
     unit: str
@@ -127,26 +134,29 @@ def make_plan(job: Job) -> Plan:
     schema = travelling(job, spec)
     require_budgets(job, schema)
     fed, examples = job.federation, None if parts is None else mean_examples(parts, job.federation)
-    memories = {0: step_memory(job, spec, sketch)}
 
-    def memory_of(budget: int) -> int | None:
-        if budget not in memories:
-            memories[budget] = step_memory(job, spec, sketch_model(job.model, source, classes), budget)
-        return memories[budget]["total"]
+    @cache
+    def memories(units: int, depth: int) -> dict[str, int | None]:
+        return step_memory(job, spec, sketch_model(job.model, source, classes), units, depth)
+
+    def memory_of(units: int, depth: int) -> int | None:
+        return memories(units, depth)["total"]
 
     job = fitted(job, schema, memory_of, examples or fed.local_steps * fed.batch_size)
-    sizes = {budget: round_bytes(job, schema, job.federation.rounds, budget) for budget in {0, *(d.units for d in job.simulation.devices)}}
-    model, update = (max(column) for column in zip(*sizes[0]))
+    sizes = {key: round_bytes(job, schema, job.federation.rounds, *key) for key in {(0, 0), *map(_limits, job.simulation.devices)}}
+    model, update = (max(column) for column in zip(*sizes[0, 0]))
     once = (spec.frame, spec.trainable if "initial.safetensors" in shipped_of(job) else ())
     frame = sum(len(save({t.name: np.zeros(t.shape, np.float32) for t in tensors})) for tensors in once if tensors)
     init = min(job.adapter.init_clients, clients) * sum(gradient_bytes(spec)) if job.adapter.asks_gradients else 0
-    memory, steps = memories[0], {budget: memory_of(budget) for budget in sizes}
+    memory, steps = memories(0, 0), {key: memory_of(*key) for key in sizes}
     devices = _devices(job, schema, clients, examples, steps, sizes, frame)
     drawable = max(1, sum(d.clients for d in devices if d.able)) if devices else clients
     cohort = min(fed.cohort, drawable)
+    keeps = min(fed.rounds, VERSIONS) * file_bytes(kept(job, spec.schema)) if method_of(job) else 0
     first = holders(drawable, cohort, fed.rounds)
     probes, probe = (-(-fed.rounds // job.units.probe_every), probe_bytes(schema)) if job.units.probes else (0, (0, 0))
-    exchanged = cohort * (fed.rounds * _mean_bytes(job, devices, sizes) + probes * sum(probe))
+    asked = sum(d.clients for d in devices if d.able and d.probed) / drawable if devices else 1.0
+    exchanged = cohort * (fed.rounds * _mean_bytes(job, devices, sizes) + asked * probes * sum(probe))
     privacy = plan_of(job, clients)
     notes += [*warnings_of(privacy), *init_warnings(spec, privacy)] if privacy else []
     lost = privacy.reading().epsilon if privacy and job.privacy.noise == "system" else math.inf
@@ -154,11 +164,11 @@ def make_plan(job: Job) -> Plan:
         notes.append("the weights are not here: numbers and bytes are exact, but nothing can be trained yet")
     notes += _curved_notes(job, memory)
     notes += _units_notes(job, schema)
-    notes += [note for device, made in zip(job.simulation.devices, devices) for note in _device_notes(job, device, made, steps[device.units])]
+    notes += [note for device, made in zip(job.simulation.devices, devices) for note in _device_notes(job, device, made, steps[_limits(device)])]
     return Plan(
         job.model.source, bool(source.weights), parameters, spec.method, spec.rank, len(spec.linears), spec.size, spec.head_size,
         job.units.strategy, job.units.budget or len(schema.blocks), _units(job, schema),
-        model, update, sum(probe), probes, frame, fed.rounds, cohort, clients, round(exchanged / fed.rounds), first, init, exchanged + first * frame + init, memory, devices,
+        model, update, sum(probe), probes, frame, fed.rounds, cohort, clients, round(exchanged / fed.rounds), first, init, exchanged + first * frame + init, keeps, round(keeps * first), memory, devices,
         job.privacy.unit, figure(lost), privacy.delta if privacy else 0.0, privacy.parts["update"] if privacy else 0.0, tuple(notes),
     )
 
@@ -206,36 +216,45 @@ def _units(job: Job, schema: Schema) -> tuple[Unit, ...]:
     return tuple(found)
 
 
-Sizes = dict[int, list[tuple[int, int]]]
-"""Bytes of the (model, update) packets of each round, by budget; 0: the job's."""
+Limits = tuple[int, int]
+"""Blocks that are trained, 0: as many as the job says; and among how many from the top they are chosen, 0: all."""
+Sizes = dict[Limits, list[tuple[int, int]]]
+"""Bytes of the (model, update) packets of each round."""
+
+
+def _limits(device: DeviceClass) -> Limits:
+    return device.units, device.depth
 
 
 def _mean_bytes(job: Job, devices: Sequence[DeviceTime], sizes: Sizes) -> float:
     """Of a model and an update together, over the rounds and over the clients that can take part, each as likely to be drawn as any."""
-    means = {budget: sum(model + update for model, update in of) / len(of) for budget, of in sizes.items()}
-    weighed = [(d.clients, means[device.units]) for device, d in zip(job.simulation.devices, devices) if d.able and d.clients]
-    return sum(n * mean for n, mean in weighed) / sum(n for n, _ in weighed) if weighed else means[0]
+    means = {key: sum(model + update for model, update in of) / len(of) for key, of in sizes.items()}
+    weighed = [(d.clients, means[_limits(device)]) for device, d in zip(job.simulation.devices, devices) if d.able and d.clients]
+    return sum(n * mean for n, mean in weighed) / sum(n for n, _ in weighed) if weighed else means[0, 0]
 
 
-def _devices(job: Job, schema: Schema, clients: int, examples: float | None, steps: dict[int, int | None], sizes: Sizes, frame: int) -> tuple[DeviceTime, ...]:
-    """Each class of the job: its clients, as a run draws them, and its times. steps: bytes that a training step needs, by budget; frame: its bytes; examples: that a client runs in a round."""
+def _devices(job: Job, schema: Schema, clients: int, examples: float | None, steps: dict[Limits, int | None], sizes: Sizes, frame: int) -> tuple[DeviceTime, ...]:
+    """Each class of the job: its clients, as a run draws them, and its times. steps: bytes that a training step needs; frame: its bytes; examples: that a client runs in a round."""
     devices, fed = job.simulation.devices, job.federation
     if not devices:
         return ()
     held = np.bincount(assign(fed.seed, devices, clients), minlength=len(devices)).tolist()
     mean = gradients(job) * (examples or 0.0)
-    largest = [(max(model for model, _ in sizes[device.units]), max(update for _, update in sizes[device.units])) for device in devices]
+    largest = [(max(model for model, _ in sizes[_limits(device)]), max(update for _, update in sizes[_limits(device)])) for device in devices]
     (question, answer), probed = probe_bytes(schema), min(mean, job.units.probe_batches * fed.batch_size)
 
-    def probing(device: DeviceClass) -> float | None:
-        return span(device, question, probed, answer).total if job.units.probes and (examples is not None or not device.speed) else None
+    def probes(device: DeviceClass) -> bool:
+        return job.units.probes and unlimited(schema, device.depth)
 
-    work = [step_share(schema, lowest(job, schema, device.units)) for device in devices]
+    def probing(device: DeviceClass) -> float | None:
+        return span(device, question, probed, answer).total if probes(device) and (examples is not None or not device.speed) else None
+
+    work = [step_share(schema, lowest(job, schema, *_limits(device))) for device in devices]
     spans = [span(device, model, share * mean, update) for device, share, (model, update) in zip(devices, work, largest)]
     return tuple(
         DeviceTime(device.name, count, bool(fit), device.available, device.drop_out, s.down, None if examples is None and device.speed else s.train, s.up, span(device, frame, 0, 0).down,
-                   0 if job.units.strategy == "all" else device.units or job.units.budget, probing(device))
-        for device, count, fit, s in zip(devices, held, able(devices, [steps[device.units] for device in devices]), spans))
+                   0 if job.units.strategy == "all" else device.units or job.units.budget, len(within(schema, device.depth)) if job.units.probes else 0, probes(device), probing(device))
+        for device, count, fit, s in zip(devices, held, able(devices, [steps[_limits(device)] for device in devices]), spans))
 
 
 def _units_notes(job: Job, schema: Schema) -> list[str]:

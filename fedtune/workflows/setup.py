@@ -60,14 +60,14 @@ class OpenBase:
         """What models and updates hold."""
         return travelling(self.job, self.spec)
 
-    def step_memory(self, budget: int = 0) -> int | None:
-        """Bytes that a training client of this budget (0: the job's) needs; None for a base of which that cannot be computed."""
-        if budget not in self._memory:
-            self._memory[budget] = step_memory(self.job, self.spec, sketch_model(self.job.model, self.source, self.classes), budget)["total"]
-        return self._memory[budget]
+    def step_memory(self, budget: int = 0, depth: int = 0) -> int | None:
+        """Bytes that a training client of this budget (0: the job's) and depth (0: all) needs; None for a base of which that cannot be computed."""
+        if (budget, depth) not in self._memory:
+            self._memory[budget, depth] = step_memory(self.job, self.spec, sketch_model(self.job.model, self.source, self.classes), budget, depth)["total"]
+        return self._memory[budget, depth]
 
     @cached_property
-    def _memory(self) -> dict[int, int | None]:
+    def _memory(self) -> dict[tuple[int, int], int | None]:
         return {}
 
     def fresh_model(self) -> TunableModel:

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,13 +14,13 @@ from fedtune.adapters.methods import write
 from fedtune.algorithms.units import by_common_scores, ever, selected, tensors_of
 from fedtune.bundle import open_bundle
 from fedtune.client.app import make_client_app
-from fedtune.errors import EnvironmentProblem, FedtuneError, Refused, RunError
+from fedtune.errors import EnvironmentProblem, RunError
 from fedtune.gradient_init import gather_gradients
 from fedtune.job import SimulationSection
 from fedtune.metrics import with_personal
 from fedtune.models.base import TunableModel
 from fedtune.privacy.plan import Plan, plan_of
-from fedtune.rounds import Coordinator, Reply, Traffic, Watch, evaluated, make_algorithm, start
+from fedtune.rounds import Coordinator, Traffic, Watch, evaluated, make_algorithm, start
 from fedtune.run import RunFolder, open_run
 from fedtune.seeds import generator
 from fedtune.server.app import Ask, make_server_app, run_rounds
@@ -75,7 +74,6 @@ class Simulation:
     base: TunableModel | None = None
     _scored: dict[str, Scores] = field(default_factory=dict)
     _noted: bool = False
-    _broken: FedtuneError | None = None
 
     def __post_init__(self) -> None:
         threads = self.setup.job.simulation.threads
@@ -115,23 +113,11 @@ class Simulation:
 
     def run_over(self, ask: Ask) -> None:
         """The rounds on whatever answers, with the effects of the job's devices around it."""
-        ask = self._whole(ask)
         if self.fleet is None:
             run_rounds(self.coordinator(ask), ask)
         else:
             ask = self.fleet.around(ask)
             run_rounds(self.coordinator(ask), ask, self.fleet.gather)
-
-    def _whole(self, ask: Ask) -> Ask:
-        """The same exchange, which ends the run where a client failed for a reason that all would."""
-
-        def watched(*args: Any, **kwargs: Any) -> Iterator[Reply]:
-            for reply in ask(*args, **kwargs):
-                if self._broken is not None:
-                    raise self._broken
-                yield reply
-
-        return watched
 
     @cached_property
     def fleet(self) -> Fleet | None:
@@ -141,22 +127,20 @@ class Simulation:
         """Blocks that this client may train; 0: as many as the job says."""
         return 0 if self.fleet is None else self.fleet.budget(client)
 
+    def depth(self, client: str) -> int:
+        """Blocks, counted from the top, that this client may choose among; 0: all."""
+        return 0 if self.fleet is None else self.fleet.depth(client)
+
     def assigned(self, client: str, round: int) -> tuple[str, ...] | None:
         """The tensors that this client trains in a round; None: all. Where blocks are chosen by scores: by those of the last probe."""
         job, schema, budget = self.setup.job, self.setup.schema, self.budget(client)
         if job.units.probes:
             newest = self.run.newest()
-            return tensors_of(schema, by_common_scores(job, schema, newest.state, budget)) if newest else None
+            return tensors_of(schema, by_common_scores(job, schema, newest.state, budget, self.depth(client))) if newest else None
         return tensors_of(schema, selected(job, schema, round, budget))
 
     def answer(self, packet: bytes, client: str) -> bytes:
-        try:
-            return self.worker.handle(packet, client, self.setup.store.train(client))
-        except Refused:
-            raise
-        except FedtuneError as e:  # of this machine and no client's own, such as a full disk
-            self._broken = e
-            raise
+        return self.worker.handle(packet, client, self.setup.store.train(client))
 
     def _trainer(self, names: tuple[str, ...] | None = None) -> CohortTrainer | None:
         """What trains these tensors (None: all) of clients together; None, with a word to whoever watches, where this base does not allow it."""
@@ -191,7 +175,7 @@ class Simulation:
             frame, first, traffic = self._make_frame(exchange, plan)
             bundle = make_bundle(self.setup, self.run.bundle, frame, self.model, first)
         coordinator = start(
-            job, self.run, bundle.schema, bundle.frame_digest, bundle.frame_bytes, make_algorithm(job, bundle.schema, self.budget, len(self.setup.split.clients)),
+            job, self.run, bundle.schema, bundle.frame_digest, bundle.frame_bytes, make_algorithm(job, bundle.schema, self.budget, len(self.setup.split.clients), self.depth),
             self.setup.store.clients, lambda: bundle.start, self.evaluate, traffic, plan,
         )
         follow(coordinator, self.watch)
@@ -215,9 +199,12 @@ class Simulation:
             return
         parts = self.setup.split
         taken = np.arange(len(parts.held_out.rows)) if whole else self._drawn
-        for place in sorted(parts.clients.place(name) for name in self.kept.clients(round)):
-            index = np.arange(*np.searchsorted(taken, parts.held_out.offsets[place : place + 2]))
-            own = personal_model(self.worker.open(), self.kept, arrays, parts.clients[place], round) if len(index) else None
+        ends = np.searchsorted(taken, parts.held_out.offsets)
+        scored = (parts.clients[place] for place in np.flatnonzero(np.diff(ends)).tolist())
+        for name in self.kept.clients(scored, round):
+            place = parts.clients.place(name)
+            index = np.arange(*ends[place : place + 2])
+            own = personal_model(self.worker.open(), self.kept, arrays, name, round)
             if own is not None:
                 yield place, index, self.worker.scores(own, self.setup.store.stream(parts.held_out.rows[taken[index]]))
 

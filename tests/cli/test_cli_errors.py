@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from fedtune.cli import common
 from fedtune.cli.main import app, main
+from fedtune.job import parse_job
 
 COMMANDS = ("init", "validate", "plan", "fetch", "prepare", "simulate", "server", "client", "status", "report", "compare")
 BAD_JOB = "[federation]\nrounds = 0\nbogus = 1\n[units]\nconsistency = -1.0\n"
@@ -94,6 +95,12 @@ def test_a_mistake_is_one_line(arguments, code, expected, place):
 ])
 def test_a_wrong_job_is_one_line_a_problem(command, arguments, problems, expected, place):
     check_refused(place, [command, *arguments], 2, expected, lines=1 + problems)
+
+
+def test_init_prints_to_standard_output(place):
+    before = sorted(place.rglob("*"))
+    done = invoke(["init", "-", "--set", "adapter.rank=7"])
+    assert done.exit_code == 0 and parse_job(done.stdout, ()).adapter.rank == 7 and sorted(place.rglob("*")) == before
 
 
 def test_init_checks_its_settings(place):
@@ -188,6 +195,10 @@ def test_a_run_whose_data_changed_is_not_resumed(place, tiny_job, run_rounds):
     (["init", "one", "two"], "unexpected extra argument"),
     (["validate", "--fast"], "No such option '?--fast"),
     (["plan", "--fast"], "No such option '?--fast"),
+    (["init", "--", "-x"], "Invalid value: -x begins with a dash, as options do; give another name, or its full path"),
+    *(([*command, "--out", "-"], "Invalid value for .*--out.*: - begins with a dash")
+      for command in (["simulate"], ["prepare"], ["predict", "run"], ["compare", "one", "two"], ["edge", "predict", "folder"], ["provision"])),
+    (["simulate", "--out", "--json"], "Invalid value for '--out': --json begins with a dash"),
     (["fetch"], "Missing argument 'NAMES...'"),
     (["simulate", "--seed", "x"], "'x' is not a valid integer"),
     (["report"], "Missing argument 'RUN'"),

@@ -227,3 +227,19 @@ def test_ray_is_serial(changes, tiny_settings, tiny_csv, tmp_path):
     assert len({tuple(sorted(p.relative_to(run.path) for p in run.clients.rglob("*.safetensors"))) for run in runs.values()}) == 1
     assert ray.counters["rounds"] == serial.counters["rounds"] and ray.counters["down"] == serial.counters["down"]
     assert len({run.ledger.read_bytes() for run in runs.values()}) == 1
+
+
+@pytest.mark.slow  # Ray takes half a minute to start
+def test_a_failure_in_a_worker_of_ray_ends_the_run(tiny_settings, tmp_path):
+    """As test_stateful_runs has it of the other engines; here what a client keeps is read in another process."""
+    changes = ("federation.optimizer=sgd", "federation.lr=0.2", "federation.drift=scaffold", "federation.weighting=equal", "federation.cohort=6", "federation.rounds=2", "simulation.workers=2")
+    settings = [part for value in (*tiny_settings, *changes) for part in ("--set", value)]
+    subprocess.run([*COMMAND, "simulate", *settings, "--set", "simulation.engine=ray", "--out", "run"], cwd=tmp_path, check=True, capture_output=True, timeout=300)
+    sorted((tmp_path / "run" / "checkpoints").glob("round-*"))[-1].unlink()
+    (tmp_path / "run" / "summary.json").unlink()
+    damaged = sorted((tmp_path / "run" / "clients").rglob("00001.safetensors"))[0]
+    for path in damaged.parent.iterdir():
+        path.write_bytes(b"no")
+    done = subprocess.run([*COMMAND, "simulate", "--resume", "run"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and f"{damaged.relative_to(tmp_path)}: not what a client of this job keeps" in done.stderr.replace("\n", "") and "Traceback" not in done.stderr
+    assert open_run(tmp_path / "run").newest().state.round == 1

@@ -118,6 +118,8 @@ def test_a_list_of_tables_is_set_whole():
     ("[units]\nstrategy = 'top'\nfit = true", "units.fit = true: no class of simulation.devices has memory-mb, or speed beside units.seconds, to fit blocks to; give one, or remove it"),
     ("[units]\nstrategy = 'top'\nbudget = 1\nseconds = 2.0", "units.seconds = 2: only for fit = true; remove it"),
     ("[units]\nstrategy = 'top'\nfit = true\nseconds = 2.0\n[[simulation.devices]]\nname = 'a'\nmemory-mb = 100", "units.seconds = 2: no class of simulation.devices has a speed, so training takes no time; give one, or remove it"),
+    ("[units]\nstrategy = 'lisa'\nbudget = 1\n[[simulation.devices]]\nname = 'a'\ndepth = 2", 'simulation.devices.0.depth = 2: only for strategies that go by scores, not "lisa"; remove it'),
+    ("[units]\nstrategy = 'rgn'\nbudget = 3\n[[simulation.devices]]\nname = 'a'\ndepth = 2", "simulation.devices.0.depth = 2: its clients train 3 blocks; give at least 3, or the class fewer units"),
     ("[units]\nstrategy = 'snr'\nbudget = 1\nprobe-batches = 1", 'units.probe-batches = 1: strategy = "snr" compares the gradients of batches; give at least 2'),
     ("[units]\nstrategy = 'rgn'\nbudget = 1\n[privacy]\nunit = 'example'\nnoise-multiplier = 1.0\nclip = 1.0\nexamples = 99\n[federation]\nweighting = 'equal'",
      'units.strategy = "rgn": scores of single clients\' data would leave without protection, so it does not go with privacy.unit = "example"; use "lisa" or "top"'),

@@ -15,12 +15,14 @@ def by_definition(chosen, shares, consistency):
     return (m * shares).sum() - consistency * sum(((m[i] - m[j]) ** 2).sum() for i, j in combinations(range(len(m)), 2))
 
 
-def best_of_all(shares, budgets, consistency):
-    rows = [[row for row in product((False, True), repeat=shares.shape[1]) if 1 <= sum(row) <= most] for most in budgets]
+def best_of_all(shares, budgets, consistency, depths=None):
+    blocks = shares.shape[1]
+    depths = [blocks] * len(shares) if depths is None else depths
+    rows = [[row for row in product((False, True), repeat=blocks) if 1 <= sum(row) <= most and not any(row[: blocks - depth])] for most, depth in zip(budgets, depths)]
     return max(by_definition(np.array(chosen), shares, consistency) for chosen in product(*rows))
 
 
-def best_of_program(shares, budgets, consistency):
+def best_of_program(shares, budgets, consistency, depths=None):
     """The same maximum as an integer linear program: d >= |m_i - m_j| for each pair and block."""
     n, blocks = shares.shape
     pairs = [(i, j, b) for i, j in combinations(range(n), 2) for b in range(blocks)]
@@ -33,7 +35,10 @@ def best_of_program(shares, budgets, consistency):
             row = rows[n + 2 * place + half]
             row[i * blocks + b], row[j * blocks + b], row[n * blocks + place] = sign, -sign, -1
     whole = np.concatenate([np.ones(n * blocks), np.zeros(len(pairs))])
-    found = milp(cost, constraints=LinearConstraint(rows, least, most), integrality=whole, bounds=Bounds(0, 1))
+    upper = np.ones(len(cost))
+    for i, depth in enumerate(depths if depths is not None else ()):
+        upper[i * blocks : (i + 1) * blocks - depth] = 0
+    found = milp(cost, constraints=LinearConstraint(rows, least, most), integrality=whole, bounds=Bounds(0, upper))
     assert found.success
     return -found.fun
 
@@ -74,6 +79,39 @@ def test_the_two_checks_agree():
     for seed in range(5):
         shares, budgets = draw(seed, 3, 4)
         assert best_of_program(shares, budgets, 0.1) == pytest.approx(best_of_all(shares, budgets, 0.1))
+        shares, budgets, depths = draw_with_depths(seed, 3, 4)
+        assert best_of_program(shares, budgets, 0.1, depths) == pytest.approx(best_of_all(shares, budgets, 0.1, depths))
+
+
+def draw_with_depths(seed, clients, blocks):
+    """Scores with sum 1 over the blocks that each client reaches."""
+    scores, budgets = draw(seed, clients, blocks)
+    depths = np.random.default_rng(1000 + seed).integers(1, blocks + 1, clients)
+    scores = np.array([[score if block >= blocks - depth else 0.0 for block, score in enumerate(row)] for row, depth in zip(scores, depths)])
+    return scores / scores.sum(1, keepdims=True), budgets, depths
+
+
+def test_small_cases_with_depths_against_every_choice():
+    gaps = []
+    for seed in range(24):
+        shares, budgets, depths = draw_with_depths(seed, 3, 4)
+        for consistency in (0.0, 0.03, 0.1, 0.5, 3.0):
+            chosen = choose(shares + (shares == 0) * 9.0, budgets, consistency, depths)  # what lies too deep counts for nothing, however much it matters
+            assert (chosen.sum(1) >= 1).all() and (chosen.sum(1) <= budgets).all()
+            assert not any(row[: 4 - depth].any() for row, depth in zip(chosen, depths))
+            gaps.append(gap(best_of_all(shares, budgets, consistency, depths), objective(chosen, shares, consistency)))
+    gaps = np.array(gaps)
+    assert (gaps > -1e-9).all() and (gaps < 1e-9).mean() > 0.95 and gaps.max() < 0.15
+
+
+def test_middle_cases_with_depths_against_an_integer_program():
+    gaps = []
+    for seed in range(4):
+        shares, budgets, depths = draw_with_depths(100 + seed, 5, 6)
+        for consistency in (0.01, 0.05):
+            found = objective(choose(shares, budgets, consistency, depths), shares, consistency)
+            gaps.append(gap(best_of_program(shares, budgets, consistency, depths), found))
+    assert min(gaps) > -1e-6 and np.mean(gaps) < 0.01 and max(gaps) < 0.05
 
 
 def test_without_consistency_each_takes_its_own_largest():

@@ -6,9 +6,11 @@ from itertools import pairwise, permutations
 import numpy as np
 import pytest
 
-from fedtune.algorithms import dp_fed_avg, fed_avg
+from fedtune.algorithms import State, dp_fed_avg, fed_avg
 from fedtune.algorithms.units import (
+    ROWS,
     budgets,
+    by_common_scores,
     ever,
     lowest,
     most_numbers,
@@ -18,6 +20,8 @@ from fedtune.algorithms.units import (
     selected,
     selecting,
     tensors_of,
+    unlimited,
+    within,
 )
 from fedtune.errors import JobError
 from fedtune.job import parse_job
@@ -28,7 +32,7 @@ from fedtune.rounds import Reply, make_algorithm, start
 from fedtune.run import create_run
 from fedtune.seeds import generator
 from fedtune.types import ClientInfo, TensorSpec, Update
-from fedtune.wire import Schema, decode, encode
+from fedtune.wire import Schema, decode, encode, packet_bytes
 
 SHAPES = {"emb.bias": ((2,), "outside"), **{f"{i}.R": ((i + 2, 3), f"block.{i}") for i in range(4)}, "3.bias": ((3,), "block.3"), "head.bias": ((2,), "head")}
 SCHEMA = Schema(tuple(TensorSpec(name, shape, unit) for name, (shape, unit) in SHAPES.items()))
@@ -91,6 +95,10 @@ def test_all_is_all_and_nothing_around_it():
 @pytest.mark.parametrize("changes, schema, lines", [
     (("top", 5), SCHEMA, ["units.budget = 5: 4 blocks of this base have trained tensors; lower it"]),
     (("lisa", 4, 'simulation.devices=[{name = "a"}, {name = "b", units = 9}]'), SCHEMA, ["simulation.devices.1.units = 9: 4 blocks of this base have trained tensors; lower it"]),
+    (("fisher", 1, 'simulation.devices=[{name = "a", depth = 5}]'), SCHEMA, ["simulation.devices.0.depth = 5: 4 blocks of this base have trained tensors; lower it"]),
+    (("fisher", 1, 'simulation.devices=[{name = "a", depth = 3}, {name = "b", depth = 2}]'), SCHEMA, [
+        'units.strategy = "fisher": a probe takes the backward pass through all 4 blocks, and no class of simulation.devices can go deeper than 3; '
+        'give one more memory-mb, units.seconds or depth, or use "top" or "lisa"']),
     (("bottom", 1), Schema(SCHEMA.tensors[-1:]), ['units.strategy = "bottom": this base has no blocks in which adapter.method = "fed-sb" trains anything; use "all"']),
 ])
 def test_a_budget_beyond_the_blocks_is_an_error(changes, schema, lines):
@@ -99,6 +107,18 @@ def test_a_budget_beyond_the_blocks_is_an_error(changes, schema, lines):
     assert list(e.value.problems) == lines
     with pytest.raises(JobError):
         make_algorithm(job(*changes), schema)
+
+
+def test_a_depth_leaves_the_upper_blocks():
+    made = job("gradient", 2, 'simulation.devices=[{name = "a"}, {name = "b", units = 1, depth = 3}]')
+    assert [within(SCHEMA, depth) for depth in (0, 1, 3, 4, 9)] == [BLOCKS, BLOCKS[3:], BLOCKS[1:], BLOCKS, BLOCKS]
+    assert [unlimited(SCHEMA, depth) for depth in (0, 1, 3, 4)] == [True, False, False, True]
+    assert [set(lowest(made, SCHEMA, budget, depth)) - ALWAYS for budget, depth in ((0, 0), (1, 0), (2, 3), (1, 1))] == [set(BLOCKS[:2]), {BLOCKS[0]}, set(BLOCKS[1:3]), {BLOCKS[3]}]
+    assert [most_numbers(made, SCHEMA, 1, depth) for depth in (0, 3)] == [22, 22] and most_numbers(made, SCHEMA, 2, 1) == 22
+    wider = Schema((TensorSpec("0.R", (9, 9), "block.0"), TensorSpec("1.R", (2, 2), "block.1")))
+    assert [most_numbers(job("gradient", 1), wider, 1, depth) for depth in (0, 1)] == [81, 4] and round_bytes(job("gradient", 1), wider, 3, 1, 1) == [packet_bytes(wider, ("1.R",))] * 3
+    state = State(0, model(), {ROWS: np.array([[0.4, 0.3, 0.2, 0.1]])})
+    assert [set(by_common_scores(made, SCHEMA, state, budget, depth)) - ALWAYS for budget, depth in ((0, 0), (2, 3), (2, 1))] == [set(BLOCKS[:2]), set(BLOCKS[1:3]), {BLOCKS[3]}]
 
 
 def test_bytes_of_rounds_are_those_of_their_packets():

@@ -95,6 +95,26 @@ def test_half_the_noise_is_caught(engine, tiny_job, half_the_noise):
         found.require_consistent()
 
 
+@pytest.mark.parametrize("strategy", ["top", "bottom"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_part_of_the_model_is_audited_in_its_own_directions(engine, strategy, tiny_job, monkeypatch, unchecked):
+    job = tiny_job(*EXAMPLE, f"simulation.engine={engine}", f"units.strategy={strategy}", "units.budget=1")
+    right = audit(job, canaries=8000, seed=1)
+    assert right.verdict == "consistent" and 0.5 < right.outcome.lower < right.claimed == pytest.approx(CLAIM, rel=1e-3)
+    monkeypatch.setattr(SeededNoise, "normal", lambda self, *shape: 0.5 * self.rng.standard_normal(shape))
+    broken = audit(job, canaries=8000, seed=1)
+    assert broken.verdict == "VIOLATION" and broken.outcome.lower == pytest.approx(broken.halved, abs=0.5)
+
+
+@pytest.mark.parametrize("strategy", ["both", "bottom"])
+def test_clients_that_train_a_part_stay_below_their_claim(strategy, tiny_job, crowd, no_clipping, request):
+    job = tiny_job(*crowd(1000), f"units.strategy={strategy}", "units.budget=1")
+    assert audit(job, seed=1).verdict == "VIOLATION"
+    request.getfixturevalue("monkeypatch").undo()
+    right = audit(job, canaries=800, seed=1)
+    assert right.verdict == "consistent" and 0.1 < right.outcome.lower < right.claimed
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_gradients_that_are_not_clipped_are_caught(engine, tiny_job, no_clipping):
     found = audit(tiny_job(*EXAMPLE, f"simulation.engine={engine}"), canaries=2000, seed=1)
@@ -198,6 +218,8 @@ def test_texts_that_are_learnt_by_heart_are_found(tiny_job, unchecked, monkeypat
     ((), {}, 'privacy.unit = "none": such a job promises nothing'),
     ((*EXAMPLE, "simulation.engine=ray"), {}, 'use "vectorised" or "serial"'),
     ((*EXAMPLE, "adapter.rank=4"), {"canaries": 10_000}, "--canaries 10000: at most 2,048, as 8 clients are asked, of whose gradients each has 256 directions"),
+    ((*EXAMPLE, "units.strategy=lisa", "units.budget=1"), {}, r'units\.strategy = "lisa": .* keep their directions from round to round; use "all", "top", "bottom" or "both"'),
+    ((*EXAMPLE, "units.strategy=top", "units.budget=1", 'simulation.devices=[{name = "a", units = 2}]'), {}, "simulation.devices: classes that train unlike numbers of blocks"),
     (EXAMPLE, {"canaries": 100, "guesses": 101}, "--guesses 101: there are 100 canaries"),
 ])
 def test_what_cannot_be_audited_is_said(changes, options, said, tiny_job):

@@ -1,5 +1,7 @@
 """Devices around an exchange: who is asked, who is lost, what a round's line says, on a coordinator and an engine of a few lines."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -116,6 +118,41 @@ def test_the_same_seed_loses_the_same_clients(simulated):
     one, two, other = (simulated(devices, f"federation.seed={seed}")[0] for seed in (3, 3, 4))
     assert [line | {"seconds": 0} for line in one] == [line | {"seconds": 0} for line in two]
     assert [line["dropped"] for line in one] != [line["dropped"] for line in other]
+
+
+def test_a_class_with_a_depth_is_not_asked_and_goes_by_the_mean_of_the_others_down_to_there(tmp_path):
+    schema = Schema((*(TensorSpec(f"{i}.R", (3, 3), f"block.{i}") for i in range(3)), TensorSpec("head.bias", (2,), "head")))
+    start_model = {t.name: np.zeros(t.shape, np.float32) for t in schema.tensors}
+    job = parse_job("", [
+        "data.clients=6", "federation.cohort=6", "federation.rounds=3", 'simulation.devices=[{name = "whole"}, {name = "part", depth = 2}]', "units.strategy=gradient", "units.budget=1",
+        "units.probe-every=2"])
+    fleet, probed, trained = Fleet(job, CLIENTS, [None] * 2, schema, 0), [], {}
+    part = {c.name for c in CLIENTS if fleet.depth(c.name)}
+    assert 0 < len(part) < 6 and fleet.depth("c0") == (2 if "c0" in part else 0)
+
+    def engine(pairs, kind="train", round=0):
+        for client, packet in pairs:
+            if kind_of(packet) == "probe":
+                probed.append((round, client))
+                yield Reply(client, encode("block-scores", answers(schema), {SCORES: np.array([4, 3, 1], np.float32)}, round=round, frame=FRAME))
+            else:
+                names = trained[round, client] = decode(packet, schema, kinds=["model"]).train
+                yield Reply(client, encode("update", schema, {name: start_model[name] for name in names}, round=round, frame=FRAME, weight=1.0))
+
+    folder = create_run(tmp_path / "run", job, {})
+    coordinator = start(job, folder, schema, FRAME, 0, make_algorithm(job, schema, fleet.budget, 6, fleet.depth), CLIENTS, lambda: start_model, lambda round, arrays: None)
+    run_rounds(coordinator, fleet.around(engine), fleet.gather)
+    others = [c.name for c in CLIENTS if c.name not in part]
+    assert sorted(probed) == [(round, c) for round in (1, 3) for c in others]
+    assert {(c in part, names[0]) for (_, c), names in trained.items()} == {(True, "1.R"), (False, "0.R")} and len(trained) == 18
+    lines = folder.metrics()
+    assert lines[1]["unprobed"] == lines[3]["unprobed"] == dict.fromkeys(part, "not asked, as it cannot go down to the first block") and lines[1]["scores"]["block.0"] == 0.5
+    assert coordinator.traffic.probes == 2 * len(others) * sum(probe_bytes(schema))
+    fleet.can_probe = lambda client: False  # a cohort of none that can: what was found before still stands
+    fleet.gather(coordinator)
+    coordinator.state = replace(coordinator.state, round=4)
+    assert coordinator.probe() == [] and set(coordinator._silent) == {c.name for c in CLIENTS}
+    assert {client: decode(packet, schema, kinds=["model"]).train[0] for client, packet in coordinator.plan()} == {c.name: "1.R" if c.name in part else "0.R" for c in CLIENTS}
 
 
 def test_a_probe_takes_its_time_and_bytes_and_a_step_on_fewer_blocks_less(tmp_path):

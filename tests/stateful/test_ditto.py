@@ -24,7 +24,7 @@ def test_both_models_are_those_of_a_plain_loop(ran):
             own[name] = plain.walk(own.get(name, w), name, round, "personal", lambda n, p: LAMBDA / 2 * ((p - start[n]) ** 2).sum())[0]  # noqa: B023
         w = plain.mean(updates, [plain.size(name) for name in names])
     near(ran.run.newest().state.arrays, w)
-    assert set(ran.kept.clients(4)) == set(own) and len(own) > 2
+    assert set(ran.kept.clients(ran.setup.split.clients, 4)) == set(own) and len(own) > 2
     for name, v in own.items():
         near(ran.kept.load(name, 4), v)
         assert max(np.abs(v[n] - w[n]).max() for n in w) > 0.01
@@ -46,5 +46,5 @@ def test_a_stronger_pull_stays_nearer(tiny_job, run_rounds, tmp_path):
     for strength in (0.0, 4.0):
         found = run_rounds(tiny_job(*SGD, "personal.method=ditto", f"personal.strength={strength}", "federation.rounds=1"), tmp_path / str(strength))
         first = found.run.first_arrays()
-        distance[strength] = sum(float(((found.kept.load(name, 1)[n] - a) ** 2).sum()) for name in found.kept.clients(1) for n, a in first.items())
+        distance[strength] = sum(float(((found.kept.load(name, 1)[n] - a) ** 2).sum()) for name in found.kept.clients(found.setup.split.clients, 1) for n, a in first.items())
     assert 0 < distance[4.0] < distance[0.0]

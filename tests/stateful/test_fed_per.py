@@ -21,7 +21,7 @@ def test_rounds_are_those_of_a_plain_loop(tiny_job, run_rounds, tmp_path):
         own |= {name: {n: values[n] for n in heads} for name, values in trained.items()}
         body = plain.mean([{n: trained[name][n] for n in body} for name in names], [plain.size(name) for name in names])
     near(ran.run.newest().state.arrays, body)
-    assert set(ran.kept.clients(4)) == set(own)
+    assert set(ran.kept.clients(ran.setup.split.clients, 4)) == set(own)
     for name, head in own.items():
         near(ran.kept.load(name, 4), head)
     parts, line = plain.setup.split, ran.run.metrics()[-1]

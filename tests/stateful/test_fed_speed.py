@@ -20,7 +20,7 @@ def test_rounds_are_those_of_algorithm_1(tiny_job, run_rounds, tmp_path):
             sent.append({n: end[n] - lam * g[name][n] for n in x})
         x = plain.mean(sent, [plain.size(name) for name in names])
     near(ran.run.newest().state.arrays, x, 3e-5)
-    for name in ran.kept.clients(4):
+    for name in ran.kept.clients(ran.setup.split.clients, 4):
         near({n: -a / lam for n, a in ran.kept.load(name, 4).items()}, g[name], 3e-5)
 
 

@@ -25,7 +25,7 @@ def rounds(kept, client):
 
 def test_the_newest_up_to_a_round_counts(tmp_path):
     kept = Kept(tmp_path / "clients", SCHEMA)
-    assert kept.load("x", 9) is None and list(kept.clients(9)) == [] and not (tmp_path / "clients").exists()
+    assert kept.load("x", 9) is None and list(kept.clients(("z", "y", "x"), 9)) == [] and not (tmp_path / "clients").exists()
     for round in (2, 3, 6):
         kept.save("x", round, values(round))
     kept.save("y", 5, values(50))
@@ -33,7 +33,7 @@ def test_the_newest_up_to_a_round_counts(tmp_path):
         found = kept.load("x", round)
         assert (found is None) == (expected is None)
         assert expected is None or all(np.array_equal(found[n], a) and found[n].dtype == np.float32 for n, a in values(expected).items())
-    assert sorted(kept.clients(9)) == ["x", "y"] and list(kept.clients(4)) == ["x"] and list(kept.clients(1)) == []
+    assert list(kept.clients(("z", "y", "x"), 9)) == ["y", "x"] and list(kept.clients(("z", "y", "x"), 4)) == ["x"] and list(kept.clients(("z", "y", "x"), 1)) == []
 
 
 @pytest.mark.parametrize("trained", [range(1, 8), (1, 4, 5, 9), (1, 9, 10), (7, 8)])

@@ -28,7 +28,7 @@ def test_rounds_are_those_of_algorithm_1(tiny_job, run_rounds, tmp_path):
         x = {n: np.mean([y[n] for y in ys], 0) for n in x}
         c = {n: c[n] + sum(change[n] for change in changes) / everybody for n in x}
     near(ran.run.newest().state.arrays, x | {f"control.{n}": a for n, a in c.items()}, 2e-5)
-    for name in ran.kept.clients(4):
+    for name in ran.kept.clients(ran.setup.split.clients, 4):
         near(ran.kept.load(name, 4), own[name], 2e-5)
     assert max(np.abs(a).max() for a in c.values()) > 1e-3 and "personal_clients" not in ran.run.metrics()[-1]
 
@@ -53,7 +53,7 @@ def test_the_common_control_is_the_mean_of_all_also_after_void_rounds(tiny_job, 
     ran = run_rounds(tiny_job(
         *SGD, *SCAFFOLD, "federation.rounds=8", "federation.cohort=4", "federation.min-replies=4", 'simulation.devices=[{name = "shaky", drop-out = 0.2}]'), tmp_path / "run")
     assert 2 <= sum(not line["clients"] for line in ran.run.metrics()[1:]) <= 7
-    kept = [ran.kept.load(name, 8) for name in ran.kept.clients(8)]
+    kept = [ran.kept.load(name, 8) for name in ran.kept.clients(ran.setup.split.clients, 8)]
     for name, array in ran.run.newest().state.arrays.items():
         if name.startswith("control."):
             np.testing.assert_allclose(array, sum(own[name.removeprefix("control.")] for own in kept) / 6, rtol=0, atol=1e-6)

@@ -12,7 +12,8 @@ from safetensors.numpy import load
 
 from fedtune.errors import JobError, RunError
 from fedtune.job import parse_job
-from fedtune.report import compare, facts, page, terminal
+from fedtune.report import compare, facts, page, plots, terminal
+from fedtune.report.format import ABSENT, number
 from fedtune.report.summary import check, load_summary
 from fedtune.training.worker import Worker
 from fedtune.workflows.finish import finish
@@ -106,7 +107,7 @@ def test_what_does_not_work_is_refused(changes, message):
 def test_only_clients_that_took_part_are_written_and_a_sample_is_enough(tiny_job, run_rounds, tmp_path):
     simulation = run_rounds(tiny_job("personal.method=ditto", "federation.cohort=1", "federation.rounds=2", "evaluation.max-examples=9"), tmp_path / "run")
     met = {name for line in simulation.run.metrics() for name in line["clients"]}
-    assert set(simulation.kept.clients(2)) == met and len(list(simulation.run.clients.glob("*/*"))) == len(met) <= 2
+    assert set(simulation.kept.clients(simulation.setup.split.clients, 2)) == met and len(list(simulation.run.clients.glob("*/*"))) == len(met) <= 2
     held = sum(len(simulation.setup.split.held_out[simulation.setup.split.clients.place(name)]) for name in met)
     assert simulation.run.metrics()[-1]["personal_evaluated"] == held and simulation.run.metrics()[1]["personal_evaluated"] <= 9
     found = [(place, index.tolist(), scores.count.tolist()) for place, index, scores in simulation.personal_scores(2, simulation.run.newest().state.arrays)]
@@ -131,6 +132,16 @@ def test_simulated_time_counts_every_gradient(method, times, tiny_job):
     setup = open_setup(tiny_job(phones, *METHODS[method]))
     name = setup.split.clients[0]
     assert make_fleet(setup)._turn(name, 100, 1, 100, 1.0).seconds == times * len(setup.split.train[0]) / 4
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_plan_says_what_clients_keep_on_disk(method, tiny_job, run_rounds, tmp_path):
+    """Every client in every round: then nothing is left to chance, and after three rounds each has all the versions it ever has."""
+    job = tiny_job(*METHODS[method], "federation.cohort=6", "federation.rounds=4")
+    run, plan = run_rounds(job, tmp_path / "run").run, make_plan(job)
+    found = [path.stat().st_size for path in run.clients.rglob("*.safetensors")]
+    assert len(found) == 6 * 3 and sum(found) == pytest.approx(plan.kept_total, rel=0.01) and plan.kept_total == 6 * plan.kept_bytes
+    assert make_plan(tiny_job(*METHODS[method], "federation.rounds=1")).kept_bytes == plan.kept_bytes / 3 and make_plan(tiny_job()).kept_bytes == 0
 
 
 def test_a_run_does_not_go_on_without_what_its_clients_kept(tiny_job, run_rounds, tmp_path):
@@ -201,6 +212,27 @@ def test_compare_has_a_column(told):
     ditto, head, none = (row[-1] for row in compare.rows(three))
     assert ditto.endswith("clients") and head.endswith("clients") and not none.endswith("clients")
     assert "personal accuracy" in compare.render(three)
+
+
+def test_where_heads_stay_with_the_clients_their_accuracy_comes_first(told):
+    head, own = told["head"], told["head"]["personal"]
+    assert facts.headline(head).startswith(f"{number(own['accuracy'])} personal accuracy, of each client with the head that it keeps")
+    first, worst, shared = facts.key_figures(head)[:3]
+    assert (first.name, first.value, worst.value) == ("personal accuracy", number(own["accuracy"]), number(own["worst_tenth"])) and f"{own['clients']} of 6 clients" in first.note
+    assert shared.name == "shared model, held-out accuracy" and "nobody trained" in shared.note
+    assert page.render(head).index("personal accuracy") < page.render(head).index("shared model")
+    for plot in plots.learning(head):
+        assert "accuracy" not in plot.key or [key.name for key in plot.legend[:2]] == ["personal", "federated, initial head"]
+    rows = {s["job"]["personal"]["method"]: row for s, row in zip(told.values(), compare.rows(list(told.values())))}
+    assert rows["head"][1] == f"{number(own['accuracy'])} personal" and rows["head"][2] == number(own["worst_tenth"]) and rows["head"][3] == number(head["rounds"][-1]["personal_loss"])
+    assert rows["ditto"][1] == number(told["ditto"]["final"]["accuracy"]) and "personal" not in facts.headline(told["ditto"])
+    assert any(line.startswith("Of runs whose clients keep their heads") for line in compare.cautions(list(told.values()))) and compare.cautions([head, head]) == []
+    better = head | {"personal": own | {"accuracy": 0.999}}
+    assert "0.999 personal" in compare.headline([told["none"], better])
+    unfinished = {key: value for key, value in head.items() if key not in ("personal", "final")} | {"complete": False}
+    assert facts.leading(unfinished)[0] == head["rounds"][-1]["personal_accuracy"] and "personal accuracy" in facts.headline(unfinished)
+    never = unfinished | {"rounds": [{k: v for k, v in r.items() if not k.startswith("personal")} for r in head["rounds"]]}
+    assert facts.headline(never).startswith("Nothing evaluated yet") and compare.rows([never])[0][1] == ABSENT == facts.key_figures(never)[0].value
 
 
 def test_clients_alone_train_the_whole_model(told):
