@@ -25,6 +25,8 @@ from fedtune.wire import Schema, packet_bytes
 
 Budget = Callable[[str], int]
 """Blocks that this client may train; 0: as many as the job says."""
+Rank = Callable[[str], int]
+"""The rank of this client's cores; 0: adapter.rank."""
 ROWS = "units.scores"
 """The slot that holds the scores of the last probe, [clients then drawn, blocks], each row with sum 1."""
 
@@ -84,17 +86,17 @@ def budgets(job: Job) -> tuple[int, ...]:
     return tuple(dict.fromkeys([job.units.budget, *(device.units for device in job.simulation.devices if device.units)]))
 
 
-def tensors_of(schema: Schema, units: Sequence[str]) -> tuple[str, ...] | None:
-    """The tensors of these units, in the order of the schema; None where they are all."""
-    found = tuple(t.name for t in schema.of_units(units))
+def tensors_of(schema: Schema, units: Sequence[str], rank: int = 0) -> tuple[str, ...] | None:
+    """The tensors of these units that a client of this rank has (0: all), in the order of the schema; None where they are all of the schema."""
+    found = tuple(t.name for t in schema.held(rank).of_units(units))
     return None if len(found) == len(schema.tensors) else found
 
 
-def round_bytes(job: Job, schema: Schema, rounds: int, budget: int = 0) -> list[tuple[int, int]]:
-    """Bytes of the (model, update) packets of a client of this budget in each of the first rounds, at least one; of blocks chosen by scores, the most."""
-    size = cache(lambda units: packet_bytes(schema, tensors_of(schema, units)))
+def round_bytes(job: Job, schema: Schema, rounds: int, budget: int = 0, rank: int = 0) -> list[tuple[int, int]]:
+    """Bytes of the (model, update) packets of a client of this budget and rank in each of the first rounds, at least one; of blocks chosen by scores, the most."""
+    size = cache(lambda units: packet_bytes(schema, tensors_of(schema, units, rank), rank))
     if job.units.probes:
-        return [size(_largest(job, schema, budget))] * max(1, rounds)
+        return [size(_largest(job, schema.held(rank), budget))] * max(1, rounds)
     if job.units.strategy != "lisa":
         return [size(selected(job, schema, 1, budget))] * max(1, rounds)
     return [size(selected(job, schema, round, budget)) for round in range(1, max(1, rounds) + 1)]
@@ -165,6 +167,15 @@ def require_budgets(job: Job, schema: Schema) -> None:
         raise JobError([f'units.strategy = "{job.units.strategy}": this base has no blocks in which adapter.method = "{job.adapter.method}" trains anything; use "all"'])
     if problems := [f"{key} = {count}: {most} blocks of this base have trained tensors; lower it" for key, count in asked if count > most]:
         raise JobError(problems)
+
+
+def ranked(algorithm: Algorithm, rank: Rank) -> Algorithm:
+    """The same, with each client training what its rank has: a piece of a core is then averaged over those that have it, and one that nobody trained stays."""
+
+    def plan(state: State, clients: Sequence[ClientInfo]) -> tuple[Assignment, ...]:
+        return tuple(replace(a, rank=rank(a.client)) for a in algorithm.plan(state, clients))
+
+    return replace(algorithm, plan=plan)
 
 
 def selecting(algorithm: Algorithm, job: Job, schema: Schema, budget: Budget = lambda client: 0) -> Algorithm:

@@ -238,6 +238,7 @@ class DeviceClass(Section):
     available: float = _key(1.0, "chance that a client of the class can be drawn in a round; cohorts are drawn among those that can", gt=0.0, le=1.0)
     drop_out: float = _key(0.0, "chance that a client that was asked never answers", ge=0.0, le=1.0)
     units: int = _key(0, "blocks a client of the class trains in a round (0: units.budget)", ge=0, le=100_000)
+    rank: int = _key(0, "fed-sb: a client of the class trains the leading rank x rank numbers of each core, with as much of the frame (0: adapter.rank)", ge=0, le=4096)
 
 
 class SimulationSection(Section):

@@ -92,6 +92,10 @@ class Fleet:
         """Blocks that a client may train; 0: as many as the job says."""
         return self.devices[self.classes[self._place[client]]].units
 
+    def rank(self, client: str) -> int:
+        """Of a client's cores; 0: adapter.rank."""
+        return self.devices[self.classes[self._place[client]]].rank
+
     def available(self, round: int) -> Chosen:
         """The clients that can be asked in a round; 0 is what precedes the first."""
         return Chosen(self.clients, available(self.job.federation.seed, round, self.devices, self.classes, self.fit))
@@ -128,8 +132,9 @@ class Fleet:
 
     def _probing(self, ask: Ask, pairs: Sequence[tuple[str, bytes]], kind: str, round: int) -> Iterator[Reply]:
         """All who can before the deadline answer a probe: drop-outs are lost while they train."""
-        most, size, up = self.job.units.probe_batches * self.job.federation.batch_size, len(pairs[0][1]), probe_bytes(self.schema)[1]
-        for client, _ in pairs:
+        most, up = self.job.units.probe_batches * self.job.federation.batch_size, probe_bytes(self.schema)[1]
+        for client, packet in pairs:
+            size = len(packet)
             place = self._place[client]
             seconds = span(self.devices[self.classes[place]], size, min(self.clients[place].examples, most), up).total
             late = seconds > self.job.federation.deadline

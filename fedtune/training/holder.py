@@ -17,7 +17,7 @@ from fedtune.errors import DataError, Refused
 from fedtune.metrics import PERSONAL
 from fedtune.training.clients import ClientStore, Stream
 from fedtune.types import Arrays, Metrics
-from fedtune.wire import Schema, decode, encode
+from fedtune.wire import Schema, decode, encode, require_whole
 
 _JOB_KEY = re.compile(r"\b(data|model)\.[a-z]")
 KEEP = 16 * 2**20
@@ -69,6 +69,7 @@ class Device:
         Raises Refused for a packet that is not for this bundle, and for a model whose loss is not a number.
         """
         model = decode(packet, self.bundle.schema, kinds=["model"], frame=self.bundle.frame_digest)
+        require_whole(model)
         held_out = self._held_out()
         metrics = self.worker.metrics(model.arrays, held_out)
         own = self.worker.personal(model.arrays, "", held_out, model.header.round)

@@ -139,6 +139,8 @@ def _require_auditable(job: Job, kind: Kind) -> None:
         raise UserError('privacy.unit = "none": such a job promises nothing, so there is nothing to audit; set it to "example" or "client"')
     if job.units.strategy != "all":
         raise UserError(f'units.strategy = "{job.units.strategy}": not available yet for an audit, whose canaries have directions in the whole model; use "all"')
+    if any(device.rank not in (0, job.adapter.rank) for device in job.simulation.devices):
+        raise UserError(f"simulation.devices: ranks below adapter.rank = {job.adapter.rank} are not available yet for an audit, whose canaries have directions in the whole model; remove them")
     if job.simulation.engine == "ray":
         raise UserError('simulation.engine = "ray": an audit stands inside the process that trains; use "vectorised" or "serial"')
     if job.adapter.init == "gradient-dp":

@@ -11,8 +11,8 @@ from fedtune.job import DeviceClass, FederationSection, Job
 from fedtune.simulation.devices import MB, span
 from fedtune.wire import Schema
 
-StepMemory = Callable[[int], int | None]
-"""Bytes that a training client of so many blocks needs; None where that is not known."""
+StepMemory = Callable[[int, int], int | None]
+"""Bytes that a training client of so many blocks and this rank (0: adapter.rank) needs; None where that is not known."""
 
 
 def fitted(job: Job, schema: Schema, memory: StepMemory, examples: float) -> Job:
@@ -50,7 +50,7 @@ def _fits(job: Job, schema: Schema, device: DeviceClass, blocks: int, memory: St
         return False
     if not device.memory_mb:
         return True
-    step = memory(blocks)
+    step = memory(blocks, device.rank)
     if step is None:
         raise JobError(["units.fit = true: what a step of this base needs cannot be computed from shapes; set it to false and give each class of devices its units"])
     return step <= device.memory_mb * MB

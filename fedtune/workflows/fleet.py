@@ -14,7 +14,7 @@ def make_fleet(setup: Setup) -> Fleet | None:
     limits = {device.memory_mb for device in devices} - {0}
     if not devices:
         return None
-    steps = [setup.step_memory(device.units) if limits else None for device in devices]
+    steps = [setup.step_memory(device.units, device.rank) if limits else None for device in devices]
     known = [step for step in steps if step is not None]
     if limits and len(known) < len(steps):
         raise JobError([f"simulation.devices: memory-mb = {min(limits)}: what a step of this base needs cannot be computed from shapes; set memory-mb to 0"])

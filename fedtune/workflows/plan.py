@@ -1,7 +1,7 @@
 """fedtune plan: what a job will train, send and need, before anything runs. Needs a base's config, not its weights."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,8 +10,9 @@ import numpy as np
 from safetensors.numpy import save
 
 from fedtune import packages
+from fedtune.adapters.ranks import at_rank, ranks_in
 from fedtune.adapters.spec import describe
-from fedtune.algorithms.units import lowest, require_budgets, round_bytes, selected, step_share
+from fedtune.algorithms.units import lowest, most_numbers, require_budgets, round_bytes, selected, step_share
 from fedtune.bundle import shipped_of
 from fedtune.data.examples import PACKAGE_READERS, load_dataset
 from fedtune.data.partition import Split, split
@@ -47,7 +48,8 @@ class Unit:
 @dataclass(frozen=True)
 class DeviceTime:
     """What a round costs a device of a class, in simulated seconds, as the mean over all clients' examples. `blocks` are those that it trains, 0 where all
-    train all; `probe` is what a probe takes, where the round begins with one.
+    train all; `probe` is what a probe takes, where the round begins with one. `rank` is that of its cores, 0 without any; `numbers` are the most that it trains in a round,
+    `update_bytes` the most that it sends of them, and `model_bytes` what it receives.
 
     `able`: whether the class has the memory. `frame`: what receiving the frame adds to a client's first round. None is not known.
     """
@@ -63,6 +65,10 @@ class DeviceTime:
     frame: float
     blocks: int = 0
     probe: float | None = None
+    rank: int = 0
+    numbers: int = 0
+    model_bytes: int = 0
+    update_bytes: int = 0
 
     @property
     def seconds(self) -> float | None:
@@ -73,8 +79,8 @@ class DeviceTime:
 class Plan:
     """Bytes are those of serialised messages. Totals that depend on who is drawn are expectations, said as such.
 
-    An update is the largest that a client of the job's own budget sends; the memory is that of such a client. `budget` is that number of
-    blocks, all of them where `strategy` is all. A probe's bytes are both ways, for one client. `unit` is what privacy protects, "none" for nothing, and `epsilon` at `delta` the most one unit can lose: "inf" without protection.
+    An update is the largest that a client of the job's own budget and rank sends; the memory is that of such a client. `budget` is that number of
+    blocks, all of them where `strategy` is all. `ranks` are those of all clients, where they are not equal. A probe's bytes are both ways, for one client. `unit` is what privacy protects, "none" for nothing, and `epsilon` at `delta` the most one unit can lose: "inf" without protection.
     `device` is the memory of one training client in bytes: its parts are computed from shapes, not measured.
     """
 
@@ -103,6 +109,7 @@ class Plan:
     total_bytes: float
     device: dict[str, int | None]
     devices: tuple[DeviceTime, ...]
+    ranks: tuple[int, ...]
     unit: str
     epsilon: float | str
     delta: float
@@ -127,26 +134,28 @@ def make_plan(job: Job) -> Plan:
     schema = travelling(job, spec)
     require_budgets(job, schema)
     fed, examples = job.federation, None if parts is None else mean_examples(parts, job.federation)
-    memories = {0: step_memory(job, spec, sketch)}
+    ranks = ranks_in(job, spec)
+    memories = {(0, 0): step_memory(job, spec, sketch)}
 
-    def memory_of(budget: int) -> int | None:
-        if budget not in memories:
-            memories[budget] = step_memory(job, spec, sketch_model(job.model, source, classes), budget)
-        return memories[budget]["total"]
+    def memory_of(budget: int, rank: int) -> int | None:
+        if (budget, rank) not in memories:
+            memories[budget, rank] = step_memory(job, at_rank(spec, rank), sketch_model(job.model, source, classes), budget)
+        return memories[budget, rank]["total"]
 
     job = fitted(job, schema, memory_of, examples or fed.local_steps * fed.batch_size)
-    sizes = {budget: round_bytes(job, schema, job.federation.rounds, budget) for budget in {0, *(d.units for d in job.simulation.devices)}}
-    model, update = (max(column) for column in zip(*sizes[0]))
+    sizes = {kind: round_bytes(job, schema, job.federation.rounds, *kind) for kind in {(0, 0), *map(_kind, job.simulation.devices)}}
+    model, update = (max(column) for column in zip(*sizes[0, 0]))
     once = (spec.frame, spec.trainable if "initial.safetensors" in shipped_of(job) else ())
     frame = sum(len(save({t.name: np.zeros(t.shape, np.float32) for t in tensors})) for tensors in once if tensors)
     init = min(job.adapter.init_clients, clients) * sum(gradient_bytes(spec)) if job.adapter.asks_gradients else 0
-    memory, steps = memories[0], {budget: memory_of(budget) for budget in sizes}
+    memory, steps = memories[0, 0], {kind: memory_of(*kind) for kind in sizes}
     devices = _devices(job, schema, clients, examples, steps, sizes, frame)
     drawable = max(1, sum(d.clients for d in devices if d.able)) if devices else clients
     cohort = min(fed.cohort, drawable)
     first = holders(drawable, cohort, fed.rounds)
     probes, probe = (-(-fed.rounds // job.units.probe_every), probe_bytes(schema)) if job.units.probes else (0, (0, 0))
-    exchanged = cohort * (fed.rounds * _mean_bytes(job, devices, sizes) + probes * sum(probe))
+    exchanged = cohort * (fed.rounds * _mean_bytes(job, devices, {kind: sum(map(sum, of)) / len(of) for kind, of in sizes.items()})
+                          + (probes and probes * _mean_bytes(job, devices, {kind: sum(probe_bytes(schema, kind[1])) for kind in sizes})))
     privacy = plan_of(job, clients)
     notes += [*warnings_of(privacy), *init_warnings(spec, privacy)] if privacy else []
     lost = privacy.reading().epsilon if privacy and job.privacy.noise == "system" else math.inf
@@ -154,11 +163,13 @@ def make_plan(job: Job) -> Plan:
         notes.append("the weights are not here: numbers and bytes are exact, but nothing can be trained yet")
     notes += _curved_notes(job, memory)
     notes += _units_notes(job, schema)
-    notes += [note for device, made in zip(job.simulation.devices, devices) for note in _device_notes(job, device, made, steps[device.units])]
+    notes += [note for device, made in zip(job.simulation.devices, devices) for note in _device_notes(job, device, made, steps[_kind(device)])]
+    if ranks is not None and not any(device.rank in (0, spec.rank) for device in job.simulation.devices):
+        notes.append(f"ranks: no class has adapter.rank = {spec.rank}, so in a simulation what lies beyond rank {ranks.all[-2]} stays as it starts; lower it, or give a class that rank")
     return Plan(
         job.model.source, bool(source.weights), parameters, spec.method, spec.rank, len(spec.linears), spec.size, spec.head_size,
         job.units.strategy, job.units.budget or len(schema.blocks), _units(job, schema),
-        model, update, sum(probe), probes, frame, fed.rounds, cohort, clients, round(exchanged / fed.rounds), first, init, exchanged + first * frame + init, memory, devices,
+        model, update, sum(probe), probes, frame, fed.rounds, cohort, clients, round(exchanged / fed.rounds), first, init, exchanged + first * frame + init, memory, devices, () if ranks is None else ranks.all,
         job.privacy.unit, figure(lost), privacy.delta if privacy else 0.0, privacy.parts["update"] if privacy else 0.0, tuple(notes),
     )
 
@@ -206,36 +217,43 @@ def _units(job: Job, schema: Schema) -> tuple[Unit, ...]:
     return tuple(found)
 
 
-Sizes = dict[int, list[tuple[int, int]]]
-"""Bytes of the (model, update) packets of each round, by budget; 0: the job's."""
+Kind = tuple[int, int]
+"""Budget and rank of a client; 0: the job's."""
+Sizes = dict[Kind, list[tuple[int, int]]]
+"""Bytes of the (model, update) packets of each round."""
 
 
-def _mean_bytes(job: Job, devices: Sequence[DeviceTime], sizes: Sizes) -> float:
-    """Of a model and an update together, over the rounds and over the clients that can take part, each as likely to be drawn as any."""
-    means = {budget: sum(model + update for model, update in of) / len(of) for budget, of in sizes.items()}
-    weighed = [(d.clients, means[device.units]) for device, d in zip(job.simulation.devices, devices) if d.able and d.clients]
-    return sum(n * mean for n, mean in weighed) / sum(n for n, _ in weighed) if weighed else means[0]
+def _kind(device: DeviceClass) -> Kind:
+    return device.units, device.rank
 
 
-def _devices(job: Job, schema: Schema, clients: int, examples: float | None, steps: dict[int, int | None], sizes: Sizes, frame: int) -> tuple[DeviceTime, ...]:
-    """Each class of the job: its clients, as a run draws them, and its times. steps: bytes that a training step needs, by budget; frame: its bytes; examples: that a client runs in a round."""
+def _mean_bytes(job: Job, devices: Sequence[DeviceTime], means: Mapping[Kind, float]) -> float:
+    """Of what each kind of client has in the mean, over the clients that can take part, each as likely to be drawn as any."""
+    weighed = [(d.clients, means[_kind(device)]) for device, d in zip(job.simulation.devices, devices) if d.able and d.clients]
+    return sum(n * mean for n, mean in weighed) / sum(n for n, _ in weighed) if weighed else means[0, 0]
+
+
+def _devices(job: Job, schema: Schema, clients: int, examples: float | None, steps: dict[Kind, int | None], sizes: Sizes, frame: int) -> tuple[DeviceTime, ...]:
+    """Each class of the job: its clients, as a run draws them, and its times. steps: bytes that a training step needs; frame: its bytes; examples: that a client runs in a round."""
     devices, fed = job.simulation.devices, job.federation
     if not devices:
         return ()
     held = np.bincount(assign(fed.seed, devices, clients), minlength=len(devices)).tolist()
     mean = gradients(job) * (examples or 0.0)
-    largest = [(max(model for model, _ in sizes[device.units]), max(update for _, update in sizes[device.units])) for device in devices]
-    (question, answer), probed = probe_bytes(schema), min(mean, job.units.probe_batches * fed.batch_size)
+    largest = [(max(model for model, _ in sizes[_kind(device)]), max(update for _, update in sizes[_kind(device)])) for device in devices]
+    probed = min(mean, job.units.probe_batches * fed.batch_size)
 
     def probing(device: DeviceClass) -> float | None:
+        question, answer = probe_bytes(schema, device.rank)
         return span(device, question, probed, answer).total if job.units.probes and (examples is not None or not device.speed) else None
 
     work = [step_share(schema, lowest(job, schema, device.units)) for device in devices]
     spans = [span(device, model, share * mean, update) for device, share, (model, update) in zip(devices, work, largest)]
     return tuple(
         DeviceTime(device.name, count, bool(fit), device.available, device.drop_out, s.down, None if examples is None and device.speed else s.train, s.up, span(device, frame, 0, 0).down,
-                   0 if job.units.strategy == "all" else device.units or job.units.budget, probing(device))
-        for device, count, fit, s in zip(devices, held, able(devices, [steps[device.units] for device in devices]), spans))
+                   0 if job.units.strategy == "all" else device.units or job.units.budget, probing(device),
+                   (device.rank or job.adapter.rank) if job.adapter.method == "fed-sb" else 0, most_numbers(job, schema.held(device.rank), device.units), *bytes_)
+        for device, count, fit, s, bytes_ in zip(devices, held, able(devices, [steps[_kind(device)] for device in devices]), spans, largest))
 
 
 def _units_notes(job: Job, schema: Schema) -> list[str]:

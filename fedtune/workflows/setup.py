@@ -11,6 +11,7 @@ import numpy as np
 
 from fedtune import packages
 from fedtune.adapters import frames, methods
+from fedtune.adapters.ranks import at_rank
 from fedtune.adapters.spec import AdapterSpec, Linear, describe
 from fedtune.algorithms.units import require_budgets
 from fedtune.bundle import Bundle, write_bundle
@@ -60,14 +61,14 @@ class OpenBase:
         """What models and updates hold."""
         return travelling(self.job, self.spec)
 
-    def step_memory(self, budget: int = 0) -> int | None:
-        """Bytes that a training client of this budget (0: the job's) needs; None for a base of which that cannot be computed."""
-        if budget not in self._memory:
-            self._memory[budget] = step_memory(self.job, self.spec, sketch_model(self.job.model, self.source, self.classes), budget)["total"]
-        return self._memory[budget]
+    def step_memory(self, budget: int = 0, rank: int = 0) -> int | None:
+        """Bytes that a training client of this budget and rank (0: the job's) needs; None for a base of which that cannot be computed."""
+        if (budget, rank) not in self._memory:
+            self._memory[budget, rank] = step_memory(self.job, at_rank(self.spec, rank), sketch_model(self.job.model, self.source, self.classes), budget)["total"]
+        return self._memory[budget, rank]
 
     @cached_property
-    def _memory(self) -> dict[int, int | None]:
+    def _memory(self) -> dict[tuple[int, int], int | None]:
         return {}
 
     def fresh_model(self) -> TunableModel:

@@ -28,7 +28,7 @@ def test_memory_holds_a_step_of_the_blocks_and_of_no_more(strategy, tiny_job):
     job = tiny_job(f"units.strategy={strategy}", "units.budget=5", "units.fit=true", devices("memory-mb=3", "memory-mb=9", "memory-mb=4, units=2", "memory-mb=1", "speed=1.0"))
     asked = []
 
-    def memory(blocks):
+    def memory(blocks, rank):
         asked.append(blocks)
         return blocks * 10**6
 
@@ -39,20 +39,20 @@ def test_memory_holds_a_step_of_the_blocks_and_of_no_more(strategy, tiny_job):
 
 def test_seconds_are_those_of_the_forward_pass_and_of_the_backward_pass_to_the_lowest(tiny_job):
     changes = ("units.budget=6", "units.fit=true", devices("speed=10", "speed=100", "speed=1"))
-    top = fitted(tiny_job("units.strategy=top", "units.seconds=7.5", *changes), SIX, lambda b: None, 100)
+    top = fitted(tiny_job("units.strategy=top", "units.seconds=7.5", *changes), SIX, lambda b, rank: None, 100)
     shares = [step_share(SIX, (*SIX.blocks[6 - b :], "head")) for b in range(1, 7)]
     assert shares == pytest.approx([7 / 12, 8 / 12, 9 / 12, 10 / 12, 11 / 12, 1])
     assert units_of(top) == [3, 6, 1]  # 10 seconds for a whole step's work
-    bottom = fitted(tiny_job("units.strategy=bottom", "units.seconds=10", *changes), SIX, lambda b: None, 100)
+    bottom = fitted(tiny_job("units.strategy=bottom", "units.seconds=10", *changes), SIX, lambda b, rank: None, 100)
     assert units_of(bottom) == [6, 6, 1]  # the first block is always the lowest: all cost the same
 
 
 def test_memory_that_is_not_known_is_refused(tiny_job):
     job = tiny_job("units.strategy=top", "units.budget=2", "units.fit=true", devices("memory-mb=3"))
     with pytest.raises(JobError, match=r"units\.fit = true: what a step of this base needs cannot be computed from shapes; set it to false and give each class"):
-        fitted(job, SIX, lambda blocks: None, 100)
+        fitted(job, SIX, lambda blocks, rank: None, 100)
     with pytest.raises(JobError, match=r"units\.budget = 2: 1 blocks of this base have trained tensors; lower it"):
-        fitted(job, Schema(SIX.tensors[:1]), lambda blocks: 1, 100)
+        fitted(job, Schema(SIX.tensors[:1]), lambda blocks, rank: 1, 100)
 
 
 def test_simulation_and_plan_take_the_same_number(tiny_job, run_rounds, tmp_path):
