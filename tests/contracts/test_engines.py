@@ -110,6 +110,24 @@ def test_vectorised_is_serial_on_selected_units(changes, tiny_job, run_rounds, t
     same({"serial": serial, "vectorised": run_rounds(tiny_job(*changes), tmp_path / "vectorised").run})
 
 
+RANKS = 'simulation.devices=[{name = "small", rank = 2}, {name = "middle", rank = 3}, {name = "large"}]'
+BOTH = 'simulation.devices=[{name = "small", rank = 2, units = 1}, {name = "large", rank = 3}]'
+
+
+@pytest.mark.parametrize("changes", [
+    (), ("adapter.init=gradient", "adapter.init-clients=3", "adapter.init-examples=8", "adapter.init-step=0.05", "adapter.alpha=8.0"),
+    ("federation.optimizer=sgd", "federation.momentum=0.9", "federation.lr=0.1", "federation.weight-decay=0.1", "federation.proximal=0.5", "federation.lean=all"),
+    ("federation.server-optimizer=fedadam", "federation.server-lr=0.01", "federation.cohort=1", "adapter.train-head=false"),
+    ("units.strategy=lisa", "units.budget=2", BOTH), ("units.strategy=gradient", "units.budget=2", "units.probe-every=2", BOTH), EXAMPLE,
+], ids=" ".join)
+def test_vectorised_is_serial_on_unequal_ranks(changes, tiny_job, run_rounds, tmp_path, monkeypatch):
+    changes = ("federation.cohort=4", RANKS, *changes)
+    serial = run_rounds(tiny_job(*changes, "simulation.engine=serial"), tmp_path / "serial").run
+    assert {rank for line in serial.metrics()[1:] for rank in line["ranks"]} >= ({"2", "3"} if "federation.cohort=1" not in changes else set())
+    monkeypatch.setattr(Worker, "_train", None)  # all together
+    same({"serial": serial, "vectorised": run_rounds(tiny_job(*changes), tmp_path / "vectorised").run})
+
+
 def test_features_are_kept_only_below_what_ever_changes(tiny_job, run_rounds, tmp_path):
     """Of a cut above what another round or client trains, what was kept would be of an old model."""
     for strategy, devices, unit in (("top", (), "block.1"), ("top", (TWO_CLASSES,), None), ("bottom", (), None), ("lisa", (), None)):
@@ -128,8 +146,8 @@ def same(runs, atol=2e-5):
         np.testing.assert_allclose(other.state.arrays[name], serial.state.arrays[name], rtol=0, atol=allowed, err_msg=name)
     assert serial.counters == other.counters  # bytes and messages too
     for one, two in zip(*(run.metrics() for run in runs.values()), strict=True):
-        assert one.keys() == two.keys()
-        for key in one.keys() - {"seconds"}:
+        assert one.keys() == two.keys() and sorted(one["clients"]) == sorted(two["clients"])  # those who train alike come together
+        for key in one.keys() - {"seconds", "clients"}:
             assert one[key] == (pytest.approx(two[key], abs=1e-4) if isinstance(one[key], float) else two[key]), key
     assert len({run.ledger.read_bytes() for run in runs.values()}) == 1
 
