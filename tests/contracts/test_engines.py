@@ -119,6 +119,7 @@ BOTH = 'simulation.devices=[{name = "small", rank = 2, units = 1}, {name = "larg
     ("federation.optimizer=sgd", "federation.momentum=0.9", "federation.lr=0.1", "federation.weight-decay=0.1", "federation.proximal=0.5", "federation.lean=all"),
     ("federation.server-optimizer=fedadam", "federation.server-lr=0.01", "federation.cohort=1", "adapter.train-head=false"),
     ("units.strategy=lisa", "units.budget=2", BOTH), ("units.strategy=gradient", "units.budget=2", "units.probe-every=2", BOTH), EXAMPLE,
+    ("units.strategy=top", "units.budget=1", "adapter.init=gradient", "adapter.init-clients=3", "adapter.init-examples=8", "adapter.init-step=0.05"),
 ], ids=" ".join)
 def test_vectorised_is_serial_on_unequal_ranks(changes, tiny_job, run_rounds, tmp_path, monkeypatch):
     changes = ("federation.cohort=4", RANKS, *changes)
