@@ -422,7 +422,7 @@ def evaluated(job: Job, round: int) -> bool:
 
 
 def make_algorithm(job: Job, schema: Schema, budget: Budget = lambda client: 0, population: int = 0, rank: Rank = lambda client: 0) -> Algorithm:
-    """The algorithm object that every engine runs. budget, rank: of each client; live ones have the job's. population: clients that could ever be
+    """The algorithm object that every engine runs. budget, rank: of each client; 0 is the job's. population: clients that could ever be
     asked (0: not known, then as many as a cohort has). Raises JobError as `require_budgets`."""
     inner = with_server_optimizer(_averaging(job, schema), job.federation)
     if job.federation.drift == "scaffold":

@@ -210,11 +210,20 @@ class Live:
         self.lobby = Lobby(self.link, self.grid, self.bundle, self.roster, self._changed, self._sent)
         self.exchange = self._exchange(self.job.federation.deadline)
         self.coordinator = start(
-            self.job, self.run, self.schema, self.bundle.frame_digest, self.bundle.frame_bytes, make_algorithm(self.job, self.schema, population=0 if self.roster is None else len(self.roster())),
+            self.job, self.run, self.schema, self.bundle.frame_digest, self.bundle.frame_bytes,
+            make_algorithm(self.job, self.schema, self._budget, 0 if self.roster is None else len(self.roster()), self._rank),
             (), lambda: self.bundle.start, self.evaluate, self.traffic, self._plan())
         self.traffic = self.coordinator.traffic  # of the checkpoint, on a run that continues
         self.desk.note(epsilon=spent_so_far(self.run, self.coordinator.privacy))
         follow(self.coordinator, replace(self.watch, line=self._noted))
+
+    def _budget(self, client: str) -> int:
+        device = self.lobby.device(client)
+        return 0 if device is None else device.units
+
+    def _rank(self, client: str) -> int:
+        device = self.lobby.device(client)
+        return 0 if device is None else device.rank
 
     def gradient_bundle(self) -> Bundle:
         """Asks devices for the first step's gradients and makes the run's bundle, with the frame that they give."""
@@ -424,4 +433,4 @@ def _number(name: str) -> int:
 
 
 def _shown(lobby: Lobby) -> list[dict[str, Any]]:
-    return [{"name": g.name, "state": g.state, "online": g.online, "reason": g.reason, "examples": g.examples, "held_out": g.held_out} for g in lobby.guests.values()]
+    return [{"name": g.name, "state": g.state, "online": g.online, "reason": g.reason, "examples": g.examples, "held_out": g.held_out, "class": g.kind} for g in lobby.guests.values()]
