@@ -69,15 +69,20 @@ def most_numbers(job: Job, schema: Schema, budget: int = 0) -> int:
 def _largest(job: Job, schema: Schema, budget: int) -> tuple[str, ...]:
     """Of what this budget may train, that with the most numbers."""
     size = {unit: sum(t.size for t in schema.of_units([unit])) for unit in schema.blocks}
-    left = set(sorted(size, key=lambda unit: -size[unit])[budget or job.units.budget :])
+    left = set(sorted(size, key=lambda unit: -size[unit])[_blocks(job, schema, budget) :])
     return tuple(unit for unit in schema.units if unit not in left)
+
+
+def _blocks(job: Job, schema: Schema, budget: int) -> int:
+    """How many a client of this budget trains: all where neither it nor the job says it, as live under units.fit."""
+    return budget or job.units.budget or len(schema.blocks)
 
 
 def _taken(job: Job, schema: Schema, strategy: str, round: int, budget: int) -> tuple[str, ...]:
     if strategy == "all":
         return schema.units
     found = schema.blocks
-    left = set(order(strategy, found, job.federation.seed, round)[budget or job.units.budget :])
+    left = set(order(strategy, found, job.federation.seed, round)[_blocks(job, schema, budget) :])
     return tuple(unit for unit in schema.units if unit not in left)
 
 
@@ -135,7 +140,7 @@ def _by_scores(job: Job, schema: Schema, state: State, drawn: Sequence[Assignmen
     found, own = schema.blocks, state.slots.get(ROWS)
     if own is None or len(own) != len(drawn) or not begins_with_probe(job, state.round + 1):
         own = np.broadcast_to(_common(state, len(found)), (len(drawn), len(found)))
-    most = np.array([budget(a.client) or job.units.budget for a in drawn], np.int64)
+    most = np.array([_blocks(job, schema, budget(a.client)) for a in drawn], np.int64)
     chosen = choose(own, most, job.units.consistency) if drawn else ()
     left = [{unit for unit, taken in zip(found, row) if not taken} for row in chosen]
     return tuple(replace(a, units=tuple(unit for unit in schema.units if unit not in out)) for a, out in zip(drawn, left))

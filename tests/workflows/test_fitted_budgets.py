@@ -1,11 +1,14 @@
 """Blocks that follow from memory and time: against the memory that a plan computes for each number of blocks, and a division."""
 
+import numpy as np
 import pytest
 
+from fedtune.algorithms.base import State
 from fedtune.algorithms.units import budgets, step_share
 from fedtune.errors import JobError
+from fedtune.rounds import make_algorithm
 from fedtune.training.memory import step_memory
-from fedtune.types import TensorSpec
+from fedtune.types import ClientInfo, TensorSpec
 from fedtune.wire import Schema
 from fedtune.workflows.budgets import fitted, mean_examples
 from fedtune.workflows.plan import make_plan
@@ -53,6 +56,14 @@ def test_memory_that_is_not_known_is_refused(tiny_job):
         fitted(job, SIX, lambda blocks, rank: None, 100)
     with pytest.raises(JobError, match=r"units\.budget = 2: 1 blocks of this base have trained tensors; lower it"):
         fitted(job, Schema(SIX.tensors[:1]), lambda blocks, rank: 1, 100)
+
+
+@pytest.mark.parametrize("strategy", ["top", "lisa", "gradient"])
+def test_live_where_nothing_is_fitted_no_budget_is_all_blocks(strategy, tiny_job):
+    job = tiny_job(f"units.strategy={strategy}", "units.fit=true", devices("memory-mb=3"))
+    state = State(0, {t.name: np.zeros(t.shape) for t in SIX.tensors})
+    (assigned,) = make_algorithm(job, SIX).plan(state, [ClientInfo("a", 5)])
+    assert assigned.units == SIX.units
 
 
 def test_simulation_and_plan_take_the_same_number(tiny_job, run_rounds, tmp_path):
