@@ -2,7 +2,7 @@
 
 What it computes with, B[:, :k] R_k A[:k], is B R A with R_k in the corner of R and 0 elsewhere. Each number of R is averaged over the
 clients that have it and over no others, so on the leading block of any rank, restricted to the clients of at least that rank, the mean of
-the products is the product with the mean, exactly, as with one rank for all (Fed-SB, arXiv:2502.15436, section 4, number by number).
+the products is the product with the mean, exactly, as with one rank for all (Fed-SB, Singhal et al. 2025, taken number by number).
 Frames are ordered by singular value, so a smaller block is the better part; of init = "random" all parts are alike. A core travels as pieces: R[:r1, :r1] of the lowest rank of the job, and for each next rank r the ring of
 r^2 - q^2 numbers of R[:r, :r] outside R[:q, :q], q the rank before, row by row. A client has a piece whole or not at all, so the
 mean of pieces, each over those that sent it, is the mean of numbers, each over its owners.
