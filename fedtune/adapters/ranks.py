@@ -1,11 +1,12 @@
 """Unequal ranks: a client of rank k trains the leading k x k block of each core of Fed-SB, with A[:k] and B[:, :k]. NumPy only.
 
-What it computes with, B[:, :k] R_k A[:k], is B R A with R_k in the corner of R and 0 elsewhere. Each number of R is averaged over the
-clients that have it and over no others, so on the leading block of any rank, restricted to the clients of at least that rank, the mean of
-the products is the product with the mean, exactly, as with one rank for all (Fed-SB, Singhal et al. 2025, taken number by number).
-Frames are ordered by singular value, so a smaller block is the better part; of init = "random" all parts are alike. A core travels as pieces: R[:r1, :r1] of the lowest rank of the job, and for each next rank r the ring of
-r^2 - q^2 numbers of R[:r, :r] outside R[:q, :q], q the rank before, row by row. A client has a piece whole or not at all, so the
-mean of pieces, each over those that sent it, is the mean of numbers, each over its owners.
+What it computes with, B[:, :k] R_k A[:k], is B R A with R_k in the corner of R and 0 elsewhere. A core travels as pieces: R[:r1, :r1] of the
+lowest rank of the job, and for each next rank r the ring of r^2 - q^2 numbers of R[:r, :r] outside R[:q, :q], q the rank before, row by
+row. A client has a piece whole or not at all, so the mean of each piece over those that sent it is the mean of each number over its
+owners. With R restricted to one piece, B (mean R) A is its owners' mean of B R A, exactly, as of whole cores where all ranks are equal;
+over all pieces together it is no mean of the clients' products, as each piece has other owners.
+
+Frames are ordered by singular value, so a smaller block is the better part; of init = "random" all parts are alike.
 """
 
 from collections.abc import Collection

@@ -78,8 +78,8 @@ def test_the_mean_of_pieces_is_the_mean_of_each_number_over_its_owners(ranks, eq
                 assert mean[name][i, j] == before[name][i, j]
 
 
-def test_the_product_with_the_mean_is_the_mean_of_the_products_on_each_block():
-    """On the numbers that all clients of at least a rank share: exact for any weights, whatever others hold."""
+def test_the_product_with_the_mean_is_its_owners_mean_of_products_on_each_piece():
+    """The owners of a ring are the clients of at least its rank: exact for any weights, whatever others hold."""
     rng = np.random.default_rng(3)
     ranks, weights = (2, 5, 3, 5), np.array([1.0, 2.0, 5.0, 7.0])
     clients = [drawn(rank, rng) for rank in ranks]
