@@ -101,7 +101,7 @@ def make_coordinator(size: Size, schema: Schema, path: Path) -> Coordinator:
         job, create_run(path, job, {}), schema, FRAME, 0, algorithm, clients,
         lambda: {t.name: np.zeros(t.shape, np.float32) for t in schema.tensors}, lambda round, arrays: None)
     made.begin()
-    made._planned = dict.fromkeys((c.name for c in clients), made.schema.units)  # not by `plan`: it also makes what is sent, which is not measured here
+    made._planned = dict.fromkeys((c.name for c in clients), (made.schema.units, 0))  # not by `plan`: it also makes what is sent, which is not measured here
     return made
 
 

@@ -22,6 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load, load_file, save
 
+from fedtune.adapters.ranks import Ranks, ranks_in
 from fedtune.adapters.spec import AdapterSpec
 from fedtune.errors import FedtuneError, Refused, RunError
 from fedtune.job import Job, load_job, parse_job, to_toml
@@ -91,11 +92,18 @@ class Bundle:
         """Of a job that trains with forward passes alone."""
         return subspace_of(self.job, self.manifest.spec, self.initial) if self.job.edge.mode == "forward" else None
 
+    @cached_property
+    def ranks(self) -> Ranks | None:
+        """Of a job whose clients have unequal ones."""
+        return ranks_in(self.job, self.manifest.spec)
+
     @property
     def start(self) -> Arrays:
         """The model of round 0, of `schema`."""
         if self.schema == self.manifest.spec.schema:
             return self.initial
+        if self.ranks is not None:
+            return self.ranks.split(self.initial)
         found = self.initial if self.subspace is None else {}
         return {t.name: found[t.name] if t.name in found else np.zeros(t.shape, np.float32) for t in self.schema.tensors}
 
@@ -103,6 +111,8 @@ class Bundle:
         """The trained tensors of a model of `schema`; what stays on the clients is as at the start, unless the model has it."""
         if self.subspace is not None:
             return self.subspace.expand(model[NAME])
+        if self.ranks is not None:
+            return self.ranks.join(model)
         if self.schema == self.manifest.spec.schema:
             return model
         return {t.name: model[t.name] if t.name in model else self.initial[t.name] for t in self.manifest.spec.trainable}

@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from fedtune.bundle import SHIPPED
 from fedtune.errors import Refused
+from fedtune.job import DeviceClass, Job, toml_value
 
 Value = str | bytes | int
 State = Literal["ready", "need", "refused"]
@@ -42,16 +43,17 @@ class Offer:
 
 @dataclass(frozen=True)
 class Answer:
-    """ready: the device can train this job now. need: it wants the bundle first. refused: it will not, and why."""
+    """ready: the device can train this job now. need: it wants the bundle first. refused: it will not, and why. `kind`: its class of the job's devices, "" for none."""
 
     state: State
     reason: str = ""
     name: str = ""
     examples: int = 0
     held_out: int = 0
+    kind: str = ""
 
     def dump(self) -> dict[str, Value]:
-        return {"state": str(self.state), "reason": one_line(self.reason), "name": self.name, "examples": self.examples, "held-out": self.held_out}
+        return {"state": str(self.state), "reason": one_line(self.reason), "name": self.name, "examples": self.examples, "held-out": self.held_out, "kind": self.kind}
 
     @classmethod
     def load(cls, values: Mapping[str, object]) -> "Answer":
@@ -62,7 +64,16 @@ class Answer:
             raise Refused("answer", f"not an answer to an offer ({e.errors(include_input=False)[0]['loc']})") from None
         if (found.name and not NAME.fullmatch(found.name)) or not all(0 <= n < 2**53 for n in (found.examples, found.held_out)):
             raise Refused("answer", "names or counts out of bounds")
-        return replace(found, reason=one_line(found.reason))
+        return replace(found, reason=one_line(found.reason), kind=one_line(found.kind))
+
+
+def class_of(job: Job, kind: str) -> DeviceClass | None:
+    """The class of the job's devices that a device says it is of; None where it says none. Raises Refused for one that the job does not have."""
+    known = {device.name: device for device in job.simulation.devices}
+    if kind and kind not in known:
+        these = f"those of simulation.devices are {', '.join(map(toml_value, known))}; name one of them, or none" if known else "it has none in simulation.devices; name none"
+        raise Refused("class", f"the job knows no class {toml_value(kind[:40])}: {these}")
+    return known.get(kind)
 
 
 _ANSWER = TypeAdapter(Answer)

@@ -16,7 +16,7 @@ import numpy as np
 from fedtune.errors import Refused
 from fedtune.job import Job, UnitsSection
 from fedtune.types import Arrays, TensorSpec
-from fedtune.wire import Header, Schema, packed_size
+from fedtune.wire import Header, Schema, held_places, packed_size
 
 _FLOOR = 1e-8
 SCORES = "scores"
@@ -76,8 +76,8 @@ def _score(strategy: str, means: Sequence[np.ndarray]) -> float:
     return float(np.concatenate(ratios).mean())
 
 
-def probe_bytes(schema: Schema) -> tuple[int, int]:
-    """Bytes of a question and of its answer."""
-    question = Header(kind="probe", schema_digest=schema.digest, frame="0" * 16, round=1)
+def probe_bytes(schema: Schema, rank: int = 0) -> tuple[int, int]:
+    """Bytes of a question to a client of this rank (0: of the whole model) and of its answer."""
+    question = Header(kind="probe", schema_digest=schema.digest, frame="0" * 16, round=1, tensors=held_places(schema, rank))
     of = answers(schema)
     return packed_size(question, schema), packed_size(Header(kind="block-scores", schema_digest=of.digest, frame="0" * 16, round=1), of)

@@ -19,7 +19,7 @@ from fedtune.aggregation.mean import Mean
 from fedtune.algorithms import Algorithm, State, dp_fed_avg, fed_avg, secure_avg
 from fedtune.algorithms.dp_fed_avg import CLIP
 from fedtune.algorithms.server_optimizers import with_server_optimizer
-from fedtune.algorithms.units import ROWS, Budget, Depth, begins_with_probe, selecting, tensors_of, with_scores
+from fedtune.algorithms.units import AS_THE_JOB, ROWS, LimitsOf, begins_with_probe, ranked, selecting, tensors_of, with_scores
 from fedtune.checkpoint import Checkpoint
 from fedtune.errors import EmptyCohort, Refused, SecAggFailed
 from fedtune.job import Job
@@ -36,7 +36,7 @@ from fedtune.secagg.server import Sum
 from fedtune.stateful.scaffold import controls_of, steering
 from fedtune.stateful.select import held_mean
 from fedtune.trees import norm, subtract
-from fedtune.types import Arrays, Assignment, ClientInfo, Metrics, RoundReport, Update
+from fedtune.types import Arrays, Assignment, ClientInfo, Metrics, RoundReport, Update, Work
 from fedtune.wire import Packet, Schema, decode, encode, places
 
 
@@ -141,8 +141,8 @@ class Coordinator:
     _aborted: Sequence[list[str]] = ()
     """Whom the next round had asked when the process before this one ended."""
     _spent: tuple[str, ...] = ()
-    _planned: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Of the round that is under way: the clients asked, and the units each trains."""
+    _planned: dict[str, Work] = field(default_factory=dict)
+    """Of the round that is under way: the clients asked, and what each trains."""
     _unfinished: dict[str, Any] | None = None
     """Of a round whose model the process before this one stored and may not have scored."""
     _began: float = 0.0
@@ -170,15 +170,16 @@ class Coordinator:
         if not begins_with_probe(self.job, self.state.round + 1):
             return []
         self._began = time.monotonic()
-        self._asked = tuple(a.client for a in self.algorithm.plan(self.state, self.clients))
-        able = [client for client in self._asked if self.can_probe(client)]
+        ranks = {a.client: a.rank for a in self.algorithm.plan(self.state, self.clients)}
+        self._asked = tuple(ranks)
+        able = [client for client in ranks if self.can_probe(client)]
         if not able:
             self.probed(())
             return []
-        packet = encode("probe", self.schema, self.state.arrays, round=self.state.round + 1, frame=self.frame_digest)
+        packets = {rank: encode("probe", self.schema, self._held(rank), round=self.state.round + 1, frame=self.frame_digest) for rank in {ranks[client] for client in able}}
         for client in able:
-            self._count_probe(client, down=len(packet))
-        return [(client, packet) for client in able]
+            self._count_probe(client, down=len(packets[ranks[client]]))
+        return [(client, packets[ranks[client]]) for client in able]
 
     def probed(self, replies: Iterable[Reply]) -> None:
         """Takes the answers to `probe`. A client that cannot be asked, or whose answer is missing, wrong or says nothing, goes by the mean of the others."""
@@ -227,13 +228,13 @@ class Coordinator:
             self._joined.update(name for names in self._aborted for name in names)
             assignments = self._within_budget(drawn)
         self._aborted = ()
-        self._planned = {a.client: a.units for a in assignments}
+        self._planned = {a.client: a.work for a in assignments}
         Ledger(self.run.ledger).record(self.state.round + 1, self._release().facts())
         self._joined.update(a.client for a in assignments)
-        packets = {units: self._packet(units) for units in {a.units for a in assignments}}  # one for all who train the same
+        packets = {work: self._packet(*work) for work in {a.work for a in assignments}}  # one for all who train the same
         for a in assignments:
-            self._count_sent(a.client, len(packets[a.units]))
-        return [(a.client, packets[a.units]) for a in assignments]
+            self._count_sent(a.client, len(packets[a.work]))
+        return [(a.client, packets[a.work]) for a in assignments]
 
     def finish(self, replies: Iterable[Reply]) -> RoundReport:
         """Takes the replies as they come, refuses what is wrong, averages the rest, evaluates, and checkpoints.
@@ -290,8 +291,12 @@ class Coordinator:
             return Release(release="updates", mechanism="none", unit="none", clients=len(self._planned))
         return self.privacy.release(tuple(self._planned), float(self.state.slots.get(CLIP, 0.0)))
 
-    def _packet(self, units: tuple[str, ...]) -> bytes:
-        return encode("model", self.schema, self.state.arrays, round=self.state.round + 1, frame=self.frame_digest, train=tensors_of(self.schema, units))
+    def _packet(self, units: tuple[str, ...], rank: int) -> bytes:
+        return encode("model", self.schema, self._held(rank), round=self.state.round + 1, frame=self.frame_digest, train=tensors_of(self.schema, units, rank))
+
+    def _held(self, rank: int) -> Arrays:
+        """What of the model a client of this rank has; 0: all."""
+        return {t.name: self.state.arrays[t.name] for t in self.schema.held(rank).tensors}
 
     def _count_sent(self, client: str, size: int) -> None:
         first = self.frame_bytes if self.traffic.rounds.get(client, 0) == 0 else 0
@@ -301,7 +306,7 @@ class Coordinator:
     def _accepted(self, replies: Iterable[Reply], refused: dict[str, str]) -> Iterator[Update]:
         seen: set[str] = set()
         center = norm(self.state.arrays)
-        assigned = {units: self._tensors(units) for units in set(self._planned.values())}
+        assigned = {work: self._tensors(*work) for work in set(self._planned.values())}
         for reply in replies:
             self.on_reply(reply)
             if reply.late:
@@ -314,12 +319,12 @@ class Coordinator:
             except Refused as e:
                 refused.setdefault(reply.client, str(e))
 
-    def _tensors(self, units: tuple[str, ...]) -> list[int] | None:
-        """As the header of an update of these units names them."""
-        found = tensors_of(self.schema, units)
+    def _tensors(self, units: tuple[str, ...], rank: int) -> list[int] | None:
+        """As the header of an update of these units by a client of this rank names them."""
+        found = tensors_of(self.schema, units, rank)
         return None if found is None else places(self.schema, found)
 
-    def _update(self, reply: Reply, assigned: Mapping[tuple[str, ...], list[int] | None], seen: set[str], center: float) -> Update:
+    def _update(self, reply: Reply, assigned: Mapping[Work, list[int] | None], seen: set[str], center: float) -> Update:
         if reply.client not in self._planned:
             raise Refused("client", "was not asked this round")
         if reply.payload is None and reply.packet is None:
@@ -369,11 +374,15 @@ class Coordinator:
         self._show(line)
 
     def _trained(self, report: RoundReport) -> dict[str, Any]:
-        """How many of the clients averaged trained each unit, where they do not all train all; and of this round's probe the mean scores, and who gave none that counts."""
+        """How many of the clients averaged had each rank, and trained each unit, where they are not all alike; and of this round's probe the mean scores, and who gave none that counts."""
+        found: dict[str, Any] = {}
+        if any(t.rank for t in self.schema.tensors):
+            ranks = Counter(self._planned[client][1] or self.job.adapter.rank for client in report.clients)
+            found["ranks"] = {str(rank): ranks[rank] for rank in sorted(ranks)}
         if self.job.units.strategy == "all":
-            return {}
-        counts = Counter(unit for client in report.clients for unit in self._planned[client])
-        found: dict[str, Any] = {"units": {unit: counts[unit] for unit in self.schema.units if counts[unit]}}
+            return found
+        counts = Counter(unit for client in report.clients for unit in self._planned[client][0])
+        found["units"] = {unit: counts[unit] for unit in self.schema.units if counts[unit]}
         if self._asked and report.round:
             found["unprobed"] = dict(self._silent)
             if len(self._silent) < len(self._asked):
@@ -421,13 +430,13 @@ def evaluated(job: Job, round: int) -> bool:
     return round == job.federation.rounds or round % job.evaluation.every == 0
 
 
-def make_algorithm(job: Job, schema: Schema, budget: Budget = lambda client: 0, population: int = 0, depth: Depth = lambda client: 0) -> Algorithm:
-    """The algorithm object that every engine runs. budget, depth: of each client; live ones have the job's. population: clients that could ever be
+def make_algorithm(job: Job, schema: Schema, limits: LimitsOf = lambda client: AS_THE_JOB, population: int = 0) -> Algorithm:
+    """The algorithm object that every engine runs. limits: of each client. population: clients that could ever be
     asked (0: not known, then as many as a cohort has). Raises JobError as `require_budgets`."""
     inner = with_server_optimizer(_averaging(job, schema), job.federation)
     if job.federation.drift == "scaffold":
         inner = steering(inner, population or job.federation.cohort)
-    return selecting(inner, job, schema, budget, depth)
+    return selecting(ranked(inner, limits), job, schema, limits)
 
 
 def _averaging(job: Job, schema: Schema) -> Algorithm:

@@ -16,6 +16,7 @@ from functools import cached_property
 
 import numpy as np
 
+from fedtune.adapters.ranks import ranks_in
 from fedtune.adapters.spec import AdapterSpec
 from fedtune.errors import JobError
 from fedtune.job import Job
@@ -76,12 +77,14 @@ def small(values: np.ndarray, share: float) -> np.ndarray:
 
 
 def travelling(job: Job, spec: AdapterSpec) -> Schema:
-    """What models and updates of this job hold: the trained tensors, those of them that do not stay on the clients, more beside them, or the numbers of the directions.
+    """What models and updates of this job hold: the trained tensors, those of them that do not stay on the clients, more beside them, the pieces of cores
+    that clients of unequal ranks share, or the numbers of the directions.
 
     Raises JobError for more directions than a model of this size can be rebuilt from in bearable time.
     """
     if job.edge.mode != "forward":
-        return methods.travelling(job, spec.schema)
+        ranks = ranks_in(job, spec)
+        return methods.travelling(job, spec.schema) if ranks is None else ranks.schema
     if job.edge.directions * spec.size > MOST:
         raise JobError([f"edge.directions = {job.edge.directions}: rebuilding {spec.size:,} trained numbers from so many directions takes {job.edge.directions * spec.size:.0e} sums, "
                         f"at most {MOST:.0e} are borne; lower it to {MOST // spec.size}, or train less with adapter.method"])

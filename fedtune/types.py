@@ -15,11 +15,15 @@ Metrics = dict[str, tuple[float, float]]
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Name, shape and unit of one tensor. A unit is what can be selected or frozen as one ("block.3", "head")."""
+    """Name, shape and unit of one tensor. A unit is what can be selected or frozen as one ("block.3", "head").
+
+    `rank`: of a piece of a core, the lowest rank of a client that has it; 0: everybody has the tensor.
+    """
 
     name: str
     shape: tuple[int, ...]
     unit: str
+    rank: int = 0
 
     @property
     def size(self) -> int:
@@ -36,11 +40,20 @@ class ClientInfo:
 
 @dataclass(frozen=True)
 class Assignment:
-    """What one client does in one round: train the tensors of `units`, starting from the model of `round` - 1."""
+    """What one client does in one round: train the tensors of `units` that a client of `rank` has (0: all), starting from the model of `round` - 1."""
 
     client: str
     round: int
     units: tuple[str, ...]
+    rank: int = 0
+
+    @property
+    def work(self) -> "Work":
+        return self.units, self.rank
+
+
+Work = tuple[tuple[str, ...], int]
+"""Units and rank: clients with the same receive the same packet."""
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,10 @@ class Schema:
         wanted = set(units)
         return tuple(t for t in self.tensors if t.unit in wanted)
 
+    def held(self, rank: int) -> "Schema":
+        """What a client of this rank has of it; 0: all."""
+        return Schema(tuple(t for t in self.tensors if t.rank <= rank)) if rank else self
+
 
 class Header(BaseModel):
     """What a packet says about itself. Unknown fields, wrong types and non-finite numbers are refused.
@@ -175,6 +179,11 @@ def places(schema: Schema, names: Collection[str]) -> list[int] | None:
     return None if len(found) == len(schema.tensors) else found
 
 
+def held_places(schema: Schema, rank: int) -> list[int] | None:
+    """As `places`, of what a client of this rank has (0: all)."""
+    return places(schema, [t.name for t in schema.held(rank).tensors])
+
+
 def packed_size(header: Header, schema: Schema) -> int:
     """Bytes of a packet with this header, as `encode` makes it."""
     numbers = schema.size if header.tensors is None else sum(schema.tensors[i].size for i in header.tensors)
@@ -218,10 +227,11 @@ def require_whole(packet: Packet) -> None:
     _require(packet.header.tensors is None, "tensors", "holds a part of the model; training needs all of it")
 
 
-def packet_bytes(schema: Schema, trained: Collection[str] | None = None) -> tuple[int, int]:
-    """Bytes of a model packet, and of the update that answers it with these tensors (None: all), as a run sends them; values do not change them."""
+def packet_bytes(schema: Schema, trained: Collection[str] | None = None, rank: int = 0) -> tuple[int, int]:
+    """Bytes of a model packet to a client of this rank (0: of all there is), and of the update that answers it with these tensors (None: all), as a run
+    sends them; values do not change them."""
     part = None if trained is None else places(schema, trained)
-    model = Header(kind="model", schema_digest=schema.digest, frame="0" * 16, round=1, train=part)
+    model = Header(kind="model", schema_digest=schema.digest, frame="0" * 16, round=1, tensors=held_places(schema, rank), train=part)
     metrics = {"loss": [1.0, 1.0], "accuracy": [1.0, 1.0]}
     update = Header(kind="update", schema_digest=schema.digest, frame="0" * 16, round=1, tensors=part, weight=1.0, metrics=metrics)
     return packed_size(model, schema), packed_size(update, schema)

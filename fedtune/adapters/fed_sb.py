@@ -3,6 +3,8 @@
 Sources: Fed-SB (Singhal et al. 2025), LoRA-SB and LoRA-XS; the maths is in the first two functions' docstrings.
 """
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,6 +32,40 @@ class SBLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + F.linear(self.core(F.linear(x, self.a)), self.b)
+
+
+class Leading:
+    """A model as a client of a lower rank has it: the leading rows of each A, columns of each B, and cores [rank, rank] of its own, which begin at 0.
+
+    Args:
+        model: with its adapter on it; changed only while `installed`.
+        parameters: what is trained, by name, at the adapter's rank.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor], rank: int) -> None:
+        self.parameters, self._layers = dict(parameters), list[tuple[SBLinear, dict[str, Any]]]()
+        names = {id(p): name for name, p in parameters.items()}
+        for layer in [m for m in model.modules() if isinstance(m, SBLinear)]:
+            core = nn.Linear(rank, rank, bias=False, device=layer.a.device)
+            nn.init.zeros_(core.weight)
+            self.parameters[names[id(layer.core.weight)]] = core.weight
+            self._layers.append((layer, {"a": layer.a[:rank], "b": layer.b[:, :rank], "core": core}))
+
+    @contextmanager
+    def installed(self) -> Iterator[dict[str, Tensor]]:
+        """Inside, the model computes so, with the parameters that are given; outside it is as it was."""
+        before = [(layer, {name: getattr(layer, name) for name in own}) for layer, own in self._layers]
+        try:
+            _set(self._layers)
+            yield self.parameters
+        finally:
+            _set(before)
+
+
+def _set(layers: list[tuple[SBLinear, dict[str, Any]]]) -> None:
+    for layer, values in layers:
+        for name, value in values.items():
+            setattr(layer, name, value)
 
 
 class Rows(Protocol):

@@ -12,21 +12,43 @@ scores count (of one that did not answer, the mean), in the rounds up to the nex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 
 from fedtune.algorithms.base import Algorithm, State
 from fedtune.algorithms.selection import choose, normalised
 from fedtune.errors import JobError
-from fedtune.job import Job
+from fedtune.job import DeviceClass, Job
 from fedtune.seeds import generator
 from fedtune.types import Assignment, ClientInfo, RoundReport
 from fedtune.wire import Schema, packet_bytes
 
-Budget = Callable[[str], int]
-"""Blocks that this client may train; 0: as many as the job says."""
-Depth = Callable[[str], int]
-"""Blocks, counted from the top, among which this client may choose by scores; 0: all."""
+
+class Limits(NamedTuple):
+    """What a client can bear; of each 0: as the job says.
+
+    Attributes:
+        blocks: that it trains in a round.
+        depth: blocks, counted from the top, among which it may choose by scores; 0: all.
+        rank: of its cores; 0: adapter.rank.
+    """
+
+    blocks: int = 0
+    depth: int = 0
+    rank: int = 0
+
+
+AS_THE_JOB = Limits()
+
+
+def limits_of(device: DeviceClass | None) -> Limits:
+    """Of a client of this class; None: of no class."""
+    return AS_THE_JOB if device is None else Limits(device.units, device.depth, device.rank)
+
+
+LimitsOf = Callable[[str], Limits]
+"""Of the client with this name."""
 ROWS = "units.scores"
 """The slot that holds the scores of the last probe, [clients then drawn, blocks], each row with sum 1."""
 
@@ -81,7 +103,7 @@ def most_numbers(job: Job, schema: Schema, budget: int = 0, depth: int = 0) -> i
 def _largest(job: Job, schema: Schema, budget: int, depth: int = 0) -> tuple[str, ...]:
     """Of what this budget may train, that with the most numbers."""
     size = {unit: sum(t.size for t in schema.of_units([unit])) for unit in within(schema, depth)}
-    return _with(schema, sorted(size, key=lambda unit: -size[unit])[: budget or job.units.budget])
+    return _with(schema, sorted(size, key=lambda unit: -size[unit])[: _blocks(job, schema, budget)])
 
 
 def _with(schema: Schema, taken: Sequence[str]) -> tuple[str, ...]:
@@ -89,10 +111,15 @@ def _with(schema: Schema, taken: Sequence[str]) -> tuple[str, ...]:
     return tuple(unit for unit in schema.units if unit in taken or unit not in schema.blocks)
 
 
+def _blocks(job: Job, schema: Schema, budget: int) -> int:
+    """How many a client of this budget trains: all where neither it nor the job says it, as live under units.fit."""
+    return budget or job.units.budget or len(schema.blocks)
+
+
 def _taken(job: Job, schema: Schema, strategy: str, round: int, budget: int) -> tuple[str, ...]:
     if strategy == "all":
         return schema.units
-    return _with(schema, order(strategy, schema.blocks, job.federation.seed, round)[: budget or job.units.budget])
+    return _with(schema, order(strategy, schema.blocks, job.federation.seed, round)[: _blocks(job, schema, budget)])
 
 
 def budgets(job: Job) -> tuple[int, ...]:
@@ -100,17 +127,17 @@ def budgets(job: Job) -> tuple[int, ...]:
     return tuple(dict.fromkeys([job.units.budget, *(device.units for device in job.simulation.devices if device.units)]))
 
 
-def tensors_of(schema: Schema, units: Sequence[str]) -> tuple[str, ...] | None:
-    """The tensors of these units, in the order of the schema; None where they are all."""
-    found = tuple(t.name for t in schema.of_units(units))
+def tensors_of(schema: Schema, units: Sequence[str], rank: int = 0) -> tuple[str, ...] | None:
+    """The tensors of these units that a client of this rank has (0: all), in the order of the schema; None where they are all of the schema."""
+    found = tuple(t.name for t in schema.held(rank).of_units(units))
     return None if len(found) == len(schema.tensors) else found
 
 
-def round_bytes(job: Job, schema: Schema, rounds: int, budget: int = 0, depth: int = 0) -> list[tuple[int, int]]:
-    """Bytes of the (model, update) packets of a client of this budget in each of the first rounds, at least one; of blocks chosen by scores, the most."""
-    size = cache(lambda units: packet_bytes(schema, tensors_of(schema, units)))
+def round_bytes(job: Job, schema: Schema, rounds: int, budget: int = 0, depth: int = 0, rank: int = 0) -> list[tuple[int, int]]:
+    """Bytes of the (model, update) packets of a client of these limits in each of the first rounds, at least one; of blocks chosen by scores, the most."""
+    size = cache(lambda units: packet_bytes(schema, tensors_of(schema, units, rank), rank))
     if job.units.probes:
-        return [size(_largest(job, schema, budget, depth))] * max(1, rounds)
+        return [size(_largest(job, schema.held(rank), budget, depth))] * max(1, rounds)
     if job.units.strategy != "lisa":
         return [size(selected(job, schema, 1, budget))] * max(1, rounds)
     return [size(selected(job, schema, round, budget)) for round in range(1, max(1, rounds) + 1)]
@@ -145,18 +172,19 @@ def _common(state: State, count: int) -> np.ndarray:
     return state.slots[ROWS].mean(0) if ROWS in state.slots else np.full(count, 1.0 / count)
 
 
-def by_common_scores(job: Job, schema: Schema, state: State, budget: int = 0, depth: int = 0) -> tuple[str, ...]:
-    """What a client of this budget and depth trains between probes, where all go by the mean of the last."""
+def by_common_scores(job: Job, schema: Schema, state: State, limits: Limits = AS_THE_JOB) -> tuple[str, ...]:
+    """What a client of these limits trains between probes, where all go by the mean of the last."""
     state = replace(state, round=0, slots={ROWS: _common(state, len(schema.blocks))[None]})
-    return _by_scores(job, schema, state, (Assignment("", 1, schema.units),), lambda client: budget, lambda client: depth)[0].units
+    return _by_scores(job, schema, state, (Assignment("", 1, schema.units),), lambda client: limits)[0].units
 
 
-def _by_scores(job: Job, schema: Schema, state: State, drawn: Sequence[Assignment], budget: Budget, depth: Depth) -> tuple[Assignment, ...]:
+def _by_scores(job: Job, schema: Schema, state: State, drawn: Sequence[Assignment], limits: LimitsOf) -> tuple[Assignment, ...]:
     found, own = schema.blocks, state.slots.get(ROWS)
     if own is None or len(own) != len(drawn) or not begins_with_probe(job, state.round + 1):
         own = np.broadcast_to(_common(state, len(found)), (len(drawn), len(found)))
-    most = np.array([budget(a.client) or job.units.budget for a in drawn], np.int64)
-    depths = np.array([len(within(schema, depth(a.client))) for a in drawn], np.int64)
+    borne = [limits(a.client) for a in drawn]
+    most = np.array([_blocks(job, schema, its.blocks) for its in borne], np.int64)
+    depths = np.array([len(within(schema, its.depth)) for its in borne], np.int64)
     chosen = choose(own, most, job.units.consistency, depths) if drawn else ()
     return tuple(replace(a, units=_with(schema, [unit for unit, taken in zip(found, row) if taken])) for a, row in zip(drawn, chosen))
 
@@ -193,7 +221,16 @@ def require_budgets(job: Job, schema: Schema) -> None:
                         'give one more memory-mb, units.seconds or depth, or use "top" or "lisa"'])
 
 
-def selecting(algorithm: Algorithm, job: Job, schema: Schema, budget: Budget = lambda client: 0, depth: Depth = lambda client: 0) -> Algorithm:
+def ranked(algorithm: Algorithm, limits: LimitsOf) -> Algorithm:
+    """The same, with each client training what its rank has: a piece of a core is then averaged over those that have it, and one that nobody trained stays."""
+
+    def plan(state: State, clients: Sequence[ClientInfo]) -> tuple[Assignment, ...]:
+        return tuple(replace(a, rank=limits(a.client).rank) for a in algorithm.plan(state, clients))
+
+    return replace(algorithm, plan=plan)
+
+
+def selecting(algorithm: Algorithm, job: Job, schema: Schema, limits: LimitsOf = lambda client: AS_THE_JOB) -> Algorithm:
     """The same, with each client training what its budget takes, on the part of the model that anybody trains in the round.
 
     What nobody trains stays as it is, with its moments, and no algorithm adds noise to it. Raises JobError as `require_budgets`.
@@ -206,8 +243,8 @@ def selecting(algorithm: Algorithm, job: Job, schema: Schema, budget: Budget = l
     def plan(state: State, clients: Sequence[ClientInfo]) -> tuple[Assignment, ...]:
         drawn = algorithm.plan(state, clients)
         if job.units.probes:
-            return _by_scores(job, schema, state, drawn, budget, depth)
-        return tuple(replace(a, units=selected(job, schema, a.round, budget(a.client))) for a in drawn)
+            return _by_scores(job, schema, state, drawn, limits)
+        return tuple(replace(a, units=selected(job, schema, a.round, limits(a.client).blocks)) for a in drawn)
 
     def part(state: State) -> State:
         if job.units.probes:

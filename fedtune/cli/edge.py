@@ -39,6 +39,7 @@ def train(
     threads: client.ThreadsOption = 0,
     idle: client.IdleOption = 600.0,
     memory_mb: MemoryOption = 0,
+    kind: client.ClassOption = "",
     log_json: client.LogOption = False,
 ) -> None:
     """Joins a federation and trains when asked, as `fedtune client` does, with onnxruntime alone. Coordinators see no difference."""
@@ -46,7 +47,7 @@ def train(
 
     if not (graphs / CARD).is_file():
         raise RunError(f"--graphs {graphs}: no {CARD} in it; give the folder that `fedtune prepare JOB -o BUNDLE --edge {graphs}` makes")
-    client.join(server, folder, data, policy, name, insecure, log_json, threads=threads, idle_seconds=idle, graphs=graphs, memory_mb=memory_mb)
+    client.join(server, folder, data, policy, name, insecure, log_json, threads=threads, idle_seconds=idle, graphs=graphs, memory_mb=memory_mb, kind=kind)
 
 
 @app.command(epilog=PREDICT)

@@ -29,14 +29,14 @@ def command(job: JobArgument = None, set_: SetOption = None, understand: Underst
 
 
 def _show(plan: "Plan", console: Console) -> None:
-    from fedtune.report.format import count, percent, size
+    from fedtune.report.format import clean, count, percent, size
     from fedtune.report.privacy import shown
     from fedtune.report.terminal import table
 
     device = plan.device
     rows = [
         ("base", plan.source, f"{count(plan.base_parameters)} numbers, frozen"),
-        ("adapter", f"{plan.method}, rank {plan.rank}" if plan.modules else plan.method, f"{plan.modules} linears" if plan.modules else ""),
+        ("adapter", f"{plan.method}, rank {_ranks(plan)}" if plan.modules else plan.method, f"{plan.modules} linears" if plan.modules else ""),
         ("trained", f"{count(plan.trainable)} numbers", f"{percent(plan.trainable, plan.base_parameters)} of the base, {count(plan.head)} in the head"),
         *([("a client trains", f"{plan.budget} of {sum(u.selectable for u in plan.units)} blocks", f"{_chosen(plan)}; what lies outside the blocks is always trained")] if plan.strategy != "all" else []),
         ("one update", size(plan.update_bytes), "up, per client and round" + (", at most" if plan.units and any(u.trained in ("drawn", "chosen") for u in plan.units) else "")),
@@ -64,12 +64,20 @@ def _show(plan: "Plan", console: Console) -> None:
         units = [(u.name, count(u.numbers), size(u.bytes), "yes" if u.selectable else "no", u.trained) for u in plan.units]
         console.print(table(("unit", "numbers", "bytes", "selectable", "trained"), units, words=(0, 3, 4)))
     if plan.devices:
+        if plan.ranks:
+            console.print(Text("A client of each class, in a round", style="bold"))
+            classes = [(clean(d.name), str(d.rank), count(d.numbers), size(d.update_bytes), size(d.model_bytes)) for d in plan.devices]
+            console.print(table(("device class", "rank", "numbers trained", "one update", "one model"), classes))
         console.print(Text("A round of one client, in simulated time", style="bold"))
         header = ("device class", "clients", "receiving", "training", "sending", "in all", "frame, once")
         more = (*(("blocks",) if plan.strategy != "all" else ()), *(("of the last", "a probe") if plan.probes else ()))
         console.print(table((*header, *more), [(*_device(d), *_units(d, plan)) for d in plan.devices]))
     for note in plan.notes:
         console.print(Text(f"! {note}", style="yellow"))
+
+
+def _ranks(plan: "Plan") -> str:
+    return f"{plan.rank} (clients: {', '.join(map(str, plan.ranks))})" if plan.ranks else str(plan.rank)
 
 
 def _chosen(plan: "Plan") -> str:

@@ -17,7 +17,7 @@ from fedtune.client.secure import SecureWork, is_question
 from fedtune.client.supernode import NodeSettings, SuperNode, execute
 from fedtune.client.trainer import Trainer, TrainerSettings
 from fedtune.errors import DataError, FedtuneError, ModelError, Refused, RunError, UserError
-from fedtune.offer import Answer, Offer
+from fedtune.offer import Answer, Offer, class_of
 from fedtune.stateful.methods import method_of
 from fedtune.storage import lock, private_folder
 from fedtune.waits import GOODBYE_SECONDS, OFFER_SECONDS, STEADY_SECONDS, WATCH_POLL, backoff
@@ -41,6 +41,7 @@ class DeviceSettings:
         base: folder of the base model, when the one the job names is not to be looked for.
         policy: the owner's limits; None takes policy.toml of the folder, if there is one.
         name: what to be called where devices have no keys.
+        kind: the class of the job's devices whose `units` and `rank` this one trains; "" for none.
         insecure: no TLS and no key; the caller allows it for loopback only.
         graphs: folder of training graphs, for a device without torch; memory_mb: MB that its trainer keeps to, 0 for no limit.
     """
@@ -56,6 +57,7 @@ class DeviceSettings:
     idle_seconds: float = 600.0
     graphs: Path | None = None
     memory_mb: int = 0
+    kind: str = ""
 
 
 Say = Callable[[str], None]
@@ -95,8 +97,8 @@ class Work:
             return Answer("refused", _outward(e), self.settings.name)
         self.say(f"ready for job {offer.job[:12]}: {self._facts['examples']} examples to train on, {self._facts['held_out']} held out")
         if self._bundle is not None and self._bundle.job.privacy.hides_clients:  # how many there are is not protected by any noise
-            return Answer("ready", "", self.settings.name)
-        return Answer("ready", "", self.settings.name, self._facts["examples"], self._facts["held_out"])
+            return Answer("ready", "", self.settings.name, kind=self.settings.kind)
+        return Answer("ready", "", self.settings.name, self._facts["examples"], self._facts["held_out"], self.settings.kind)
 
     def train(self, job: str, packet: bytes, client: str) -> bytes:
         with _inward(self):
@@ -154,6 +156,7 @@ class Work:
         bundle = open_bundle(self._folder(job))
         _ = bundle.frame
         self.policy.check(bundle.manifest, bundle.job)
+        class_of(bundle.job, self.settings.kind)
         _ = self._budget(bundle).plan
         secure = SecureWork(self.settings.folder / "secagg", bundle, self.policy.min_cohort) if bundle.job.privacy.secure_aggregation else None
         trainer = Trainer(TrainerSettings(

@@ -22,13 +22,14 @@ from fedtune.stateful.base import Ask, Trained
 from fedtune.stateful.methods import method_of
 from fedtune.stateful.store import Kept
 from fedtune.subspace import NAME
+from fedtune.training.asked import Asked, answered, asked
 from fedtune.training.batches import probed_batches
 from fedtune.training.clients import ClientStore, Stream
 from fedtune.training.forward import train_forward
 from fedtune.training.holder import Device, read_data, require_converged
 from fedtune.training.keeping import Local, own_state, personal_model, train_keeping
 from fedtune.types import Arrays, Metrics
-from fedtune.wire import Packet, Pieces, decode, encode, require_whole
+from fedtune.wire import Packet, Pieces, decode, encode
 
 TOKENS, IMAGES = 256, 4
 """What goes through the graph at once where memory sets no lower bound. On MiniLM, 4 texts of 64 tokens a time take no longer for a text
@@ -50,30 +51,47 @@ class EdgeWorker:
         """
         job, schema = self.bundle.job, self.bundle.schema
         packet = decode(payload, schema, kinds=["model", "probe"], frame=self.bundle.frame_digest)
-        require_whole(packet)
+        work = asked(self.bundle, packet)
+        values = self._values(packet, work)
         if packet.header.kind == "probe":
-            return self._probe(packet, client, data)
-        fed, round, private, values = job.federation, packet.header.round, example_privacy(job), packet.arrays
+            return self._probe(packet, work, values, client, data)
+        fed, round, private = job.federation, packet.header.round, example_privacy(job)
         if method_of(job):
             update, metrics = train_keeping(self.bundle, self.kept, packet, client, data, self._local(client, data, round))
             return encode("update", schema, update, round=round, frame=self.bundle.frame_digest, weight=float(len(data)), metrics=metrics)
         if private is not None:
-            metrics = train_privately(self.engine, values, data, fed, private, round, noise_of(job, round, client), packet.train)
+            metrics = train_privately(self.engine, values, data, fed, private, round, noise_of(job, round, client), work.names, work.rank)
         else:
             if self.bundle.subspace is not None:
                 metrics = train_forward(self.bundle.subspace, values[NAME], data, job, round, client, self.engine.passes)
             else:
-                metrics = train_locally(self.engine, values, data, fed, round, generator(fed.seed, "local", round, client), packet.train)
+                metrics = train_locally(self.engine, values, data, fed, round, generator(fed.seed, "local", round, client), work.names, rank=work.rank)
             require_converged(metrics)
         weight, metrics = outward(job, len(data), metrics)
-        trained = values if packet.train is None else {name: values[name] for name in packet.train}
-        return encode("update", schema, trained, round=round, frame=self.bundle.frame_digest, weight=weight, metrics=metrics)
+        trained: Arrays = values if work.names is None else {name: values[name] for name in work.names}
+        return encode("update", schema, self._leading(trained, work.rank), round=round, frame=self.bundle.frame_digest, weight=weight, metrics=metrics)
 
-    def _probe(self, packet: Packet, client: str, data: ClientData | Stream) -> bytes:
-        job, schema, round = self.bundle.job, self.bundle.schema, packet.header.round
+    def _values(self, packet: Packet, work: Asked) -> Pieces:
+        """What the graphs take: of a client of a lower rank, with 0 where it has nothing."""
+        ranks, schema = self.bundle.ranks, self.bundle.manifest.spec.schema
+        if ranks is None:
+            return packet.arrays
+        whole = ranks.whole(work.model)
+        return Pieces(np.concatenate([whole[t.name].ravel() for t in schema.tensors]), schema.layout)
+
+    def _leading(self, trained: Arrays, rank: int) -> Arrays:
+        """What a client of this rank has of them, as it travels."""
+        ranks = self.bundle.ranks
+        return trained if ranks is None else answered(self.bundle, ranks.leading(trained, rank))
+
+    def _probe(self, packet: Packet, work: Asked, values: Pieces, client: str, data: ClientData | Stream) -> bytes:
+        job, schema, round = self.bundle.job, self.bundle.manifest.spec.schema, packet.header.round
         units = require_probing(job)
         batches = probed_batches(data.lengths, units, job.federation, round, client)
-        scores = block_scores(units.strategy, schema, batch_gradients(self.engine, packet.arrays, data, batches), self.bundle.manifest.weights)
+        gradients = batch_gradients(self.engine, values, data, batches)
+        if self.bundle.ranks is not None:
+            gradients = (self.bundle.ranks.leading(found, work.rank) for found in gradients)
+        scores = block_scores(units.strategy, schema, gradients, self.bundle.manifest.weights)
         return encode("block-scores", answers(schema), scores, round=round, frame=self.bundle.frame_digest)
 
     def _local(self, client: str, data: ClientData | Stream, round: int) -> Local:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from fedtune.adapters.ranks import at_rank
 from fedtune.adapters.spec import AdapterSpec
 from fedtune.data.encoded import ClientData, Encoder
 from fedtune.edge.graphs import Graphs, Passed
@@ -82,12 +83,14 @@ def pieces(lengths: Sequence[int], span: int) -> Iterator[np.ndarray]:
 class Trained:
     """The tensors that a round trains, as numbers of a vector of all: the optimizer moves these and no others."""
 
-    def __init__(self, spec: AdapterSpec, names: Collection[str] | None) -> None:
-        """names: None for all."""
-        chosen = [names is None or t.name in names for t in spec.trainable]
-        self.spec = replace(spec, trainable=tuple(t for t, taken in zip(spec.trainable, chosen) if taken))
+    def __init__(self, spec: AdapterSpec, names: Collection[str] | None, rank: int = 0) -> None:
+        """names: None for all. rank: of the client, which trains the leading numbers of the cores alone (0: all)."""
+        of = at_rank(spec, rank)
+        chosen = [names is None or t.name in names for t in of.trainable]
+        self.spec = replace(of, trainable=tuple(t for t, taken in zip(of.trainable, chosen) if taken))
         self.sizes = [t.size for t in self.spec.trainable]
-        self._all, self._mask = all(chosen), np.repeat(chosen, [t.size for t in spec.trainable])
+        self._mask = np.concatenate([_leading(t.shape, own.shape, taken) for t, own, taken in zip(spec.trainable, of.trainable, chosen)])
+        self._all = bool(self._mask.all())
 
     def of(self, vector: np.ndarray) -> np.ndarray:
         """[P] -> their numbers; the vector itself where they are all."""
@@ -101,15 +104,22 @@ class Trained:
             values[self._mask] = moved
 
 
+def _leading(shape: tuple[int, ...], own: tuple[int, ...], taken: bool) -> np.ndarray:
+    """Booleans for the numbers of a tensor: whether `taken`, and among its first `own` along each side."""
+    found = np.zeros(shape, bool)
+    found[tuple(slice(side) for side in own)] = taken
+    return found.ravel()
+
+
 def train_locally(
     engine: Engine, values: Pieces, data: ClientData | Stream, settings: FederationSection, round: int, rng: np.random.Generator,
-    names: Collection[str] | None = None, pull: Pull | None = None,
+    names: Collection[str] | None = None, pull: Pull | None = None, rank: int = 0,
 ) -> Metrics:
     """Runs the round's optimizer steps on these tensors of `values` (None: all), in place; see `training.local.train_locally`.
 
-    A `pull` that names tensors is of all of them.
+    A `pull` that names tensors is of all of them. rank: of the client, whose values are 0 beyond it (0: adapter.rank).
     """
-    trained, pull = Trained(engine.graphs.card.spec, names), pull or Pull(settings.proximal)
+    trained, pull = Trained(engine.graphs.card.spec, names, rank), pull or Pull(settings.proximal)
     optimizer, totals = Optimizer(trained.spec, settings, round), np.zeros(3)
     mu, towards = np.float32(pull.strength), trained.of(values.vector).copy() if pull.towards is None else _flat(pull.towards, values)
     offset = np.float32(0) if pull.offset is None else _flat(pull.offset, values)
@@ -146,13 +156,13 @@ def batch_gradients(engine: Engine, values: Pieces, data: ClientData | Stream, b
 
 def train_privately(
     engine: Engine, values: Pieces, data: ClientData | Stream, settings: FederationSection, privacy: ExamplePrivacy, round: int, noise: Noise,
-    names: Collection[str] | None = None,
+    names: Collection[str] | None = None, rank: int = 0,
 ) -> Metrics:
     """DP-SGD on these tensors of `values` (None: all), in place, one example at a time; see `training.private.train_privately`.
 
-    Gradients are clipped, and noise is added, over these tensors alone. Raises Refused as that does.
+    Gradients are clipped, and noise is added, over these numbers alone. rank: as in `train_locally`. Raises Refused as that does.
     """
-    trained = Trained(engine.graphs.card.spec, names)
+    trained = Trained(engine.graphs.card.spec, names, rank)
     optimizer, check = Optimizer(trained.spec, settings, round), SelfCheck(privacy)
     scores, start = np.zeros(3), trained.of(values.vector).copy()
     for index in poisson_batches(len(data), privacy, noise):

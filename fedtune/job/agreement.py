@@ -38,6 +38,7 @@ def disagreements(job: Sections) -> Iterator[str]:
         yield 'adapter.train-head = false: method = "head" trains nothing but the head; set it to true or choose another method'
     yield from _forward_disagreements(job)
     yield from _units_disagreements(job)
+    yield from _rank_disagreements(job)
     yield from _overshooting(job)
     yield from _drift_disagreements(job)
     yield from _personal_disagreements(job)
@@ -206,6 +207,27 @@ def _units_disagreements(job: Sections) -> Iterator[str]:
         for place, count in own:
             if count != units.budget:
                 yield f"simulation.devices.{place}.units = {count}: units.budget is {units.budget}, and with {key} all clients must train as many blocks; remove it"
+
+
+def _rank_disagreements(job: Sections) -> Iterator[str]:
+    rank, fed, privacy = job.adapter.rank, job.federation, job.privacy
+    counting = {  # what counts on it that every client trains the same numbers
+        'privacy.unit = "client"': privacy.unit == "client",
+        "privacy.secure-aggregation = true": privacy.secure_aggregation,
+        f"federation.aggregation = {toml_value(fed.aggregation)}": fed.aggregation != "mean",
+        f"federation.drift = {toml_value(fed.drift)}": fed.drift != "none",
+        f"personal.method = {toml_value(job.personal.method)}": job.personal.method != "none",
+        'edge.mode = "forward"': job.edge.mode == "forward",
+    }
+    for place, device in enumerate(job.simulation.devices):
+        chosen = f"simulation.devices.{place}.rank = {device.rank}"
+        if device.rank and job.adapter.method != "fed-sb":
+            yield f'{chosen}: adapter.method = {toml_value(job.adapter.method)} has no cores with leading blocks; remove it, or use "fed-sb"'
+        elif device.rank > rank:
+            yield f"{chosen}: at most adapter.rank = {rank}, of which all classes train a leading part; lower it, or raise adapter.rank"
+        elif device.rank and device.rank != rank:
+            for key in [key for key, holds in counting.items() if holds][:1]:
+                yield f"{chosen}: adapter.rank is {rank}, and with {key} all clients must train the same numbers; remove it"
 
 
 def _probe_disagreements(job: Sections) -> Iterator[str]:

@@ -245,10 +245,11 @@ class DeviceClass(Section):
     drop_out: float = _key(0.0, "chance that a client that was asked never answers", ge=0.0, le=1.0)
     units: int = _key(0, "blocks a client of the class trains in a round (0: units.budget)", ge=0, le=100_000)
     depth: int = _key(0, "gradient, rgn, snr, fisher: blocks, counted from the last, that a client of the class may choose among (0: all); with fewer than all it is not probed and goes by the mean of the others", ge=0, le=100_000)
+    rank: int = _key(0, "fed-sb: a client of the class trains the leading rank x rank numbers of each core, with as much of the frame (0: adapter.rank)", ge=0, le=4096)
 
 
 class SimulationSection(Section):
-    """How a simulation runs its clients; `fedtune server` reads none of it."""
+    """How a simulation runs its clients; `fedtune server` reads none of it but `units` and `rank` of a class that a device names."""
 
     engine: Literal["vectorised", "serial", "ray"] = _key(
         "vectorised", "vectorised (the cohort trained together), serial (one client after another) or ray (Flower's engine, also on several machines)")

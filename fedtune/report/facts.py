@@ -83,7 +83,7 @@ def headline(s: Summary) -> str:
     done = plural(rounds_done(s), "round")
     if not s["complete"]:
         done = f"{count(rounds_done(s))} of {plural(rounds_planned(s), 'round')}, unfinished"
-    cost = f"{'up to ' if s.get('units') else ''}{size(s['communication']['update_bytes'])} per client and round"
+    cost = f"{'up to ' if _unequal(s) else ''}{size(s['communication']['update_bytes'])} per client and round"
     ours = leading(s)[0]
     if ours is None:
         return f"{'Not evaluated' if s['complete'] else 'Nothing evaluated yet'} after {done}; {cost}."
@@ -176,7 +176,7 @@ def key_figures(s: Summary) -> list[Fact]:
         *([] if simulated is None else [Fact("simulated time", duration(simulated), f"on {plural(len(s.get('devices', [])), 'class', 'classes')} of devices")]),
         Fact("clients", count(clients(s)), cohort),
         Fact("numbers trained", count(c["trainable_numbers"]), f"{percent(c['trainable_numbers'], s['base']['parameters'])} of the base"),
-        Fact("one update", size(c["update_bytes"]), "at most, up; the whole model comes down" if s.get("units") else "each way, per client and round"),
+        Fact("one update", size(c["update_bytes"]), "at most, up; what the client's rank has comes down" if s.get("ranks") else "at most, up; the whole model comes down" if s.get("units") else "each way, per client and round"),
         Fact("sent in all", size(total), f"in {plural(c['messages'], 'message')}"),
         Fact("epsilon", words.shown(s["privacy"]["epsilon"]), words.short(s["privacy"])),
     ]
@@ -235,7 +235,7 @@ def communication(s: Summary) -> list[Fact]:
     holders = c.get("took_part", sum(1 for client in c["clients"] if client["rounds"] > 0))
     beside = c.get("evaluation", 0) + c.get("offers", 0)
     return [
-        Fact("one update", size(c["update_bytes"]), f"at most, of {plural(numbers, 'number')}" if s.get("units") else f"{plural(numbers, 'number')} and their names"),
+        Fact("one update", size(c["update_bytes"]), f"at most, of {plural(numbers, 'number')}" if _unequal(s) else f"{plural(numbers, 'number')} and their names"),
         *([Fact("frame", size(c["frame_bytes"]), f"frozen, sent once to each of {plural(holders, 'client')}")] if c["frame_bytes"] else []),
         Fact("sent by clients", size(c["up"]), f"{percent(c['up'], c['up'] + c['down'])} of all bytes"),
         Fact("received by clients", size(c["down"]), "frame included" if c["frame_bytes"] else ""),
@@ -263,6 +263,11 @@ def fleet(s: Summary) -> str:
     return text + (f" {plural(unable, 'client')} had too little memory to take part." if unable else "")
 
 
+def _unequal(s: Summary) -> bool:
+    """Whether clients train, or send, unlike numbers."""
+    return bool(s.get("units") or s.get("ranks"))
+
+
 def units(s: Summary) -> str:
     """Which units clients train, in one sentence; empty where they all train all."""
     if not s.get("units"):
@@ -277,6 +282,12 @@ _KEPT = {
     "ditto": "Each client keeps a model of its own, pulled to the global one", "head": "Each client keeps the head that it trained",
     "select": "Each client keeps those entries of the weights that moved most with it, and shares the others",
     "loge": "Each client keeps a head of its own beside the shared one"}
+
+
+def ranks(s: Summary) -> str:
+    """What clients of unequal ranks share, in one sentence; empty where all have the same."""
+    found = [r["rank"] for r in s.get("ranks", [])]
+    return f"Clients have the ranks {', '.join(map(count, found))}: each trains the leading block of that size of every core, and a number is averaged over those that have it." if found else ""
 
 
 def personal(s: Summary) -> str:

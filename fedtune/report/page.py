@@ -45,6 +45,7 @@ def render(summary: Summary) -> str:
         _communication(s),
         _devices(s),
         _units(s),
+        _ranks(s),
         _refused(s),
         _exports(s),
         privacy_page.section(s["privacy"]),
@@ -186,6 +187,15 @@ def _units(s: Summary) -> str:
         "Trained units",
         html.paragraph(facts.units(s)),
         html.table("Trained units", tables.unit_header(s), tables.unit_rows(s)),
+    )
+
+
+def _ranks(s: Summary) -> str:
+    return html.section(
+        "ranks",
+        "Ranks",
+        html.paragraph(facts.ranks(s)),
+        html.table("Ranks of clients", tables.RANK_HEADER, tables.rank_rows(s)),
     )
 
 

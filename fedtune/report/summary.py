@@ -70,7 +70,7 @@ class Round(TypedDict):
 
     With device classes there are the simulated seconds of the round, and those up to its end (`simulated_clock`), the clients
     that never answered (`dropped`) and those that would have needed longer than the deadline (`stragglers`). Where not all clients
-    train all, `units` says how many of `clients` trained each, and `scores`, of a round that began with a probe, what it said of
+    train all, `units` says how many of `clients` trained each and `ranks` how many had each rank, and `scores`, of a round that began with a probe, what it said of
     each block: means of shares that sum to 1; `unprobed` are the clients whose answer is missing or was not taken, and why. Where clients
     keep a part of the model or a model of their own, `personal_accuracy` and `personal_loss` are of those that have one, `personal_clients`, with what each has, on `personal_evaluated` examples of theirs.
     """
@@ -91,6 +91,7 @@ class Round(TypedDict):
     dropped: NotRequired[list[str]]
     stragglers: NotRequired[list[str]]
     units: NotRequired[dict[str, int]]
+    ranks: NotRequired[dict[str, int]]
     scores: NotRequired[dict[str, float]]
     unprobed: NotRequired[dict[str, str]]
     personal_accuracy: NotRequired[float | None]
@@ -251,6 +252,15 @@ class Trained(TypedDict):
     score: NotRequired[float]
 
 
+class Ranked(TypedDict):
+    """How often clients of a rank trained, as of `Trained`; `numbers` is how many trained numbers they have."""
+
+    rank: int
+    numbers: int
+    rounds: int
+    updates: int
+
+
 class Exported(TypedDict, total=False):
     """One exported file and how it compares with the trained model on `examples` of the `of` held-out examples.
 
@@ -289,6 +299,7 @@ class Summary(TypedDict):
     communication: Communication
     devices: NotRequired[list[DeviceClass]]
     units: NotRequired[list[Trained]]
+    ranks: NotRequired[list[Ranked]]
     export: NotRequired[dict[str, Exported]]
     privacy: Privacy
     complete: bool

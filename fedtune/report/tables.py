@@ -98,6 +98,14 @@ def _probed(s: Summary) -> bool:
     return any("score" in u for u in s.get("units", []))
 
 
+RANK_HEADER = ("rank", "numbers of a client", "rounds trained", "client updates")
+
+
+def rank_rows(s: Summary) -> list[tuple[str, ...]]:
+    """How often clients of each rank trained; nothing where all have the same."""
+    return [tuple(count(r[key]) for key in ("rank", "numbers", "rounds", "updates")) for r in s.get("ranks", [])]  # type: ignore[literal-required]
+
+
 RIVAL_HEADER = ("baseline", "accuracy", "federated", "difference")
 
 

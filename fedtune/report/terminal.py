@@ -42,6 +42,7 @@ def show(summary: Summary, console: Console) -> None:
     _clients(console, s)
     _devices(console, s)
     _rows(console, "Trained units", tables.unit_header(s), tables.unit_rows(s))
+    _rows(console, "Ranks", tables.RANK_HEADER, tables.rank_rows(s))
     _facts(console, "Communication", facts.communication(s))
     _rows(console, "Refused updates", ("round", "client", "reason"), [(str(r), c, why) for r, c, why in facts.refusals(s)], words=(1, 2))
     _rows(console, "Exported files", tables.EXPORT_HEADER, tables.exports(s), words=(0, 1))

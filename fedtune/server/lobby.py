@@ -11,7 +11,8 @@ from flwr.serverapp import Grid
 
 from fedtune.bundle import Bundle
 from fedtune.errors import Refused
-from fedtune.offer import Answer, Offer
+from fedtune.job import DeviceClass
+from fedtune.offer import Answer, Offer, class_of
 from fedtune.server.app import short
 from fedtune.server.superlink import SuperLink
 from fedtune.types import ClientInfo
@@ -30,6 +31,7 @@ class Guest:
     reason: str = ""
     examples: int = 0
     held_out: int = 0
+    kind: str = ""
     online: bool = True
     question: str = ""
     shipped: bool = False
@@ -71,6 +73,11 @@ class Lobby:
         known = {g.name: g.node for g in self.guests.values() if g.state == "ready"}
         return [known[name] for name in names]
 
+    def device(self, name: str) -> DeviceClass | None:
+        """The class of the job's devices that this one says it is of; None where it says none."""
+        kinds = {g.name: g.kind for g in self.guests.values() if g.state == "ready"}
+        return class_of(self._bundle.job, kinds.get(name, ""))
+
     def _greet(self, node: int, joined: str, name: str) -> None:
         guest = self.guests.get(node)
         if guest is None or guest.joined != joined:
@@ -104,7 +111,11 @@ class Lobby:
                 continue
             if answer.state == "need":
                 answer = Answer("refused", "asked for the bundle again after it was sent")
-            guest.state, guest.reason, guest.examples, guest.held_out = answer.state, answer.reason, answer.examples, answer.held_out
+            try:
+                class_of(self._bundle.job, answer.kind)
+            except Refused as e:
+                answer = Answer("refused", str(e), answer.name)
+            guest.state, guest.reason, guest.examples, guest.held_out, guest.kind = answer.state, answer.reason, answer.examples, answer.held_out, answer.kind
             if self._names is None and answer.name:
                 guest.name = self._unique(answer.name, guest)
             self._changed(guest)

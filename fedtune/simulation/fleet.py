@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fedtune.algorithms.units import step_share, unlimited
+from fedtune.algorithms.units import Limits, limits_of, step_share, unlimited
 from fedtune.job import DeviceClass, Job
 from fedtune.probes import probe_bytes
 from fedtune.rounds import Coordinator, Reply, Traffic
@@ -88,16 +88,12 @@ class Fleet:
     def _place(self) -> dict[str, int]:
         return {client.name: place for place, client in enumerate(self.clients)}
 
-    def budget(self, client: str) -> int:
-        """Blocks that a client may train; 0: as many as the job says."""
-        return self.devices[self.classes[self._place[client]]].units
-
-    def depth(self, client: str) -> int:
-        """Blocks, counted from the top, that a client may choose among; 0: all."""
-        return self.devices[self.classes[self._place[client]]].depth
+    def limits(self, client: str) -> Limits:
+        """Those of the client's class."""
+        return limits_of(self.devices[self.classes[self._place[client]]])
 
     def can_probe(self, client: str) -> bool:
-        return unlimited(self.schema, self.depth(client))
+        return unlimited(self.schema, self.limits(client).depth)
 
     def available(self, round: int) -> Chosen:
         """The clients that can be asked in a round; 0 is what precedes the first."""
@@ -135,8 +131,9 @@ class Fleet:
 
     def _probing(self, ask: Ask, pairs: Sequence[tuple[str, bytes]], kind: str, round: int) -> Iterator[Reply]:
         """All who can before the deadline answer a probe: drop-outs are lost while they train."""
-        most, size, up = self.job.units.probe_batches * self.job.federation.batch_size, len(pairs[0][1]), probe_bytes(self.schema)[1]
-        for client, _ in pairs:
+        most, up = self.job.units.probe_batches * self.job.federation.batch_size, probe_bytes(self.schema)[1]
+        for client, packet in pairs:
+            size = len(packet)
             place = self._place[client]
             seconds = span(self.devices[self.classes[place]], size, min(self.clients[place].examples, most), up).total
             late = seconds > self.job.federation.deadline

@@ -20,6 +20,7 @@ from fedtune.seeds import generator
 from fedtune.stateful.base import Ask
 from fedtune.stateful.methods import asks, method_of
 from fedtune.training import keeping
+from fedtune.training.asked import Asked, asked
 from fedtune.training.batches import local_batches
 from fedtune.training.chunks import Task, trainable_batches
 from fedtune.training.cohort import CohortTrainer, Pulls
@@ -27,7 +28,7 @@ from fedtune.training.holder import require_converged
 from fedtune.training.local import only
 from fedtune.training.worker import Worker
 from fedtune.types import Arrays, Metrics
-from fedtune.wire import Header, Packet, Pieces, Schema, decode, encode, finite_norm, kind_of, packed_size, require_whole
+from fedtune.wire import Header, Packet, Pieces, Schema, decode, encode, finite_norm, kind_of, layout, packed_size
 
 MOST_TOGETHER = 256
 """Clients in a block unless the job says otherwise: beyond it nothing is gained, and replies come seldom."""
@@ -45,19 +46,19 @@ class Together:
 
     Args:
         worker: holds the base; answers what is not training.
-        open: makes the trainer of these tensors (None: of all), once the adapter is on the base; None where the base does not allow it.
+        open: makes the trainer of these tensors (None: of all) of clients of this rank, once the adapter is on the base; None where the base does not allow it.
         data: a client's training examples.
     """
 
     worker: Worker
     settings: SimulationSection
-    open: Callable[[tuple[str, ...] | None], CohortTrainer | None]
+    open: Callable[[tuple[str, ...] | None, int], CohortTrainer | None]
     data: Callable[[str], ClientData]
-    _trainers: dict[tuple[str, ...] | None, CohortTrainer | None] = field(default_factory=dict)
+    _trainers: dict[tuple[tuple[str, ...] | None, int], CohortTrainer | None] = field(default_factory=dict)
 
-    def trainer(self, names: tuple[str, ...] | None) -> CohortTrainer | None:
-        found = self._trainers.pop(names) if names in self._trainers else self.open(names)
-        self._trainers[names] = found
+    def trainer(self, names: tuple[str, ...] | None, rank: int = 0) -> CohortTrainer | None:
+        found = self._trainers.pop((names, rank)) if (names, rank) in self._trainers else self.open(names, rank)
+        self._trainers[names, rank] = found
         while len(self._trainers) > MOST_TRAINERS:
             del self._trainers[next(iter(self._trainers))]
         return found
@@ -70,15 +71,16 @@ class Together:
                 continue
             bundle = self.worker.open()
             packet = decode(payload, bundle.schema, kinds=["model"], frame=bundle.frame_digest)
-            require_whole(packet)
-            trainer = self.trainer(packet.train)
+            work = asked(bundle, packet)
+            trainer = self.trainer(work.names, work.rank)
             if trainer is None:
                 yield from self._one_by_one(payload, clients)
                 continue
             keeps = bool(method_of(self.worker.job))
             size = self.settings.block or block_size(trainer.schema.size * (KEPT if keeps else 1), memory_for(self.settings) // 2)
             for begin in range(0, len(clients), size):
-                yield from (self._keeping if keeps else self._block)(trainer, packet, clients[begin : begin + size])
+                block = clients[begin : begin + size]
+                yield from self._keeping(trainer, packet, block) if keeps else self._block(trainer, packet, work, block)
 
     def _one_by_one(self, payload: bytes, clients: Sequence[str]) -> Iterator[Reply]:
         for client in clients:
@@ -87,15 +89,13 @@ class Together:
             except Refused as e:
                 yield Reply(client, None, str(e))
 
-    def _block(self, trainer: CohortTrainer, packet: Packet, clients: Sequence[str]) -> Iterator[Reply]:
+    def _block(self, trainer: CohortTrainer, packet: Packet, work: Asked, clients: Sequence[str]) -> Iterator[Reply]:
         round, private = packet.header.round, example_privacy(self.worker.job)
         tasks = [self._task(client, round, private) for client in clients]
-        start = packet.arrays.vector
-        if packet.train is not None:
-            write(self.worker.parameters, packet.arrays)  # what these clients do not train is as the model has it
-            start = np.concatenate([packet.arrays[name].ravel() for name in packet.train])
+        start = np.concatenate([work.model[t.name].ravel() for t in trainer.schema.tensors])
         try:
-            with only(self.worker.parameters, packet.train):
+            with self.worker.at(work.rank) as parameters, only(parameters, work.names):
+                write(parameters, work.model)  # what these clients do not train is as the model has it
                 models, totals = trainer.train(start, tasks, round, private)
         except Refused as e:  # a mechanism that is broken is broken for all
             yield from (Reply(client, None, str(e)) for client in clients)
@@ -137,15 +137,19 @@ class Together:
         batches = local_batches(data.lengths, fed.batch_size, fed.local_epochs, fed.local_steps, generator(fed.seed, "local", round, client))
         return Task(client, data, trainable_batches(data, list(batches), job.model.task))
 
-    def _reply(self, task: Task, trained: Schema, asked: Header, vector: np.ndarray, metrics: Metrics) -> Reply:
+    def _reply(self, task: Task, trained: Schema, sent: Header, vector: np.ndarray, metrics: Metrics) -> Reply:
         """As Worker and the wire make it of one client's training, without the bytes in between. Raises Refused as they do."""
-        schema, norm = self.worker.spec.schema, finite_norm(vector)
+        bundle, norm = self.worker.open(), finite_norm(vector)
         weight, metrics = outward(self.worker.job, len(task.data), metrics)
         header = Header(
-            kind="update", schema_digest=schema.digest, frame=self.worker.open().frame_digest, round=asked.round, weight=weight, tensors=asked.train,
+            kind="update", schema_digest=bundle.schema.digest, frame=bundle.frame_digest, round=sent.round, weight=weight, tensors=sent.train,
             metrics={name: [total, share] for name, (total, share) in metrics.items()},
         )
-        return Reply(task.client, None, packet=Packet(header, Pieces(vector, trained.layout), norm), size=packed_size(header, schema))
+        arrays = Pieces(vector, trained.layout)
+        if bundle.ranks is not None:
+            pieces = bundle.ranks.split(arrays)
+            arrays = Pieces(np.concatenate([piece.ravel() for piece in pieces.values()]), layout((name, piece.shape) for name, piece in pieces.items()))
+        return Reply(task.client, None, packet=Packet(header, arrays, norm), size=packed_size(header, bundle.schema))
 
 
 def _turns(asked: Sequence[Ask], schema: Schema) -> list[list[int]]:

@@ -18,7 +18,7 @@ from fedtune.metrics import PERSONAL
 from fedtune.stateful.methods import shared
 from fedtune.training.clients import ClientStore, Stream
 from fedtune.types import Arrays, Metrics
-from fedtune.wire import Schema, decode, encode
+from fedtune.wire import Schema, decode, encode, require_whole
 
 _JOB_KEY = re.compile(r"\b(data|model)\.[a-z]")
 KEEP = 16 * 2**20
@@ -70,6 +70,7 @@ class Device:
         Raises Refused for a packet that is not for this bundle, and for a model whose loss is not a number.
         """
         model = decode(packet, self.bundle.schema, kinds=["model"], frame=self.bundle.frame_digest)
+        require_whole(model)
         held_out = self._held_out()
         metrics = self.worker.metrics(shared(self.bundle.job, model.arrays), held_out)
         own = self.worker.personal(model.arrays, "", held_out, model.header.round)

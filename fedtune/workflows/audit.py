@@ -142,6 +142,8 @@ def _require_auditable(job: Job, kind: Kind) -> None:
         raise UserError(f'units.strategy = "{job.units.strategy}": not available yet for an audit, whose canaries keep their directions from round to round; use "all", "top", "bottom" or "both"')
     if job.units.fit or set(budgets(job)) != {job.units.budget}:
         raise UserError("simulation.devices: classes that train unlike numbers of blocks are not available yet for an audit, whose canaries have directions in what all train; remove units and units.fit")
+    if any(device.rank not in (0, job.adapter.rank) for device in job.simulation.devices):
+        raise UserError(f"simulation.devices: ranks below adapter.rank = {job.adapter.rank} are not available yet for an audit, whose canaries have directions in what all train; remove them")
     if job.simulation.engine == "ray":
         raise UserError('simulation.engine = "ray": an audit stands inside the process that trains; use "vectorised" or "serial"')
     if job.adapter.init == "gradient-dp":

@@ -190,8 +190,8 @@ class AuditedSteps(Audited):
     def answered(self, client: str, came: bool) -> None:
         self.audit.left(client, came)
 
-    def _trainer(self, names: tuple[str, ...] | None = None) -> CohortTrainer | None:
-        found = super()._trainer(names)
+    def _trainer(self, names: tuple[str, ...] | None = None, rank: int = 0) -> CohortTrainer | None:
+        found = super()._trainer(names, rank)
         if found is not None:
             found.audit = self.audit
         return found

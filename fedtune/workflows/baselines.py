@@ -79,11 +79,13 @@ def clients_alone(simulation: Simulation, federated: Scores, took_part: dict[str
         name = setup.split.clients[place]
         held_out = setup.store.held_out(name)
         simulation.watch.advance(1)
-        own = start
+        rank, own = simulation.limits(name).rank, start
+        if (ranks := simulation.worker.open().ranks) is not None:
+            own = ranks.leading(start, rank)
         for round in range(1, max(1, took_part.get(name, 0)) + 1):
-            trained, _ = simulation.worker.train(own, name, setup.store.train(name), round, simulation.assigned(name, round))
+            trained, _ = simulation.worker.train(own, name, setup.store.train(name), round, simulation.assigned(name, round), rank=rank)
             own = own | trained
-        alone = simulation.worker.metrics(own, held_out)
+        alone = simulation.worker.metrics(own if ranks is None else ranks.split(ranks.whole(own)), held_out)
         together = federated.metrics(slice(offsets[place], offsets[place + 1]))
         both[0].append(alone)
         both[1].append(together)

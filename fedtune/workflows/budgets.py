@@ -4,15 +4,15 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fedtune.algorithms.units import lowest, require_budgets, step_share
+from fedtune.algorithms.units import Limits, lowest, require_budgets, step_share
 from fedtune.data.partition import Split
 from fedtune.errors import JobError
 from fedtune.job import DeviceClass, FederationSection, Job
 from fedtune.simulation.devices import MB, span
 from fedtune.wire import Schema
 
-StepMemory = Callable[[int, int], int | None]
-"""(blocks, depth) -> bytes that a client needs that trains so many blocks out of so many from the top (0: of all); None where that is not known."""
+StepMemory = Callable[[Limits], int | None]
+"""Bytes that a training client of these limits needs; None where that is not known."""
 
 
 def fitted(job: Job, schema: Schema, memory: StepMemory, examples: float) -> Job:
@@ -70,7 +70,7 @@ def _fits(job: Job, schema: Schema, device: DeviceClass, units: int, depth: int,
         return False
     if not device.memory_mb:
         return True
-    step = memory(units, depth)
+    step = memory(Limits(units, depth, device.rank))
     if step is None:
         raise JobError(["units.fit = true: what a step of this base needs cannot be computed from shapes; set it to false and give each class of devices its units"])
     return step <= device.memory_mb * MB

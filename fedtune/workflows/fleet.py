@@ -1,6 +1,6 @@
 """The devices of a job's simulated clients, checked against what a training step needs."""
 
-from fedtune.algorithms.units import unlimited
+from fedtune.algorithms.units import limits_of, unlimited
 from fedtune.errors import JobError
 from fedtune.gradient_init import gradient_bytes
 from fedtune.report.format import size
@@ -15,7 +15,7 @@ def make_fleet(setup: Setup) -> Fleet | None:
     limits = {device.memory_mb for device in devices} - {0}
     if not devices:
         return None
-    steps = [setup.step_memory(device.units, device.depth) if limits else None for device in devices]
+    steps = [setup.step_memory(limits_of(device)) if limits else None for device in devices]
     known = [step for step in steps if step is not None]
     if limits and len(known) < len(steps):
         raise JobError([f"simulation.devices: memory-mb = {min(limits)}: what a step of this base needs cannot be computed from shapes; set memory-mb to 0"])

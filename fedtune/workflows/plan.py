@@ -1,7 +1,7 @@
 """fedtune plan: what a job will train, send and need, before anything runs. Needs a base's config, not its weights."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -11,8 +11,21 @@ import numpy as np
 from safetensors.numpy import save
 
 from fedtune import packages
+from fedtune.adapters.ranks import at_rank, ranks_in
 from fedtune.adapters.spec import describe
-from fedtune.algorithms.units import lowest, require_budgets, round_bytes, selected, step_share, unlimited, within
+from fedtune.algorithms.units import (
+    AS_THE_JOB,
+    Limits,
+    limits_of,
+    lowest,
+    most_numbers,
+    require_budgets,
+    round_bytes,
+    selected,
+    step_share,
+    unlimited,
+    within,
+)
 from fedtune.bundle import shipped_of
 from fedtune.data.examples import PACKAGE_READERS, load_dataset
 from fedtune.data.partition import Split, split
@@ -50,6 +63,7 @@ class Unit:
 class DeviceTime:
     """What a round costs a device of a class, in simulated seconds, as the mean over all clients' examples. `blocks` are those that it trains, 0 where all
     train all, chosen among the last `depth`, 0 where they are not chosen by scores; `probe` is what a probe takes, where the round begins with one and the class can be probed.
+    `rank` is that of its cores, 0 without any; `numbers` are the most that it trains in a round, `update_bytes` the most that it sends of them, and `model_bytes` what it receives.
 
     `able`: whether the class has the memory. `frame`: what receiving the frame adds to a client's first round. None is not known.
     """
@@ -67,6 +81,10 @@ class DeviceTime:
     depth: int = 0
     probed: bool = False
     probe: float | None = None
+    rank: int = 0
+    numbers: int = 0
+    model_bytes: int = 0
+    update_bytes: int = 0
 
     @property
     def seconds(self) -> float | None:
@@ -77,8 +95,8 @@ class DeviceTime:
 class Plan:
     """Bytes are those of serialised messages. Totals that depend on who is drawn are expectations, said as such.
 
-    An update is the largest that a client of the job's own budget sends; the memory is that of such a client. `budget` is that number of
-    blocks, all of them where `strategy` is all. `kept_bytes` is the most that a client keeps on its disk from round to round, 0 where it keeps nothing, and
+    An update is the largest that a client of the job's own budget and rank sends; the memory is that of such a client. `budget` is that number of
+    blocks, all of them where `strategy` is all. `ranks` are those of all clients, where they are not equal. `kept_bytes` is the most that a client keeps on its disk from round to round, 0 where it keeps nothing, and
     `kept_total` the most that the clients that are expected to take part in a simulation keep together. A probe's bytes are both ways, for one client. `unit` is what privacy protects, "none" for nothing, and `epsilon` at `delta` the most one unit can lose: "inf" without protection.
     `device` is the memory of one training client in bytes: its parts are computed from shapes, not measured.
     """
@@ -110,6 +128,7 @@ class Plan:
     kept_total: int
     device: dict[str, int | None]
     devices: tuple[DeviceTime, ...]
+    ranks: tuple[int, ...]
     unit: str
     epsilon: float | str
     delta: float
@@ -134,21 +153,22 @@ def make_plan(job: Job) -> Plan:
     schema = travelling(job, spec)
     require_budgets(job, schema)
     fed, examples = job.federation, None if parts is None else mean_examples(parts, job.federation)
+    ranks = ranks_in(job, spec)
 
     @cache
-    def memories(units: int, depth: int) -> dict[str, int | None]:
-        return step_memory(job, spec, sketch_model(job.model, source, classes), units, depth)
+    def memories(limits: Limits) -> dict[str, int | None]:
+        return step_memory(job, at_rank(spec, limits.rank), sketch_model(job.model, source, classes), limits.blocks, limits.depth)
 
-    def memory_of(units: int, depth: int) -> int | None:
-        return memories(units, depth)["total"]
+    def memory_of(limits: Limits) -> int | None:
+        return memories(limits)["total"]
 
     job = fitted(job, schema, memory_of, examples or fed.local_steps * fed.batch_size)
-    sizes = {key: round_bytes(job, schema, job.federation.rounds, *key) for key in {(0, 0), *map(_limits, job.simulation.devices)}}
-    model, update = (max(column) for column in zip(*sizes[0, 0]))
+    sizes = {limits: round_bytes(job, schema, job.federation.rounds, *limits) for limits in {AS_THE_JOB, *map(limits_of, job.simulation.devices)}}
+    model, update = (max(column) for column in zip(*sizes[AS_THE_JOB]))
     once = (spec.frame, spec.trainable if "initial.safetensors" in shipped_of(job) else ())
     frame = sum(len(save({t.name: np.zeros(t.shape, np.float32) for t in tensors})) for tensors in once if tensors)
     init = min(job.adapter.init_clients, clients) * sum(gradient_bytes(spec)) if job.adapter.asks_gradients else 0
-    memory, steps = memories(0, 0), {key: memory_of(*key) for key in sizes}
+    memory, steps = memories(AS_THE_JOB), {limits: memory_of(limits) for limits in sizes}
     devices = _devices(job, schema, clients, examples, steps, sizes, frame)
     drawable = max(1, sum(d.clients for d in devices if d.able)) if devices else clients
     cohort = min(fed.cohort, drawable)
@@ -156,7 +176,8 @@ def make_plan(job: Job) -> Plan:
     first = holders(drawable, cohort, fed.rounds)
     probes, probe = (-(-fed.rounds // job.units.probe_every), probe_bytes(schema)) if job.units.probes else (0, (0, 0))
     asked = sum(d.clients for d in devices if d.able and d.probed) / drawable if devices else 1.0
-    exchanged = cohort * (fed.rounds * _mean_bytes(job, devices, sizes) + asked * probes * sum(probe))
+    exchanged = cohort * (fed.rounds * _mean_bytes(devices, job, {limits: sum(map(sum, of)) / len(of) for limits, of in sizes.items()})
+                          + (probes and asked * probes * _mean_bytes(devices, job, {limits: sum(probe_bytes(schema, limits.rank)) for limits in sizes}, probed=True)))
     privacy = plan_of(job, clients)
     notes += [*warnings_of(privacy), *init_warnings(spec, privacy)] if privacy else []
     lost = privacy.reading().epsilon if privacy and job.privacy.noise == "system" else math.inf
@@ -164,11 +185,14 @@ def make_plan(job: Job) -> Plan:
         notes.append("the weights are not here: numbers and bytes are exact, but nothing can be trained yet")
     notes += _curved_notes(job, memory)
     notes += _units_notes(job, schema)
-    notes += [note for device, made in zip(job.simulation.devices, devices) for note in _device_notes(job, device, made, steps[_limits(device)])]
+    notes += [note for device, made in zip(job.simulation.devices, devices) for note in _device_notes(job, device, made, steps[limits_of(device)])]
+    if ranks is not None and not any(device.rank in (0, spec.rank) for device in job.simulation.devices):
+        notes.append(f"ranks: no class has adapter.rank = {spec.rank}, so in a simulation what lies beyond rank {ranks.all[-2]} stays as it starts; lower it, or give a class that rank")
     return Plan(
         job.model.source, bool(source.weights), parameters, spec.method, spec.rank, len(spec.linears), spec.size, spec.head_size,
         job.units.strategy, job.units.budget or len(schema.blocks), _units(job, schema),
-        model, update, sum(probe), probes, frame, fed.rounds, cohort, clients, round(exchanged / fed.rounds), first, init, exchanged + first * frame + init, keeps, round(keeps * first), memory, devices,
+        model, update, sum(probe), probes, frame, fed.rounds, cohort, clients, round(exchanged / fed.rounds), first, init, exchanged + first * frame + init, keeps, round(keeps * first),
+        memory, devices, () if ranks is None else ranks.all,
         job.privacy.unit, figure(lost), privacy.delta if privacy else 0.0, privacy.parts["update"] if privacy else 0.0, tuple(notes),
     )
 
@@ -216,21 +240,14 @@ def _units(job: Job, schema: Schema) -> tuple[Unit, ...]:
     return tuple(found)
 
 
-Limits = tuple[int, int]
-"""Blocks that are trained, 0: as many as the job says; and among how many from the top they are chosen, 0: all."""
 Sizes = dict[Limits, list[tuple[int, int]]]
 """Bytes of the (model, update) packets of each round."""
 
 
-def _limits(device: DeviceClass) -> Limits:
-    return device.units, device.depth
-
-
-def _mean_bytes(job: Job, devices: Sequence[DeviceTime], sizes: Sizes) -> float:
-    """Of a model and an update together, over the rounds and over the clients that can take part, each as likely to be drawn as any."""
-    means = {key: sum(model + update for model, update in of) / len(of) for key, of in sizes.items()}
-    weighed = [(d.clients, means[_limits(device)]) for device, d in zip(job.simulation.devices, devices) if d.able and d.clients]
-    return sum(n * mean for n, mean in weighed) / sum(n for n, _ in weighed) if weighed else means[0, 0]
+def _mean_bytes(devices: Sequence[DeviceTime], job: Job, means: Mapping[Limits, float], probed: bool = False) -> float:
+    """Of what a client of these limits has in the mean, over the clients that can take part, or those of them that can be probed, each as likely to be drawn as any."""
+    weighed = [(d.clients, means[limits_of(device)]) for device, d in zip(job.simulation.devices, devices) if d.able and d.clients and (d.probed or not probed)]
+    return sum(n * mean for n, mean in weighed) / sum(n for n, _ in weighed) if weighed else means[AS_THE_JOB]
 
 
 def _devices(job: Job, schema: Schema, clients: int, examples: float | None, steps: dict[Limits, int | None], sizes: Sizes, frame: int) -> tuple[DeviceTime, ...]:
@@ -240,21 +257,23 @@ def _devices(job: Job, schema: Schema, clients: int, examples: float | None, ste
         return ()
     held = np.bincount(assign(fed.seed, devices, clients), minlength=len(devices)).tolist()
     mean = gradients(job) * (examples or 0.0)
-    largest = [(max(model for model, _ in sizes[_limits(device)]), max(update for _, update in sizes[_limits(device)])) for device in devices]
-    (question, answer), probed = probe_bytes(schema), min(mean, job.units.probe_batches * fed.batch_size)
+    largest = [(max(model for model, _ in sizes[limits_of(device)]), max(update for _, update in sizes[limits_of(device)])) for device in devices]
+    probed = min(mean, job.units.probe_batches * fed.batch_size)
 
     def probes(device: DeviceClass) -> bool:
         return job.units.probes and unlimited(schema, device.depth)
 
     def probing(device: DeviceClass) -> float | None:
+        question, answer = probe_bytes(schema, device.rank)
         return span(device, question, probed, answer).total if probes(device) and (examples is not None or not device.speed) else None
 
-    work = [step_share(schema, lowest(job, schema, *_limits(device))) for device in devices]
+    work = [step_share(schema, lowest(job, schema, *limits_of(device)[:2])) for device in devices]
     spans = [span(device, model, share * mean, update) for device, share, (model, update) in zip(devices, work, largest)]
     return tuple(
         DeviceTime(device.name, count, bool(fit), device.available, device.drop_out, s.down, None if examples is None and device.speed else s.train, s.up, span(device, frame, 0, 0).down,
-                   0 if job.units.strategy == "all" else device.units or job.units.budget, len(within(schema, device.depth)) if job.units.probes else 0, probes(device), probing(device))
-        for device, count, fit, s in zip(devices, held, able(devices, [steps[_limits(device)] for device in devices]), spans))
+                   0 if job.units.strategy == "all" else device.units or job.units.budget, len(within(schema, device.depth)) if job.units.probes else 0, probes(device), probing(device),
+                   (device.rank or job.adapter.rank) if job.adapter.method == "fed-sb" else 0, most_numbers(job, schema.held(device.rank), device.units, device.depth), *bytes_)
+        for device, count, fit, s, bytes_ in zip(devices, held, able(devices, [steps[limits_of(device)] for device in devices]), spans, largest))
 
 
 def _units_notes(job: Job, schema: Schema) -> list[str]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.adapters.frames import from_gradients
+from fedtune.algorithms.units import Limits, limits_of, unlimited
 from fedtune.bundle import Bundle, open_bundle, write_bundle
 from fedtune.errors import EnvironmentProblem, FedtuneError, PrivacyRefused, Refused, RunError, UserError
 from fedtune.gradient_init import gather_gradients, gradient_schema
@@ -210,11 +211,17 @@ class Live:
         self.lobby = Lobby(self.link, self.grid, self.bundle, self.roster, self._changed, self._sent)
         self.exchange = self._exchange(self.job.federation.deadline)
         self.coordinator = start(
-            self.job, self.run, self.schema, self.bundle.frame_digest, self.bundle.frame_bytes, make_algorithm(self.job, self.schema, population=0 if self.roster is None else len(self.roster())),
+            self.job, self.run, self.schema, self.bundle.frame_digest, self.bundle.frame_bytes,
+            make_algorithm(self.job, self.schema, self._limits, 0 if self.roster is None else len(self.roster())),
             (), lambda: self.bundle.start, self.evaluate, self.traffic, self._plan())
+        self.coordinator.can_probe = lambda client: unlimited(self.schema, self._limits(client).depth)
         self.traffic = self.coordinator.traffic  # of the checkpoint, on a run that continues
         self.desk.note(epsilon=spent_so_far(self.run, self.coordinator.privacy))
         follow(self.coordinator, replace(self.watch, line=self._noted))
+
+    def _limits(self, client: str) -> Limits:
+        """Those of the class that the device says it is of."""
+        return limits_of(self.lobby.device(client))
 
     def gradient_bundle(self) -> Bundle:
         """Asks devices for the first step's gradients and makes the run's bundle, with the frame that they give."""
@@ -424,4 +431,4 @@ def _number(name: str) -> int:
 
 
 def _shown(lobby: Lobby) -> list[dict[str, Any]]:
-    return [{"name": g.name, "state": g.state, "online": g.online, "reason": g.reason, "examples": g.examples, "held_out": g.held_out} for g in lobby.guests.values()]
+    return [{"name": g.name, "state": g.state, "online": g.online, "reason": g.reason, "examples": g.examples, "held_out": g.held_out, "class": g.kind} for g in lobby.guests.values()]

@@ -11,8 +11,9 @@ import numpy as np
 
 from fedtune import packages
 from fedtune.adapters import frames, methods
+from fedtune.adapters.ranks import at_rank
 from fedtune.adapters.spec import AdapterSpec, Linear, describe
-from fedtune.algorithms.units import require_budgets
+from fedtune.algorithms.units import AS_THE_JOB, Limits, require_budgets
 from fedtune.bundle import Bundle, write_bundle
 from fedtune.data import holdings
 from fedtune.data.examples import Dataset, load_dataset
@@ -60,14 +61,15 @@ class OpenBase:
         """What models and updates hold."""
         return travelling(self.job, self.spec)
 
-    def step_memory(self, budget: int = 0, depth: int = 0) -> int | None:
-        """Bytes that a training client of this budget (0: the job's) and depth (0: all) needs; None for a base of which that cannot be computed."""
-        if (budget, depth) not in self._memory:
-            self._memory[budget, depth] = step_memory(self.job, self.spec, sketch_model(self.job.model, self.source, self.classes), budget, depth)["total"]
-        return self._memory[budget, depth]
+    def step_memory(self, limits: Limits = AS_THE_JOB) -> int | None:
+        """Bytes that a training client of these limits needs; None for a base of which that cannot be computed."""
+        if limits not in self._memory:
+            sketch = sketch_model(self.job.model, self.source, self.classes)
+            self._memory[limits] = step_memory(self.job, at_rank(self.spec, limits.rank), sketch, limits.blocks, limits.depth)["total"]
+        return self._memory[limits]
 
     @cached_property
-    def _memory(self) -> dict[tuple[int, int], int | None]:
+    def _memory(self) -> dict[Limits, int | None]:
         return {}
 
     def fresh_model(self) -> TunableModel:

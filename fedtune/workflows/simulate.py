@@ -11,7 +11,8 @@ import torch
 
 from fedtune.adapters import frames
 from fedtune.adapters.methods import write
-from fedtune.algorithms.units import by_common_scores, ever, selected, tensors_of
+from fedtune.adapters.ranks import at_rank
+from fedtune.algorithms.units import AS_THE_JOB, Limits, by_common_scores, ever, selected, tensors_of
 from fedtune.bundle import open_bundle
 from fedtune.client.app import make_client_app
 from fedtune.errors import EnvironmentProblem, RunError
@@ -123,39 +124,37 @@ class Simulation:
     def fleet(self) -> Fleet | None:
         return make_fleet(self.setup)
 
-    def budget(self, client: str) -> int:
-        """Blocks that this client may train; 0: as many as the job says."""
-        return 0 if self.fleet is None else self.fleet.budget(client)
-
-    def depth(self, client: str) -> int:
-        """Blocks, counted from the top, that this client may choose among; 0: all."""
-        return 0 if self.fleet is None else self.fleet.depth(client)
+    def limits(self, client: str) -> Limits:
+        """What this client can bear."""
+        return AS_THE_JOB if self.fleet is None else self.fleet.limits(client)
 
     def assigned(self, client: str, round: int) -> tuple[str, ...] | None:
         """The tensors that this client trains in a round; None: all. Where blocks are chosen by scores: by those of the last probe."""
-        job, schema, budget = self.setup.job, self.setup.schema, self.budget(client)
+        job, schema, limits = self.setup.job, self.setup.spec.schema, self.limits(client)
         if job.units.probes:
             newest = self.run.newest()
-            return tensors_of(schema, by_common_scores(job, schema, newest.state, budget, self.depth(client))) if newest else None
-        return tensors_of(schema, selected(job, schema, round, budget))
+            return tensors_of(schema, by_common_scores(job, schema, newest.state, limits)) if newest else None
+        return tensors_of(schema, selected(job, schema, round, limits.blocks))
 
     def answer(self, packet: bytes, client: str) -> bytes:
         return self.worker.handle(packet, client, self.setup.store.train(client))
 
-    def _trainer(self, names: tuple[str, ...] | None = None) -> CohortTrainer | None:
-        """What trains these tensors (None: all) of clients together; None, with a word to whoever watches, where this base does not allow it."""
+    def _trainer(self, names: tuple[str, ...] | None = None, rank: int = 0) -> CohortTrainer | None:
+        """What trains these tensors (None: all) of clients of this rank (0: adapter.rank) together; None, with a word to whoever watches, where this base does not allow it."""
         setup = self.setup
         if setup.job.edge.mode == "forward":
             return None
-        start = self.worker.open().initial
+        bundle = self.worker.open()
+        start = bundle.initial if bundle.ranks is None else bundle.ranks.leading(bundle.initial, rank)
         rows = setup.split.train.rows[:TRIAL]
         sample = setup.store.stream(rows).take(np.arange(len(rows)))
-        spec = replace(setup.spec, trainable=tuple(t for t in setup.spec.trainable if names is None or t.name in names))
-        write(self.worker.parameters, start)
+        spec = at_rank(setup.spec, rank)
+        spec = replace(spec, trainable=tuple(t for t in spec.trainable if names is None or t.name in names))
         try:
-            with only(self.worker.parameters, names) as parameters:
+            with self.worker.at(rank) as parameters, only(parameters, names) as chosen:
+                write(parameters, start)
                 return open_trainer(
-                    self.model, parameters, spec, setup.encoder, setup.job.federation, start, sample, self.features, ever(setup.job, setup.schema))
+                    self.model, chosen, spec, setup.encoder, setup.job.federation, start, sample, self.features, ever(setup.job, setup.schema))
         except NotStackable as e:
             if not self._noted:  # once, not for all that other rounds train
                 self.watch.note(f"clients are trained one after another, as this base does not let them be trained together: {e}")
@@ -175,7 +174,7 @@ class Simulation:
             frame, first, traffic = self._make_frame(exchange, plan)
             bundle = make_bundle(self.setup, self.run.bundle, frame, self.model, first)
         coordinator = start(
-            job, self.run, bundle.schema, bundle.frame_digest, bundle.frame_bytes, make_algorithm(job, bundle.schema, self.budget, len(self.setup.split.clients), self.depth),
+            job, self.run, bundle.schema, bundle.frame_digest, bundle.frame_bytes, make_algorithm(job, bundle.schema, self.limits, len(self.setup.split.clients)),
             self.setup.store.clients, lambda: bundle.start, self.evaluate, traffic, plan,
         )
         follow(coordinator, self.watch)

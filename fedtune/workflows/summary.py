@@ -46,7 +46,7 @@ def facts(run: RunFolder, accountants: Sequence[str] = ACCOUNTANTS) -> dict[str,
         "split": started["split"], **({"population": started["population"]} if "population" in started else {}), "rounds": per_round(lines), "communication": communication(bundle, Traffic(**checkpoint.counters)),
         "privacy": privacy_of(run, accountants),
         "complete": False, "wall_seconds": round(sum(line["seconds"] for line in lines), 3),
-    } | devices(lines) | units(lines, bundle.schema)
+    } | devices(lines) | units(lines, bundle.schema) | ranks(lines, bundle)
 
 
 def per_round(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -82,6 +82,16 @@ def units(lines: list[dict[str, Any]], schema: Schema) -> dict[str, Any]:
     return {"units": [
         {"name": name, "rounds": sum(name in counts for counts in found), "updates": sum(counts.get(name, 0) for counts in found)}
         | ({"score": scores[name]} if name in scores else {}) for name in schema.units]}
+
+
+def ranks(lines: list[dict[str, Any]], bundle: Bundle) -> dict[str, Any]:
+    """How often clients of each rank trained, and how many numbers they have; nothing for a run in which all have the same."""
+    found = [line["ranks"] for line in lines if "ranks" in line]
+    if bundle.ranks is None:
+        return {}
+    return {"ranks": [
+        {"rank": rank, "numbers": bundle.schema.held(rank).size, "rounds": sum(str(rank) in counts for counts in found), "updates": sum(counts.get(str(rank), 0) for counts in found)}
+        for rank in bundle.ranks.all]}
 
 
 def communication(bundle: Bundle, traffic: Traffic) -> dict[str, Any]:

@@ -110,6 +110,25 @@ def test_vectorised_is_serial_on_selected_units(changes, tiny_job, run_rounds, t
     same({"serial": serial, "vectorised": run_rounds(tiny_job(*changes), tmp_path / "vectorised").run})
 
 
+RANKS = 'simulation.devices=[{name = "small", rank = 2}, {name = "middle", rank = 3}, {name = "large"}]'
+BOTH = 'simulation.devices=[{name = "small", rank = 2, units = 1}, {name = "large", rank = 3}]'
+
+
+@pytest.mark.parametrize("changes", [
+    (), ("adapter.init=gradient", "adapter.init-clients=3", "adapter.init-examples=8", "adapter.init-step=0.05", "adapter.alpha=8.0"),
+    ("federation.optimizer=sgd", "federation.momentum=0.9", "federation.lr=0.1", "federation.weight-decay=0.1", "federation.proximal=0.5", "federation.lean=all"),
+    ("federation.server-optimizer=fedadam", "federation.server-lr=0.01", "federation.cohort=1", "adapter.train-head=false"),
+    ("units.strategy=lisa", "units.budget=2", BOTH), ("units.strategy=gradient", "units.budget=2", "units.probe-every=2", BOTH), EXAMPLE,
+    ("units.strategy=top", "units.budget=1", "adapter.init=gradient", "adapter.init-clients=3", "adapter.init-examples=8", "adapter.init-step=0.05"),
+], ids=" ".join)
+def test_vectorised_is_serial_on_unequal_ranks(changes, tiny_job, run_rounds, tmp_path, monkeypatch):
+    changes = ("federation.cohort=4", RANKS, *changes)
+    serial = run_rounds(tiny_job(*changes, "simulation.engine=serial"), tmp_path / "serial").run
+    assert {rank for line in serial.metrics()[1:] for rank in line["ranks"]} >= ({"2", "3"} if "federation.cohort=1" not in changes else set())
+    monkeypatch.setattr(Worker, "_train", None)  # all together
+    same({"serial": serial, "vectorised": run_rounds(tiny_job(*changes), tmp_path / "vectorised").run})
+
+
 def test_features_are_kept_only_below_what_ever_changes(tiny_job, run_rounds, tmp_path):
     """Of a cut above what another round or client trains, what was kept would be of an old model."""
     for strategy, devices, unit in (("top", (), "block.1"), ("top", (TWO_CLASSES,), None), ("bottom", (), None), ("lisa", (), None)):
@@ -128,8 +147,8 @@ def same(runs, atol=2e-5):
         np.testing.assert_allclose(other.state.arrays[name], serial.state.arrays[name], rtol=0, atol=allowed, err_msg=name)
     assert serial.counters == other.counters  # bytes and messages too
     for one, two in zip(*(run.metrics() for run in runs.values()), strict=True):
-        assert one.keys() == two.keys()
-        for key in one.keys() - {"seconds"}:
+        assert one.keys() == two.keys() and sorted(one["clients"]) == sorted(two["clients"])  # those who train alike come together
+        for key in one.keys() - {"seconds", "clients"}:
             assert one[key] == (pytest.approx(two[key], abs=1e-4) if isinstance(one[key], float) else two[key]), key
     assert len({run.ledger.read_bytes() for run in runs.values()}) == 1
 
@@ -207,8 +226,8 @@ SECURE = ("privacy.secure-aggregation=true", "privacy.clip=2.0", "privacy.noise=
 
 
 @pytest.mark.slow  # Ray takes half a minute to start
-@pytest.mark.parametrize("changes", [(), SECURE, (*SECURE, "privacy.unit=client", "privacy.noise-multiplier=1.0", "privacy.i-understand=true"), ("personal.method=ditto",)],
-    ids=["plain", "secure", "secure, client", "own models"])
+@pytest.mark.parametrize("changes", [(), SECURE, (*SECURE, "privacy.unit=client", "privacy.noise-multiplier=1.0", "privacy.i-understand=true"), ("personal.method=ditto",), (RANKS, "federation.cohort=4")],
+    ids=["plain", "secure", "secure, client", "own models", "ranks"])
 def test_ray_is_serial(changes, tiny_settings, tiny_csv, tmp_path):
     """As a user runs it, from another folder and with paths relative to it."""
     (tmp_path / "data.csv").write_bytes(tiny_csv.read_bytes())

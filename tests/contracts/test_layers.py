@@ -18,7 +18,7 @@ LAYERS = (  # from the bottom up; a module stands where its longest prefix here 
     ("probes",),
     ("secagg",),
     ("aggregation", "ledger", "privacy", "adapters.spec", "data", "report"),
-    ("algorithms", "adapters.frames"),
+    ("algorithms", "adapters.frames", "adapters.ranks"),
     ("stateful",),
     ("subspace",),
     ("bundle",),

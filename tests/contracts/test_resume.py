@@ -19,6 +19,7 @@ FLEET = (
     *GRADIENT, "adapter.init-clients=4", "federation.deadline=5.0",
     'simulation.devices=[{name = "phone", speed = 4, up-kbps = 1000, available = 0.8, drop-out = 0.3}, {name = "laptop", down-kbps = 1000}]')
 LISA = ("units.strategy=lisa", "units.budget=1", 'simulation.devices=[{name = "any"}, {name = "own", units = 2}]')
+RANKS = (*GRADIENT, "federation.cohort=4", "federation.server-optimizer=fedavgm", 'simulation.devices=[{name = "small", rank = 2}, {name = "large"}]')
 DITTO = ("personal.method=ditto",)
 SCAFFOLD = ("federation.drift=scaffold", "federation.weighting=equal", "federation.optimizer=sgd")
 SELDOM = ("evaluation.every=2",)
@@ -120,6 +121,7 @@ INSTANTS = {
     "round 2's clients are trained": ("fedtune.training.cohort:CohortTrainer", "train", False, "", 2, ()),
     "drawn units: some clients are trained": ("fedtune.training.cohort:CohortTrainer", "train", False, "", 3, LISA),
     "drawn units: round 2 is in metrics, not in a checkpoint": ("fedtune.run:RunFolder", "append_metrics", False, "'round': 2", 1, LISA),
+    "unequal ranks: some clients are trained": ("fedtune.training.cohort:CohortTrainer", "train", False, "", 3, RANKS),
     "one of round 2's clients answered": ("fedtune.training.worker:Worker", "handle", False, "", 3, SERIAL),
     "round 2 is in metrics, not in a checkpoint": ("fedtune.run:RunFolder", "append_metrics", False, "'round': 2", 1, ()),
     "devices: the gradients came, no frame yet": ("fedtune.adapters.frames", "from_gradients", True, "", 1, FLEET),

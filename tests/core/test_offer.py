@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.errors import Refused
-from fedtune.offer import NAME, Answer, Offer, job_name, one_line
+from fedtune.job import parse_job
+from fedtune.offer import NAME, Answer, Offer, class_of, job_name, one_line
 
 JOB = "0123456789abcdef" * 4
 VALUES = st.one_of(st.text(), st.binary(), st.integers(), st.floats(), st.none(), st.booleans(), st.lists(st.integers()))
@@ -14,7 +15,7 @@ VALUES = st.one_of(st.text(), st.binary(), st.integers(), st.floats(), st.none()
 def test_both_come_back_as_they_were():
     for offer in (Offer(JOB), Offer(JOB, {"manifest.json": b"{}", "job.toml": b"", "frame.safetensors": b"\0"})):
         assert Offer.load(offer.dump()) == offer
-    for answer in (Answer("need"), Answer("ready", "", "phone-1", 120, 30), Answer("refused", "policy: max-rounds: too many", "x")):
+    for answer in (Answer("need"), Answer("ready", "", "phone-1", 120, 30), Answer("ready", "", "", 0, 0, "small board"), Answer("refused", "policy: max-rounds: too many", "x")):
         assert Answer.load(answer.dump()) == answer
 
 
@@ -40,7 +41,17 @@ def test_what_is_no_answer_is_refused(values):
         Answer.load(values)
 
 
-@given(st.dictionaries(st.sampled_from(["state", "reason", "name", "examples", "held-out", "held_out", "job", "extra"]), VALUES))
+def test_a_class_is_one_of_the_jobs():
+    job = parse_job("", ["adapter.rank=8", 'simulation.devices=[{name = "small board", rank = 2}, {name = "laptop"}]'])
+    assert class_of(job, "") is None and class_of(job, "small board").rank == 2 and class_of(job, "laptop").rank == 0
+    with pytest.raises(Refused, match=r'^class: the job knows no class "phone": those of simulation\.devices are "small board", "laptop"; name one of them, or none$'):
+        class_of(job, "phone")
+    with pytest.raises(Refused, match=r'^class: the job knows no class "phone": it has none in simulation\.devices; name none$'):
+        class_of(parse_job("", []), "phone")
+    assert Answer.load({"state": "ready", "kind": "x\x1b[2J" + "y" * 1000}).kind.isprintable()
+
+
+@given(st.dictionaries(st.sampled_from(["state", "reason", "name", "examples", "held-out", "held_out", "kind", "job", "extra"]), VALUES))
 def test_any_values_are_an_answer_or_refused(values):
     try:
         answer = Answer.load(values)

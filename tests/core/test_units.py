@@ -9,6 +9,7 @@ import pytest
 from fedtune.algorithms import State, dp_fed_avg, fed_avg
 from fedtune.algorithms.units import (
     ROWS,
+    Limits,
     budgets,
     by_common_scores,
     ever,
@@ -118,7 +119,7 @@ def test_a_depth_leaves_the_upper_blocks():
     wider = Schema((TensorSpec("0.R", (9, 9), "block.0"), TensorSpec("1.R", (2, 2), "block.1")))
     assert [most_numbers(job("gradient", 1), wider, 1, depth) for depth in (0, 1)] == [81, 4] and round_bytes(job("gradient", 1), wider, 3, 1, 1) == [packet_bytes(wider, ("1.R",))] * 3
     state = State(0, model(), {ROWS: np.array([[0.4, 0.3, 0.2, 0.1]])})
-    assert [set(by_common_scores(made, SCHEMA, state, budget, depth)) - ALWAYS for budget, depth in ((0, 0), (2, 3), (2, 1))] == [set(BLOCKS[:2]), set(BLOCKS[1:3]), {BLOCKS[3]}]
+    assert [set(by_common_scores(made, SCHEMA, state, Limits(budget, depth))) - ALWAYS for budget, depth in ((0, 0), (2, 3), (2, 1))] == [set(BLOCKS[:2]), set(BLOCKS[1:3]), {BLOCKS[3]}]
 
 
 def test_bytes_of_rounds_are_those_of_their_packets():
@@ -141,7 +142,7 @@ def model(seed=0):
 
 def coordinator(tmp_path, made, budget=lambda client: 0):
     run = create_run(tmp_path / "run", made, {})
-    found = start(made, run, SCHEMA, FRAME, 0, make_algorithm(made, SCHEMA, budget), CLIENTS, model, lambda round, arrays: None)
+    found = start(made, run, SCHEMA, FRAME, 0, make_algorithm(made, SCHEMA, lambda client: Limits(budget(client))), CLIENTS, model, lambda round, arrays: None)
     found.begin()
     return found
 

@@ -81,6 +81,45 @@ def test_an_update_of_some_units_is_torchs_and_holds_no_other(units, changes, pr
     assert min(moved) > 0 and max(moved) > 100 * NEAR
 
 
+RANKS = 'simulation.devices=[{name = "small", rank = 2}, {name = "middle", rank = 3}, {name = "large"}]'
+
+
+def ranked(bundle, kind, rank, **more):
+    """A packet to a client of this rank, from a model whose cores are nowhere 0."""
+    whole = bundle.ranks.split(decode(packet(bundle), bundle.manifest.spec.schema, kinds=["model"]).arrays)
+    held = {t.name: whole[t.name] for t in bundle.schema.held(rank).tensors}
+    return held, encode(kind, bundle.schema, held, round=1, frame=bundle.frame_digest, **more)
+
+
+@pytest.mark.parametrize("changes", [(), ("federation.optimizer=sgd", "federation.momentum=0.9", "federation.lr=0.1", "federation.proximal=0.5", "federation.weight-decay=0.1"), PRIVATE],
+                         ids=["adamw", "sgd", "private"])
+@pytest.mark.parametrize("rank, units", [(2, ("block.0", "block.1", "head")), (3, ("block.1", "head")), (4, ("block.0", "head"))])
+def test_an_update_of_a_lower_rank_is_torchs(rank, units, changes, prepared, tiny_csv):
+    """Torch computes with parts of the frame and cores; the graphs with whole ones that are 0 elsewhere, of which the leading numbers move."""
+    theirs, ours = both(prepared, tiny_csv, RANKS, *changes)
+    bundle = theirs.bundle
+    names = tuple(t.name for t in bundle.schema.held(rank).of_units(units))
+    model, asked = ranked(bundle, "model", rank, train=names)
+    expected, found = (decode(d.handle(asked, "a"), bundle.schema, kinds=["update"], round=1, frame=bundle.frame_digest) for d in (theirs, ours))
+    assert tuple(found.arrays) == tuple(expected.arrays) == names
+    np.testing.assert_allclose(found.arrays.vector, expected.arrays.vector, rtol=0, atol=NEAR)
+    moved = [np.abs(found.arrays[n] - model[n]).max() for n in names]
+    assert min(moved) > 0 and max(moved) > 100 * NEAR
+    for name, (total, count) in expected.metrics.items():
+        assert found.metrics[name] == (pytest.approx(total, rel=1e-4), pytest.approx(count, rel=1e-12))
+    with pytest.raises(Refused, match="which are those of none of the ranks 2, 3, 4"):
+        ours.handle(encode("model", bundle.schema, {names[0]: model[names[0]]}, round=1, frame=bundle.frame_digest), "a")
+
+
+def test_a_probe_of_a_lower_rank_is_torchs(prepared, tiny_csv):
+    theirs, ours = both(prepared, tiny_csv, RANKS, "units.strategy=gradient", "units.budget=1")
+    bundle = theirs.bundle
+    scores = [[decode(d.handle(ranked(bundle, "probe", rank)[1], "a"), answers(bundle.schema), kinds=["block-scores"], round=1).arrays["scores"] for d in (theirs, ours)] for rank in (2, 4)]
+    for expected, found in scores:
+        np.testing.assert_allclose(found, expected, rtol=1e-3)
+    assert (scores[0][0] < scores[1][0]).all()  # of fewer numbers, and with them alone
+
+
 @pytest.mark.parametrize("strategy", ["gradient", "rgn", "snr", "fisher"])
 def test_a_probe_is_torchs(strategy, prepared, tiny_csv):
     theirs, ours = both(prepared, tiny_csv, f"units.strategy={strategy}", "units.budget=1")

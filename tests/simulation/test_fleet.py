@@ -127,8 +127,8 @@ def test_a_class_with_a_depth_is_not_asked_and_goes_by_the_mean_of_the_others_do
         "data.clients=6", "federation.cohort=6", "federation.rounds=3", 'simulation.devices=[{name = "whole"}, {name = "part", depth = 2}]', "units.strategy=gradient", "units.budget=1",
         "units.probe-every=2"])
     fleet, probed, trained = Fleet(job, CLIENTS, [None] * 2, schema, 0), [], {}
-    part = {c.name for c in CLIENTS if fleet.depth(c.name)}
-    assert 0 < len(part) < 6 and fleet.depth("c0") == (2 if "c0" in part else 0)
+    part = {c.name for c in CLIENTS if fleet.limits(c.name).depth}
+    assert 0 < len(part) < 6 and fleet.limits("c0").depth == (2 if "c0" in part else 0)
 
     def engine(pairs, kind="train", round=0):
         for client, packet in pairs:
@@ -140,7 +140,7 @@ def test_a_class_with_a_depth_is_not_asked_and_goes_by_the_mean_of_the_others_do
                 yield Reply(client, encode("update", schema, {name: start_model[name] for name in names}, round=round, frame=FRAME, weight=1.0))
 
     folder = create_run(tmp_path / "run", job, {})
-    coordinator = start(job, folder, schema, FRAME, 0, make_algorithm(job, schema, fleet.budget, 6, fleet.depth), CLIENTS, lambda: start_model, lambda round, arrays: None)
+    coordinator = start(job, folder, schema, FRAME, 0, make_algorithm(job, schema, fleet.limits, 6), CLIENTS, lambda: start_model, lambda round, arrays: None)
     run_rounds(coordinator, fleet.around(engine), fleet.gather)
     others = [c.name for c in CLIENTS if c.name not in part]
     assert sorted(probed) == [(round, c) for round in (1, 3) for c in others]

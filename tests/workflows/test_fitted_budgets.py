@@ -1,12 +1,15 @@
 """Blocks that follow from memory and time: against the memory that a plan computes for each number of blocks, and a division."""
 
+import numpy as np
 import pytest
 
-from fedtune.algorithms.units import budgets, step_share
+from fedtune.algorithms.base import State
+from fedtune.algorithms.units import Limits, budgets, step_share
 from fedtune.errors import JobError
 from fedtune.probes import probe_bytes
+from fedtune.rounds import make_algorithm
 from fedtune.training.memory import step_memory
-from fedtune.types import TensorSpec
+from fedtune.types import ClientInfo, TensorSpec
 from fedtune.wire import Schema
 from fedtune.workflows.budgets import fitted, mean_examples
 from fedtune.workflows.plan import make_plan
@@ -27,7 +30,7 @@ def depths_of(job):
     return [device.depth for device in job.simulation.devices]
 
 
-def unknown(blocks, depth):
+def unknown(limits):
     return None
 
 
@@ -37,10 +40,10 @@ def test_memory_holds_a_step_of_the_blocks_and_of_no_more(strategy, tiny_job):
     job = tiny_job(f"units.strategy={strategy}", "units.budget=5", "units.fit=true", devices("memory-mb=3", "memory-mb=9", "memory-mb=4, units=2", "memory-mb=1", "speed=1.0"))
     asked = []
 
-    def memory(blocks, depth):
-        assert depth == 0
-        asked.append(blocks)
-        return blocks * 10**6
+    def memory(limits):
+        assert limits.depth == 0
+        asked.append(limits.blocks)
+        return limits.blocks * 10**6
 
     found = fitted(job, SIX, memory, 100)
     assert units_of(found) == [3, 5, 2, 1, 5] and len(asked) < 15
@@ -57,9 +60,9 @@ def test_seconds_are_those_of_the_forward_pass_and_of_the_backward_pass_to_the_l
     assert units_of(bottom) == [6, 6, 1]  # the first block is always the lowest: all cost the same
 
 
-def activations_and_states(blocks, depth):
+def activations_and_states(limits):
     """A MB for each block that is gone through, 100 kB for each that is trained."""
-    return depth * 10**6 + blocks * 10**5
+    return limits.depth * 10**6 + limits.blocks * 10**5
 
 
 @pytest.mark.parametrize("budget, blocks, depths", [(2, [2, 2, 1, 2, 1], [2, 6, 1, 4, 3]), (0, [2, 6, 1, 4, 1], [2, 6, 1, 4, 3])])
@@ -70,7 +73,7 @@ def test_of_blocks_by_scores_first_the_number_and_then_the_depth(budget, blocks,
     found = fitted(job, SIX, activations_and_states, 100)
     assert (units_of(found), depths_of(found)) == (blocks, depths)
     for device, own, limit in zip(found.simulation.devices, job.simulation.devices, megabytes.values()):
-        pairs = [(b, d) for d in range(1, (own.depth or 6) + 1) for b in range(1, min(d, own.units or budget or 6) + 1) if activations_and_states(b, d) <= limit * 10**6]
+        pairs = [(b, d) for d in range(1, (own.depth or 6) + 1) for b in range(1, min(d, own.units or budget or 6) + 1) if activations_and_states(Limits(b, d)) <= limit * 10**6]
         assert (device.units, device.depth) == max(pairs, default=(1, 1))
     assert fitted(found, SIX, activations_and_states, 100) == found
 
@@ -94,7 +97,15 @@ def test_memory_that_is_not_known_is_refused(tiny_job):
     with pytest.raises(JobError, match=r"units\.fit = true: what a step of this base needs cannot be computed from shapes; set it to false and give each class"):
         fitted(job, SIX, unknown, 100)
     with pytest.raises(JobError, match=r"units\.budget = 2: 1 blocks of this base have trained tensors; lower it"):
-        fitted(job, Schema(SIX.tensors[:1]), lambda blocks, depth: 1, 100)
+        fitted(job, Schema(SIX.tensors[:1]), lambda limits: 1, 100)
+
+
+@pytest.mark.parametrize("strategy", ["top", "lisa", "gradient"])
+def test_live_where_nothing_is_fitted_no_budget_is_all_blocks(strategy, tiny_job):
+    job = tiny_job(f"units.strategy={strategy}", "units.fit=true", devices("memory-mb=3"))
+    state = State(0, {t.name: np.zeros(t.shape) for t in SIX.tensors})
+    (assigned,) = make_algorithm(job, SIX).plan(state, [ClientInfo("a", 5)])
+    assert assigned.units == SIX.units
 
 
 def test_simulation_and_plan_take_the_same_number(tiny_job, run_rounds, tmp_path):
@@ -128,7 +139,7 @@ def test_a_class_that_reaches_the_upper_block_is_not_probed_and_trains_it(tiny_j
     simulation = run_rounds(job, tmp_path / "run")
     made, fleet, lines = simulation.setup.job, simulation.fleet, simulation.run.metrics()
     assert units_of(made) == [1, 1] and depths_of(made) == [1, 2]
-    small = [c for c in simulation.setup.split.clients if fleet.depth(c) == 1]
+    small = [c for c in simulation.setup.split.clients if fleet.limits(c).depth == 1]
     assert 0 < len(small) < 6 and lines[1]["unprobed"] == dict.fromkeys(small, "not asked, as it cannot go down to the first block")
     assert lines[1]["units"]["head"] == 6 and sum(lines[1]["scores"].values()) == pytest.approx(1, abs=1e-5)
     assert lines[1]["units"]["block.1"] >= len(small)
