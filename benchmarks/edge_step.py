@@ -34,7 +34,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
 STEPS, BATCH, STOCK = 8, 8, 'federation.lean="off"'
-FORWARD = ("edge.mode=forward", "federation.optimizer=sgd", "federation.lr=0.02")
+FORWARD = ("edge.mode=forward", "federation.optimizer=sgd", "federation.lr=0.003")
 INT8 = "8-bit base"
 MINILM, CNN = "MiniLM, 64 tokens", "EfficientNet-Lite0, 128 px"
 Way = tuple[str, tuple[str, ...], bool]

@@ -78,7 +78,7 @@ def _facts(setup: Setup, manifest: Manifest, round: int, last: dict[str, Any], b
         ("rounds", f"{round} of {fed.rounds}, {fed.cohort} clients in a round"),
         ("bytes exchanged", size(last["total_bytes"]) if "total_bytes" in last else ""),
         ("accuracy", f"{number(last['accuracy'])} on {count(last['evaluated'])} {where}" if measured else "not measured"),
-        ("head", "the initial one, which nobody trained: the trained heads stay with the clients" if setup.job.personal.method == "head" else ""),
+        ("head", _head(setup, manifest)),
         ("accuracy of what clients keep", f"{number(last['personal_accuracy'])} on {count(last['personal_evaluated'])} {where.replace('all clients', 'their own')}, {count(last['personal_clients'])} clients"
             if last.get("personal_clients") else ""),
         ("accuracy of the most common label", number(baselines["majority"]["accuracy"]) if "majority" in baselines else ""),
@@ -86,6 +86,14 @@ def _facts(setup: Setup, manifest: Manifest, round: int, last: dict[str, Any], b
         ("privacy", privacy),
         ("made with", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
     ]
+
+
+def _head(setup: Setup, manifest: Manifest) -> str:
+    """Said where the head in the exported files is as it was drawn."""
+    if setup.job.personal.method == "head":
+        return "the initial one, which nobody trained: the trained heads stay with the clients"
+    drawn = manifest.task != "causal-lm" and not manifest.spec.head_size
+    return f"the initial one, drawn at random (federation.seed = {setup.job.federation.seed}) and frozen: only the adapter was trained" if drawn else ""
 
 
 def _privacy(p: Privacy) -> str:

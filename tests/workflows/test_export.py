@@ -237,6 +237,7 @@ def test_the_card_holds_with_and_without_a_summary(lora: tuple) -> None:
         assert value == pytest.approx(run.metrics()[-1]["accuracy"], abs=1e-4)
         assert "epsilon is infinite" in card and ("0.432" in card) == bool(baselines)
         assert str(run.path.parent) not in card and "/tmp" not in card
+        assert "| head | the initial one, drawn at random (federation.seed = 0) and frozen: only the adapter was trained |" in card
     run.summary.unlink()
 
 
