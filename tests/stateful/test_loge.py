@@ -47,7 +47,7 @@ def test_rounds_are_those_of_a_plain_loop(tiny_job, run_rounds, tmp_path):
         below, g = {n: w[n] for n in below}, {n: w[n] for n in g}
     near(ran.run.newest().state.arrays, below | g)
     parts, line = plain.setup.split, ran.run.metrics()[-1]
-    assert set(ran.kept.clients(4)) == set(own)
+    assert set(ran.kept.clients(ran.setup.split.clients, 4)) == set(own)
     right, everybody = 0, below | {"head.weight": np.stack([1.7 * row / np.sqrt((row**2).sum()) for row in g["head.weight"]]), "head.bias": g["head.bias"]}
     for name, h in own.items():
         has = {int(label) for label in plain.setup.store.train(name).labels}

@@ -54,7 +54,7 @@ def test_rounds_are_those_of_a_plain_loop(tiny_job, run_rounds, tmp_path):
                 if votes:
                     a[p] = sum(weight * float(v) for weight, v in votes) / sum(weight for weight, _ in votes)
     near(ran.run.newest().state.arrays, w, 2e-5)
-    assert set(ran.kept.clients(5)) == set(own) and max(joined.values()) >= 4 and len({plain.size(name) for name in own}) > 1, [plain.size(name) for name in own]
+    assert set(ran.kept.clients(ran.setup.split.clients, 5)) == set(own) and max(joined.values()) >= 4 and len({plain.size(name) for name in own}) > 1, [plain.size(name) for name in own]
     for name in own:
         found, m = ran.kept.load(name, 5), masks.get(name, none)
         for n in w:

@@ -136,11 +136,11 @@ def test_simulated_time_counts_every_gradient(method, times, tiny_job):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_plan_says_what_clients_keep_on_disk(method, tiny_job, run_rounds, tmp_path):
-    """Every client in every round: then nothing is left to chance, and after three rounds each has all the versions it ever has."""
+    """Every client in every round: then nothing is left to chance but how long a name is, and after three rounds each has all the versions it ever has."""
     job = tiny_job(*METHODS[method], "federation.cohort=6", "federation.rounds=4")
     run, plan = run_rounds(job, tmp_path / "run").run, make_plan(job)
     found = [path.stat().st_size for path in run.clients.rglob("*.safetensors")]
-    assert len(found) == 6 * 3 and sum(found) == pytest.approx(plan.kept_total, rel=0.01) and plan.kept_total == 6 * plan.kept_bytes
+    assert len(found) == 6 * 3 and sum(found) == pytest.approx(plan.kept_total, abs=16 * len(found)) and plan.kept_total == 6 * plan.kept_bytes
     assert make_plan(tiny_job(*METHODS[method], "federation.rounds=1")).kept_bytes == plan.kept_bytes / 3 and make_plan(tiny_job()).kept_bytes == 0
 
 
