@@ -34,7 +34,7 @@ class Exchange:
 
     Attributes:
         deadline: seconds.
-        route: the node of each client.
+        route: the node of each client; None for one that is not there any more.
         facts: further values that go with every packet.
         poll: seconds between looks when nothing has come.
         idle: called at every such look.
@@ -42,7 +42,7 @@ class Exchange:
 
     grid: Grid
     deadline: float
-    route: Callable[[Grid, Sequence[str]], Sequence[int]] = round_robin
+    route: Callable[[Grid, Sequence[str]], Sequence[int | None]] = round_robin
     facts: Mapping[str, str] = field(default_factory=dict)
     poll: float = SERIAL_POLL
     idle: Callable[[], None] = lambda: None
@@ -67,18 +67,19 @@ class Exchange:
         self._late |= {number: (client, time.monotonic() + LATE_SECONDS) for number, client in waiting.items()}
 
     def _send(self, pairs: Pairs, kind: str, round: int) -> dict[str, str]:
-        """Client by message id. A message that Flower would not store is answered by nobody and not waited for.
+        """Client by message id. Who is not there, and a message that Flower would not store, is answered by nobody and not waited for.
 
         Flower names what it stores by its hash; the salt keeps a device from announcing something else by the name of another's message.
         """
         nodes = self.route(self.grid, [client for client, _ in pairs])
+        here = [(client, packet, node) for (client, packet), node in zip(pairs, nodes) if node is not None]
         messages = [
             Message(RecordDict({RECORD: ConfigRecord({"packet": packet, "client": client, "salt": secrets.token_hex(16), **self.facts})}), node, kind,
                     ttl=self.deadline + LATE_SECONDS, group_id=str(round))
-            for (client, packet), node in zip(pairs, nodes)
+            for client, packet, node in here
         ]
         numbers = self.grid.push_messages(messages) if messages else []
-        return {number: client for number, (client, _) in zip(numbers, pairs) if number}
+        return {number: client for number, (client, *_) in zip(numbers, here) if number}
 
     def _forget(self) -> None:
         now = time.monotonic()

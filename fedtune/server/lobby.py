@@ -68,10 +68,10 @@ class Lobby:
         found = [ClientInfo(g.name, g.examples) for g in self.guests.values() if g.online and g.state == "ready"]
         return tuple(sorted(found, key=lambda info: info.name))
 
-    def nodes(self, names: list[str]) -> list[int]:
-        """The node of each device."""
+    def nodes(self, names: list[str]) -> list[int | None]:
+        """The node of each device; None for one that is not ready any more, as devices come and go while a probe is answered."""
         known = {g.name: g.node for g in self.guests.values() if g.state == "ready"}
-        return [known[name] for name in names]
+        return [known.get(name) for name in names]
 
     def device(self, name: str) -> DeviceClass | None:
         """The class of the job's devices that this one says it is of; None where it says none."""
