@@ -81,7 +81,7 @@ def ever(job: Job, schema: Schema) -> tuple[str, ...]:
 def lowest(job: Job, schema: Schema, budget: int = 0, depth: int = 0) -> tuple[str, ...]:
     """Of what this budget trains in any round, that whose backward pass goes down furthest and so keeps most."""
     if job.units.varies:
-        return _with(schema, within(schema, depth)[: budget or job.units.budget])
+        return _with(schema, within(schema, depth)[: _blocks(job, schema, budget)])
     return _taken(job, schema, job.units.strategy, 1, budget)
 
 

@@ -25,7 +25,7 @@ FolderOption = Annotated[Path, typer.Option("--dir", help="This device's folder:
 DataOption = Annotated[Path, typer.Option("--data", help="This device's data: .csv, .tsv, .jsonl, .parquet, or a folder of images. It stays here.", show_default=False)]
 PolicyOption = Annotated[Path | None, typer.Option("--policy", help="The owner's limits (default: policy.toml in --dir, if there is one).", show_default=False)]
 NameOption = Annotated[str, typer.Option("--name", help="With --insecure: what to be called.", show_default=False)]
-ClassOption = Annotated[str, typer.Option("--class", help="A class of the job's simulation.devices, whose units and rank this device then trains (default: the job's own).", show_default=False)]
+ClassOption = Annotated[str, typer.Option("--class", help="A class of the job's simulation.devices, whose units, depth and rank this device then has (default: the job's own).", show_default=False)]
 InsecureOption = Annotated[bool, typer.Option("--insecure", help="No TLS and no key; to 127.0.0.1 only, for trying out.")]
 ThreadsOption = Annotated[int, typer.Option("--threads", min=0, max=1024, help="Threads that compute (0: all cores).")]
 IdleOption = Annotated[float, typer.Option("--idle", min=0, help="Seconds without work after which the model leaves memory (0: never).")]

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from fedtune.cli.common import JsonOption, out, shell
@@ -26,7 +27,9 @@ def command(
     for text in lines(status):
         out.print(text, markup=False, highlight=False, soft_wrap=True)
     if status["devices"]:
-        table = Table("device", "state", "examples", "rounds", "refused", "why")
+        classes = any(d.get("class") for d in status["devices"])
+        table = Table("device", *(["class"] if classes else []), "state", "examples", "rounds", "refused", "why")
         for d in status["devices"]:
-            table.add_row(d["name"], d["state"] if d["online"] else "offline", f"{d['examples']:,}", str(d["rounds"]), str(d["refusals"]), d["reason"])
+            class_ = [escape(d.get("class", ""))] if classes else []
+            table.add_row(d["name"], *class_, d["state"] if d["online"] else "offline", f"{d['examples']:,}", str(d["rounds"]), str(d["refusals"]), escape(d["reason"]))
         out.print(table)
