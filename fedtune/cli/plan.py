@@ -64,10 +64,10 @@ def _show(plan: "Plan", console: Console) -> None:
         units = [(u.name, count(u.numbers), size(u.bytes), "yes" if u.selectable else "no", u.trained) for u in plan.units]
         console.print(table(("unit", "numbers", "bytes", "selectable", "trained"), units, words=(0, 3, 4)))
     if plan.devices:
-        if plan.ranks:
+        if plan.ranks or plan.strategy != "all":
             console.print(Text("A client of each class, in a round", style="bold"))
-            classes = [(clean(d.name), str(d.rank), count(d.numbers), size(d.update_bytes), size(d.model_bytes)) for d in plan.devices]
-            console.print(table(("device class", "rank", "numbers trained", "one update", "one model"), classes))
+            classes = [(clean(d.name), *((str(d.rank),) if plan.ranks else ()), count(d.numbers), size(d.update_bytes), size(d.model_bytes), _size(d.memory)) for d in plan.devices]
+            console.print(table(("device class", *(("rank",) if plan.ranks else ()), "numbers trained", "one update", "one model", "memory"), classes))
         console.print(Text("A round of one client, in simulated time", style="bold"))
         header = ("device class", "clients", "receiving", "training", "sending", "in all", "frame, once")
         more = (*(("blocks",) if plan.strategy != "all" else ()), *(("of the last", "a probe") if plan.probes else ()))

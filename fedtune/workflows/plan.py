@@ -64,6 +64,7 @@ class DeviceTime:
     """What a round costs a device of a class, in simulated seconds, as the mean over all clients' examples. `blocks` are those that it trains, 0 where all
     train all, chosen among the last `depth`, 0 where they are not chosen by scores; `probe` is what a probe takes, where the round begins with one and the class can be probed.
     `rank` is that of its cores, 0 without any; `numbers` are the most that it trains in a round, `update_bytes` the most that it sends of them, and `model_bytes` what it receives.
+    `memory` is what a training step needs, in bytes.
 
     `able`: whether the class has the memory. `frame`: what receiving the frame adds to a client's first round. None is not known.
     """
@@ -85,6 +86,7 @@ class DeviceTime:
     numbers: int = 0
     model_bytes: int = 0
     update_bytes: int = 0
+    memory: int | None = None
 
     @property
     def seconds(self) -> float | None:
@@ -272,7 +274,8 @@ def _devices(job: Job, schema: Schema, clients: int, examples: float | None, ste
     return tuple(
         DeviceTime(device.name, count, bool(fit), device.available, device.drop_out, s.down, None if examples is None and device.speed else s.train, s.up, span(device, frame, 0, 0).down,
                    0 if job.units.strategy == "all" else device.units or job.units.budget, len(within(schema, device.depth)) if job.units.probes else 0, probes(device), probing(device),
-                   (device.rank or job.adapter.rank) if job.adapter.method == "fed-sb" else 0, most_numbers(job, schema.held(device.rank), device.units, device.depth), *bytes_)
+                   (device.rank or job.adapter.rank) if job.adapter.method == "fed-sb" else 0, most_numbers(job, schema.held(device.rank), device.units, device.depth), *bytes_,
+                   memory=steps[limits_of(device)])
         for device, count, fit, s, bytes_ in zip(devices, held, able(devices, [steps[limits_of(device)] for device in devices]), spans, largest))
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,12 +14,14 @@ from fedtune.cli.main import app
 from fedtune.errors import UserError
 from fedtune.report import facts, page, terminal
 from fedtune.report.summary import check, load_summary
+from fedtune.rounds import Traffic
 from fedtune.simulation.devices import assign
 from fedtune.wire import packet_bytes
 from fedtune.workflows.audit import audit
 from fedtune.workflows.finish import finish
 from fedtune.workflows.plan import make_plan
 from fedtune.workflows.setup import open_setup
+from fedtune.workflows.summary import communication
 
 CLASSES = 'simulation.devices=[{name = "small", rank = 2, up-kbps = 8}, {name = "large", up-kbps = 8}]'
 ALL = ("federation.cohort=6", "federation.deadline=1000")
@@ -98,6 +101,17 @@ def test_the_summary_page_and_terminal_say_it(told, tiny_settings):
     assert done.exit_code == 0 and "rank 4 (clients: 2, 4)" in done.stdout and "numbers trained" in done.stdout
     found = json.loads(CliRunner().invoke(app, ["plan", "--json", *settings]).stdout)
     assert found["ranks"] == [2, 4] and [d["rank"] for d in found["devices"]] == [2, 4]
+    assert [d["memory"] for d in found["devices"]] == [simulation.setup.step_memory(Limits(rank=rank)) for rank in (2, 4)]
+    assert found["devices"][1]["memory"] == found["device"]["total"]
+
+
+def test_the_largest_update_is_one_that_a_class_sends(tiny_job):
+    """And not one of the highest rank with the most blocks, which here nobody has."""
+    classes = 'simulation.devices=[{name = "flat", rank = 1, units = 2}, {name = "high", units = 1}]'
+    job = tiny_job("units.strategy=top", "units.budget=1", classes)
+    setup, plan = open_setup(job), make_plan(job)
+    bundle = SimpleNamespace(job=job, manifest=SimpleNamespace(spec=setup.spec), schema=setup.schema, frame_bytes=0)
+    assert communication(bundle, Traffic())["update_bytes"] == max(d.update_bytes for d in plan.devices) < packet_bytes(setup.schema)[1]
 
 
 def test_a_run_of_one_rank_says_nothing_of_it(tiny_job, run_rounds, tmp_path):
