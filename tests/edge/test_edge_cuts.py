@@ -21,7 +21,7 @@ PRIVATE = ("privacy.unit=example", "privacy.noise-multiplier=0.7", "privacy.clip
 
 @pytest.fixture(scope="module")
 def without(prepared, tmp_path_factory):
-    """The folder as it was made before there were smaller steps, or is for a job that trains all blocks."""
+    """The folder as a job that trains all blocks has it."""
     folder = tmp_path_factory.mktemp("without") / "edge"
     shutil.copytree(prepared().graphs, folder)
     (folder / CUT).unlink()
