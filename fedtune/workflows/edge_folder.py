@@ -127,7 +127,8 @@ def _trials(base: OpenBase, model: TunableModel, parameters: Parameters, gradien
         slopes = torch.autograd.grad(
             (loss * torch.from_numpy(weight)).sum(), list(parameters.values()), allow_unused=True, materialize_grads=True) if gradients else ()
         more = {files.WEIGHT: weight} | ({files.LABELS: labels} if model.task != "causal-lm" else {})
-        found.append(_Trial(batch | methods.read(parameters), more, *(x.detach().numpy() for x in (out, loss, count)), {n: g.numpy() for n, g in zip(parameters, slopes)}))
+        found.append(_Trial(
+            batch | methods.read(parameters), more, out.detach().numpy(), loss.detach().numpy(), count.numpy(), {n: g.numpy() for n, g in zip(parameters, slopes)}))
     return found
 
 
