@@ -3,7 +3,7 @@
     edge.json       the card, with the sha256 of the other files; written last, so that a card means a whole folder
     step.onnx       loss and gradients from a batch and the trained values; not for a job that trains with forward passes alone
     step-BLOCK.onnx the same loss, and the gradients of what is trained in this block and above alone: of each block above the first, where the
-                    job has clients train some blocks. They change nothing but the time that a step takes
+                    job has clients train some blocks. They save time and memory, and change no number
     forward.onnx    logits from a batch and the trained values
     weights.bin     the frozen weights of them all
                     and the files of the encoder (tokenizer.json, ...)
