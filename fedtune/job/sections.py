@@ -249,7 +249,7 @@ class DeviceClass(Section):
 
 
 class SimulationSection(Section):
-    """How a simulation runs its clients; `fedtune server` reads none of it but `units` and `rank` of a class that a device names."""
+    """How a simulation runs its clients; `fedtune server` reads none of it but `units`, `depth` and `rank` of a class that a device names."""
 
     engine: Literal["vectorised", "serial", "ray"] = _key(
         "vectorised", "vectorised (the cohort trained together), serial (one client after another) or ray (Flower's engine, also on several machines)")
