@@ -6,9 +6,14 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
 
 TUNED_SEED = 100
 """Learning rates are chosen with this seed, which is used for nothing else. The choice looks at its held-out scores."""
@@ -42,6 +47,29 @@ def tuned(methods: Sequence[str], rates: Sequence[float], accuracy: Callable[[st
         found[method] = max(tried, key=lambda rate: tried[rate])
         print(f"{method}: " + ", ".join(f"{rate:g}: {value:.3f}" for rate, value in tried.items()))
     return found
+
+
+COLORS = plt.get_cmap("tab10").colors
+
+
+def draw(path: Path, rows: Sequence[Mapping[str, Any]], partitions: Iterable[str], groups: Mapping[str, tuple[Mapping[str, Any], str, Any]], key: str = "accuracy", label: str = "held-out accuracy") -> None:
+    """A row of pictures for each partition: the mean of `key` against the bytes that clients sent and against simulated time. groups: by label, the rows' own values, marker and color."""
+    names = list(partitions)
+    figure, axes = plt.subplots(len(names), 2, figsize=(11, 4 * len(names)), sharey="row", layout="constrained")
+    for across, partition in zip(axes, names):
+        for axis, cost, unit, scale in zip(across, ("up", "seconds"), ("MB sent by clients in all", "simulated seconds"), (1e6, 1.0)):
+            for group, (its, marker, color) in groups.items():
+                own = [row for row in rows if row["partition"] == partition and all(row[name] == value for name, value in its.items())]
+                if own:
+                    across_seeds = [statistics.mean(row[name] for row in own) for name in (cost, key)]
+                    axis.plot(across_seeds[0] / scale, across_seeds[1], marker, color=color, label=group)
+            axis.set(title=partition, xlabel=unit)
+            axis.grid(alpha=0.3)
+        across[0].set_ylabel(label)
+    found = {text: handle for axis in axes.flat for handle, text in zip(*axis.get_legend_handles_labels())}
+    figure.legend(found.values(), found.keys(), loc="outside right center", fontsize=7)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def spread(values: Sequence[float]) -> str:

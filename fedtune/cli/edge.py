@@ -106,12 +106,14 @@ def bench(
         return
     lines = {
         "step": f"{found.step_seconds:.3f} s (median of {found.steps}; least {found.step_seconds_least:.3f} s), {found.examples} examples of length {found.length}, {found.at_once} at a time",
+        "units": ", ".join(f"{unit} {seconds:.3f} s" for unit, seconds in found.units_seconds.items()),
         "open": f"{found.open_seconds:.2f} s",
         "memory": f"{size(found.peak_bytes)} at most, {size(found.start_bytes)} before the graph was opened",
         "disk": size(found.disk_bytes),
     }
     for name, text in lines.items():
-        out.print(f"{name:7} {text}", markup=False, highlight=False, soft_wrap=True)
+        if text:
+            out.print(f"{name:7} {text}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _require_runtime() -> None:

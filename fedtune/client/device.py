@@ -41,7 +41,7 @@ class DeviceSettings:
         base: folder of the base model, when the one the job names is not to be looked for.
         policy: the owner's limits; None takes policy.toml of the folder, if there is one.
         name: what to be called where devices have no keys.
-        kind: the class of the job's devices whose `units`, `depth` and `rank` this one has; "" for none.
+        kind: the class of the job's devices whose `units`, `depth` and `rank` this one trains; "" for none.
         insecure: no TLS and no key; the caller allows it for loopback only.
         graphs: folder of training graphs, for a device without torch; memory_mb: MB that its trainer keeps to, 0 for no limit.
     """

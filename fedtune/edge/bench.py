@@ -3,6 +3,7 @@
 import json
 import statistics
 import time
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ class Bench:
 
     Attributes:
         step_seconds, step_seconds_least: median and least of `steps` steps after a first one.
+        units_seconds: by block, that median where a client trains it and the head, and the folder has a smaller step for that.
         open_seconds: to check the folder and open the graph.
         start_bytes, peak_bytes: of this process in memory, mapped weights among them: before the graph was opened, and at most.
         disk_bytes: of the folder.
@@ -34,6 +36,7 @@ class Bench:
     steps: int
     step_seconds: float
     step_seconds_least: float
+    units_seconds: dict[str, float]
     open_seconds: float
     start_bytes: int
     peak_bytes: int
@@ -59,14 +62,20 @@ def bench(folder: Path, examples: int, length: int, steps: int, threads: int, me
     long = engine.lengths(data)[0]
     weight, values = np.full(examples, 1.0 / examples, np.float32), graphs.zeros()
     engine = within(engine, data, memory_mb)
-    times = []
-    for _ in range(steps + 1):
-        begin = time.perf_counter()
-        if graphs.card.mode == "backward":
-            engine.added(values, data, weight)
-        else:  # a step of forward passes has two
-            engine.passes(values, data)
-            engine.passes(values, data)
-        times.append(time.perf_counter() - begin)
+
+    def timed(names: Collection[str] | None) -> list[float]:
+        times = []
+        for _ in range(steps + 1):
+            begin = time.perf_counter()
+            if graphs.card.mode == "backward":
+                engine.added(values, data, weight, names)
+            else:  # a step of forward passes has two
+                engine.passes(values, data)
+                engine.passes(values, data)
+            times.append(time.perf_counter() - begin)
+        return times[1:]
+
+    times, schema = timed(None), graphs.card.spec.schema
+    units = {block: statistics.median(timed([t.name for t in schema.of_units([block, "head"])])) for block in graphs.card.cuts}
     disk = sum((folder / name).stat().st_size for name in (CARD, *graphs.card.files))
-    return Bench(examples, long, min(engine.span // long, examples), threads, steps, statistics.median(times[1:]), min(times[1:]), opened, start, peak(), disk)
+    return Bench(examples, long, min(engine.span // long, examples), threads, steps, statistics.median(times), min(times), units, opened, start, peak(), disk)

@@ -1,6 +1,6 @@
 """The graphs that `fedtune prepare --edge` made, run by onnxruntime in little memory: loss and gradients of a batch, or its logits."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +25,7 @@ class Passed(NamedTuple):
 
 @dataclass
 class Graphs:
-    """An opened folder. One of its two graphs is open at a time, and opened when it is asked for, so that weights are in memory once."""
+    """An opened folder. One of its graphs is open at a time, and opened when it is asked for, so that weights are in memory once."""
 
     folder: Path
     card: EdgeCard
@@ -42,30 +42,32 @@ class Graphs:
         """What turns texts, cut to `max_length` tokens, or image files into inputs. Raises ModelError or DataError for a broken one."""
         return open_encoder(self.folder, self.card.task, max_length)
 
-    def step(self, batch: Arrays, labels: np.ndarray, weight: np.ndarray, values: Mapping[str, np.ndarray]) -> Passed:
+    def step(self, batch: Arrays, labels: np.ndarray, weight: np.ndarray, values: Mapping[str, np.ndarray], names: Collection[str] | None = None) -> Passed:
         """One pass forward and back over n examples.
 
         Args:
             labels: int64 [n]; weight: float32 [n].
             values: the trained tensors.
+            names: those whose gradients are wanted (None: all); the gradient is 0 for the others.
         """
         named = {} if self.card.task == "causal-lm" else {LABELS: labels}
-        wanted = [LOSS, CORRECT, COUNT, *(gradient_of(t.name) for t in self.card.spec.trainable)]
-        found = self.session(STEP).run(wanted, {**batch, **named, WEIGHT: weight, **values})
-        totals = np.array([part.sum(dtype=np.float64) for part in found[:3]])
-        return Passed(np.concatenate([gradient.ravel() for gradient in found[3:]]), totals)
+        tensors = self.card.spec.trainable
+        wanted = [t.name for t in tensors if names is None or t.name in names]
+        found = self.session(self.card.step_of(names)).run([LOSS, CORRECT, COUNT, *map(gradient_of, wanted)], {**batch, **named, WEIGHT: weight, **values})
+        totals, gradients = np.array([part.sum(dtype=np.float64) for part in found[:3]]), dict(zip(wanted, found[3:]))
+        return Passed(np.concatenate([gradients[t.name].ravel() if t.name in gradients else np.zeros(t.size, np.float32) for t in tensors]), totals)
 
     def logits(self, batch: Arrays, values: Mapping[str, np.ndarray]) -> np.ndarray:
         """float32 [n, classes], or [n, length, vocabulary] for a causal language model."""
         return self.session(FORWARD).run([LOGITS], {**batch, **values})[0]
 
     def warm(self) -> None:
-        """Opens the graph that training uses."""
+        """Opens the graph that training all tensors uses."""
         self.session(STEP if self.card.mode == "backward" else FORWARD)
 
     @property
     def weights(self) -> int:
-        """Bytes of the file that both graphs map."""
+        """Bytes of the file that all graphs map."""
         return (self.folder / WEIGHTS).stat().st_size
 
     def zeros(self) -> Pieces:

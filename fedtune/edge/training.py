@@ -36,14 +36,14 @@ class Engine:
     encoder: Encoder
     span: int
 
-    def added(self, values: Pieces, data: ClientData, weight: np.ndarray) -> Passed:
-        """`Graphs.step` of any number of examples, piece by piece. weight: float32 [n]."""
+    def added(self, values: Pieces, data: ClientData, weight: np.ndarray, names: Collection[str] | None = None) -> Passed:
+        """`Graphs.step` of any number of examples, piece by piece. weight: float32 [n]. names: whose gradients are wanted (None: all)."""
         gradient, totals = np.zeros_like(values.vector), np.zeros(3)
         for rows in pieces(self.lengths(data), self.span):
             part = data.take(rows)
             if not self.predictions(part).any():  # texts of one token, whose loss is empty, which no graph takes
                 continue
-            found = self.graphs.step(self.encoder.collate(part.encoded), part.labels, weight[rows], values)  # type: ignore[arg-type]  # encoded by this encoder
+            found = self.graphs.step(self.encoder.collate(part.encoded), part.labels, weight[rows], values, names)  # type: ignore[arg-type]  # encoded by this encoder
             gradient += found.gradient
             totals += found.totals
         return Passed(gradient, totals)
@@ -130,10 +130,10 @@ def train_locally(
         count = int(engine.predictions(taken).sum())
         if count:  # a batch of one-token texts predicts nothing
             weight = np.full(len(taken), 1.0 / count, np.float32)
-            gradient, found = engine.added(values, taken, weight)
+            gradient, found = engine.added(values, taken, weight, names)
             if pull.ascent:
                 uphill = np.float32(pull.ascent / (float(np.linalg.norm(gradient.astype(np.float64))) + TINY)) * gradient
-                gradient, _ = engine.added(Pieces(values.vector + uphill, values.layout), taken, weight)
+                gradient, _ = engine.added(Pieces(values.vector + uphill, values.layout), taken, weight, names)
             gradient = trained.of(gradient) + offset
             trained.step(optimizer, values.vector, gradient + mu * (trained.of(values.vector) - towards) if mu else gradient)
             values.vector[still] = begin
@@ -168,7 +168,7 @@ def train_privately(
     for index in poisson_batches(len(data), privacy, noise):
         total = np.zeros_like(start)
         for place in index:
-            gradient, score = _of_one(engine, values, data.take(np.array([place])))
+            gradient, score = _of_one(engine, values, data.take(np.array([place])), names)
             total += clipped(trained.of(gradient), privacy.clip, check)
             scores += capped(score[None])[0]
         noisy = total + drawn_noise(trained.sizes, privacy, noise)
@@ -179,10 +179,10 @@ def train_privately(
     return noisy_metrics(scores, privacy, noise)
 
 
-def _of_one(engine: Engine, values: Pieces, one: ClientData) -> Passed:
+def _of_one(engine: Engine, values: Pieces, one: ClientData, names: Collection[str] | None) -> Passed:
     """Gradient of one example's mean loss over its predictions, and its [loss, right, 1], means too."""
     made = max(int(engine.predictions(one)[0]), 1)
-    gradient, totals = engine.added(values, one, np.full(1, 1.0 / made, np.float32))
+    gradient, totals = engine.added(values, one, np.full(1, 1.0 / made, np.float32), names)
     return Passed(gradient, np.array([totals[0] / made, totals[1] / made, 1.0]))
 
 

@@ -152,7 +152,7 @@ class PersonalSection(Section):
     strength: float = _key(1.0, "ditto: lambda, how strongly a client's own model is pulled to the global one; 0 is training alone", ge=0.0, le=1e4)
     every: int = _key(3, "select: rounds a client takes part in between two times that entries become its own", ge=1, le=10**6)
     share: float = _key(0.25, "select: of a tensor's entries that are still averaged, how many then become the client's own: those that moved most", gt=0.0, le=1.0)
-    most: float = _key(0.8, "select: largest share of a tensor's entries that become a client's own", ge=0.0, le=1.0)
+    most: float = _key(0.8, "select: largest share of a tensor's entries that become a client's own", gt=0.0, le=1.0)
 
 
 class PrivacySection(Section):

@@ -2,11 +2,14 @@
 
     edge.json       the card, with the sha256 of the other files; written last, so that a card means a whole folder
     step.onnx       loss and gradients from a batch and the trained values; not for a job that trains with forward passes alone
+    step-BLOCK.onnx the same loss, and the gradients of what is trained in this block and above alone: of each block above the first, where the
+                    job has clients train some blocks. They save time and memory, and change no number
     forward.onnx    logits from a batch and the trained values
-    weights.bin     the frozen weights of both
+    weights.bin     the frozen weights of them all
                     and the files of the encoder (tokenizer.json, ...)
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,11 @@ LOSS, CORRECT, COUNT, LOGITS = "loss", "correct", "count", "logits"
 def gradient_of(name: str) -> str:
     """Output of the step graph with a trained tensor's gradient."""
     return f"gradient:{name}"
+
+
+def step_from(block: str) -> str:
+    """File of the step whose gradients end at this block."""
+    return f"step-{block}.onnx"
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,21 @@ class EdgeCard:
     def mode(self) -> str:
         """As `edge.mode` of the jobs that these graphs are for."""
         return "backward" if STEP in self.files else "forward"
+
+    @property
+    def cuts(self) -> tuple[str, ...]:
+        """Blocks at which a step's gradients can end, from the bottom up, besides the step of all."""
+        return tuple(block for block in self.spec.schema.blocks if step_from(block) in self.files)
+
+    def step_of(self, names: Collection[str] | None) -> str:
+        """File of the smallest step that has the gradients of these trained tensors (None: of all)."""
+        schema = self.spec.schema
+        units = {t.unit for t in schema.tensors if names is None or t.name in names}
+        if "outside" in units:  # may lie below all blocks
+            return STEP
+        lowest = next((place for place, block in enumerate(schema.blocks) if block in units), len(schema.blocks))
+        found = [block for block in schema.blocks[: lowest + 1] if block in self.cuts]
+        return step_from(found[-1]) if found else STEP
 
 
 CARD_FILE = TypeAdapter(EdgeCard)

@@ -17,7 +17,8 @@ ALIGN = 4096
 
 
 def write_graphs(folder: Path, graphs: Mapping[str, Any]) -> None:
-    """Writes onnx.ModelProtos under their file names into `folder`, with what is large in WEIGHTS. The protos are changed."""
+    """Writes onnx.ModelProtos under their file names into `folder`, with what is large in WEIGHTS. The protos are changed: they say
+    where in WEIGHTS it lies, as what `cut` makes of them does."""
     places: dict[bytes, tuple[int, int]] = {}
     weights = bytearray()
     for proto in graphs.values():
@@ -36,4 +37,9 @@ def write_graphs(folder: Path, graphs: Mapping[str, Any]) -> None:
                 tensor.external_data.add(key=name, value=str(value))
     write_atomic(folder / WEIGHTS, bytes(weights))
     for name, proto in graphs.items():
-        write_atomic(folder / name, proto.SerializeToString(deterministic=True))
+        write_graph(folder / name, proto)
+
+
+def write_graph(path: Path, proto: Any) -> None:
+    """Writes an onnx.ModelProto, the same one always as the same bytes."""
+    write_atomic(path, proto.SerializeToString(deterministic=True))

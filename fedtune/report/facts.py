@@ -298,7 +298,7 @@ def personal(s: Summary) -> str:
     what = _KEPT.get(str(s["job"].get("personal", {}).get("method")), "Each client keeps something of its own")
     if not found["clients"] or found["accuracy"] is None:
         return f"{what}; none has been measured."
-    text = f"{what}: {number(found['accuracy'])} {metric(s)} on {plural(found['examples'], 'held-out example')} of the {count(found['clients'])} of {plural(found['of'], 'client')} that have one"
+    text = f"{what}: {number(found['accuracy'])} {metric(s)} on {plural(found['examples'], 'held-out example')} of the {count(found['clients'])} of {plural(found['of'], 'client')} that took part"
     return f"{text}, worst tenth {number(found['worst_tenth'])}; the global model has {number(found['federated'])} on the same examples."
 
 

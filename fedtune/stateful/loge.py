@@ -9,10 +9,11 @@
 E is a sparse equiangular tight frame: rows of length 1, all at the angle of cosine -1 / (C - 1) for C classes, SPARSITY of the numbers 0. It follows from
 the seed and the shape of the head alone, so that it never travels.
 
-1.7, the product and the sum are those of the authors' code (realignment, `localtest`), which tells more than the paper's words. What differs: there the heads learn in each
-step on features that still move, here on those that the client ends its training with, from the same batches; there the zeros of E are drawn alone and Adam
-finds nearly equal angles, here zeros and angles are exact wherever the head has many more features than classes; there h_k begins at random, here at the client's
-first g; there an absent class has weights of -1e10, which for features of either sign is no small number. Realigned are the predictions alone: training goes on from g.
+1.7, the product and the sum are in the authors' code (realignment, `localtest`), which has the product as one of several ways to join the heads. What differs: there the
+heads learn in each step on features that still move, here on those that the client ends its training with, from the same batches; there the zeros of E are drawn alone and
+Adam finds nearly equal angles, here zeros and angles are exact wherever the head has many more features than classes; there h_k begins at random, here at the client's
+first g; there a class is absent that the client's test examples lack, which nobody can know beforehand, here one that its training examples lack, and there it has weights
+of -1e10, which for features of either sign is no small number. Realigned are the predictions alone: training goes on from g.
 """
 
 from collections.abc import Sequence

@@ -11,7 +11,7 @@ where the code, in which everybody takes part in every round, goes on from the m
 the code may overshoot. On Fed-SB an entry of a core means the same to all, as the frame is common.
 
 No mask is sent. An entry that a client keeps is sent as the model had it, one that it holds global never is: where training left it as it was, it is sent one
-float32 further. So messages are those of federated averaging, and the coordinator can see which entries a client keeps, and none of their values.
+float32 further. So messages are those of federated averaging, and the coordinator can see which entries a client keeps, and of their values only those that they become personal with.
 """
 
 from collections.abc import Iterable, Sequence

@@ -2,7 +2,8 @@
 
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +14,19 @@ from fedtune.adapters.methods import Parameters
 from fedtune.bundle import Bundle
 from fedtune.data.encoded import made_up
 from fedtune.errors import ModelError, RunError
+from fedtune.job import Job
 from fedtune.models.base import TunableModel, summed_loss
 from fedtune.onnx import folder as files
+from fedtune.onnx.cut import cut
 from fedtune.onnx.frozen8 import as_integers, round_frozen
 from fedtune.onnx.lean import open_lean
-from fedtune.onnx.shared import write_graphs
+from fedtune.onnx.shared import write_graph, write_graphs
 from fedtune.onnx.training import forward_graph, step_graph
 from fedtune.run import versions
 from fedtune.seeds import generator
 from fedtune.storage import failing_clearly, sha256_of, write_json
 from fedtune.types import Arrays
+from fedtune.wire import Schema
 from fedtune.workflows.card import public_name
 from fedtune.workflows.setup import OpenBase
 
@@ -38,8 +42,8 @@ SHIFT = 0.01
 def write_edge_folder(base: OpenBase, bundle: Bundle, target: Path, stage: Callable[[str], None] = lambda text: None, int8: bool = False) -> files.EdgeCard:
     """Traces the graphs with the bundle's frame, runs them beside torch, and only then moves them to `target`, which must not exist.
 
-    A job that trains with forward passes alone has no step graph. int8: frozen weights are rounded (`fedtune.onnx.frozen8`), and torch's, which
-    the graphs are compared with, too.
+    A job that trains with forward passes alone has no step graph, one whose clients train some blocks may have several (`smaller_steps`).
+    int8: frozen weights are rounded (`fedtune.onnx.frozen8`), and torch's, which the graphs are compared with, too.
 
     Raises RunError for a target that exists, ModelError for a base that cannot be traced, or whose graphs differ from torch.
     """
@@ -63,8 +67,12 @@ def write_edge_folder(base: OpenBase, bundle: Bundle, target: Path, stage: Calla
         for graph in graphs.values():
             as_integers(graph, rounded)
         write_graphs(made, graphs)
+        smaller = smaller_steps(job, spec.schema)
+        for name, tensors in smaller.items():
+            write_graph(made / name, cut(graphs[files.STEP], {files.LOSS, files.CORRECT, files.COUNT, *map(files.gradient_of, tensors)}))
+        steps = {files.STEP: tuple(parameters), **smaller} if files.STEP in graphs else {}
         stage("checking the graphs against torch")
-        _require_equal(made, weights, base, model, parameters)
+        _require_equal(made, weights, steps, _trials(base, model, parameters, bool(steps)))
         base.encoder.save(made)
         manifest = bundle.manifest
         card = files.EdgeCard(
@@ -75,6 +83,17 @@ def write_edge_folder(base: OpenBase, bundle: Bundle, target: Path, stage: Calla
     return card
 
 
+def smaller_steps(job: Job, schema: Schema) -> dict[str, tuple[str, ...]]:
+    """Steps whose gradients end above the first block: by file name, the tensors whose gradients each has. None where no backward pass of this job
+    ends earlier: all train the first block, or what may lie below it."""
+    if job.units.strategy in ("all", "bottom") or "outside" in schema.units:
+        return {}
+    blocks = schema.blocks
+    return {
+        files.step_from(block): tuple(t.name for t in schema.tensors if t.unit not in blocks[:place])
+        for place, block in enumerate(blocks) if place}
+
+
 def _batch(base: OpenBase, examples: int, length: int) -> Arrays:
     """Made-up inputs; of texts, the first has `length` tokens and the others no more."""
     draw = generator(0, "edge-batch", examples, str(length))
@@ -82,33 +101,53 @@ def _batch(base: OpenBase, examples: int, length: int) -> Arrays:
     return base.encoder.collate(made_up(base.encoder, lengths, draw))
 
 
-def _require_equal(folder: Path, weights: str, base: OpenBase, model: TunableModel, parameters: Parameters) -> None:
-    """Runs the graphs beside torch on other batches than the traced one, with trained values near the start. Raises ModelError."""
-    step = open_lean(folder / files.STEP, weights) if (folder / files.STEP).exists() else None
-    forward = open_lean(folder / files.FORWARD, weights)
-    draw = generator(0, "edge-values")
+@dataclass(frozen=True)
+class _Trial:
+    """What graphs are given, and what torch makes of it. given: of the forward graph; more: what a step takes beside that."""
+
+    given: Arrays
+    more: Arrays
+    logits: np.ndarray
+    loss: np.ndarray
+    count: np.ndarray
+    gradients: Arrays
+
+
+def _trials(base: OpenBase, model: TunableModel, parameters: Parameters, gradients: bool) -> list[_Trial]:
+    """Of other batches than the traced one, with trained values near the start."""
+    draw, found = generator(0, "edge-values"), []
     for examples, length in TRIED:
         methods.write(parameters, {name: v + (SHIFT * draw.standard_normal(v.shape)).astype(np.float32) for name, v in methods.read(parameters).items()})
         batch = _batch(base, examples, length)
         labels = draw.integers(0, base.classes, examples)
         weight = draw.uniform(0.1, 1.0, examples).astype(np.float32)
-        values = methods.read(parameters)
         inputs = {name: torch.from_numpy(x) for name, x in batch.items()}
         out = model(**inputs)
-        _near("logits", forward.run([files.LOGITS], batch | values)[0], out.detach().numpy(), LOSS)
-        if step is None:
-            continue
-        named = {files.LABELS: labels} if model.task != "causal-lm" else {}
-        names = [o.name for o in step.get_outputs()]
-        found = dict(zip(names, step.run(None, batch | named | {files.WEIGHT: weight} | values)))
         loss, _, count = summed_loss(out, inputs, torch.from_numpy(labels), model.task)
-        gradients = torch.autograd.grad((loss * torch.from_numpy(weight)).sum(), list(parameters.values()), allow_unused=True, materialize_grads=True)
-        _near("loss", found[files.LOSS], loss.detach().numpy(), LOSS)
-        _near("count", found[files.COUNT], count.numpy(), 0.0)
-        truth = np.concatenate([g.numpy().ravel() for g in gradients])
-        off = np.linalg.norm(np.concatenate([found[files.gradient_of(name)].ravel() for name in parameters]) - truth)
-        if not off <= GRADIENT * np.linalg.norm(truth) + 1e-7:
-            raise _differs("gradients", float(off / np.linalg.norm(truth)), GRADIENT)
+        slopes = torch.autograd.grad(
+            (loss * torch.from_numpy(weight)).sum(), list(parameters.values()), allow_unused=True, materialize_grads=True) if gradients else ()
+        more = {files.WEIGHT: weight} | ({files.LABELS: labels} if model.task != "causal-lm" else {})
+        found.append(_Trial(
+            batch | methods.read(parameters), more, out.detach().numpy(), loss.detach().numpy(), count.numpy(), {n: g.numpy() for n, g in zip(parameters, slopes)}))
+    return found
+
+
+def _require_equal(folder: Path, weights: str, steps: Mapping[str, Collection[str]], trials: Sequence[_Trial]) -> None:
+    """Runs the graphs, one open at a time, on what torch was tried on. steps: by file name, the tensors whose gradients it has. Raises ModelError."""
+    forward = open_lean(folder / files.FORWARD, weights)
+    for trial in trials:
+        _near("logits", forward.run([files.LOGITS], trial.given)[0], trial.logits, LOSS)
+    del forward
+    for name, tensors in steps.items():
+        step = open_lean(folder / name, weights)
+        for trial in trials:
+            found = dict(zip([o.name for o in step.get_outputs()], step.run(None, trial.given | trial.more)))
+            _near("loss", found[files.LOSS], trial.loss, LOSS)
+            _near("count", found[files.COUNT], trial.count, 0.0)
+            ours, truth = (np.concatenate([x.ravel() for x in xs]) for xs in zip(*((found[files.gradient_of(t)], trial.gradients[t]) for t in tensors)))
+            off = np.linalg.norm(ours - truth)
+            if not off <= GRADIENT * np.linalg.norm(truth) + 1e-7:
+                raise _differs("gradients", float(off / np.linalg.norm(truth)), GRADIENT)
 
 
 def _near(what: str, found: np.ndarray, truth: np.ndarray, limit: float) -> None:

@@ -187,6 +187,7 @@ def make_plan(job: Job) -> Plan:
         notes.append("the weights are not here: numbers and bytes are exact, but nothing can be trained yet")
     notes += _curved_notes(job, memory)
     notes += _units_notes(job, schema)
+    notes += _select_notes(job, fed.rounds * cohort / drawable)
     notes += [note for device, made in zip(job.simulation.devices, devices) for note in _device_notes(job, device, made, steps[limits_of(device)])]
     if ranks is not None and not any(device.rank in (0, spec.rank) for device in job.simulation.devices):
         notes.append(f"ranks: no class has adapter.rank = {spec.rank}, so in a simulation what lies beyond rank {ranks.all[-2]} stays as it starts; lower it, or give a class that rank")
@@ -286,6 +287,14 @@ def _units_notes(job: Job, schema: Schema) -> list[str]:
     outside = schema.of_units(["outside"])
     return [f"units: {len(outside)} tensors outside the blocks ({outside[0].name}, …) are always trained, so that a step may need nearly the memory of training all; "
             "of the methods, fed-sb and lora have none there"]
+
+
+def _select_notes(job: Job, taken: float) -> list[str]:
+    """Where most clients never get an entry of their own. taken: rounds that a client is expected to take part in."""
+    every = job.personal.every
+    if job.personal.method != "select" or taken >= every:
+        return []
+    return [f"personal.every = {every}: a client is expected to take part in {taken:.2g} rounds, so that most would never have entries of their own; lower it, or give more rounds"]
 
 
 def _curved_notes(job: Job, memory: dict[str, int | None]) -> list[str]:

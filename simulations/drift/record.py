@@ -14,7 +14,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
-from recording import TUNED_SEED, Record, simulated, spread  # noqa: E402
+from recording import COLORS, TUNED_SEED, Record, draw, simulated, spread  # noqa: E402
 
 PARTITIONS = {
     "natural": {"data.partition": "natural", "data.by": "domain"},
@@ -42,7 +42,7 @@ def run(partition: str, method: str, rate: float, seed: int) -> dict:
     sent = summary["communication"]
     return {
         "accuracy": summary["final"]["accuracy"], "worst_tenth": summary["final"]["worst_tenth"],
-        "personal": summary.get("personal", {}).get("accuracy"), "bytes": sent["up"] + sent["down"], "seconds": summary["rounds"][-1]["simulated_clock"],
+        "personal": summary.get("personal", {}).get("accuracy"), "bytes": sent["up"] + sent["down"], "up": sent["up"], "seconds": summary["rounds"][-1]["simulated_clock"],
         "versions": summary["versions"],
     }
 
@@ -70,6 +70,8 @@ def main() -> None:
         personal = [row["personal"] for row in own if row["personal"] is not None]
         print(f"{partition:9} {method:9} rate {rates[method]:g}   accuracy {spread([row['accuracy'] for row in own])}   {sent / 1e6:6.2f} MB   {time:6.0f} s"
               + (f"   of what clients keep {spread(personal)}" if personal else ""))
+    if not chosen.only:
+        draw(HERE / "plot.png", [row | {"best": row["accuracy"] if row["personal"] is None else row["personal"]} for row in rows], PARTITIONS, {name: ({"method": name}, "o", color) for name, color in zip(METHODS, COLORS)}, key="best", label="held-out accuracy of what clients predict with")
 
 
 if __name__ == "__main__":

@@ -13,14 +13,9 @@ import tomllib
 from itertools import product
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
-from recording import Record, simulated, spread  # noqa: E402
+from recording import COLORS, Record, draw, simulated, spread  # noqa: E402
 
 PARTITIONS = {
     "natural": {"data.partition": "natural", "data.by": "domain"},
@@ -53,7 +48,7 @@ def run(partition: str, budget: str, strategy: str, seed: int) -> dict:
     summary = simulated(name_of(partition, budget, strategy, seed), HERE / "job.toml", changes)
     sent = summary["communication"]
     return {
-        "accuracy": summary["final"]["accuracy"], "worst_tenth": summary["final"]["worst_tenth"], "bytes": sent["up"] + sent["down"], "probes": sent["probes"],
+        "accuracy": summary["final"]["accuracy"], "worst_tenth": summary["final"]["worst_tenth"], "bytes": sent["up"] + sent["down"], "up": sent["up"], "probes": sent["probes"],
         "seconds": summary["rounds"][-1]["simulated_clock"], "versions": summary["versions"],
     }
 
@@ -70,30 +65,14 @@ def main() -> None:
     for case in cases:
         own = [row for row in rows if (row["partition"], row["budget"], row["strategy"]) == case]
         if own:
-            sent, time = (statistics.mean(row[key] for row in own) for key in ("bytes", "seconds"))
-            print(f"{case[0]:9} budget {case[1]:5} {case[2]:25} accuracy {spread([row['accuracy'] for row in own])}   {sent / 1e6:6.2f} MB   {time:6.0f} s")
+            sent, up, time = (statistics.mean(row[key] for row in own) for key in ("bytes", "up", "seconds"))
+            cells = "   ".join(f"{key} {spread([row[key] for row in own])}" for key in ("accuracy", "worst_tenth"))
+            print(f"{case[0]:9} budget {case[1]:5} {case[2]:25} {cells}   {sent / 1e6:6.2f} MB, {up / 1e6:5.2f} up   {time:6.0f} s")
     if not chosen.only:
-        draw(rows, HERE / "plot.png")
-
-
-def draw(rows: list[dict], path: Path) -> None:
-    """A row of pictures for each partition: accuracy against bytes, and against simulated time."""
-    figure, axes = plt.subplots(len(PARTITIONS), 2, figsize=(11, 8), sharey="row", layout="constrained")
-    colors = dict(zip(("all", *STRATEGIES), plt.get_cmap("tab10").colors))
-    markers = dict(zip(("all", *BUDGETS), "*o^s"))
-    for across, partition in zip(axes, PARTITIONS):
-        for axis, key, label, scale in zip(across, ("bytes", "seconds"), ("bytes sent in all, MB", "simulated seconds"), (1e6, 1.0)):
-            for strategy, budget in dict.fromkeys((row["strategy"], row["budget"]) for row in rows):
-                own = [row for row in rows if (row["partition"], row["strategy"], row["budget"]) == (partition, strategy, budget)]
-                if own:
-                    spot = [statistics.mean(row[k] for row in own) for k in (key, "accuracy")]
-                    axis.plot(spot[0] / scale, spot[1], markers[budget], color=colors[strategy], label=f"{strategy}, budget {budget}" if strategy != "all" else "all blocks")
-            axis.set(title=partition, xlabel=label, ylabel="held-out accuracy")
-            axis.grid(alpha=0.3)
-    for axis in axes[:, 1]:
-        axis.set_ylabel("")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
-    figure.savefig(path, dpi=120)
+        colors, markers = dict(zip(("all", *STRATEGIES), COLORS)), dict(zip(("all", *BUDGETS), "*o^s"))
+        draw(HERE / "plot.png", rows, PARTITIONS, {
+            f"{strategy}, budget {budget}" if strategy != "all" else "all blocks": ({"strategy": strategy, "budget": budget}, markers[budget], colors[strategy])
+            for _, budget, strategy in cases})
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 import re
 import shutil
 import sys
+from typing import get_type_hints
 
 import pytest
+from typer.models import ArgumentInfo
 from typer.testing import CliRunner
 
 from fedtune.cli import common
@@ -215,6 +217,16 @@ def test_a_wrong_option_points_to_help(arguments, expected, place):
 def test_help_shows_an_example(command):
     done = invoke([command, "--help"])
     assert done.exit_code == 0 and re.search(rf"Examples?: .*fedtune {command}", " ".join(done.stdout.split()))
+
+
+def test_help_says_what_each_argument_is():
+    groups = [([], app), *(([group.typer_instance.info.name], group.typer_instance) for group in app.registered_groups)]
+    for path, group in groups:
+        for command in group.registered_commands:
+            hints = get_type_hints(command.callback, include_extras=True).values()
+            texts = [part.help for hint in hints for part in getattr(hint, "__metadata__", ()) if isinstance(part, ArgumentInfo)]
+            shown = re.sub(r"[\s│]+", " ", invoke([*path, command.name or command.callback.__name__, "--help"]).stdout)
+            assert all(text in shown for text in texts), (path, command.name, texts)
 
 
 def test_every_command_is_tested_here():

@@ -62,6 +62,7 @@ def test_the_limit_is_kept_or_refused(prepared):
     figures = json.loads(free.stdout)
     assert figures["examples"] == 64 and figures["at_once"] == 16 and figures["length"] == 16 and figures["steps"] == 2
     assert figures["peak_bytes"] > figures["start_bytes"] > 0 and figures["step_seconds"] >= figures["step_seconds_least"] > 0
+    assert list(figures["units_seconds"]) == ["block.1"] and figures["units_seconds"]["block.1"] > 0
     assert figures["disk_bytes"] == sum(p.stat().st_size for p in prepared().graphs.iterdir())
     limit = figures["peak_bytes"] // MB + 20
     kept = bench("--graphs", graphs, "--batch-size", "64", "--memory-mb", str(limit), "--json")

