@@ -16,9 +16,9 @@ from fedtune.stateful.store import Kept
 pytestmark = pytest.mark.slow
 
 
-def kept_here(live, simulated, summary):
+def kept_here(live, names, simulated, summary):
     """Each device has what the simulated client of its name keeps, in its own folder, for nobody else to read."""
-    for name in simulated.clients(3):
+    for name in simulated.clients(names, 3):
         (job,) = (live.keys / "devices" / name / "personal").iterdir()
         mine, theirs = Kept(job, simulated.schema, "device").load(name, 3), simulated.load(name, 3)
         assert mine.keys() == theirs.keys() and all(np.allclose(mine[n], a, rtol=0, atol=1e-4) for n, a in theirs.items())
@@ -67,7 +67,7 @@ def test_live_equals_simulated(changes, federation, domain_csv, live_settings, m
     assert {c["name"] for c in summary["final"]["clients"]} == set(domain_csv)
     assert (run.path / "tensorboard").is_dir()
     if changes and "units" not in changes[0]:
-        kept_here(live, Kept(simulated.clients, kept(simulated.job(), open_bundle(simulated.bundle).manifest.spec.schema)), summary)
+        kept_here(live, domain_csv, Kept(simulated.clients, kept(simulated.job(), open_bundle(simulated.bundle).manifest.spec.schema)), summary)
     for name, device in devices.items():
         assert device.stop() == 130, name
         assert not any(word in device.text for word in ("Traceback", "error:")), device.text
