@@ -78,11 +78,11 @@ def ever(job: Job, schema: Schema) -> tuple[str, ...]:
     return schema.units if job.units.varies else selected(job, schema, 1, max(budgets(job)))
 
 
-def lowest(job: Job, schema: Schema, budget: int = 0, depth: int = 0) -> tuple[str, ...]:
-    """Of what this budget trains in any round, that whose backward pass goes down furthest and so keeps most."""
+def lowest(job: Job, schema: Schema, limits: Limits = AS_THE_JOB) -> tuple[str, ...]:
+    """Of what a client of these limits trains in any round, that whose backward pass goes down furthest and so keeps most."""
     if job.units.varies:
-        return _with(schema, within(schema, depth)[: _blocks(job, schema, budget)])
-    return _taken(job, schema, job.units.strategy, 1, budget)
+        return _with(schema, within(schema, limits.depth)[: _blocks(job, schema, limits.blocks)])
+    return _taken(job, schema, job.units.strategy, 1, limits.blocks)
 
 
 def within(schema: Schema, depth: int) -> tuple[str, ...]:
@@ -95,15 +95,16 @@ def within(schema: Schema, depth: int) -> tuple[str, ...]:
     return schema.blocks[-depth:]
 
 
-def most_numbers(job: Job, schema: Schema, budget: int = 0, depth: int = 0) -> int:
-    """The most numbers that this budget trains in a round."""
-    return sum(t.size for t in schema.of_units(_largest(job, schema, budget, depth) if job.units.varies else selected(job, schema, 1, budget)))
+def most_numbers(job: Job, schema: Schema, limits: Limits = AS_THE_JOB) -> int:
+    """The most numbers that a client of these limits trains in a round."""
+    held = schema.held(limits.rank)
+    return sum(t.size for t in held.of_units(_largest(job, held, limits) if job.units.varies else selected(job, held, 1, limits.blocks)))
 
 
-def _largest(job: Job, schema: Schema, budget: int, depth: int = 0) -> tuple[str, ...]:
-    """Of what this budget may train, that with the most numbers."""
-    size = {unit: sum(t.size for t in schema.of_units([unit])) for unit in within(schema, depth)}
-    return _with(schema, sorted(size, key=lambda unit: -size[unit])[: _blocks(job, schema, budget)])
+def _largest(job: Job, schema: Schema, limits: Limits) -> tuple[str, ...]:
+    """Of what a client of these limits may train of this schema, that with the most numbers."""
+    size = {unit: sum(t.size for t in schema.of_units([unit])) for unit in within(schema, limits.depth)}
+    return _with(schema, sorted(size, key=lambda unit: -size[unit])[: _blocks(job, schema, limits.blocks)])
 
 
 def _with(schema: Schema, taken: Sequence[str]) -> tuple[str, ...]:
@@ -133,14 +134,14 @@ def tensors_of(schema: Schema, units: Sequence[str], rank: int = 0) -> tuple[str
     return None if len(found) == len(schema.tensors) else found
 
 
-def round_bytes(job: Job, schema: Schema, rounds: int, budget: int = 0, depth: int = 0, rank: int = 0) -> list[tuple[int, int]]:
+def round_bytes(job: Job, schema: Schema, rounds: int, limits: Limits = AS_THE_JOB) -> list[tuple[int, int]]:
     """Bytes of the (model, update) packets of a client of these limits in each of the first rounds, at least one; of blocks chosen by scores, the most."""
-    size = cache(lambda units: packet_bytes(schema, tensors_of(schema, units, rank), rank))
+    size = cache(lambda units: packet_bytes(schema, tensors_of(schema, units, limits.rank), limits.rank))
     if job.units.probes:
-        return [size(_largest(job, schema.held(rank), budget, depth))] * max(1, rounds)
+        return [size(_largest(job, schema.held(limits.rank), limits))] * max(1, rounds)
     if job.units.strategy != "lisa":
-        return [size(selected(job, schema, 1, budget))] * max(1, rounds)
-    return [size(selected(job, schema, round, budget)) for round in range(1, max(1, rounds) + 1)]
+        return [size(selected(job, schema, 1, limits.blocks))] * max(1, rounds)
+    return [size(selected(job, schema, round, limits.blocks)) for round in range(1, max(1, rounds) + 1)]
 
 
 def unlimited(schema: Schema, depth: int) -> bool:

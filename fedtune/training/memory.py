@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from fedtune.adapters.methods import attach
+from fedtune.adapters.ranks import at_rank
 from fedtune.adapters.spec import AdapterSpec
-from fedtune.algorithms.units import lowest, most_numbers, unlimited
+from fedtune.algorithms.units import AS_THE_JOB, Limits, lowest, most_numbers, unlimited
 from fedtune.job import Job
 from fedtune.models.base import TunableModel, layout
 from fedtune.probes import kept_numbers
@@ -40,22 +41,22 @@ class Saved:
     curved: int
 
 
-def step_memory(job: Job, spec: AdapterSpec, sketch: TunableModel, budget: int = 0, depth: int = 0) -> dict[str, int | None]:
+def step_memory(job: Job, spec: AdapterSpec, sketch: TunableModel, limits: Limits = AS_THE_JOB) -> dict[str, int | None]:
     """Bytes that one training client needs, part by part and in all: computed from shapes; libraries and data come on top.
 
     Args:
         sketch: the base on the meta device and without an adapter; it cannot be used afterwards.
-        budget: blocks that the client trains (0: as many as the job says). Of those that differ from round to round, the most that any need.
-        depth: blocks, counted from the top, that it may choose among (0: all). With fewer than all it is not probed.
+        spec: at the job's rank.
+        limits: of the client. Of blocks that differ from round to round, the most that any need; one that may not choose among all is not probed.
 
     Returns:
         "activations" and "total" are None for a base whose code looks at values. "curved" and "activations_without_lean" are no
         parts of the total: what of the activations ReLU6 would not keep (`Saved`), and what stock torch would keep.
     """
-    parameters = layout(sketch).size
+    parameters, spec = layout(sketch).size, at_rank(spec, limits.rank)
     states = {"adamw": 2, "adam": 2, "sgd": 1 if job.federation.momentum else 0}[job.federation.optimizer]
     side = job.model.image_size if job.model.task == "image-classification" else job.model.max_length
-    trained = {t.name for t in spec.schema.of_units(lowest(job, spec.schema, budget, depth))}
+    trained = {t.name for t in spec.schema.of_units(lowest(job, spec.schema, limits))}
     with torch.device("meta"):
         for name, p in attach(sketch, spec, {t.name: np.zeros(t.shape, np.float32) for t in spec.frame}).items():
             p.requires_grad_(name in trained)
@@ -64,7 +65,7 @@ def step_memory(job: Job, spec: AdapterSpec, sketch: TunableModel, budget: int =
     parts: dict[str, int | None] = {
         "base": NUMBER * (parameters + spec.head_size),
         "frame": NUMBER * sum(t.size for t in spec.frame),
-        "adapter_gradients_optimizer": NUMBER * ((1 + copies(job)) * spec.size + max((1 + states) * most_numbers(job, spec.schema, budget, depth), _probe_numbers(job, spec, depth))),
+        "adapter_gradients_optimizer": NUMBER * ((1 + copies(job)) * spec.size + max((1 + states) * most_numbers(job, spec.schema, limits), _probe_numbers(job, spec, limits.depth))),
         "activations": None if found is None else found.bytes,
     }
     known = [v for v in parts.values() if v is not None]

@@ -47,7 +47,7 @@ def _fit(job: Job, schema: Schema, device: DeviceClass, memory: StepMemory, exam
     limit, deepest = device.units or job.units.budget or blocks, device.depth or blocks
 
     def fits(units: int, depth: int) -> bool:
-        return _fits(job, schema, device, units, depth, memory, examples)
+        return _fits(job, schema, device, Limits(units, depth, device.rank), memory, examples)
 
     if not job.units.probes:
         return {"units": _most(lambda units: fits(units, 0), 1, limit)}
@@ -64,13 +64,13 @@ def _most(fits: Callable[[int], bool], low: int, high: int) -> int:
     return low
 
 
-def _fits(job: Job, schema: Schema, device: DeviceClass, units: int, depth: int, memory: StepMemory, examples: float) -> bool:
-    run = examples * step_share(schema, lowest(job, schema, units, depth))
+def _fits(job: Job, schema: Schema, device: DeviceClass, limits: Limits, memory: StepMemory, examples: float) -> bool:
+    run = examples * step_share(schema, lowest(job, schema, limits))
     if job.units.seconds and span(device, 0, run, 0).train > job.units.seconds:
         return False
     if not device.memory_mb:
         return True
-    step = memory(Limits(units, depth, device.rank))
+    step = memory(limits)
     if step is None:
         raise JobError(["units.fit = true: what a step of this base needs cannot be computed from shapes; set it to false and give each class of devices its units"])
     return step <= device.memory_mb * MB

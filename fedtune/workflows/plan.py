@@ -11,7 +11,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from fedtune import packages
-from fedtune.adapters.ranks import at_rank, ranks_in
+from fedtune.adapters.ranks import ranks_in
 from fedtune.adapters.spec import describe
 from fedtune.algorithms.units import (
     AS_THE_JOB,
@@ -159,13 +159,13 @@ def make_plan(job: Job) -> Plan:
 
     @cache
     def memories(limits: Limits) -> dict[str, int | None]:
-        return step_memory(job, at_rank(spec, limits.rank), sketch_model(job.model, source, classes), limits.blocks, limits.depth)
+        return step_memory(job, spec, sketch_model(job.model, source, classes), limits)
 
     def memory_of(limits: Limits) -> int | None:
         return memories(limits)["total"]
 
     job = fitted(job, schema, memory_of, examples or fed.local_steps * fed.batch_size)
-    sizes = {limits: round_bytes(job, schema, job.federation.rounds, *limits) for limits in {AS_THE_JOB, *map(limits_of, job.simulation.devices)}}
+    sizes = {limits: round_bytes(job, schema, job.federation.rounds, limits) for limits in {AS_THE_JOB, *map(limits_of, job.simulation.devices)}}
     model, update = (max(column) for column in zip(*sizes[AS_THE_JOB]))
     once = (spec.frame, spec.trainable if "initial.safetensors" in shipped_of(job) else ())
     frame = sum(len(save({t.name: np.zeros(t.shape, np.float32) for t in tensors})) for tensors in once if tensors)
@@ -270,12 +270,12 @@ def _devices(job: Job, schema: Schema, clients: int, examples: float | None, ste
         question, answer = probe_bytes(schema, device.rank)
         return span(device, question, probed, answer).total if probes(device) and (examples is not None or not device.speed) else None
 
-    work = [step_share(schema, lowest(job, schema, *limits_of(device)[:2])) for device in devices]
+    work = [step_share(schema, lowest(job, schema, limits_of(device))) for device in devices]
     spans = [span(device, model, share * mean, update) for device, share, (model, update) in zip(devices, work, largest)]
     return tuple(
         DeviceTime(device.name, count, bool(fit), device.available, device.drop_out, s.down, None if examples is None and device.speed else s.train, s.up, span(device, frame, 0, 0).down,
                    0 if job.units.strategy == "all" else device.units or job.units.budget, len(within(schema, device.depth)) if job.units.probes else 0, probes(device), probing(device),
-                   (device.rank or job.adapter.rank) if job.adapter.method == "fed-sb" else 0, most_numbers(job, schema.held(device.rank), device.units, device.depth), *bytes_,
+                   (device.rank or job.adapter.rank) if job.adapter.method == "fed-sb" else 0, most_numbers(job, schema, limits_of(device)), *bytes_,
                    memory=steps[limits_of(device)])
         for device, count, fit, s, bytes_ in zip(devices, held, able(devices, [steps[limits_of(device)] for device in devices]), spans, largest))
 

@@ -11,7 +11,6 @@ import numpy as np
 
 from fedtune import packages
 from fedtune.adapters import frames, methods
-from fedtune.adapters.ranks import at_rank
 from fedtune.adapters.spec import AdapterSpec, Linear, describe
 from fedtune.algorithms.units import AS_THE_JOB, Limits, require_budgets
 from fedtune.bundle import Bundle, write_bundle
@@ -65,7 +64,7 @@ class OpenBase:
         """Bytes that a training client of these limits needs; None for a base of which that cannot be computed."""
         if limits not in self._memory:
             sketch = sketch_model(self.job.model, self.source, self.classes)
-            self._memory[limits] = step_memory(self.job, at_rank(self.spec, limits.rank), sketch, limits.blocks, limits.depth)["total"]
+            self._memory[limits] = step_memory(self.job, self.spec, sketch, limits)["total"]
         return self._memory[limits]
 
     @cached_property

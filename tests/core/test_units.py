@@ -114,10 +114,10 @@ def test_a_depth_leaves_the_upper_blocks():
     made = job("gradient", 2, 'simulation.devices=[{name = "a"}, {name = "b", units = 1, depth = 3}]')
     assert [within(SCHEMA, depth) for depth in (0, 1, 3, 4, 9)] == [BLOCKS, BLOCKS[3:], BLOCKS[1:], BLOCKS, BLOCKS]
     assert [unlimited(SCHEMA, depth) for depth in (0, 1, 3, 4)] == [True, False, False, True]
-    assert [set(lowest(made, SCHEMA, budget, depth)) - ALWAYS for budget, depth in ((0, 0), (1, 0), (2, 3), (1, 1))] == [set(BLOCKS[:2]), {BLOCKS[0]}, set(BLOCKS[1:3]), {BLOCKS[3]}]
-    assert [most_numbers(made, SCHEMA, 1, depth) for depth in (0, 3)] == [22, 22] and most_numbers(made, SCHEMA, 2, 1) == 22
+    assert [set(lowest(made, SCHEMA, Limits(budget, depth))) - ALWAYS for budget, depth in ((0, 0), (1, 0), (2, 3), (1, 1))] == [set(BLOCKS[:2]), {BLOCKS[0]}, set(BLOCKS[1:3]), {BLOCKS[3]}]
+    assert [most_numbers(made, SCHEMA, Limits(1, depth)) for depth in (0, 3)] == [22, 22] and most_numbers(made, SCHEMA, Limits(2, 1)) == 22
     wider = Schema((TensorSpec("0.R", (9, 9), "block.0"), TensorSpec("1.R", (2, 2), "block.1")))
-    assert [most_numbers(job("gradient", 1), wider, 1, depth) for depth in (0, 1)] == [81, 4] and round_bytes(job("gradient", 1), wider, 3, 1, 1) == [packet_bytes(wider, ("1.R",))] * 3
+    assert [most_numbers(job("gradient", 1), wider, Limits(1, depth)) for depth in (0, 1)] == [81, 4] and round_bytes(job("gradient", 1), wider, 3, Limits(1, 1)) == [packet_bytes(wider, ("1.R",))] * 3
     state = State(0, model(), {ROWS: np.array([[0.4, 0.3, 0.2, 0.1]])})
     assert [set(by_common_scores(made, SCHEMA, state, Limits(budget, depth))) - ALWAYS for budget, depth in ((0, 0), (2, 3), (2, 1))] == [set(BLOCKS[:2]), set(BLOCKS[1:3]), {BLOCKS[3]}]
 

@@ -111,7 +111,7 @@ def test_live_where_nothing_is_fitted_no_budget_is_all_blocks(strategy, tiny_job
 def test_simulation_and_plan_take_the_same_number(tiny_job, run_rounds, tmp_path):
     """The tiny base, whose two blocks need more than one, and a class with memory for just one."""
     plain = open_setup(tiny_job("units.strategy=top", "units.budget=2", "federation.batch-size=256"))
-    one, two = (step_memory(plain.job, plain.spec, plain.fresh_model(), budget)["total"] for budget in (1, 2))
+    one, two = (step_memory(plain.job, plain.spec, plain.fresh_model(), Limits(budget))["total"] for budget in (1, 2))
     assert one < two
     limit = -(-one // 10**6)
     if limit * 10**6 >= two:
@@ -131,7 +131,7 @@ def test_a_class_that_reaches_the_upper_block_is_not_probed_and_trains_it(tiny_j
     """By memory: of the tiny base's two blocks the lower would need more."""
     changes = ("units.strategy=gradient", "units.budget=1", "federation.batch-size=256", "units.probe-every=2")
     plain = open_setup(tiny_job(*changes))
-    upper, lower = (step_memory(plain.job, plain.spec, plain.fresh_model(), 1, depth)["total"] for depth in (1, 2))
+    upper, lower = (step_memory(plain.job, plain.spec, plain.fresh_model(), Limits(1, depth))["total"] for depth in (1, 2))
     limit = -(-upper // 10**6)
     if limit * 10**6 >= lower:
         pytest.fail("the tiny base no longer tells the upper block from both by whole megabytes")
