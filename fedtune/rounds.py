@@ -377,11 +377,11 @@ class Coordinator:
         """How many of the clients averaged had each rank, and trained each unit, where they are not all alike; and of this round's probe the mean scores, and who gave none that counts."""
         found: dict[str, Any] = {}
         if any(t.rank for t in self.schema.tensors):
-            ranks = Counter(self._planned[client][1] or self.job.adapter.rank for client in report.clients)
+            ranks = Counter(self._planned[client].rank or self.job.adapter.rank for client in report.clients)
             found["ranks"] = {str(rank): ranks[rank] for rank in sorted(ranks)}
         if self.job.units.strategy == "all":
             return found
-        counts = Counter(unit for client in report.clients for unit in self._planned[client][0])
+        counts = Counter(unit for client in report.clients for unit in self._planned[client].units)
         found["units"] = {unit: counts[unit] for unit in self.schema.units if counts[unit]}
         if self._asked and report.round:
             found["unprobed"] = dict(self._silent)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,6 +39,13 @@ class ClientInfo:
     examples: int
 
 
+class Work(NamedTuple):
+    """What a client trains: the tensors of `units` that a client of `rank` has (0: all). Clients with the same receive the same packet."""
+
+    units: tuple[str, ...]
+    rank: int
+
+
 @dataclass(frozen=True)
 class Assignment:
     """What one client does in one round: train the tensors of `units` that a client of `rank` has (0: all), starting from the model of `round` - 1."""
@@ -48,12 +56,9 @@ class Assignment:
     rank: int = 0
 
     @property
-    def work(self) -> "Work":
-        return self.units, self.rank
+    def work(self) -> Work:
+        return Work(self.units, self.rank)
 
-
-Work = tuple[tuple[str, ...], int]
-"""Units and rank: clients with the same receive the same packet."""
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def at_rank(spec: AdapterSpec, rank: int) -> AdapterSpec:
     """What a client of this rank (0: the adapter's) trains and needs of the frame."""
     if not rank or rank == spec.rank:
         return spec
-    cores = {f"{x.name}.R" for x in spec.linears}
+    cores = _cores(spec)
     trained = tuple(replace(t, shape=(rank, rank)) if t.name in cores else t for t in spec.trainable)
     frame = tuple(replace(t, shape=(rank, t.shape[1]) if t.name.endswith(".A") else (t.shape[0], rank)) for t in spec.frame)
     return replace(spec, rank=rank, trainable=trained, frame=frame)
@@ -78,7 +78,7 @@ class Ranks:
 
     @cached_property
     def cores(self) -> frozenset[str]:
-        return frozenset(f"{x.name}.R" for x in self.spec.linears)
+        return _cores(self.spec)
 
     @cached_property
     def schema(self) -> Schema:
@@ -131,6 +131,10 @@ class Ranks:
 
     def _up_to(self, rank: int) -> tuple[int, ...]:
         return self.all[: self.all.index(rank) + 1]
+
+
+def _cores(spec: AdapterSpec) -> frozenset[str]:
+    return frozenset(f"{x.name}.R" for x in spec.linears)
 
 
 def _name(core: str, rank: int) -> str:

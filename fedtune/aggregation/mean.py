@@ -1,7 +1,8 @@
 """The weighted mean, tensor by tensor over those who trained it, streaming."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -46,20 +47,35 @@ def weighted_mean(updates: Iterable[Update], reference: Arrays, *, equal: bool =
 
     Source: McMahan et al. 2017, arXiv:1602.05629v4, Algorithm 1; per tensor as in arXiv:2408.15600, section 3.
     """
-    running: _Running | None = None
+    return streamed(updates, lambda first: _Running(reference, first.arrays), equal)
+
+
+class Sums(Protocol):
+    """What a mean needs of the updates so far."""
+
+    def add(self, weight: float, update: Update) -> None:
+        """Raises ShapeMismatch for an update that is not of the model."""
+
+    def means(self) -> Arrays:
+        """Of the updates that were added; a number that none of any weight holds is that of the model."""
+
+
+def streamed(updates: Iterable[Update], begin: Callable[[Update], Sums], equal: bool) -> Mean:
+    """The mean that the sums give which begin(first update) makes; `updates` are read once. equal and EmptyCohort: as `weighted_mean`."""
+    sums: Sums | None = None
     clients: list[str] = []
     total = 0.0
     metrics: Metrics = {}
     for update in updates:
         weight = 1.0 if equal else update.weight
-        running = running or _Running(reference, update.arrays)
-        running.add(weight, update)
+        sums = sums or begin(update)
+        sums.add(weight, update)
         clients.append(update.client)
         total += weight
         metrics = merge([metrics, update.metrics])
-    if running is None or total <= 0:
+    if sums is None or total <= 0:
         raise EmptyCohort(f"{len(clients)} updates with total weight {total}: nothing to average")
-    return Mean(running.means(), tuple(clients), total, metrics)
+    return Mean(sums.means(), tuple(clients), total, metrics)
 
 
 class _Running:

@@ -26,6 +26,7 @@ def no_dash(path: Path | None) -> Path | None:
         raise typer.BadParameter(f"{path} begins with a dash, as options do; give another name, or its full path")
     return path
 
+
 def _width(stream: TextIO) -> int | None:
     """Lines fit a terminal; in a file or a pipe they stay whole, so that `grep` finds what it looks for."""
     return None if stream.isatty() or "COLUMNS" in os.environ else 1000

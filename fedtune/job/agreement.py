@@ -189,9 +189,6 @@ def _units_disagreements(job: Sections) -> Iterator[str]:
         yield f'units.strategy = {toml_value(units.strategy)}: adapter.method = "head" trains nothing in the blocks; use "all"'
     if job.edge.mode == "forward":
         yield f'units.strategy = {toml_value(units.strategy)}: with edge.mode = "forward" a step moves the whole model along a direction; use "all"'
-    alike = [  # noise and denominators count on it; what one client alone trains is seen in the sum, and is that client's
-        'privacy.unit = "client"' if job.privacy.unit == "client" else "", "privacy.secure-aggregation = true" if job.privacy.secure_aggregation else "",
-        f"federation.aggregation = {toml_value(job.federation.aggregation)}" if job.federation.aggregation != "mean" else ""]
     if units.strategy == "snr" and units.probe_batches < 2:
         yield f'units.probe-batches = {units.probe_batches}: strategy = "snr" compares the gradients of batches; give at least 2'
     if units.probes:
@@ -201,7 +198,7 @@ def _units_disagreements(job: Sections) -> Iterator[str]:
                 yield f"simulation.devices.{place}.depth = {device.depth}: its clients train {count} blocks; give at least {count}, or the class fewer units"
         yield from _probe_disagreements(job)
         return
-    for key in [key for key in alike if key][:1]:
+    for key in _alike(job)[:1]:
         if units.fit:
             yield f"units.fit = true: with {key} all clients must train as many blocks; remove it"
         for place, count in own:
@@ -209,16 +206,22 @@ def _units_disagreements(job: Sections) -> Iterator[str]:
                 yield f"simulation.devices.{place}.units = {count}: units.budget is {units.budget}, and with {key} all clients must train as many blocks; remove it"
 
 
+def _alike(job: Sections) -> list[str]:
+    """What counts on it that every client trains the same: noise and denominators do, and what one client alone trains is seen in the sum, and is that client's."""
+    return [key for key, holds in {
+        'privacy.unit = "client"': job.privacy.unit == "client",
+        "privacy.secure-aggregation = true": job.privacy.secure_aggregation,
+        f"federation.aggregation = {toml_value(job.federation.aggregation)}": job.federation.aggregation != "mean",
+    }.items() if holds]
+
+
 def _rank_disagreements(job: Sections) -> Iterator[str]:
-    rank, fed, privacy = job.adapter.rank, job.federation, job.privacy
-    counting = {  # what counts on it that every client trains the same numbers
-        'privacy.unit = "client"': privacy.unit == "client",
-        "privacy.secure-aggregation = true": privacy.secure_aggregation,
-        f"federation.aggregation = {toml_value(fed.aggregation)}": fed.aggregation != "mean",
+    rank, fed = job.adapter.rank, job.federation
+    alike = _alike(job) + [key for key, holds in {
         f"federation.drift = {toml_value(fed.drift)}": fed.drift != "none",
         f"personal.method = {toml_value(job.personal.method)}": job.personal.method != "none",
         'edge.mode = "forward"': job.edge.mode == "forward",
-    }
+    }.items() if holds]
     for place, device in enumerate(job.simulation.devices):
         chosen = f"simulation.devices.{place}.rank = {device.rank}"
         if device.rank and job.adapter.method != "fed-sb":
@@ -226,7 +229,7 @@ def _rank_disagreements(job: Sections) -> Iterator[str]:
         elif device.rank > rank:
             yield f"{chosen}: at most adapter.rank = {rank}, of which all classes train a leading part; lower it, or raise adapter.rank"
         elif device.rank and device.rank != rank:
-            for key in [key for key, holds in counting.items() if holds][:1]:
+            for key in alike[:1]:
                 yield f"{chosen}: adapter.rank is {rank}, and with {key} all clients must train the same numbers; remove it"
 
 

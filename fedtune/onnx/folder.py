@@ -72,7 +72,7 @@ class EdgeCard:
         if "outside" in units:  # may lie below all blocks
             return STEP
         lowest = next((place for place, block in enumerate(schema.blocks) if block in units), len(schema.blocks))
-        found = [block for block in schema.blocks[: lowest + 1] if block in self.cuts]
+        found = [block for block in schema.blocks[: lowest + 1] if step_from(block) in self.files]
         return step_from(found[-1]) if found else STEP
 
 

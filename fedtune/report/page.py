@@ -1,6 +1,7 @@
 """One run as one self-contained page: no scripts, no network, light, dark and print."""
 
 import re
+from collections.abc import Sequence
 
 from fedtune.report import facts, html, plots, plots_clients, privacy, privacy_page, tables
 from fedtune.report.facts import Fact
@@ -172,55 +173,36 @@ def _communication(s: Summary) -> str:
     )
 
 
+def _with_table(name: str, title: str, text: str, label: str, header: Sequence[str], rows: Sequence[Sequence[object]], words: Sequence[int] = (0,)) -> str:
+    """A section of a sentence and a table; empty without either."""
+    return html.section(name, title, html.paragraph(text), html.table(label, header, rows, words))
+
+
 def _devices(s: Summary) -> str:
-    return html.section(
-        "devices",
-        "Devices",
-        html.paragraph(facts.fleet(s)),
-        html.table("Classes of devices", tables.DEVICE_HEADER, tables.device_rows(s)),
-    )
+    return _with_table("devices", "Devices", facts.fleet(s), "Classes of devices", tables.DEVICE_HEADER, tables.device_rows(s))
 
 
 def _units(s: Summary) -> str:
-    return html.section(
-        "units",
-        "Trained units",
-        html.paragraph(facts.units(s)),
-        html.table("Trained units", tables.unit_header(s), tables.unit_rows(s)),
-    )
+    return _with_table("units", "Trained units", facts.units(s), "Trained units", tables.unit_header(s), tables.unit_rows(s))
 
 
 def _ranks(s: Summary) -> str:
-    return html.section(
-        "ranks",
-        "Ranks",
-        html.paragraph(facts.ranks(s)),
-        html.table("Ranks of clients", tables.RANK_HEADER, tables.rank_rows(s)),
-    )
+    return _with_table("ranks", "Ranks", facts.ranks(s), "Ranks of clients", tables.RANK_HEADER, tables.rank_rows(s))
 
 
 def _refused(s: Summary) -> str:
     rows = facts.refusals(s)
     if not rows:
         return html.section("refused", "Refused updates", html.paragraph("None: every update that came was taken."))
-    return html.section(
-        "refused",
-        "Refused updates",
-        html.paragraph(f"{plural(len(rows), 'update')} not taken. Each round went on with the others."),
-        html.table("Refused updates", ("round", "client", "reason"), rows, (0, 1, 2)),
-    )
+    text = f"{plural(len(rows), 'update')} not taken. Each round went on with the others."
+    return _with_table("refused", "Refused updates", text, "Refused updates", ("round", "client", "reason"), rows, (0, 1, 2))
 
 
 def _exports(s: Summary) -> str:
     rows = tables.exports(s)
     if not rows:
         return html.section("exports", "Exported files", html.paragraph("Nothing was exported."))
-    return html.section(
-        "exports",
-        "Exported files",
-        html.paragraph("Each file was run on held-out data and compared with the trained model."),
-        html.table("Exported files", tables.EXPORT_HEADER, rows, (0, 1)),
-    )
+    return _with_table("exports", "Exported files", "Each file was run on held-out data and compared with the trained model.", "Exported files", tables.EXPORT_HEADER, rows, (0, 1))
 
 
 def _made(s: Summary) -> str:

@@ -95,7 +95,8 @@ class Together:
         start = np.concatenate([work.model[t.name].ravel() for t in trainer.schema.tensors])
         try:
             with self.worker.at(work.rank) as parameters, only(parameters, work.names):
-                write(parameters, work.model)  # what these clients do not train is as the model has it
+                if work.names is not None:
+                    write(parameters, work.model)  # what these clients do not train is as the model has it
                 models, totals = trainer.train(start, tasks, round, private)
         except Refused as e:  # a mechanism that is broken is broken for all
             yield from (Reply(client, None, str(e)) for client in clients)

@@ -18,9 +18,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from fedtune.aggregation.mean import Mean, require_same
-from fedtune.errors import EmptyCohort
-from fedtune.metrics import merge
+from fedtune.aggregation.mean import Mean, require_same, streamed
 from fedtune.stateful.base import Answer, Ask, Client, Pull, Trained
 from fedtune.types import Arrays, TensorSpec, Update
 from fedtune.wire import Schema
@@ -92,21 +90,25 @@ def held_mean(updates: Iterable[Update], reference: Arrays, equal: bool = False)
 
     Reads `updates` once and keeps two running sums, in float64. Arguments and errors are those of `aggregation.mean.weighted_mean`.
     """
-    sums, weights = ({name: np.zeros(a.shape) for name, a in reference.items()} for _ in range(2))
-    clients, total, metrics = list[str](), 0.0, dict[str, tuple[float, float]]()
-    for update in updates:
-        require_same(update, reference)
-        weight = 1.0 if equal else update.weight
+    return streamed(updates, lambda first: _Held(reference), equal)
+
+
+class _Held:
+    """sum(w * (u - reference)) and sum(w) of each entry over the updates that hold it."""
+
+    def __init__(self, reference: Arrays) -> None:
+        self.reference = reference
+        self.sums, self.weights = ({name: np.zeros(a.shape) for name, a in reference.items()} for _ in range(2))
+
+    def add(self, weight: float, update: Update) -> None:
+        require_same(update, self.reference)
         for name, a in update.arrays.items():
-            sums[name] += weight * (a.astype(np.float64) - reference[name])
-            weights[name] += weight * (a != reference[name])
-        clients.append(update.client)
-        total += weight
-        metrics = merge([metrics, update.metrics])
-    if total <= 0:
-        raise EmptyCohort(f"{len(clients)} updates with total weight {total}: nothing to average")
-    means = {name: (a + sums[name] / np.where(weights[name] > 0, weights[name], 1.0)).astype(a.dtype) for name, a in reference.items()}
-    return Mean(means, tuple(clients), total, metrics)
+            self.sums[name] += weight * (a.astype(np.float64) - self.reference[name])
+            self.weights[name] += weight * (a != self.reference[name])
+
+    def means(self) -> Arrays:
+        return {
+            name: (a + self.sums[name] / np.where(self.weights[name] > 0, self.weights[name], 1.0)).astype(a.dtype) for name, a in self.reference.items()}
 
 
 def _mask(model: Arrays, kept: Arrays | None) -> Arrays:
