@@ -48,9 +48,13 @@ Index = Annotated[int, Field(ge=0, le=10**6)]
 
 @dataclass(frozen=True)
 class Schema:
-    """The ordered tensors both sides agreed on."""
+    """The ordered tensors both sides agreed on.
+
+    `base_blocks`: the blocks of the base, from the bottom up, where some of them have no tensors here; else empty.
+    """
 
     tensors: tuple[TensorSpec, ...]
+    base_blocks: tuple[str, ...] = ()
 
     @cached_property
     def digest(self) -> str:
@@ -73,8 +77,8 @@ class Schema:
 
     @cached_property
     def blocks(self) -> tuple[str, ...]:
-        """The units that can be selected, from the bottom up."""
-        return tuple(unit for unit in self.units if unit.startswith("block."))
+        """The units that a strategy selects from, from the bottom up."""
+        return self.base_blocks or tuple(unit for unit in self.units if unit.startswith("block."))
 
     def of_units(self, units: Sequence[str]) -> tuple[TensorSpec, ...]:
         wanted = set(units)
@@ -82,7 +86,7 @@ class Schema:
 
     def held(self, rank: int) -> "Schema":
         """What a client of this rank has of it; 0: all."""
-        return Schema(tuple(t for t in self.tensors if t.rank <= rank)) if rank else self
+        return Schema(tuple(t for t in self.tensors if t.rank <= rank), self.base_blocks) if rank else self
 
 
 class Header(BaseModel):

@@ -83,7 +83,7 @@ class Ranks:
     @cached_property
     def schema(self) -> Schema:
         """What travels."""
-        return Schema(tuple(piece for t in self.spec.trainable for piece in (self._pieces(t) if t.name in self.cores else (t,))))
+        return Schema(tuple(piece for t in self.spec.trainable for piece in (self._pieces(t) if t.name in self.cores else (t,))), self.spec.base_blocks)
 
     def split(self, arrays: Arrays) -> Arrays:
         """The tensors of a client of any of the ranks, or some of them, as they travel."""

@@ -5,8 +5,8 @@ frame) go with them. The wire, the coordinator, `fedtune plan` and the edge need
 """
 
 import fnmatch
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from fedtune.errors import ModelError
@@ -54,7 +54,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """What a method trains (`trainable`, in wire order) and what it keeps frozen beside the base (`frame`)."""
+    """What a method trains (`trainable`, in wire order) and what it keeps frozen beside the base (`frame`).
+
+    `base_blocks`: the base's, where the method could train something in more of them than it does; else empty.
+    """
 
     method: str
     rank: int
@@ -62,10 +65,11 @@ class AdapterSpec:
     linears: tuple[Linear, ...]
     trainable: tuple[TensorSpec, ...]
     frame: tuple[TensorSpec, ...]
+    base_blocks: tuple[str, ...] = ()
 
     @cached_property
     def schema(self) -> Schema:
-        return Schema(self.trainable)
+        return Schema(self.trainable, self.base_blocks)
 
     @property
     def size(self) -> int:
@@ -89,6 +93,12 @@ def describe(layout: Layout, section: AdapterSection) -> AdapterSpec:
         raise ModelError(f"adapter.method = {section.method!r}: this base has nothing it can train; use another method")
     scale = section.alpha / section.rank if section.alpha else 1.0
     return AdapterSpec(section.method, section.rank, scale, linears, (*trainable, *head), frame)
+
+
+def of_units(spec: AdapterSpec, units: Collection[str]) -> AdapterSpec:
+    """The same with nothing but these units."""
+    trainable, frame = (tuple(t for t in found if t.unit in units) for found in (spec.trainable, spec.frame))
+    return replace(spec, linears=tuple(x for x in spec.linears if x.unit in units), trainable=trainable, frame=frame, base_blocks=spec.schema.blocks)
 
 
 def target_linears(layout: Layout, targets: Sequence[str], method: str = "fed-sb") -> tuple[Linear, ...]:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fedtune.adapters.spec import AdapterSpec, Layout, describe, of_units
 from fedtune.algorithms.base import Algorithm, State
 from fedtune.algorithms.selection import choose, normalised
 from fedtune.errors import JobError
@@ -76,6 +77,16 @@ def selected(job: Job, schema: Schema, round: int, budget: int = 0) -> tuple[str
 def ever(job: Job, schema: Schema) -> tuple[str, ...]:
     """What any client may train in any round: nothing else ever changes."""
     return schema.units if job.units.varies else selected(job, schema, 1, max(budgets(job)))
+
+
+def spec_of(layout: Layout, job: Job) -> AdapterSpec:
+    """The spec of the job's method on this base, with what any client may train in any round: the rest would be sent to and fro for nothing.
+
+    Under units.fit, all: what clients can bear is found with this spec.
+    """
+    spec = describe(layout, job.adapter)
+    units = spec.schema.units if job.units.fit else ever(job, spec.schema)
+    return spec if units == spec.schema.units else of_units(spec, units)
 
 
 def lowest(job: Job, schema: Schema, limits: Limits = AS_THE_JOB) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fedtune.adapters.spec import describe
+from fedtune.algorithms.units import spec_of
 from fedtune.bundle import Bundle, Manifest
 from fedtune.errors import EnvironmentProblem, ModelError
 from fedtune.models.base import TunableModel, layout
@@ -85,6 +85,6 @@ def _given(folder: Path, manifest: Manifest) -> Source:
 
 def _require_spec(bundle: Bundle, model: TunableModel, source: Source) -> None:
     """Raises ModelError when what the bundle trains is not what its job makes of this base, so that no message can name other tensors."""
-    if describe(layout(model), bundle.job.adapter) != bundle.manifest.spec:
+    if spec_of(layout(model), bundle.job) != bundle.manifest.spec:
         raise ModelError(f"{source.folder}: its layers as opened here are not those that the bundle names; use the coordinator's versions "
                          f"(transformers {bundle.manifest.versions.get('transformers', 'unknown')})")

@@ -12,7 +12,7 @@ of the signal and no prediction of accuracy: real contributions differ, and spre
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +195,7 @@ def _alike(units: dict[str, int]) -> Iterator[Part]:
 
 
 def _spec(job: Job) -> tuple[AdapterSpec, list[str]]:
-    from fedtune.adapters.spec import describe  # here, so that the figures without shapes need no torch
+    from fedtune.algorithms.units import spec_of  # here, so that the figures without shapes need no torch
     from fedtune.data.examples import load_dataset
     from fedtune.models.base import layout
     from fedtune.models.load import sketch_model
@@ -209,10 +209,10 @@ def _spec(job: Job) -> tuple[AdapterSpec, list[str]]:
             classes = len(load_dataset(job.data, job.model, job.federation.seed).label_names)
         except (UserError, EnvironmentProblem) as e:
             notes.append(f"the head is left out, as the labels are not known ({e}); name data.labels in the job")
-    spec = describe(layout(sketch_model(job.model, source, max(1, classes))), job.adapter)
+    spec = spec_of(layout(sketch_model(job.model, source, max(1, classes))), job)
     return (spec, notes) if classes else (without_head(spec), notes)
 
 
 def without_head(spec: AdapterSpec) -> AdapterSpec:
     trainable: tuple[TensorSpec, ...] = tuple(t for t in spec.trainable if t.unit != "head")
-    return AdapterSpec(spec.method, spec.rank, spec.scale, spec.linears, trainable, spec.frame)
+    return replace(spec, trainable=trainable)

@@ -88,7 +88,7 @@ def smaller_steps(job: Job, schema: Schema) -> dict[str, tuple[str, ...]]:
     ends earlier: all train the first block, or what may lie below it."""
     if job.units.strategy in ("all", "bottom") or "outside" in schema.units:
         return {}
-    blocks = schema.blocks
+    blocks = tuple(block for block in schema.blocks if block in schema.units)
     return {
         files.step_from(block): tuple(t.name for t in schema.tensors if t.unit not in blocks[:place])
         for place, block in enumerate(blocks) if place}

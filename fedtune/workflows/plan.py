@@ -16,12 +16,14 @@ from fedtune.adapters.spec import describe
 from fedtune.algorithms.units import (
     AS_THE_JOB,
     Limits,
+    ever,
     limits_of,
     lowest,
     most_numbers,
     require_budgets,
     round_bytes,
     selected,
+    spec_of,
     step_share,
     unlimited,
     within,
@@ -47,16 +49,20 @@ from fedtune.wire import Schema
 from fedtune.workflows.budgets import fitted, mean_examples
 from fedtune.workflows.privacy import figure
 
+Trained = Literal["always", "drawn", "chosen", "some", "never"]
+
 
 @dataclass(frozen=True)
 class Unit:
-    """A block and what is trained in it. `trained`: by whom, of those whose class has no budget of its own."""
+    """A block and what could be trained in it. `trained`: in which rounds, by those whose class has no budget of its own; some: by those of classes with a
+    larger one alone; never: by nobody, so that it is no part of the adapter.
+    """
 
     name: str
     numbers: int
     bytes: int
     selectable: bool
-    trained: Literal["always", "drawn", "chosen", "never"]
+    trained: Trained
 
 
 @dataclass(frozen=True)
@@ -150,8 +156,8 @@ def make_plan(job: Job) -> Plan:
             check_hash(source, job.model.sha256)
     classes, clients, parts, notes = _data(job)
     sketch = sketch_model(job.model, source, classes)
-    spec = describe(layout(sketch), job.adapter)
-    parameters = layout(sketch).size
+    base = layout(sketch)
+    whole, spec = describe(base, job.adapter), spec_of(base, job)
     schema = travelling(job, spec)
     require_budgets(job, schema)
     fed, examples = job.federation, None if parts is None else mean_examples(parts, job.federation)
@@ -192,8 +198,8 @@ def make_plan(job: Job) -> Plan:
     if ranks is not None and not any(device.rank in (0, spec.rank) for device in job.simulation.devices):
         notes.append(f"ranks: no class has adapter.rank = {spec.rank}, so in a simulation what lies beyond rank {ranks.all[-2]} stays as it starts; lower it, or give a class that rank")
     return Plan(
-        job.model.source, bool(source.weights), parameters, spec.method, spec.rank, len(spec.linears), spec.size, spec.head_size,
-        job.units.strategy, job.units.budget or len(schema.blocks), _units(job, schema),
+        job.model.source, bool(source.weights), base.size, spec.method, spec.rank, len(spec.linears), spec.size, spec.head_size,
+        job.units.strategy, job.units.budget or len(schema.blocks), _units(job, travelling(job, whole)),
         model, update, sum(probe), probes, frame, fed.rounds, cohort, clients, round(exchanged / fed.rounds), first, init, exchanged + first * frame + init, keeps, round(keeps * first),
         memory, devices, () if ranks is None else ranks.all,
         job.privacy.unit, figure(lost), privacy.delta if privacy else 0.0, privacy.parts["update"] if privacy else 0.0, tuple(notes),
@@ -233,10 +239,10 @@ def _there(source: str) -> bool:
 
 def _units(job: Job, schema: Schema) -> tuple[Unit, ...]:
     found, selectable = [], schema.blocks
-    taken = schema.units if job.units.varies else selected(job, schema, 1)
+    taken, some = (schema.units,) * 2 if job.units.varies else (selected(job, schema, 1), ever(job, schema))
     for name in schema.units:
         numbers = sum(t.size for t in schema.of_units([name]))
-        trained: Literal["always", "drawn", "chosen", "never"] = "always" if name in taken else "never"
+        trained: Trained = "always" if name in taken else "some" if name in some else "never"
         if job.units.varies and name in selectable:
             trained = "chosen" if job.units.probes else "drawn"
         found.append(Unit(name, numbers, NUMBER * numbers, name in selectable, trained))

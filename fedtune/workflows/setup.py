@@ -11,8 +11,8 @@ import numpy as np
 
 from fedtune import packages
 from fedtune.adapters import frames, methods
-from fedtune.adapters.spec import AdapterSpec, Linear, describe
-from fedtune.algorithms.units import AS_THE_JOB, Limits, require_budgets
+from fedtune.adapters.spec import AdapterSpec, Linear
+from fedtune.algorithms.units import AS_THE_JOB, Limits, require_budgets, spec_of
 from fedtune.bundle import Bundle, write_bundle
 from fedtune.data import holdings
 from fedtune.data.examples import Dataset, load_dataset
@@ -53,7 +53,7 @@ class OpenBase:
 
     @cached_property
     def spec(self) -> AdapterSpec:
-        return describe(layout(sketch_model(self.job.model, self.source, self.classes)), self.job.adapter)
+        return spec_of(layout(sketch_model(self.job.model, self.source, self.classes)), self.job)
 
     @property
     def schema(self) -> Schema:

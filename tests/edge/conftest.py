@@ -32,14 +32,15 @@ def prepared(tiny_settings: tuple[str, ...], tmp_path_factory: pytest.TempPathFa
     def make(*changes: str, graphs: bool = True) -> Prepared:
         job = parsed(*changes)
         root = tmp_path_factory.mktemp("prepared")
-        shape = tuple(c for c in changes if c.startswith(("model.", "adapter.", "edge.mode")))
+        prepare(job, root / "bundle")
+        part = bool(open_bundle(root / "bundle").manifest.spec.base_blocks)
+        shape = tuple(c for c in changes if c.startswith(("model.", "adapter.", "edge.mode", *(("units.", "simulation.") if part else ()))))
         place = shared / f"graphs-{hashlib.sha256(repr(shape).encode()).hexdigest()[:16]}"
         with place.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # tracing takes half a minute: one process does it, and the others wait for it
             if graphs and not place.exists():
-                traced = job if job.edge.mode == "forward" else parsed(*shape, "units.strategy=top", "units.budget=1")  # for jobs with and without [units]
-                prepare(traced, root / "traced", place)
-            prepare(job, root / "bundle")
+                alike = job.edge.mode == "forward" or part  # else for jobs with and without [units]
+                prepare(job if alike else parsed(*shape, "units.strategy=lisa", "units.budget=1"), root / "traced", place)
         return Prepared(open_bundle(root / "bundle"), place if graphs else root)
 
     return make

@@ -11,7 +11,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from fedtune.adapters.methods import attach
+from fedtune.adapters.spec import describe
 from fedtune.algorithms.units import selected, tensors_of
+from fedtune.bundle import open_bundle
 from fedtune.cli.main import app
 from fedtune.errors import JobError, UserError
 from fedtune.models.base import summed_loss
@@ -50,9 +52,29 @@ def test_what_moves_is_what_was_drawn(tiny_job, run_rounds, tmp_path):
     assert {tuple(line["units"]) for line in lines[1:]} == {selected(job, schema, r) for r in range(1, 5)} and len({tuple(line["units"]) for line in lines}) == 3
     first, last = simulation.run.first_arrays(), simulation.run.newest().state.arrays
     assert all((first[n] != last[n]).any() for n in first)
-    top = run_rounds(tiny_job(*TOP), tmp_path / "top").run
-    for t in schema.tensors:
-        assert np.array_equal(top.first_arrays()[t.name], top.newest().state.arrays[t.name]) == (t.unit == "block.0")
+
+
+@pytest.mark.parametrize("changes", [
+    TOP, ("units.strategy=bottom", "units.budget=1"), (*TOP, "adapter.method=lora"), (*TOP, "adapter.method=full"), (*TOP, "adapter.method=ffa-lora"),
+    (*TOP, "adapter.init=gradient", "adapter.init-clients=3", "adapter.init-examples=8"), ("units.strategy=bottom", "units.budget=1", "adapter.method=bias", "simulation.engine=serial"),
+], ids=" ".join)
+def test_what_nobody_trains_is_left_out_and_changes_nothing(changes, tiny_job, run_rounds, tmp_path, monkeypatch):
+    """Beside a run in which all blocks have an adapter, and all of it comes down."""
+    job = tiny_job(*changes)
+    part = run_rounds(job, tmp_path / "part").run
+    monkeypatch.setattr("fedtune.workflows.setup.spec_of", lambda layout, job: describe(layout, job.adapter))
+    whole = run_rounds(job, tmp_path / "whole").run
+    found, all_of_them = part.newest().state.arrays, whole.newest().state.arrays
+    schema = open_bundle(part.bundle).schema
+    rest = "block.0" if "units.strategy=top" in changes else "block.1"
+    assert schema.blocks == ("block.0", "block.1") and rest not in schema.units and found.keys() < all_of_them.keys()
+    for name, array in all_of_them.items():
+        np.testing.assert_array_equal(array, found.get(name, whole.first_arrays()[name]))
+    kept = [open_bundle(run.bundle) for run in (part, whole)]
+    assert all(f".{rest.removeprefix('block.')}." not in name for name in kept[0].frame) and kept[0].frame.keys() <= kept[1].frame.keys()
+    lines = [run.metrics()[-1] for run in (part, whole)]
+    assert lines[0]["accuracy"] == lines[1]["accuracy"] and lines[0]["units"] == lines[1]["units"]
+    assert lines[0]["total_bytes"] < lines[1]["total_bytes"]
 
 
 def test_a_budget_of_all_blocks_is_all(tiny_job, run_rounds, tmp_path):
@@ -65,7 +87,7 @@ def test_a_budget_of_all_blocks_is_all(tiny_job, run_rounds, tmp_path):
 def test_memory_is_less_the_higher_the_lowest_unit(method, tiny_job):
     plans = {s: make_plan(tiny_job(f"adapter.method={method}", *(() if s == "all" else (f"units.strategy={s}", "units.budget=1")))) for s in ("all", "top", "bottom", "lisa")}
     top, bottom, lisa, all_ = (plans[s].device for s in ("top", "bottom", "lisa", "all"))
-    assert lisa == bottom and bottom["activations"] <= all_["activations"] and bottom["total"] < all_["total"]
+    assert lisa["activations"] == bottom["activations"] and bottom["total"] <= lisa["total"] and bottom["activations"] <= all_["activations"] and bottom["total"] < all_["total"]
     outside = any(u.name == "outside" for u in plans["top"].units)
     assert outside == (method == "full") == any(note.startswith("units: ") for note in plans["top"].notes)
     assert outside or top["activations"] < 0.7 * bottom["activations"]
