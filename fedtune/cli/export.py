@@ -13,7 +13,8 @@ from fedtune.errors import RunError, UserError
 from fedtune.job import load_job
 from fedtune.run import RunFolder, open_run
 
-EXAMPLES = "Examples:  fedtune export runs/fed-sb-001   |   fedtune export runs/fed-sb-001 --set export.opset=18 --examples 2000"
+EXAMPLES = ("Examples:  fedtune export runs/fed-sb-001   |   fedtune export runs/fed-sb-001 --set export.opset=18 --examples 2000   |   "
+            "fedtune export runs/ditto-001 --client client-07 --out client-07")
 
 
 @shell
@@ -23,9 +24,15 @@ def command(
     examples: Annotated[
         int | None, typer.Option("--examples", min=1, help="Held-out examples graphs are compared on (default: 512).", show_default=False),
     ] = None,
+    client: Annotated[
+        str | None, typer.Option("--client", metavar="NAME", help="What this simulated client predicts with, of a run with [personal], in place of the global model; with --out.", show_default=False),
+    ] = None,
+    target: Annotated[Path | None, typer.Option("--out", help="With --client: a new folder for it.", show_default=False)] = None,
     json_: JsonOption = False,
 ) -> None:
     """Exports a run at its newest checkpoint, in place of what it exported before."""
+    if (client is None) != (target is None):
+        raise UserError("--client and --out go together: a client's own model is written to a folder of its own, the run's into the run")
     folder = open_run(run)
     for item in set_ or ():
         if not item.strip().startswith("export."):
@@ -34,15 +41,18 @@ def command(
     with Board(Console(quiet=True) if json_ else out) as board:
         board.stage("opening the base and the data")
         from fedtune.workflows.export import EXAMPLES as USUAL
-        from fedtune.workflows.export import export_run
+        from fedtune.workflows.export import export_client, export_run
         from fedtune.workflows.setup import open_setup
 
-        exports = export_run(folder, open_setup(job), board.stage, examples or USUAL)
-        _update_summary(folder, exports)
+        if client is not None and target is not None:
+            exports = export_client(folder, client, target, open_setup(job), board.stage, examples or USUAL)
+        else:
+            exports = export_run(folder, open_setup(job), board.stage, examples or USUAL)
+            _update_summary(folder, exports)
     if json_:
         out.print_json(json.dumps(exports))
         return
-    for line in (*_lines(folder.path, exports), f"model card: {folder.path / 'README.md'}"):
+    for line in (*_lines(target or folder.path, exports), *(() if target else (f"model card: {folder.path / 'README.md'}",))):
         out.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -27,7 +27,7 @@ from fedtune.training.batches import probed_batches
 from fedtune.training.clients import ClientStore, Stream
 from fedtune.training.forward import train_forward
 from fedtune.training.holder import Device, read_data, require_converged
-from fedtune.training.keeping import Local, own_state, personal_model, train_keeping
+from fedtune.training.keeping import Local, own_model, own_state, train_keeping
 from fedtune.types import Arrays, Metrics
 from fedtune.wire import Packet, Pieces, decode, encode
 
@@ -106,7 +106,7 @@ class EdgeWorker:
 
     def personal(self, arrays: Arrays, client: str, data: ClientData | Stream, round: int) -> Metrics | None:
         """As `metrics`, of the model that is this device's own after this round; None where it has none."""
-        found = None if self.kept is None else personal_model(self.bundle, self.kept, arrays, client, round)
+        found = own_model(self.bundle, self.kept, arrays, client, round)
         return None if found is None else self.metrics(found, data)
 
     def metrics(self, arrays: Arrays, data: ClientData | Stream) -> Metrics:

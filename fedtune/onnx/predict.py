@@ -160,5 +160,5 @@ def _find(place: Path) -> Path:
     if not place.exists():
         raise RunError(f"{place}: does not exist; give a run folder, or a copy of its onnx folder")
     if (place / "run.json").is_file():
-        raise RunError(f"{place}: this run has no onnx folder; make it with `fedtune export {place}`")
+        raise RunError(f"{place}: this run has no onnx folder; make it with `fedtune export {place} --set export.onnx=true`")
     raise RunError(f"{place}: no {CARD} in it; give a run folder, or a copy of its onnx folder")

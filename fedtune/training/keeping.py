@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import save
 
 from fedtune.bundle import Bundle
 from fedtune.data.encoded import ClientData
@@ -13,6 +14,7 @@ from fedtune.seeds import generator
 from fedtune.stateful import methods
 from fedtune.stateful.base import Ask, Client, Trained
 from fedtune.stateful.store import Kept
+from fedtune.storage import write_atomic, write_json
 from fedtune.training.batches import local_batches
 from fedtune.training.chunks import trainable_batches
 from fedtune.training.clients import Stream
@@ -22,6 +24,7 @@ from fedtune.types import Arrays
 from fedtune.wire import Packet
 
 Local = Callable[[Ask], Trained]
+ADAPTER, DESCRIPTION = "adapter.safetensors", "adapter.json"
 
 
 def train_keeping(bundle: Bundle, kept: Kept | None, packet: Packet, client: str, data: ClientData | Stream, local: Local) -> Trained:
@@ -65,6 +68,15 @@ def personal_model(bundle: Bundle, kept: Kept, model: Arrays, client: str, round
     """The trained tensors with which a client predicts after this round; None where it has nothing of its own to predict with."""
     own = kept.load(client, round) if methods.is_personal(bundle.job) else None
     return None if own is None else methods.personal(bundle.job, bundle.trained(model), own)
+
+
+def own_model(bundle: Bundle, kept: Kept | None, model: Arrays, client: str, round: int) -> Arrays | None:
+    """As `personal_model`; of a device, which is one client, it also lies afterwards in the folder of what it keeps, as an adapter that `fedtune predict` takes."""
+    found = None if kept is None else personal_model(bundle, kept, model, client, round)
+    if kept is not None and kept.owner and found is not None:
+        write_atomic(kept.folder / ADAPTER, save({name: np.ascontiguousarray(a) for name, a in found.items()}), 0o600)
+        write_json(kept.folder / DESCRIPTION, {"method": bundle.manifest.spec.method, "round": round, "frame_sha256": bundle.manifest.frame_sha256})
+    return found
 
 
 def own_state(bundle: Bundle, folder: Path | None) -> Kept | None:

@@ -31,7 +31,7 @@ from fedtune.training.clients import Stream
 from fedtune.training.evaluate import Scores, score
 from fedtune.training.forward import train_forward
 from fedtune.training.holder import require_converged
-from fedtune.training.keeping import personal_model, train_keeping
+from fedtune.training.keeping import own_model, train_keeping
 from fedtune.training.local import batch_gradients, only, train_locally, weight_gradients
 from fedtune.training.private import Audit, PerExample, private_gradients, train_privately
 from fedtune.types import Arrays, Metrics
@@ -103,7 +103,7 @@ class Worker:
 
     def personal(self, arrays: Arrays, client: str, data: ClientData | Stream, round: int) -> Metrics | None:
         """As `metrics`, of the model that is the client's own after this round; None where it has none."""
-        found = None if self.kept is None else personal_model(self.open(), self.kept, arrays, client, round)
+        found = own_model(self.open(), self.kept, arrays, client, round)
         return None if found is None else self.metrics(found, data)
 
     def train(

@@ -5,12 +5,14 @@
     onnx/       model.onnx, model.int8.onnx, if asked for model.static.onnx and model.adapters.onnx; model.json, verify.json and the
                 encoder's files: all a device needs
     README.md   the model card
+
+Of what one client predicts with, in a folder of its own, the first three.
 """
 
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from fedtune.adapters import methods
 from fedtune.adapters.spec import AdapterSpec
 from fedtune.bundle import Bundle, open_bundle
 from fedtune.data.encoded import ClientData, Encoder, made_up
-from fedtune.errors import ContractError, RunError
+from fedtune.errors import ContractError, RunError, UserError
 from fedtune.models.base import TunableModel
 from fedtune.onnx import verify
 from fedtune.onnx.export import export_graph, write_proto
@@ -32,9 +34,11 @@ from fedtune.onnx.predict import ADAPTERS, CARD, CARD_FILE, FLOAT32, INT8, STATI
 from fedtune.onnx.quantise import quantise, quantise_static
 from fedtune.run import RunFolder, versions
 from fedtune.seeds import generator
-from fedtune.stateful.methods import shared
+from fedtune.stateful.methods import is_personal, kept, shared
+from fedtune.stateful.store import Kept
 from fedtune.storage import failing_clearly, write_atomic, write_json
 from fedtune.training.batches import by_length
+from fedtune.training.keeping import personal_model
 from fedtune.training.local import to_batch
 from fedtune.types import Arrays
 from fedtune.workflows.card import Exports, model_card, public_name
@@ -57,12 +61,13 @@ _CHUNK = 256  # examples encoded at once, so that images do not fill the memory
 
 @dataclass(frozen=True)
 class _Trained:
-    """A run at its newest checkpoint: the opened job, the bundle, the trained values after `round` rounds."""
+    """A run at its newest checkpoint: the opened job, the bundle, the trained values after `round` rounds, and the held-out rows that graphs are compared on."""
 
     setup: Setup
     bundle: Bundle
     arrays: Arrays
     round: int
+    held_out: np.ndarray
 
     @property
     def spec(self) -> AdapterSpec:
@@ -106,21 +111,62 @@ def export_run(run: RunFolder, setup: Setup | None = None, stage: Stage = lambda
         ModelError: the architecture cannot be exported, or the float32 graph differs by more than export.max-difference.
     """
     trained = _open(run, setup)
-    settings = trained.setup.job.export
-    if trained.setup.job.simulation.threads:
-        torch.set_num_threads(trained.setup.job.simulation.threads)
     with failing_clearly(run.path), tempfile.TemporaryDirectory(prefix=".export-", dir=run.path) as scratch:
         made = Path(scratch) / "new"
-        made.mkdir()
-        stage("writing the adapter")
-        exports: Exports = {"adapter": _write_adapter(trained, made / "adapter")}
-        if settings.peft:
-            exports["peft"] = _write_peft(trained, made / "peft")
-        if settings.onnx:
-            exports |= _write_onnx(trained, made / "onnx", stage, examples)
+        exports = _make(trained, made, stage, examples)
         write_atomic(made / "README.md", model_card(run, trained.setup, trained.bundle, trained.round, exports).encode())
         _publish(made, Path(scratch) / "old", run.path)
     return exports
+
+
+def export_client(run: RunFolder, client: str, folder: Path, setup: Setup | None = None, stage: Stage = lambda text: None, examples: int = EXAMPLES) -> Exports:
+    """As `export_run`, of what one client of a simulation predicts with, into `folder`, which must be new or empty. No model card: it is not everybody's.
+
+    Graphs are compared on the client's own held-out examples, where it has any.
+
+    Raises UserError for a job whose clients predict with the global model, a client that the run does not have, one that keeps nothing yet, and a folder that holds something.
+    """
+    trained = _of_client(_open(run, setup), run, client)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--out {folder}: already exists and is not empty; choose another")
+    with failing_clearly(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=folder.absolute().parent) as scratch:
+            made = Path(scratch) / "new"
+            exports = _make(trained, made, stage, examples)
+            made.replace(folder)
+    return exports
+
+
+def _make(trained: _Trained, made: Path, stage: Stage, examples: int) -> Exports:
+    settings = trained.setup.job.export
+    if trained.setup.job.simulation.threads:
+        torch.set_num_threads(trained.setup.job.simulation.threads)
+    made.mkdir()
+    stage("writing the adapter")
+    exports: Exports = {"adapter": _write_adapter(trained, made / "adapter")}
+    if settings.peft:
+        exports["peft"] = _write_peft(trained, made / "peft")
+    if settings.onnx:
+        exports |= _write_onnx(trained, made / "onnx", stage, examples)
+    return exports
+
+
+def _of_client(trained: _Trained, run: RunFolder, client: str) -> _Trained:
+    job, split, bundle = trained.setup.job, trained.setup.split, trained.bundle
+    if not is_personal(job):
+        raise UserError(f'--client {client}: personal.method = "none", so all clients predict with the global model; export it without --client')
+    try:
+        place = split.clients.place(client)
+    except KeyError:
+        raise UserError(f"--client {client}: the run has no such client; its {len(split.clients)} are called {split.clients[0]}, …, {split.clients[-1]}") from None
+    checkpoint = run.newest()
+    assert checkpoint is not None, "_open has read it"
+    own = personal_model(bundle, Kept(run.clients, kept(job, bundle.manifest.spec.schema)), checkpoint.state.arrays, client, trained.round)
+    if own is None:
+        raise UserError(f"--client {client}: took part in none of the {trained.round} rounds, so it has nothing of its own; name one that did")
+    rows = split.held_out[place]
+    return replace(trained, arrays=own, held_out=rows if len(rows) else trained.held_out)
 
 
 def _open(run: RunFolder, setup: Setup | None) -> _Trained:
@@ -135,7 +181,7 @@ def _open(run: RunFolder, setup: Setup | None) -> _Trained:
     if setup.dataset.label_names != bundle.manifest.labels:
         now = f"the data now has {list(setup.dataset.label_names)}"
         raise RunError(f"{run.path}: was trained on labels {list(bundle.manifest.labels)}, {now}; restore that data")
-    return _Trained(setup, bundle, bundle.trained(shared(bundle.job, checkpoint.state.arrays)), checkpoint.state.round)
+    return _Trained(setup, bundle, bundle.trained(shared(bundle.job, checkpoint.state.arrays)), checkpoint.state.round, np.sort(setup.split.held_out.rows))
 
 
 def _publish(made: Path, old: Path, run: Path) -> None:
@@ -199,7 +245,7 @@ def _head(trained: _Trained) -> Arrays:
 
 def _write_onnx(trained: _Trained, folder: Path, stage: Stage, examples: int) -> Exports:
     setup, manifest, settings = trained.setup, trained.bundle.manifest, trained.setup.job.export
-    held_out = np.sort(setup.split.held_out.rows)
+    held_out = trained.held_out
     if not len(held_out):
         return {"float32": {"note": "no held-out example to check a graph on"}}
     folder.mkdir()

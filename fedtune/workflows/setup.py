@@ -13,7 +13,7 @@ from fedtune import packages
 from fedtune.adapters import frames, methods
 from fedtune.adapters.spec import AdapterSpec, Linear
 from fedtune.algorithms.units import AS_THE_JOB, Limits, require_budgets, spec_of
-from fedtune.bundle import Bundle, write_bundle
+from fedtune.bundle import Bundle, open_bundle, write_bundle
 from fedtune.data import holdings
 from fedtune.data.examples import Dataset, load_dataset
 from fedtune.data.partition import Split, split
@@ -167,12 +167,15 @@ def data_digest(setup: Setup) -> str:
 
 
 def require_unchanged(setup: Setup, run: RunFolder) -> None:
-    """Raises RunError when job, base or data are no longer those the run began with: going on would mix two runs."""
+    """Raises RunError when job, base, data or what is trained are no longer those the run began with: going on would mix two runs."""
     run.require_own_job()
     began = run.facts()
     if began["sha256"] != setup.sha256:
         raise RunError(f"{run.path}: began with a base of sha256 {began['sha256'][:12]}…, {setup.job.model.source} now has {setup.sha256[:12]}…; "
                        "restore that base or begin a new run")
+    if (run.bundle / "manifest.json").exists() and open_bundle(run.bundle).manifest.spec != setup.spec:
+        raise RunError(f"{run.path}: was begun with fedtune {began['versions'].get('fedtune', 'of an unknown version')}, which trained other tensors of this base than this one ({versions()['fedtune']}) "
+                       "makes of its job; continue it with that version or begin a new run")
     if not _same_data(setup, began):
         raise RunError(f"{run.path}: {setup.job.data.source} no longer holds what it held when the run began; restore it or begin a new run")
 

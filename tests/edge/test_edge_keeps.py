@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from fedtune.edge import device as edge_device
 from fedtune.errors import ContractError
+from fedtune.onnx.predict import Predictor
 from fedtune.training.device import open_device
 from fedtune.wire import Schema, decode, encode
 
@@ -37,6 +39,16 @@ def test_rounds_are_torchs(method, prepared, tiny_csv, tmp_path):
         assert scores[0].keys() == scores[1].keys() and ("personal_accuracy" in scores[0]) == (method in ("ditto", "head", "loge", "select"))
         assert all(scores[1][n] == (pytest.approx(total, rel=1e-4), count) for n, (total, count) in scores[0].items())
     assert moved > 2e-3
+    if "personal_accuracy" in scores[0]:
+        own = [load_file(tmp_path / place / "adapter.safetensors") for place in ("torch", "edge")]
+        for t in bundle.manifest.spec.trainable:
+            np.testing.assert_allclose(own[1][t.name], own[0][t.name], rtol=0, atol=5e-5)
+        store = devices[1].store
+        found = store.dataset.examples.take(store.split.held_out[0])
+        labels, _ = Predictor.adapted(made.graphs, tmp_path / "edge", 1).predict(list(found.inputs))
+        right = sum(bundle.manifest.labels[label] == said for label, said in zip(found.labels, labels))
+        assert (right, len(labels)) == scores[1]["personal_accuracy"]
+        assert (tmp_path / "edge" / "adapter.safetensors").stat().st_mode & 0o077 == 0
     again = [d.handle(asked, "another name") == d.handle(asked, "another name") for d in devices]
     assert again == [True, True] and [d.worker.kept.load("", 4) is not None for d in devices] == [True, True]
 

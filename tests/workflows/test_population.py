@@ -174,3 +174,10 @@ def test_a_run_of_before_the_digest_is_judged_by_its_list(tiny_job, run_rounds, 
     write_json(path, old)
     with pytest.raises(RunError, match="no longer holds"):
         require_unchanged(simulation.setup, simulation.run)
+
+
+def test_a_run_that_trains_other_tensors_is_not_gone_on_with(tiny_job, run_rounds, tmp_path):
+    """As one is that an older version began, where this one trains less of the base."""
+    simulation = run_rounds(tiny_job("federation.rounds=1"), tmp_path / "run")
+    with pytest.raises(RunError, match=r"which trained other tensors of this base than this one .* makes of its job; continue it with that version or begin a new run"):
+        require_unchanged(open_setup(tiny_job("federation.rounds=1", "units.strategy=top", "units.budget=1")), simulation.run)
