@@ -41,7 +41,7 @@ def render(summaries: Sequence[Summary]) -> str:
             f"Held-out accuracy against {against}",
             axis,
             [
-                plots.Line(_labelled(name, s), COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)], plots.series(s, axis, "personal_accuracy" if facts.keeps_head(s) else "accuracy"))
+                plots.Line(f"{name}, personal" if _own(s, summaries) else name, COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)], plots.series(s, axis, "personal_accuracy" if _own(s, summaries) else "accuracy"))
                 for i, (name, s) in enumerate(zip(names(summaries), summaries, strict=True))
             ],
             [],
@@ -85,7 +85,8 @@ def headline(summaries: Sequence[Summary]) -> str:
     if not summaries:
         raise ContractError("a comparison needs at least one run")
     named = list(zip(names(summaries), summaries, strict=True))
-    measured = [(facts.leading(s)[0], name, " personal" if facts.keeps_head(s) else "") for name, s in named if facts.is_number(facts.leading(s)[0])]
+    figures = [(facts.leading(s, _own(s, summaries))[0], name, " personal" if _own(s, summaries) else "") for name, s in named]
+    measured = [figure for figure in figures if facts.is_number(figure[0])]
     least = min(((_sent(s), name) for name, s in named), key=lambda pair: pair[0])
     if not measured:
         return "No run has been evaluated yet."
@@ -111,7 +112,7 @@ def rows(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
     return [
         (
             name,
-            *_figures(s),
+            *_figures(s, _own(s, summaries)),
             count(facts.rounds_done(s)) + ("" if s["complete"] else f" of {count(facts.rounds_planned(s))}"),
             size(_sent(s)),
             size(s["communication"]["update_bytes"]),
@@ -124,14 +125,15 @@ def rows(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
     ]
 
 
-def _figures(s: Summary) -> tuple[str, str, str]:
-    mark = " personal" if facts.keeps_head(s) else ""
-    ours, worst, loss = (number(value) for value in facts.leading(s))
-    return ours if ours == ABSENT else ours + mark, worst, loss
+def _own(s: Summary, summaries: Sequence[Summary]) -> bool:
+    """Whether the figures of this run are those of what clients predict with. Beside a run whose clients keep their heads, which has no others, all that have
+    such figures are compared by them."""
+    return facts.is_personal(s) and any(map(facts.keeps_head, summaries))
 
 
-def _labelled(name: str, s: Summary) -> str:
-    return f"{name}, personal" if facts.keeps_head(s) else name
+def _figures(s: Summary, own: bool) -> tuple[str, str, str]:
+    ours, worst, loss = (number(value) for value in facts.leading(s, own))
+    return ours if ours == ABSENT or not own else f"{ours} personal", worst, loss
 
 
 def _personal(s: Summary) -> str:
@@ -149,7 +151,10 @@ def cautions(summaries: Sequence[Summary]) -> list[str]:
         ),
         ("The runs start from different base models.", lambda s: s["base"]["sha256"]),
         ("Not all runs are finished.", lambda s: s["complete"]),
-        ("Of runs whose clients keep their heads, accuracy, worst tenth and loss are personal: of each client's own head, over those that took part.", facts.keeps_head),
+        (
+            "Beside a run whose clients keep their heads, accuracy, worst tenth and loss are personal where clients keep something: of what each predicts with, over those that took part.",
+            lambda s: _own(s, summaries),
+        ),
     )
     found = [line for line, key in checks if any(key(s) != key(summaries[0]) for s in summaries)]
     return found if found or all(s["complete"] for s in summaries) else ["No run is finished."]

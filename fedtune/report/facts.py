@@ -59,10 +59,10 @@ def loss(s: Summary) -> float | None:
     return s["final"]["loss"] if "final" in s else None if last is None else last["loss"]
 
 
-def leading(s: Summary) -> tuple[float | None, float | None, float | None]:
-    """(accuracy, worst tenth, loss) that stand for the run: of the global model; where heads stay with the clients, of what each client predicts with, over
-    those that have one, as the global model then has a head that nobody trained."""
-    if not keeps_head(s):
+def leading(s: Summary, personally: bool = False) -> tuple[float | None, float | None, float | None]:
+    """(accuracy, worst tenth, loss) that stand for the run: of the global model; `personally`, and where heads stay with the clients, of what each client predicts with,
+    over those that have something of their own. With heads of their own the global model has one that nobody trained."""
+    if not (keeps_head(s) or (personally and is_personal(s))):
         return accuracy(s), s["final"]["worst_tenth"] if "final" in s else None, loss(s)
     own, last = s.get("personal"), next((r for r in reversed(s["rounds"]) if r.get("personal_accuracy") is not None), None)
     measured = None if last is None else last.get("personal_accuracy")
@@ -300,6 +300,11 @@ def personal(s: Summary) -> str:
         return f"{what}; none has been measured."
     text = f"{what}: {number(found['accuracy'])} {metric(s)} on {plural(found['examples'], 'held-out example')} of the {count(found['clients'])} of {plural(found['of'], 'client')} that took part"
     return f"{text}, worst tenth {number(found['worst_tenth'])}; the global model has {number(found['federated'])} on the same examples."
+
+
+def is_personal(s: Summary) -> bool:
+    """Whether clients predict with something of their own."""
+    return s["job"].get("personal", {}).get("method", "none") != "none"
 
 
 def keeps_head(s: Summary) -> bool:

@@ -16,7 +16,7 @@ from fedtune.report.summary import Summary
 
 MOST_ROUNDS = 12
 ROUND_HEADER = ("round", "train", "loss", "accuracy", "on", "clients", "refused", "total", "time")
-"""As tables.ROUND_HEADER without the bytes of the round, short enough for 80 columns."""
+"""As tables.ROUND_HEADER without the bytes of the round, short enough for 80 columns; `personal` is the accuracy of what clients keep."""
 DEVICE_HEADER = ("class", "clients", "able", "asked", "used", "dropped", "late", "mean", "sent", "received")
 """As tables.DEVICE_HEADER in one word each."""
 
@@ -37,8 +37,9 @@ def show(summary: Summary, console: Console) -> None:
         _heading(console, "What clients keep")
         console.print(Padding(Text(facts.personal(s)), (0, 0, 0, 2)))
     timed = facts.clock(s) is not None
-    short = [(*row[:7], *row[9:11], *(row[12:13] if timed else ())) for row in tables.round_rows(s, MOST_ROUNDS)]
-    _rows(console, "Rounds", (*ROUND_HEADER, "clock") if timed else ROUND_HEADER, short, words=())
+    own = bool(s.get("personal"))
+    short = [(*row[:4], *(row[-2:-1] if own else ()), *row[4:7], *row[9:11], *(row[12:13] if timed else ())) for row in tables.round_rows(s, MOST_ROUNDS)]
+    _rows(console, "Rounds", (*ROUND_HEADER[:4], *(("personal",) if own else ()), *ROUND_HEADER[4:], *(("clock",) if timed else ())), short, words=())
     _clients(console, s)
     _devices(console, s)
     _rows(console, "Trained units", tables.unit_header(s), tables.unit_rows(s))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import numpy as np
 import psutil
@@ -112,17 +113,18 @@ class Together:
         bundle, kept, schema, round = self.worker.open(), self.worker.kept, trainer.schema, packet.header.round
         held = [self.data(client) for client in clients]
         found = [keeping.begin(bundle, kept, packet, client, data) for client, data in zip(clients, held)]
-        asked = [(client, data, ask) for client, data, one in zip(clients, held, found) for ask in asks(bundle.job, one)]
+        wanted = [asks(bundle.job, one) for one in found]
+        asked = [(client, data, ask) for client, data, its in zip(clients, held, wanted) for ask in its]
         tasks = [Task(client, data, keeping.batches_of(bundle, client, data, round, ask.purpose)) for client, data, ask in asked]
         models, totals = np.empty((len(asked), schema.size), np.float32), np.empty((len(asked), 3))
         for rows in _turns([ask for *_, ask in asked], schema):
             begun = {row: Pieces(models[row - 1], schema.layout) | asked[row][-1].start for row in rows}
             starts, pulls = _stacked([replace(asked[row][-1], start=start) for row, start in begun.items()], schema)
             models[rows], totals[rows] = trainer.train(starts, [tasks[row] for row in rows], round, pulls=pulls)
-        each = len(asked) // len(clients)
-        for place, (client, data, one) in enumerate(zip(clients, held, found)):
+        ends = list(accumulate(map(len, wanted), initial=0))
+        for client, data, one, own in zip(clients, held, found, map(range, ends, ends[1:])):
             try:
-                trained = [(Pieces(models[row], schema.layout), _summed(totals[row])) for row in range(place * each, (place + 1) * each)]
+                trained = [(Pieces(models[row], schema.layout), _summed(totals[row])) for row in own]
                 update, metrics = keeping.end(bundle, kept, packet, client, one, trained)
                 weight, metrics = outward(bundle.job, len(data), metrics)
                 yield Reply(client, encode("update", bundle.schema, update, round=round, frame=bundle.frame_digest, weight=weight, metrics=metrics))

@@ -44,10 +44,12 @@ def kept(schema: Schema) -> Schema:
 
 
 def asks(client: Client, proximal: float = 0.0) -> tuple[Ask, ...]:
-    """Of the personal entries, then of the others. proximal: mu of FedProx, for the others alone."""
+    """Of the personal entries, where there are any, then of the others. proximal: mu of FedProx, for the others alone."""
     mask = _mask(client.model, client.kept)
-    others = {name: 1 - m for name, m in mask.items()}
-    return Ask(personal(client.model, client.kept), Pull(moving=mask), "personal"), Ask({}, Pull(proximal, moving=others))
+    others = Pull(proximal, moving={name: 1 - m for name, m in mask.items()})
+    if not any(m.any() for m in mask.values()):
+        return (Ask(client.model, others),)
+    return Ask(personal(client.model, client.kept), Pull(moving=mask), "personal"), Ask({}, others)
 
 
 def answer(client: Client, given: Sequence[Trained], share: float, most: float, every: int) -> Answer:

@@ -199,7 +199,8 @@ def test_reports_say_personal_accuracy_beside_the_global(told, folders):
         assert sentence in html.replace("&#x27;", "'") and 'id="personal"' in html and "personal accuracy" in html
         console = Console(file=io.StringIO(), width=80, force_terminal=False)
         terminal.show(s, console)
-        assert "What clients keep" in console.file.getvalue()
+        shown = console.file.getvalue()
+        assert "What clients keep" in shown and re.search(r"accuracy\s+personal\s+on", shown) and number(line["personal_accuracy"]) in shown
         assert check(json.loads(json.dumps(s))) == s
     cards = {method: (run / "README.md").read_text() for method, run in folders.items()}
     assert ["accuracy of what clients keep" in cards[m] for m in ("ditto", "head", "none")] == [True, True, False] and ["which nobody trained" in card for card in cards.values()] == [False, True, False]
@@ -226,8 +227,9 @@ def test_where_heads_stay_with_the_clients_their_accuracy_comes_first(told):
         assert "accuracy" not in plot.key or [key.name for key in plot.legend[:2]] == ["personal", "federated, initial head"]
     rows = {s["job"]["personal"]["method"]: row for s, row in zip(told.values(), compare.rows(list(told.values())))}
     assert rows["head"][1] == f"{number(own['accuracy'])} personal" and rows["head"][2] == number(own["worst_tenth"]) and rows["head"][3] == number(head["rounds"][-1]["personal_loss"])
-    assert rows["ditto"][1] == number(told["ditto"]["final"]["accuracy"]) and "personal" not in facts.headline(told["ditto"])
-    assert any(line.startswith("Of runs whose clients keep their heads") for line in compare.cautions(list(told.values()))) and compare.cautions([head, head]) == []
+    assert rows["ditto"][1:3] == (f"{number(told['ditto']['personal']['accuracy'])} personal", number(told["ditto"]["personal"]["worst_tenth"])) and "personal" not in rows["none"][1]
+    assert compare.rows([told["ditto"], told["none"]])[0][1] == number(told["ditto"]["final"]["accuracy"]) and "personal" not in facts.headline(told["ditto"])
+    assert any(line.startswith("Beside a run whose clients keep their heads") for line in compare.cautions(list(told.values()))) and compare.cautions([head, head]) == []
     better = head | {"personal": own | {"accuracy": 0.999}}
     assert "0.999 personal" in compare.headline([told["none"], better])
     unfinished = {key: value for key, value in head.items() if key not in ("personal", "final")} | {"complete": False}
