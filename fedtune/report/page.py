@@ -25,6 +25,8 @@ GLOSSARY = {
     "label agreement": "share of held-out examples on which an exported file gives the trained model's label",
     "KB, MB": "1000 and 1,000,000 bytes; bytes are those of serialised messages",
 }
+FOLDED = 20
+"""Labels from which on their table is folded up."""
 PERSONAL_GLOSSARY = {"personal accuracy": "that of what each client predicts with on its own, a model, a head or entries that it keeps, on its own held-out examples"}
 UNITS_GLOSSARY = {
     "unit": "what is trained or left alone as one: a block of the base, or all that is trained outside the blocks, such as the head",
@@ -43,6 +45,7 @@ def render(summary: Summary) -> str:
         _baselines(s),
         _personal(s),
         _clients(s),
+        _labels(s),
         _communication(s),
         _devices(s),
         _units(s),
@@ -139,6 +142,13 @@ def _clients(s: Summary) -> str:
         ),
         html.details("The split as a table", _split(s)),
     )
+
+
+def _labels(s: Summary) -> str:
+    """Many are folded up: the ends are what matters, and the terminal shows them."""
+    made = html.table("Labels", tables.label_header(s), tables.label_rows(s))
+    what = "Share of the held-out examples of each label that is given it, from the most training examples to the fewest."
+    return html.section("labels", "The labels", html.paragraph(what), made if len(s["by_label"]) <= FOLDED else html.details("Each label as a table", made)) if s.get("by_label") else ""
 
 
 def _split(s: Summary) -> str:

@@ -142,6 +142,16 @@ class Personal(TypedDict):
     examples: int
 
 
+class LabelScore(TypedDict):
+    """One label: training examples of all clients, held-out ones, the share of these that is given it; `personal`: by what clients predict with, over those that keep something."""
+
+    label: str
+    train: int
+    examples: int
+    accuracy: float | None
+    personal: NotRequired[float | None]
+
+
 class Majority(TypedDict):
     """Always answering the most common training label."""
 
@@ -295,6 +305,7 @@ class Summary(TypedDict):
     rounds: list[Round]
     final: NotRequired[Final]
     personal: NotRequired[Personal]
+    by_label: NotRequired[list[LabelScore]]
     baselines: NotRequired[Baselines]
     communication: Communication
     devices: NotRequired[list[DeviceClass]]

@@ -5,7 +5,7 @@ from typing import Any
 from fedtune.report import facts
 from fedtune.report.facts import Fact
 from fedtune.report.format import ABSENT, clean, count, duration, number, signed, size, small
-from fedtune.report.summary import Summary
+from fedtune.report.summary import Summary, few
 
 EXPORT_HEADER = ("kind", "file", "size", "largest difference", "label agreement", "accuracy", "on")
 EXPORTS = {"adapter": "native adapter", "float32": "ONNX, float32", "adapters": "ONNX, adapters as inputs", "int8": "ONNX, int8", "static": "ONNX, int8 with fixed ranges", "peft": "PEFT folder"}
@@ -49,7 +49,7 @@ def round_rows(s: Summary, limit: int = 0) -> list[tuple[str, ...]]:
     """One row per round under `round_header`; with a limit, the first, the last and an even choice between."""
     rounds = s["rounds"]
     if limit and len(rounds) > limit:
-        rounds = [rounds[round(i * (len(rounds) - 1) / (limit - 1))] for i in range(limit)]
+        rounds = [rounds[place] for place in few(len(rounds), limit)]
     return [
         (
             str(r["round"]),
@@ -68,6 +68,19 @@ def round_rows(s: Summary, limit: int = 0) -> list[tuple[str, ...]]:
         )
         for r in rounds
     ]
+
+
+def label_header(s: Summary) -> tuple[str, ...]:
+    return ("label", "training examples", "held-out", "accuracy", *(("personal",) if any("personal" in row for row in s.get("by_label", [])) else ()))
+
+
+def label_rows(s: Summary, limit: int = 0) -> list[tuple[str, ...]]:
+    """One row per label under `label_header`, from the most training examples to the fewest; with a limit, the first, the last and an even choice between."""
+    found = s.get("by_label", [])
+    own = len(label_header(s)) > 4
+    return [
+        (clean(row["label"]), count(row["train"]), count(row["examples"]), number(row["accuracy"]), *((number(row.get("personal")),) if own else ()))
+        for row in (found[place] for place in (few(len(found), limit) if limit else range(len(found))))]
 
 
 DEVICE_HEADER = ("device class", "clients", "can train", "asked", "used", "dropped out", "too late", "mean time", "sent", "received")

@@ -14,7 +14,7 @@ from fedtune.report.format import clean, count, number
 from fedtune.report.privacy import Privacy
 from fedtune.report.summary import Summary
 
-MOST_ROUNDS = 12
+MOST_ROUNDS = MOST_LABELS = 12
 ROUND_HEADER = ("round", "train", "loss", "accuracy", "on", "clients", "refused", "total", "time")
 """As tables.ROUND_HEADER without the bytes of the round, short enough for 80 columns; `personal` is the accuracy of what clients keep."""
 DEVICE_HEADER = ("class", "clients", "able", "asked", "used", "dropped", "late", "mean", "sent", "received")
@@ -41,6 +41,7 @@ def show(summary: Summary, console: Console) -> None:
     short = [(*row[:4], *(row[-2:-1] if own else ()), *row[4:7], *row[9:11], *(row[12:13] if timed else ())) for row in tables.round_rows(s, MOST_ROUNDS)]
     _rows(console, "Rounds", (*ROUND_HEADER[:4], *(("personal",) if own else ()), *ROUND_HEADER[4:], *(("clock",) if timed else ())), short, words=())
     _clients(console, s)
+    _rows(console, "Labels", tables.label_header(s), tables.label_rows(s, MOST_LABELS))
     _devices(console, s)
     _rows(console, "Trained units", tables.unit_header(s), tables.unit_rows(s))
     _rows(console, "Ranks", tables.RANK_HEADER, tables.rank_rows(s))

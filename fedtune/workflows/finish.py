@@ -1,17 +1,17 @@
 """After the last round: final scores, baselines, exports, and the summary with its page."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from fedtune.algorithms import State
 from fedtune.data.partition import Split
 from fedtune.metrics import merge, tenth, value
 from fedtune.stateful.methods import is_personal
 from fedtune.training.evaluate import Scores, by_client
-from fedtune.types import Metrics
 from fedtune.workflows import baselines
 from fedtune.workflows.export import export_run
+from fedtune.workflows.setup import Setup
 from fedtune.workflows.simulate import Simulation
 from fedtune.workflows.summary import facts, final_of, personal_of, write_summary
 
@@ -31,8 +31,11 @@ def finish(simulation: Simulation) -> dict[str, Any]:
         "baselines": measure(simulation, scores, checkpoint.counters["rounds"]),
         "complete": checkpoint.state.round >= simulation.setup.job.federation.rounds,
     }
+    own = list(simulation.personal_scores(checkpoint.state.round, checkpoint.state.arrays))
     if is_personal(simulation.setup.job):
-        summary["personal"] = personal(simulation, checkpoint.state, scores)
+        summary["personal"] = personal(own, scores, len(simulation.setup.split.clients))
+    if simulation.setup.job.model.task != "causal-lm":
+        summary["by_label"] = by_label(simulation.setup, scores, own)
     write_summary(run, summary)
     summary["export"] = export_run(run, simulation.setup, lambda text: watch.stage(text, 0))
     write_summary(run, summary)
@@ -51,14 +54,31 @@ def final(split: Split, scores: Scores) -> dict[str, Any]:
     return found
 
 
-def personal(simulation: Simulation, state: State, scores: Scores) -> dict[str, Any]:
+Own = Sequence[tuple[int, np.ndarray, Scores]]
+"""As `Simulation.personal_scores` yields them."""
+
+
+def personal(own: Own, scores: Scores, clients: int) -> dict[str, Any]:
     """What clients predict with on their own, beside the global model on the same held-out examples."""
-    ours, beside, examples = list[Metrics](), list[Metrics](), 0
-    for _, index, own in simulation.personal_scores(state.round, state.arrays):
-        ours.append(own.metrics())
-        beside.append(scores.metrics(index))
-        examples += len(index)
-    return personal_of(merge(ours), merge(beside), [value(metrics, "accuracy") for metrics in ours], len(simulation.setup.split.clients), examples)
+    ours, beside = [found.metrics() for _, _, found in own], [scores.metrics(index) for _, index, _ in own]
+    return personal_of(merge(ours), merge(beside), [value(metrics, "accuracy") for metrics in ours], clients, sum(len(index) for _, index, _ in own))
+
+
+def by_label(setup: Setup, scores: Scores, own: Own) -> list[dict[str, Any]]:
+    """How well each label is found, over its held-out examples, those first that clients have most training examples of: with many labels the last are the tail."""
+    names, of, parts = setup.dataset.label_names, setup.dataset.examples.labels, setup.split
+    held_out = of[parts.held_out.rows]
+    trained = np.bincount(of[parts.train.rows], minlength=len(names))
+
+    def share(labels: np.ndarray, right: np.ndarray) -> list[float | None]:
+        there, found = np.bincount(labels, minlength=len(names)), np.bincount(labels, right, len(names))
+        return [float(f / t) if t else None for f, t in zip(found, there)]
+
+    columns: dict[str, list[Any]] = {"train": trained.tolist(), "examples": np.bincount(held_out, minlength=len(names)).tolist(), "accuracy": share(held_out, scores.correct)}
+    if own:
+        columns["personal"] = share(np.concatenate([held_out[index] for _, index, _ in own]), np.concatenate([found.correct for *_, found in own]))
+    rows = [{"label": name, **{key: column[place] for key, column in columns.items()}} for place, name in enumerate(names)]
+    return [rows[place] for place in np.argsort(-trained, kind="stable").tolist()]
 
 
 def measure(simulation: Simulation, scores: Scores, took_part: dict[str, int]) -> dict[str, Any]:

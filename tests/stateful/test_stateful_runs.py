@@ -15,6 +15,7 @@ from fedtune.job import parse_job
 from fedtune.report import compare, facts, page, plots, terminal
 from fedtune.report.format import ABSENT, number
 from fedtune.report.summary import check, load_summary
+from fedtune.run import open_run
 from fedtune.training.worker import Worker
 from fedtune.workflows.finish import finish
 from fedtune.workflows.fleet import make_fleet
@@ -206,6 +207,27 @@ def test_reports_say_personal_accuracy_beside_the_global(told, folders):
     assert ["accuracy of what clients keep" in cards[m] for m in ("ditto", "head", "none")] == [True, True, False] and ["which nobody trained" in card for card in cards.values()] == [False, True, False]
     assert any("initial head" in line for line in facts.notices(told["head"])) and not any("initial head" in line for line in facts.notices(told["ditto"]))
     assert facts.personal(told["none"]) == "" and 'id="personal"' not in page.render(told["none"])
+
+
+def test_labels_are_told_apart(told, folders, tiny_job):
+    """Accuracies of labels, weighted by their examples, are those of the run; what each client predicts with is counted over its own."""
+    for method, s in told.items():
+        rows = {row["label"]: row for row in s["by_label"]}
+        assert rows.keys() == set(s["labels"]) and [row["train"] for row in s["by_label"]] == sorted((row["train"] for row in rows.values()), reverse=True)
+        assert sum(row["train"] for row in rows.values()) == sum(c["train"] for c in s["split"])
+        assert sum(row["accuracy"] * row["examples"] for row in rows.values()) == pytest.approx(s["final"]["accuracy"] * s["rounds"][-1]["evaluated"])
+        setup = open_setup(tiny_job(f"personal.method={method}", "federation.rounds=2"))
+        held_out = setup.dataset.examples.labels[setup.split.held_out.rows]
+        simulation = Simulation(setup, open_run(folders[method]))
+        right = simulation.scores(simulation.run.newest().state.arrays).correct
+        for place, label in enumerate(setup.dataset.label_names):
+            assert rows[label]["accuracy"] == pytest.approx(right[held_out == place].mean())
+        assert all(("personal" in row) == (method != "none") for row in rows.values())
+        console = Console(file=io.StringIO(), width=100, force_terminal=False)
+        terminal.show(s, console)
+        assert "Labels" in console.file.getvalue() and 'id="labels"' in page.render(s)
+    own = [row for row in told["ditto"]["by_label"] if row["personal"] is not None]
+    assert len(own) == 2 and min(row["personal"] for row in own) <= told["ditto"]["personal"]["accuracy"] <= max(row["personal"] for row in own)
 
 
 def test_compare_has_a_column(told):
