@@ -92,7 +92,7 @@ def spec_of(layout: Layout, job: Job) -> AdapterSpec:
 def lowest(job: Job, schema: Schema, limits: Limits = AS_THE_JOB) -> tuple[str, ...]:
     """Of what a client of these limits trains in any round, that whose backward pass goes down furthest and so keeps most."""
     if job.units.varies:
-        return _with(schema, within(schema, limits.depth)[: _blocks(job, schema, limits.blocks)])
+        return _with(schema, within(schema, limits.depth)[: blocks_of(job, schema, limits.blocks)])
     return _taken(job, schema, job.units.strategy, 1, limits.blocks)
 
 
@@ -115,7 +115,7 @@ def most_numbers(job: Job, schema: Schema, limits: Limits = AS_THE_JOB) -> int:
 def _largest(job: Job, schema: Schema, limits: Limits) -> tuple[str, ...]:
     """Of what a client of these limits may train of this schema, that with the most numbers."""
     size = {unit: sum(t.size for t in schema.of_units([unit])) for unit in within(schema, limits.depth)}
-    return _with(schema, sorted(size, key=lambda unit: -size[unit])[: _blocks(job, schema, limits.blocks)])
+    return _with(schema, sorted(size, key=lambda unit: -size[unit])[: blocks_of(job, schema, limits.blocks)])
 
 
 def _with(schema: Schema, taken: Sequence[str]) -> tuple[str, ...]:
@@ -123,7 +123,7 @@ def _with(schema: Schema, taken: Sequence[str]) -> tuple[str, ...]:
     return tuple(unit for unit in schema.units if unit in taken or unit not in schema.blocks)
 
 
-def _blocks(job: Job, schema: Schema, budget: int) -> int:
+def blocks_of(job: Job, schema: Schema, budget: int) -> int:
     """How many a client of this budget trains: all where neither it nor the job says it, as live under units.fit."""
     return budget or job.units.budget or len(schema.blocks)
 
@@ -131,7 +131,7 @@ def _blocks(job: Job, schema: Schema, budget: int) -> int:
 def _taken(job: Job, schema: Schema, strategy: str, round: int, budget: int) -> tuple[str, ...]:
     if strategy == "all":
         return schema.units
-    return _with(schema, order(strategy, schema.blocks, job.federation.seed, round)[: _blocks(job, schema, budget)])
+    return _with(schema, order(strategy, schema.blocks, job.federation.seed, round)[: blocks_of(job, schema, budget)])
 
 
 def budgets(job: Job) -> tuple[int, ...]:
@@ -195,7 +195,7 @@ def _by_scores(job: Job, schema: Schema, state: State, drawn: Sequence[Assignmen
     if own is None or len(own) != len(drawn) or not begins_with_probe(job, state.round + 1):
         own = np.broadcast_to(_common(state, len(found)), (len(drawn), len(found)))
     borne = [limits(a.client) for a in drawn]
-    most = np.array([_blocks(job, schema, its.blocks) for its in borne], np.int64)
+    most = np.array([blocks_of(job, schema, its.blocks) for its in borne], np.int64)
     depths = np.array([len(within(schema, its.depth)) for its in borne], np.int64)
     chosen = choose(own, most, job.units.consistency, depths) if drawn else ()
     return tuple(replace(a, units=_with(schema, [unit for unit, taken in zip(found, row) if taken])) for a, row in zip(drawn, chosen))

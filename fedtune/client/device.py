@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fedtune.algorithms.units import limits_of
 from fedtune.bundle import Bundle, open_bundle, receive_bundle
 from fedtune.client.app import make_device_app
 from fedtune.client.budget import Budget
@@ -20,6 +21,7 @@ from fedtune.errors import DataError, FedtuneError, ModelError, Refused, RunErro
 from fedtune.offer import Answer, Offer, class_of
 from fedtune.stateful.methods import method_of
 from fedtune.storage import lock, private_folder
+from fedtune.training.asked import require_borne
 from fedtune.waits import GOODBYE_SECONDS, OFFER_SECONDS, STEADY_SECONDS, WATCH_POLL, backoff
 from fedtune.wire import kind_of
 
@@ -103,6 +105,8 @@ class Work:
     def train(self, job: str, packet: bytes, client: str) -> bytes:
         with _inward(self):
             bundle, trainer = self._opened(job)
+            if not is_question(packet):
+                require_borne(bundle, packet, limits_of(class_of(bundle.job, self.settings.kind)))
             if bundle.job.privacy.secure_aggregation:
                 assert self._secure is not None
                 return self._secured(self._secure, trainer, packet, client)

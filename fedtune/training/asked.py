@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 
+from fedtune.algorithms.units import Limits, blocks_of
 from fedtune.bundle import Bundle
+from fedtune.errors import Refused
 from fedtune.types import Arrays
-from fedtune.wire import Packet, require_whole
+from fedtune.wire import Packet, kind_of, require_whole, trained_of
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,23 @@ def asked(bundle: Bundle, packet: Packet) -> Asked:
         return Asked(0, packet.arrays, packet.train)
     rank = bundle.ranks.rank_of(packet)
     return Asked(rank, bundle.ranks.join(packet.arrays, rank), None if packet.train is None else bundle.ranks.trained(packet.train, rank))
+
+
+def require_borne(bundle: Bundle, payload: bytes, limits: Limits) -> None:
+    """Raises Refused for a packet that asks for more than a client of these limits trains: more blocks, deeper ones, or a higher rank."""
+    job, schema = bundle.job, bundle.schema
+    if kind_of(payload) != "model":
+        return
+    wanted = trained_of(payload, schema)
+    blocks = [place for place, unit in enumerate(schema.blocks) if unit in wanted.units]
+    most, depth = blocks_of(job, schema, limits.blocks), limits.depth or len(schema.blocks)
+    if len(blocks) > most:
+        raise Refused("class", f"asks for {len(blocks)} blocks to be trained, a client of this class trains {most}")
+    if blocks and len(schema.blocks) - blocks[0] > depth:
+        raise Refused("class", f"asks for {schema.blocks[blocks[0]]} to be trained, a client of this class trains the last {depth} blocks")
+    rank = max((t.rank for t in wanted.tensors), default=0)
+    if limits.rank and rank > limits.rank:
+        raise Refused("class", f"asks for cores of rank {rank} to be trained, a client of this class has {limits.rank}")
 
 
 def answered(bundle: Bundle, arrays: Arrays) -> Arrays:
