@@ -176,7 +176,7 @@ def key_figures(s: Summary) -> list[Fact]:
         *([] if simulated is None else [Fact("simulated time", duration(simulated), f"on {plural(len(s.get('devices', [])), 'class', 'classes')} of devices")]),
         Fact("clients", count(clients(s)), cohort),
         Fact("numbers trained", count(c["trainable_numbers"]), f"{percent(c['trainable_numbers'], s['base']['parameters'])} of the base"),
-        Fact("one update", size(c["update_bytes"]), "at most, up; what the client's rank has comes down" if s.get("ranks") else "at most, up; the whole model comes down" if s.get("units") else "each way, per client and round"),
+        Fact("one update", size(c["update_bytes"]), "at most, up; what the client's rank has comes down" if s.get("ranks") else "at most, up; all that anybody trains comes down" if s.get("units") else "each way, per client and round"),
         Fact("sent in all", size(total), f"in {plural(c['messages'], 'message')}"),
         Fact("epsilon", words.shown(s["privacy"]["epsilon"]), words.short(s["privacy"])),
     ]

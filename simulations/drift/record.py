@@ -68,7 +68,8 @@ def main() -> None:
         own = [row for row in rows if (row["partition"], row["method"]) == (partition, method)]
         sent, time = (statistics.mean(row[key] for row in own) for key in ("bytes", "seconds"))
         personal = [row["personal"] for row in own if row["personal"] is not None]
-        print(f"{partition:9} {method:9} rate {rates[method]:g}   accuracy {spread([row['accuracy'] for row in own])}   {sent / 1e6:6.2f} MB   {time:6.0f} s"
+        cells = "   ".join(f"{key} {spread([row[key] for row in own])}" for key in ("accuracy", "worst_tenth"))
+        print(f"{partition:9} {method:9} rate {rates[method]:g}   {cells}   {sent / 1e6:6.2f} MB   {time:6.0f} s"
               + (f"   of what clients keep {spread(personal)}" if personal else ""))
     if not chosen.only:
         draw(HERE / "plot.png", [row | {"best": row["accuracy"] if row["personal"] is None else row["personal"]} for row in rows], PARTITIONS, {name: ({"method": name}, "o", color) for name, color in zip(METHODS, COLORS)}, key="best", label="held-out accuracy of what clients predict with")

@@ -66,8 +66,11 @@ def main() -> None:
         own = [row for row in rows if (row["partition"], row["budget"], row["strategy"]) == case]
         if own:
             sent, up, time = (statistics.mean(row[key] for row in own) for key in ("bytes", "up", "seconds"))
+            whole = {row["seed"]: row["accuracy"] for row in rows if (row["partition"], row["strategy"]) == (case[0], "all")}
+            beside = [row["accuracy"] - whole[row["seed"]] for row in own if row["seed"] in whole]
             cells = "   ".join(f"{key} {spread([row[key] for row in own])}" for key in ("accuracy", "worst_tenth"))
-            print(f"{case[0]:9} budget {case[1]:5} {case[2]:25} {cells}   {sent / 1e6:6.2f} MB, {up / 1e6:5.2f} up   {time:6.0f} s")
+            paired = f"   {statistics.mean(beside):+.3f} against all blocks, seed by seed" if beside and case[2] != "all" else ""
+            print(f"{case[0]:9} budget {case[1]:5} {case[2]:25} {cells}   {sent / 1e6:6.2f} MB, {up / 1e6:5.2f} up   {time:6.0f} s{paired}")
     if not chosen.only:
         colors, markers = dict(zip(("all", *STRATEGIES), COLORS)), dict(zip(("all", *BUDGETS), "*o^s"))
         draw(HERE / "plot.png", rows, PARTITIONS, {
