@@ -70,13 +70,17 @@ class Lobby:
 
     def nodes(self, names: list[str]) -> list[int | None]:
         """The node of each device; None for one that is not ready any more, as devices come and go while a probe is answered."""
-        known = {g.name: g.node for g in self.guests.values() if g.state == "ready"}
-        return [known.get(name) for name in names]
+        known = self._by_name()
+        return [known[name].node if name in known else None for name in names]
 
     def device(self, name: str) -> DeviceClass | None:
         """The class of the job's devices that this one says it is of; None where it says none."""
-        kinds = {g.name: g.kind for g in self.guests.values() if g.state == "ready"}
-        return class_of(self._bundle.job, kinds.get(name, ""))
+        guest = self._by_name().get(name)
+        return class_of(self._bundle.job, "" if guest is None else guest.kind)
+
+    def _by_name(self) -> dict[str, Guest]:
+        """Those that are ready. A device without a key comes back as another node under its old name: then the one that is online counts."""
+        return {g.name: g for g in sorted(self.guests.values(), key=lambda g: g.online) if g.state == "ready"}
 
     def _greet(self, node: int, joined: str, name: str) -> None:
         guest = self.guests.get(node)

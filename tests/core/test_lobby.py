@@ -71,6 +71,26 @@ def test_a_device_that_comes_back_may_name_another_class(place):
     assert place.lobby.device("b") == JOB.simulation.devices[0]
 
 
+def test_a_device_without_a_key_that_comes_back_is_asked_where_it_is(place):
+    """It is another node then; the old one is still among the guests."""
+    answers = {7: Answer("ready", "", "mine", 10, 2, "phone"), 3: Answer("ready", "", "mine", 10, 2)}
+    place.grid.answers |= answers
+    place.joined.clear()
+    lobby = Lobby(SimpleNamespace(online=lambda: place.joined), place.grid, place.lobby._bundle, None, lambda guest: None)
+    place.joined[7] = "monday"
+    lobby.visit()
+    assert lobby.nodes(["mine"]) == [7] and lobby.device("mine") == JOB.simulation.devices[0]
+    del place.joined[7]
+    place.joined[3] = "tuesday"
+    lobby.visit()
+    assert lobby.guests.keys() == {7, 3} and [info.name for info in lobby.ready()] == ["mine"]
+    assert lobby.nodes(["mine"]) == [3] and lobby.device("mine") is None
+    del place.joined[3]
+    place.joined[7] = "wednesday"
+    lobby.visit()
+    assert lobby.nodes(["mine"]) == [7]
+
+
 def test_who_left_since_the_draw_is_not_asked_and_not_waited_for(place):
     """As while a probe is answered: a round is planned for those who were drawn before it."""
     place.grid.answers[1] = None
