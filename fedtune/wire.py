@@ -247,6 +247,12 @@ def trained_of(data: bytes, schema: Schema) -> Schema:
     return schema if train is None else _chosen(train, schema)
 
 
+def held_of(data: bytes, schema: Schema) -> Schema:
+    """The tensors that a packet says it holds. Raises Refused when the header is not one."""
+    held = _open(data)[0].tensors
+    return schema if held is None else _chosen(held, schema)
+
+
 def finite_norm(vector: np.ndarray) -> float:
     """`quick_norm`. Raises Refused when a number is not finite."""
     norm = quick_norm(vector)

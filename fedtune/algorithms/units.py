@@ -76,7 +76,7 @@ def selected(job: Job, schema: Schema, round: int, budget: int = 0) -> tuple[str
 
 def ever(job: Job, schema: Schema) -> tuple[str, ...]:
     """What any client may train in any round: nothing else ever changes."""
-    return schema.units if job.units.varies else selected(job, schema, 1, max(budgets(job)))
+    return schema.units if job.units.varies else selected(job, schema, 1, _largest_budget(job, schema))
 
 
 def spec_of(layout: Layout, job: Job) -> AdapterSpec:
@@ -137,6 +137,10 @@ def _taken(job: Job, schema: Schema, strategy: str, round: int, budget: int) -> 
 def budgets(job: Job) -> tuple[int, ...]:
     """The job's own, then those that classes of devices have."""
     return tuple(dict.fromkeys([job.units.budget, *(device.units for device in job.simulation.devices if device.units)]))
+
+
+def _largest_budget(job: Job, schema: Schema) -> int:
+    return max(blocks_of(job, schema, budget) for budget in budgets(job))
 
 
 def tensors_of(schema: Schema, units: Sequence[str], rank: int = 0) -> tuple[str, ...] | None:
@@ -250,7 +254,7 @@ def selecting(algorithm: Algorithm, job: Job, schema: Schema, limits: LimitsOf =
     require_budgets(job, schema)
     if job.units.strategy == "all":
         return algorithm
-    most, settle = max(budgets(job)), algorithm.settle
+    most, settle = _largest_budget(job, schema), algorithm.settle
 
     def plan(state: State, clients: Sequence[ClientInfo]) -> tuple[Assignment, ...]:
         drawn = algorithm.plan(state, clients)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from fedtune.cli.common import JsonOption, SetOption, err, out, shell
+from fedtune.cli.common import JsonOption, SetOption, err, no_dash, out, shell
 from fedtune.cli.progress import Board
 from fedtune.errors import RunError, UserError
 from fedtune.job import load_job
@@ -27,7 +27,7 @@ def command(
     client: Annotated[
         str | None, typer.Option("--client", metavar="NAME", help="What this simulated client predicts with, of a run with [personal], in place of the global model; with --out.", show_default=False),
     ] = None,
-    target: Annotated[Path | None, typer.Option("--out", help="With --client: a new folder for it.", show_default=False)] = None,
+    target: Annotated[Path | None, typer.Option("--out", callback=no_dash, help="With --client: a new folder for it.", show_default=False)] = None,
     json_: JsonOption = False,
 ) -> None:
     """Exports a run at its newest checkpoint, in place of what it exported before."""

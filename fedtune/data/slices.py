@@ -74,7 +74,7 @@ class Names(Sequence[str]):
     def place(self, name: str) -> int:
         """Where a name stands, without a search. Raises KeyError for one that is not there."""
         stem, _, number = name.rpartition("-") if self.each else (name, "", "0")
-        place = self._places[stem] * max(1, self.each) + (int(number) if number.isdecimal() else -1)
+        place = self._places[stem] * max(1, self.each) + (int(number) if number.isdecimal() and len(number) < 19 else -1)
         if not 0 <= place < len(self) or self[place] != name:
             raise KeyError(name)
         return place

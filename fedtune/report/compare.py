@@ -85,7 +85,7 @@ def headline(summaries: Sequence[Summary]) -> str:
     if not summaries:
         raise ContractError("a comparison needs at least one run")
     named = list(zip(names(summaries), summaries, strict=True))
-    figures = [(facts.leading(s, _own(s, summaries))[0], name, " personal" if _own(s, summaries) else "") for name, s in named]
+    figures = [(facts.leading(s, _own(s, summaries))[0], name, _over(s) if _own(s, summaries) else "") for name, s in named]
     measured = [figure for figure in figures if facts.is_number(figure[0])]
     least = min(((_sent(s), name) for name, s in named), key=lambda pair: pair[0])
     if not measured:
@@ -129,6 +129,12 @@ def _own(s: Summary, summaries: Sequence[Summary]) -> bool:
     """Whether the figures of this run are those of what clients predict with. Beside a run whose clients keep their heads, which has no others, all that have
     such figures are compared by them."""
     return facts.is_personal(s) and any(map(facts.keeps_head, summaries))
+
+
+def _over(s: Summary) -> str:
+    """Whose figure a personal one is: of fewer examples than those of the global model where not all clients took part."""
+    found = s.get("personal")
+    return " personal" if found is None or found["clients"] == found["of"] else f" personal (of the {count(found['clients'])} of {plural(found['of'], 'client')} that took part)"
 
 
 def _figures(s: Summary, own: bool) -> tuple[str, str, str]:

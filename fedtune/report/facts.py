@@ -302,6 +302,15 @@ def personal(s: Summary) -> str:
     return f"{text}, worst tenth {number(found['worst_tenth'])}; the global model has {number(found['federated'])} on the same examples."
 
 
+def labels(s: Summary) -> str:
+    """What the figures of labels are shares of."""
+    if not s.get("by_label"):
+        return ""
+    text = "Share of the held-out examples of each label that is given it, from the most training examples to the fewest"
+    own = s.get("personal")
+    return f"{text}; personal: by what clients predict with, of {plural(own['examples'], 'held-out example')} of the {count(own['clients'])} of {plural(own['of'], 'client')} that took part." if own else f"{text}."
+
+
 def is_personal(s: Summary) -> bool:
     """Whether clients predict with something of their own."""
     return s["job"].get("personal", {}).get("method", "none") != "none"

@@ -147,8 +147,7 @@ def _clients(s: Summary) -> str:
 def _labels(s: Summary) -> str:
     """Many are folded up: the ends are what matters, and the terminal shows them."""
     made = html.table("Labels", tables.label_header(s), tables.label_rows(s))
-    what = "Share of the held-out examples of each label that is given it, from the most training examples to the fewest."
-    return html.section("labels", "The labels", html.paragraph(what), made if len(s["by_label"]) <= FOLDED else html.details("Each label as a table", made)) if s.get("by_label") else ""
+    return html.section("labels", "The labels", html.paragraph(facts.labels(s)), made if len(s["by_label"]) <= FOLDED else html.details("Each label as a table", made)) if s.get("by_label") else ""
 
 
 def _split(s: Summary) -> str:

@@ -71,7 +71,7 @@ def round_rows(s: Summary, limit: int = 0) -> list[tuple[str, ...]]:
 
 
 def label_header(s: Summary) -> tuple[str, ...]:
-    return ("label", "training examples", "held-out", "accuracy", *(("personal",) if any("personal" in row for row in s.get("by_label", [])) else ()))
+    return ("label", "training examples", "held-out", "initial head" if facts.keeps_head(s) else "accuracy", *(("personal",) if any("personal" in row for row in s.get("by_label", [])) else ()))
 
 
 def label_rows(s: Summary, limit: int = 0) -> list[tuple[str, ...]]:

@@ -41,7 +41,10 @@ def show(summary: Summary, console: Console) -> None:
     short = [(*row[:4], *(row[-2:-1] if own else ()), *row[4:7], *row[9:11], *(row[12:13] if timed else ())) for row in tables.round_rows(s, MOST_ROUNDS)]
     _rows(console, "Rounds", (*ROUND_HEADER[:4], *(("personal",) if own else ()), *ROUND_HEADER[4:], *(("clock",) if timed else ())), short, words=())
     _clients(console, s)
-    _rows(console, "Labels", tables.label_header(s), tables.label_rows(s, MOST_LABELS))
+    if facts.labels(s):
+        _heading(console, "Labels")
+        console.print(Padding(Text(facts.labels(s)), (0, 0, 0, 2), expand=False))
+        console.print(table(tables.label_header(s), tables.label_rows(s, MOST_LABELS)))
     _devices(console, s)
     _rows(console, "Trained units", tables.unit_header(s), tables.unit_rows(s))
     _rows(console, "Ranks", tables.RANK_HEADER, tables.rank_rows(s))

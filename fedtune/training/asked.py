@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from fedtune.algorithms.units import Limits, blocks_of
+from fedtune.algorithms.units import Limits, blocks_of, selected, unlimited
 from fedtune.bundle import Bundle
 from fedtune.errors import Refused
 from fedtune.types import Arrays
-from fedtune.wire import Packet, kind_of, require_whole, trained_of
+from fedtune.wire import Packet, held_of, kind_of, require_whole, round_of, trained_of
 
 
 @dataclass(frozen=True)
@@ -28,20 +28,30 @@ def asked(bundle: Bundle, packet: Packet) -> Asked:
 
 
 def require_borne(bundle: Bundle, payload: bytes, limits: Limits) -> None:
-    """Raises Refused for a packet that asks for more than a client of these limits trains: more blocks, deeper ones, or a higher rank."""
-    job, schema = bundle.job, bundle.schema
-    if kind_of(payload) != "model":
+    """Raises Refused for a packet that asks for more than a client of these limits bears: other blocks than its own, more of them or deeper ones where they are
+    chosen by scores, a probe of blocks that it cannot reach, or cores of a higher rank."""
+    job, schema, kind = bundle.job, bundle.schema, kind_of(payload)
+    if kind not in ("model", "probe"):
         return
-    wanted = trained_of(payload, schema)
-    blocks = [place for place, unit in enumerate(schema.blocks) if unit in wanted.units]
+    rank = max((t.rank for t in held_of(payload, schema).tensors), default=0)
+    if limits.rank and rank > limits.rank:
+        raise Refused("class", f"holds cores of rank {rank}, a client of this class has {limits.rank}")
+    if kind == "probe":
+        if not unlimited(schema, limits.depth):
+            raise Refused("class", f"asks about all {len(schema.blocks)} blocks, a client of this class goes down to the last {limits.depth}")
+        return
+    wanted = trained_of(payload, schema).units
+    if not job.units.probes:
+        own = selected(job, schema, round_of(payload), limits.blocks)
+        if beyond := [unit for unit in wanted if unit not in own]:
+            raise Refused("class", f"asks for {beyond[0]} to be trained in round {round_of(payload)}, where a client of this class trains {', '.join(own)}"[:300])
+        return
+    blocks = [place for place, unit in enumerate(schema.blocks) if unit in wanted]
     most, depth = blocks_of(job, schema, limits.blocks), limits.depth or len(schema.blocks)
     if len(blocks) > most:
         raise Refused("class", f"asks for {len(blocks)} blocks to be trained, a client of this class trains {most}")
     if blocks and len(schema.blocks) - blocks[0] > depth:
-        raise Refused("class", f"asks for {schema.blocks[blocks[0]]} to be trained, a client of this class trains the last {depth} blocks")
-    rank = max((t.rank for t in wanted.tensors), default=0)
-    if limits.rank and rank > limits.rank:
-        raise Refused("class", f"asks for cores of rank {rank} to be trained, a client of this class has {limits.rank}")
+        raise Refused("class", f"asks for {schema.blocks[blocks[0]]} to be trained, a client of this class goes down to the last {depth}")
 
 
 def answered(bundle: Bundle, arrays: Arrays) -> Arrays:

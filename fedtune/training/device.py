@@ -87,4 +87,4 @@ def _require_spec(bundle: Bundle, model: TunableModel, source: Source) -> None:
     """Raises ModelError when what the bundle trains is not what its job makes of this base, so that no message can name other tensors."""
     if spec_of(layout(model), bundle.job) != bundle.manifest.spec:
         raise ModelError(f"{source.folder}: its layers as opened here are not those that the bundle names; use the coordinator's versions "
-                         f"(transformers {bundle.manifest.versions.get('transformers', 'unknown')})")
+                         f"(fedtune {bundle.manifest.versions.get('fedtune', 'unknown')}, transformers {bundle.manifest.versions.get('transformers', 'unknown')})")

@@ -1,5 +1,6 @@
 """A round of a client that keeps something: what it kept is read, the job's method run, and what it keeps now written before the update leaves. No torch."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from fedtune.training.rates import learning_rate
 from fedtune.types import Arrays
 from fedtune.wire import Packet
 
+log = logging.getLogger(__name__)
 Local = Callable[[Ask], Trained]
 ADAPTER, DESCRIPTION = "adapter.safetensors", "adapter.json"
 
@@ -74,8 +76,11 @@ def own_model(bundle: Bundle, kept: Kept | None, model: Arrays, client: str, rou
     """As `personal_model`; of a device, which is one client, it also lies afterwards in the folder of what it keeps, as an adapter that `fedtune predict` takes."""
     found = None if kept is None else personal_model(bundle, kept, model, client, round)
     if kept is not None and kept.owner and found is not None:
-        write_atomic(kept.folder / ADAPTER, save({name: np.ascontiguousarray(a) for name, a in found.items()}), 0o600)
-        write_json(kept.folder / DESCRIPTION, {"method": bundle.manifest.spec.method, "round": round, "frame_sha256": bundle.manifest.frame_sha256})
+        try:
+            write_atomic(kept.folder / ADAPTER, save({name: np.ascontiguousarray(a) for name, a in found.items()}), 0o600)
+            write_json(kept.folder / DESCRIPTION, {"method": bundle.manifest.spec.method, "round": round, "frame_sha256": bundle.manifest.frame_sha256})
+        except OSError as e:  # the scores do not depend on it
+            log.warning("%s: this device's own adapter of round %d was not written (%s)", kept.folder, round, e.strerror or e)
     return found
 
 

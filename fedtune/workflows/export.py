@@ -61,13 +61,14 @@ _CHUNK = 256  # examples encoded at once, so that images do not fill the memory
 
 @dataclass(frozen=True)
 class _Trained:
-    """A run at its newest checkpoint: the opened job, the bundle, the trained values after `round` rounds, and the held-out rows that graphs are compared on."""
+    """A run at its newest checkpoint: the opened job, the bundle, the trained values after `round` rounds, the held-out rows that graphs are compared on, and the model as it travels."""
 
     setup: Setup
     bundle: Bundle
     arrays: Arrays
     round: int
     held_out: np.ndarray
+    shared: Arrays
 
     @property
     def spec(self) -> AdapterSpec:
@@ -126,15 +127,20 @@ def export_client(run: RunFolder, client: str, folder: Path, setup: Setup | None
 
     Raises UserError for a job whose clients predict with the global model, a client that the run does not have, one that keeps nothing yet, and a folder that holds something.
     """
-    trained = _of_client(_open(run, setup), run, client)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--out {folder}: already exists and is not empty; choose another")
     with failing_clearly(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".export-", dir=folder.absolute().parent) as scratch:
+        target = folder.expanduser().resolve()
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise UserError(f"--out {folder}: already exists and is not empty; choose another")
+        if target.is_relative_to(run.path.resolve()):
+            raise UserError(f"--out {folder}: lies in the run folder, whose own exports would take its place; choose another")
+        if above := next((p for p in target.parents if p.exists() and not p.is_dir()), None):
+            raise UserError(f"--out {folder}: {above.name} is a file; choose another")
+        trained = _of_client(_open(run, setup), run, client)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as scratch:
             made = Path(scratch) / "new"
             exports = _make(trained, made, stage, examples)
-            made.replace(folder)
+            made.replace(target)
     return exports
 
 
@@ -160,9 +166,9 @@ def _of_client(trained: _Trained, run: RunFolder, client: str) -> _Trained:
         place = split.clients.place(client)
     except KeyError:
         raise UserError(f"--client {client}: the run has no such client; its {len(split.clients)} are called {split.clients[0]}, …, {split.clients[-1]}") from None
-    checkpoint = run.newest()
-    assert checkpoint is not None, "_open has read it"
-    own = personal_model(bundle, Kept(run.clients, kept(job, bundle.manifest.spec.schema)), checkpoint.state.arrays, client, trained.round)
+    if not run.clients.is_dir() and any(line["clients"] for line in run.metrics()):
+        raise RunError(f"{run.clients}: what clients keep is missing; restore it")
+    own = personal_model(bundle, Kept(run.clients, kept(job, bundle.manifest.spec.schema)), trained.shared, client, trained.round)
     if own is None:
         raise UserError(f"--client {client}: took part in none of the {trained.round} rounds, so it has nothing of its own; name one that did")
     rows = split.held_out[place]
@@ -181,7 +187,7 @@ def _open(run: RunFolder, setup: Setup | None) -> _Trained:
     if setup.dataset.label_names != bundle.manifest.labels:
         now = f"the data now has {list(setup.dataset.label_names)}"
         raise RunError(f"{run.path}: was trained on labels {list(bundle.manifest.labels)}, {now}; restore that data")
-    return _Trained(setup, bundle, bundle.trained(shared(bundle.job, checkpoint.state.arrays)), checkpoint.state.round, np.sort(setup.split.held_out.rows))
+    return _Trained(setup, bundle, bundle.trained(shared(bundle.job, checkpoint.state.arrays)), checkpoint.state.round, np.sort(setup.split.held_out.rows), checkpoint.state.arrays)
 
 
 def _publish(made: Path, old: Path, run: Path) -> None:

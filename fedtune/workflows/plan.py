@@ -55,7 +55,7 @@ Trained = Literal["always", "drawn", "chosen", "some", "never"]
 @dataclass(frozen=True)
 class Unit:
     """A block and what could be trained in it. `trained`: in which rounds, by those whose class has no budget of its own; some: by those of classes with a
-    larger one alone; never: by nobody, so that it is no part of the adapter.
+    larger one alone; never: by nobody, so that without units.fit it is no part of the adapter.
     """
 
     name: str

@@ -81,7 +81,7 @@ def units(lines: list[dict[str, Any]], schema: Schema) -> dict[str, Any]:
     scores: dict[str, float] = next((line["scores"] for line in reversed(lines) if "scores" in line), {})
     return {"units": [
         {"name": name, "rounds": sum(name in counts for counts in found), "updates": sum(counts.get(name, 0) for counts in found)}
-        | ({"score": scores[name]} if name in scores else {}) for name in dict.fromkeys((*schema.base_blocks, *schema.units))]}
+        | ({"score": scores[name]} if name in scores else {}) for name in dict.fromkeys((*(unit for unit in schema.units if unit == "outside"), *schema.base_blocks, *schema.units))]}
 
 
 def ranks(lines: list[dict[str, Any]], bundle: Bundle) -> dict[str, Any]:

@@ -48,6 +48,19 @@ def job(strategy, budget, *changes):
     return parse_job("", [f"units.strategy={strategy}", f"units.budget={budget}", "data.clients=4", "federation.cohort=4", "federation.rounds=5", *changes])
 
 
+def test_without_a_budget_a_device_of_no_class_trains_all():
+    """As live under units.fit, where a class may have a budget of its own."""
+    fit = job("top", 0, "units.fit=true", 'simulation.devices=[{name = "a", units = 1, memory-mb = 500}]')
+    assert selected(fit, SCHEMA, 1) == ever(fit, SCHEMA) == SCHEMA.units and selected(fit, SCHEMA, 1, 1) == ("outside", "block.3", "head")
+    limits = {"c0": Limits(), "c1": Limits(1)}
+    algorithm = selecting(fed_avg(seed=0, cohort=2, units=SCHEMA.units), fit, SCHEMA, limits.__getitem__)
+    state = algorithm.init({t.name: np.zeros(t.shape, np.float32) for t in SCHEMA.tensors})
+    asked = {client: tensors_of(SCHEMA, selected(fit, SCHEMA, 1, its.blocks)) or [t.name for t in SCHEMA.tensors] for client, its in limits.items()}
+    updates = [Update(client, 1, {t.name: np.full(t.shape, float(place), np.float32) for t in SCHEMA.tensors if t.name in asked[client]}, 1.0) for place, client in enumerate(limits, 1)]
+    after, _ = algorithm.step(state, updates)
+    assert {name: float(a.flat[0]) for name, a in after.arrays.items()} == {t.name: 1.5 if t.unit in ("outside", "block.3", "head") else 1.0 for t in SCHEMA.tensors}
+
+
 @pytest.mark.parametrize("strategy, budget, expected", [
     *(("top", b, BLOCKS[4 - b :]) for b in (1, 2, 3, 4)), *(("bottom", b, BLOCKS[:b]) for b in (1, 2, 3, 4)),
     ("both", 1, BLOCKS[3:]), ("both", 2, ("block.0", "block.3")), ("both", 3, ("block.0", "block.2", "block.3")), ("both", 4, BLOCKS),

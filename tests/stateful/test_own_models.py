@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from fedtune.cli.main import app
-from fedtune.errors import UserError
+from fedtune.errors import RunError, UserError
 from fedtune.metrics import value
 from fedtune.onnx.predict import Predictor
 from fedtune.workflows.export import export_client
@@ -48,6 +48,19 @@ def test_what_cannot_be_exported_says_why(tiny_job, run_rounds, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             export_client(simulation.run, client, tmp_path / "out", simulation.setup)
+    client = next(iter(met))
+    (tmp_path / "file").write_text("")
+    for out, message in (
+        (ditto.run.path / "onnx", r"--out .*: lies in the run folder, whose own exports would take its place; choose another"), (tmp_path / "file" / "x", r"--out .*: file is a file; choose another"),
+        (tmp_path / ("n" * 300), r"cannot write .*: File name too long; choose another place"), (tmp_path / "file", "already exists and is not empty"),
+    ):
+        with pytest.raises(UserError, match=message):
+            export_client(ditto.run, client, out, ditto.setup)
+    with pytest.raises(UserError, match="has no such client"):
+        export_client(ditto.run, client.rpartition("-")[0] + "-" + "9" * 5000, tmp_path / "out", ditto.setup)
+    ditto.run.clients.rename(tmp_path / "elsewhere")
+    with pytest.raises(RunError, match=r"clients: what clients keep is missing; restore it"):
+        export_client(ditto.run, client, tmp_path / "out", ditto.setup)
     assert not (tmp_path / "out").exists()
 
 
