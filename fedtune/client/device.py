@@ -162,7 +162,8 @@ class Work:
         self.policy.check(bundle.manifest, bundle.job)
         class_of(bundle.job, self.settings.kind)
         _ = self._budget(bundle).plan
-        secure = SecureWork(self.settings.folder / "secagg", bundle, self.policy.min_cohort) if bundle.job.privacy.secure_aggregation else None
+        blocks = limits_of(class_of(bundle.job, self.settings.kind)).blocks
+        secure = SecureWork(self.settings.folder / "secagg", bundle, self.policy.min_cohort, blocks) if bundle.job.privacy.secure_aggregation else None
         trainer = Trainer(TrainerSettings(
             bundle.folder, self.settings.data, self.settings.base, self.settings.threads, self.settings.idle_seconds,
             self.settings.folder / "trainer.log", self.settings.folder, self.settings.graphs, self.settings.memory_mb,

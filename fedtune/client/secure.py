@@ -26,11 +26,12 @@ def is_question(packet: bytes) -> bool:
 @dataclass
 class SecureWork:
     """Of one job. folder: this device's own. minimum: fewest clients whose sum it takes part in, where the job
-    does not ask for more: its noise is sized for those. At most one round is open, in memory."""
+    does not ask for more: its noise is sized for those. budget: blocks that this device trains, 0 for the job's. At most one round is open, in memory."""
 
     folder: Path
     bundle: Bundle
     minimum: int
+    budget: int = 0
     _round: ClientRound | None = None
     _vector: np.ndarray | None = None
 
@@ -60,12 +61,12 @@ class SecureWork:
     def first(self, packet: bytes, update: bytes, client: str) -> bytes:
         """After the training: keeps the vector and answers with this round's keys.
 
-        Raises Refused for packets that are not of the job, and for units that the job does not have all clients train in this round: what
+        Raises Refused for packets that are not of the job, and for units that the job does not have this device train in this round: without noise what
         one client alone trains would be seen in the sum.
         """
         schema, round = self.bundle.schema, round_of(packet)
         model = decode(packet, schema, kinds=["model"], frame=self.bundle.frame_digest)
-        if model.train != tensors_of(schema, selected(self.bundle.job, schema, round)):
+        if model.train != tensors_of(schema, selected(self.bundle.job, schema, round, self.budget)):
             raise Refused("secure-aggregation", f"round {round}: the coordinator asks for other units than the job; nothing was sent")
         trained = decode(update, schema, kinds=["update"], round=round, frame=self.bundle.frame_digest)
         terms = self.secure.terms(session_of(self.bundle.digest), round)

@@ -1,7 +1,7 @@
 """What one client adds to a round's secure sum, and what the sum says: the same on a device and in a simulation.
 
 A client's vector is its difference from the model, clipped; behind it, where nothing is protected, its mean training loss and
-accuracy; and for each unit whether it is there. All in whole numbers modulo 2^k (`secagg.vectors`).
+accuracy; and for each unit whether it is there (where clients are protected, 1 for all). All in whole numbers modulo 2^k (`secagg.vectors`).
 """
 
 from dataclasses import dataclass
@@ -64,7 +64,8 @@ class Secure:
         numbers = flat(part, self.schema, units)
         if self.noise is None:
             return counted(quantise(numbers, self.grid, source.uniform), self.schema, units)
-        return counted(self.noise.shares(numbers * self.grid.scale, source).astype(self.grid.dtype), self.schema, units)
+        # the sum is divided by `cohort` alone, so that nobody needs to know by how many a unit was trained: no noise would be on that
+        return counted(self.noise.shares(numbers * self.grid.scale, source).astype(self.grid.dtype), self.schema, self.schema.units)
 
     def change(self, total: np.ndarray, clients: int) -> tuple[Arrays, Metrics]:
         """(what is added to the model, training metrics), from the sum of so many vectors, [length].

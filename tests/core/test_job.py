@@ -129,7 +129,6 @@ def test_a_list_of_tables_is_set_whole():
      'units.strategy = "gradient": scores of single clients\' data would leave without protection, so it does not go with privacy.secure-aggregation = true'),
     ("[units]\nstrategy = 'gradient'\nbudget = 1\n[federation]\naggregation = 'median'",
      'units.strategy = "gradient": clients train different blocks, whose updates federation.aggregation = "median" cannot compare; use "lisa" or "top"'),
-    (UNEQUAL + "[privacy]\nunit = 'client'\nnoise-multiplier = 1.0\nclip = 1.0", 'simulation.devices.1.units = 1: units.budget is 2, and with privacy.unit = "client" all clients must train as many blocks'),
     (UNEQUAL + "[privacy]\nsecure-aggregation = true\nclip = 1.0", "simulation.devices.1.units = 1: units.budget is 2, and with privacy.secure-aggregation = true all clients must"),
     (UNEQUAL.replace("weighting = 'equal'", "aggregation = 'median'"), 'simulation.devices.1.units = 1: units.budget is 2, and with federation.aggregation = "median" all clients must'),
     ("[evaluation]\nbaselines = ['tail']", 'evaluation.baselines.0 = "tail": must be "head" or "local"'),

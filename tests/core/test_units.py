@@ -232,6 +232,26 @@ def test_noise_for_clients_is_on_what_the_round_trains_and_the_denominator_stays
         state = after
 
 
+def test_noise_for_clients_of_unequal_budgets_is_on_all_that_anybody_trains():
+    """What a client does not train counts as no difference, a client's whole update is clipped at once, and the sum is divided by the cohort whoever trained a block."""
+    made = job("top", 2, CLASSES, "privacy.unit=client", "privacy.noise-multiplier=2.0", "privacy.clip=1.0", "federation.weighting=equal")
+    schema = Schema(tuple(TensorSpec(f"{i}.w", (100, 50), f"block.{i}") for i in range(4)))
+    blocks = {"c0": 1, "c1": 3, "c2": 2, "c3": 1}
+    privacy = ClientPrivacy(clip=1.0, multiplier=2.0)
+    algorithm = selecting(dp_fed_avg(seed=0, cohort=4, units=schema.units, sampling="fixed", privacy=privacy, noise=lambda round: SystemNoise(), secret=False), made, schema, lambda client: Limits(blocks[client]))
+    state = algorithm.init({t.name: np.zeros(t.shape, np.float32) for t in schema.tensors})
+    assert {a.client: len(a.units) for a in algorithm.plan(state, CLIENTS)} == blocks
+    updates = [Update(c, 1, {f"{i}.w": np.full((100, 50), 0.01, np.float32) for i in range(4 - blocks[c], 4)}, 1.0) for c in ("c0", "c1", "c3")]  # c2 does not answer
+    after, _ = algorithm.step(state, updates)
+    assert after.arrays["0.w"] is state.arrays["0.w"]  # nobody trains it
+    length = {c: 0.01 * np.sqrt(5000 * b) for c, b in blocks.items()}
+    for i, trained in ((1, ["c1"]), (2, ["c1"]), (3, ["c0", "c1", "c3"])):
+        moved = after.arrays[f"{i}.w"]
+        mean = sum(0.01 * min(1, 1.0 / length[c]) for c in trained) / 4
+        assert moved.std() == pytest.approx(2.0 / 4, rel=0.05) and moved.mean() == pytest.approx(mean, abs=5 * 0.5 / np.sqrt(moved.size))
+    assert length["c1"] > 1 > length["c0"]
+
+
 @pytest.mark.parametrize("privacy", [(), ("privacy.unit=client", "privacy.noise-multiplier=1.0", "privacy.clip=1.0", "federation.weighting=equal", "privacy.noise=seeded")], ids=["plain", "client"])
 def test_moments_of_what_a_round_does_not_train_stay(privacy):
     """Momentum of each unit is that of its own rounds."""

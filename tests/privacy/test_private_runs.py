@@ -12,6 +12,7 @@ CLIENT = ("privacy.unit=client", "privacy.noise-multiplier=3.0", "privacy.clip=0
 
 SECURE = ("privacy.secure-aggregation=true", "federation.cohort=4")
 LISA = ("units.strategy=lisa", "units.budget=1")
+UNEQUAL = ("units.strategy=top", "units.budget=2", 'simulation.devices=[{name = "small", units = 1}, {name = "large"}]')
 
 
 def events(run):
@@ -21,8 +22,8 @@ def events(run):
 @pytest.mark.parametrize("changes", [
     EXAMPLE, (*EXAMPLE, "privacy.metrics-noise=4.0", "privacy.participations=2"), CLIENT, (*CLIENT, "privacy.adaptive-clip=true", "privacy.metrics-noise=4.0"),
     (*CLIENT, "federation.sampling=poisson", "privacy.amplification=true", "federation.cohort=2"),
-    (*EXAMPLE, *LISA, "privacy.metrics-noise=4.0"), (*CLIENT, *LISA), (*CLIENT, *SECURE, *LISA)],
-    ids=["example", "example, all", "client", "client, all", "client, poisson", "example, units", "client, units", "client, secure, units"])
+    (*EXAMPLE, *LISA, "privacy.metrics-noise=4.0"), (*CLIENT, *LISA), (*CLIENT, *SECURE, *LISA), (*CLIENT, *SECURE, *UNEQUAL)],
+    ids=["example", "example, all", "client", "client, all", "client, poisson", "example, units", "client, units", "client, secure, units", "client, secure, unequal"])
 def test_engines_agree(changes, tiny_job, run_rounds, tmp_path):
     serial, fast = (run_rounds(tiny_job(f"simulation.engine={engine}", *changes), tmp_path / engine).run for engine in ("serial", "vectorised"))
     assert events(serial) == events(fast)
@@ -30,9 +31,20 @@ def test_engines_agree(changes, tiny_job, run_rounds, tmp_path):
     for name, array in one.arrays.items():
         np.testing.assert_allclose(two.arrays[name], array, atol=1e-4, rtol=0)
     for mine, other in zip(serial.metrics(), fast.metrics(), strict=True):
-        assert mine["clients"] == other["clients"] and mine["refused"] == other["refused"] and mine["total_bytes"] == other["total_bytes"]
+        assert sorted(mine["clients"]) == sorted(other["clients"]) and mine["refused"] == other["refused"] and mine["total_bytes"] == other["total_bytes"]
         if mine["train_loss"] is not None:
             assert mine["train_loss"] == pytest.approx(other["train_loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("secure", [(), SECURE], ids=["plain", "secure"])
+def test_noise_for_clients_is_on_what_anybody_trains(secure, tiny_job, run_rounds, tmp_path):
+    """Also where nobody who could train a block was drawn: else the release would tell who was."""
+    small = 'simulation.devices=[{name = "small", units = 1, share = 5}, {name = "large", units = 2, drop-out = 0.999999}]'
+    run = run_rounds(tiny_job(*CLIENT, *secure, "federation.cohort=6", "federation.rounds=1", "units.strategy=top", "units.budget=1", small, "federation.lr=1e-9", "federation.min-replies=1", "federation.deadline=100"), tmp_path / "run").run
+    first, last = run.first_arrays(), run.newest().state.arrays
+    assert 4 <= len(run.metrics()[-1]["clients"]) < 6 and "block.0" not in run.metrics()[-1]["units"]
+    assert any("layer.0." in name for name in first) and all((array != last[name]).all() for name, array in first.items())
+    assert [r.parts for _, r in events(run)] == [{"update": 3.0}]
 
 
 @pytest.mark.parametrize("secure", [(), SECURE], ids=["plain", "secure"])

@@ -132,6 +132,23 @@ def test_units_that_are_not_those_of_the_job_are_not_trained_into_a_sum(tmp_path
                 work.first(asked, answer, "a")
 
 
+def test_a_device_with_a_budget_of_its_own_is_asked_for_that(tmp_path):
+    """Of a class of the job, where noise protects what it alone may train."""
+    schema = Schema(tuple(TensorSpec(f"{i}.w", (2, 2), f"block.{i}") for i in range(3)))
+    job = JOB.model_copy(update={"units": UnitsSection(strategy="top", budget=1)})
+    model = {t.name: np.ones(t.shape, np.float32) for t in schema.tensors}
+    for place, (names, taken) in enumerate([(["2.w"], False), (["1.w", "2.w"], True), (None, False)]):
+        work = SecureWork(tmp_path / str(place), SimpleNamespace(**vars(BUNDLE) | {"job": job, "schema": schema}), 3, 2)
+        asked = encode("model", schema, model, round=1, frame=FRAME, train=names)
+        work.begin(asked)
+        answer = encode("update", schema, {n: model[n] for n in names or model}, round=1, frame=FRAME, weight=1.0)
+        if taken:
+            assert is_question(work.first(asked, answer, "a"))
+        else:
+            with pytest.raises(Refused, match="asks for other units than the job"):
+                work.first(asked, answer, "a")
+
+
 def test_questions_out_of_order_end_the_round(tmp_path):
     one, terms = device(tmp_path, "a"), device(tmp_path, "a").secure.terms(session_of(BUNDLE.digest), 1)
     with pytest.raises(Refused, match="no round is open"):
