@@ -53,11 +53,11 @@ COLORS = plt.get_cmap("tab10").colors
 
 
 def draw(path: Path, rows: Sequence[Mapping[str, Any]], partitions: Iterable[str], groups: Mapping[str, tuple[Mapping[str, Any], str, Any]], key: str = "accuracy", label: str = "held-out accuracy") -> None:
-    """A row of pictures for each partition: the mean of `key` against the bytes that clients sent and against simulated time. groups: by label, the rows' own values, marker and color."""
+    """A row of pictures for each partition: the mean of `key` against all bytes that were sent and against simulated time. groups: by label, the rows' own values, marker and color."""
     names = list(partitions)
     figure, axes = plt.subplots(len(names), 2, figsize=(11, 4 * len(names)), sharey="row", layout="constrained")
     for across, partition in zip(axes, names):
-        for axis, cost, unit, scale in zip(across, ("up", "seconds"), ("MB sent by clients in all", "simulated seconds"), (1e6, 1.0)):
+        for axis, cost, unit, scale in zip(across, ("bytes", "seconds"), ("MB in all, both ways", "simulated seconds"), (1e6, 1.0)):
             for group, (its, marker, color) in groups.items():
                 own = [row for row in rows if row["partition"] == partition and all(row[name] == value for name, value in its.items())]
                 if own:
