@@ -257,5 +257,5 @@ def test_a_hub_that_does_not_answer(bundle, monkeypatch):
 def test_a_bundle_that_trains_other_tensors_than_its_job_is_refused(bundle, own_csv):
     spec = bundle.manifest.spec
     strange = other(bundle, spec=dataclasses.replace(spec, linears=spec.linears[:-1]))
-    with pytest.raises(ModelError, match=r": its layers as opened here are not those that the bundle names; use the coordinator's versions \(transformers [\d.]+\)$"):
+    with pytest.raises(ModelError, match=r": its layers as opened here are not those that the bundle names; use the coordinator's versions \(fedtune [\d.]+, transformers [\d.]+\)$"):
         open_device(strange, own_csv)
