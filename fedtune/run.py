@@ -92,6 +92,11 @@ class RunFolder:
         if hashlib.sha256((self.path / "job.toml").read_bytes()).hexdigest() != self.facts()["job_sha256"]:
             raise RunError(f"{self.path / 'job.toml'}: was changed since the run began; restore it, or begin a new run with it")
 
+    def require_kept(self) -> None:
+        """Raises RunError where what clients kept in the rounds that are done is gone: of a job whose clients keep anything."""
+        if not self.clients.is_dir() and any(line["clients"] for line in self.metrics()):
+            raise RunError(f"{self.clients}: what clients keep is missing; restore it or begin a new run")
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Holds the run for this process. Raises RunError when another process holds it."""

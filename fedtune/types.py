@@ -60,7 +60,6 @@ class Assignment:
         return Work(self.units, self.rank)
 
 
-
 @dataclass(frozen=True)
 class Update:
     """What one client returns: new values (not differences) of the tensors it trained, their weight, and its metrics."""

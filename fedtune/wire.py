@@ -243,14 +243,12 @@ def packet_bytes(schema: Schema, trained: Collection[str] | None = None, rank: i
 
 def trained_of(data: bytes, schema: Schema) -> Schema:
     """The tensors that a model packet asks to be trained. Raises Refused when the header is not one."""
-    train = _open(data)[0].train
-    return schema if train is None else _chosen(train, schema)
+    return _chosen(_open(data)[0].train, schema)
 
 
 def held_of(data: bytes, schema: Schema) -> Schema:
     """The tensors that a packet says it holds. Raises Refused when the header is not one."""
-    held = _open(data)[0].tensors
-    return schema if held is None else _chosen(held, schema)
+    return _chosen(_open(data)[0].tensors, schema)
 
 
 def finite_norm(vector: np.ndarray) -> float:
@@ -296,13 +294,16 @@ def _open(data: bytes) -> tuple[Header, memoryview]:
 
 
 def _tensors(header: Header, body: memoryview, schema: Schema, copy: bool) -> Pieces:
-    part = schema if header.tensors is None else _chosen(header.tensors, schema)
+    part = _chosen(header.tensors, schema)
     _require(len(body) == 4 * part.size, "size", f"{len(body)} bytes of tensors, {4 * part.size} expected")
     values = np.frombuffer(body, dtype="<f4")
     return Pieces(values.astype(np.float32) if copy else values, part.layout)
 
 
-def _chosen(indices: Sequence[int], schema: Schema) -> Schema:
+def _chosen(indices: Sequence[int] | None, schema: Schema) -> Schema:
+    """The tensors with these indices; None: all."""
+    if indices is None:
+        return schema
     _require(all(a < b for a, b in pairwise(indices)), "tensors", "indices repeat or are out of order")
     _require(not indices or indices[-1] < len(schema.tensors), "tensors", f"index {indices[-1] if indices else 0}, the schema has {len(schema.tensors)}")
     return Schema(tuple(schema.tensors[i] for i in indices))

@@ -14,6 +14,9 @@ from fedtune.job import AdapterSection
 from fedtune.types import TensorSpec
 from fedtune.wire import Schema
 
+ADAPTER, DESCRIPTION = "adapter.safetensors", "adapter.json"
+"""The files that an adapter is outside a run: its trained values, and what they are of."""
+
 
 @dataclass(frozen=True)
 class Linear:

@@ -48,6 +48,11 @@ def limits_of(device: DeviceClass | None) -> Limits:
     return AS_THE_JOB if device is None else Limits(device.units, device.depth, device.rank)
 
 
+def limits_in(job: Job) -> set[Limits]:
+    """Of all kinds of clients there may be: of no class, and of each."""
+    return {AS_THE_JOB, *map(limits_of, job.simulation.devices)}
+
+
 LimitsOf = Callable[[str], Limits]
 """Of the client with this name."""
 ROWS = "units.scores"

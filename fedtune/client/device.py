@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedtune.algorithms.units import limits_of
+from fedtune.algorithms.units import Limits, limits_of
 from fedtune.bundle import Bundle, open_bundle, receive_bundle
 from fedtune.client.app import make_device_app
 from fedtune.client.budget import Budget
@@ -106,7 +106,7 @@ class Work:
         with _inward(self):
             bundle, trainer = self._opened(job)
             if not is_question(packet):
-                require_borne(bundle, packet, limits_of(class_of(bundle.job, self.settings.kind)))
+                require_borne(bundle, packet, self._limits(bundle))
             if bundle.job.privacy.secure_aggregation:
                 assert self._secure is not None
                 return self._secured(self._secure, trainer, packet, client)
@@ -160,10 +160,9 @@ class Work:
         bundle = open_bundle(self._folder(job))
         _ = bundle.frame
         self.policy.check(bundle.manifest, bundle.job)
-        class_of(bundle.job, self.settings.kind)
+        limits = self._limits(bundle)
         _ = self._budget(bundle).plan
-        blocks = limits_of(class_of(bundle.job, self.settings.kind)).blocks
-        secure = SecureWork(self.settings.folder / "secagg", bundle, self.policy.min_cohort, blocks) if bundle.job.privacy.secure_aggregation else None
+        secure = SecureWork(self.settings.folder / "secagg", bundle, self.policy.min_cohort, limits.blocks) if bundle.job.privacy.secure_aggregation else None
         trainer = Trainer(TrainerSettings(
             bundle.folder, self.settings.data, self.settings.base, self.settings.threads, self.settings.idle_seconds,
             self.settings.folder / "trainer.log", self.settings.folder, self.settings.graphs, self.settings.memory_mb,
@@ -175,6 +174,10 @@ class Work:
             raise
         self._bundle, self._trainer, self._secure = bundle, trainer, secure
         self._tidy()
+
+    def _limits(self, bundle: Bundle) -> Limits:
+        """What this device bears of a job. Raises Refused where it names a class that the job does not have."""
+        return limits_of(class_of(bundle.job, self.settings.kind))
 
     def _own(self, bundle: Bundle) -> Path:
         """Folder of what this device keeps of a job. Raises Refused where it would be one too many: a coordinator could fill the disk, and only the owner can

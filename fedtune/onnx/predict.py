@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from fedtune.adapters.spec import AdapterSpec
+from fedtune.adapters.spec import ADAPTER, DESCRIPTION, AdapterSpec
 from fedtune.data.encoded import Encoder, open_encoder
 from fedtune.data.images import ImageEncoder
 from fedtune.data.text import TextEncoder
@@ -22,7 +22,7 @@ from fedtune.onnx.lean import open_lean
 from fedtune.onnx.verify import open_graph
 from fedtune.types import Arrays
 
-CARD, ADAPTER = "model.json", "adapter.safetensors"
+CARD = "model.json"
 FLOAT32, INT8, STATIC, ADAPTERS = "model.onnx", "model.int8.onnx", "model.static.onnx", "model.adapters.onnx"
 OPTIONS = {FLOAT32: "", INT8: "--int8", STATIC: "--static", ADAPTERS: "--adapter"}
 """What asks for a graph on the command line."""
@@ -146,7 +146,7 @@ def _read_adapter(path: Path, spec: AdapterSpec, frame_sha256: str) -> Arrays:
     if found != wanted:
         other = next(iter(sorted({*found.items()} ^ {*wanted.items()})))
         raise ModelError(f"--adapter {file}: holds {len(found)} tensors, the graph takes {len(wanted)}, and {other[0]} differs; give an adapter trained with these graphs")
-    if (description := file.with_name("adapter.json")).is_file():
+    if (description := file.with_name(DESCRIPTION)).is_file():
         frame = json.loads(description.read_bytes()).get("frame_sha256", frame_sha256)
         if frame != frame_sha256:
             raise ModelError(f"--adapter {file}: trained with the frame {frame[:12]}…, the graphs hold {frame_sha256[:12]}…; give an adapter trained with these graphs")

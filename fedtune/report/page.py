@@ -26,7 +26,7 @@ GLOSSARY = {
     "KB, MB": "1000 and 1,000,000 bytes; bytes are those of serialised messages",
 }
 FOLDED = 20
-"""Labels from which on their table is folded up."""
+"""The most labels whose table is not folded up."""
 PERSONAL_GLOSSARY = {"personal accuracy": "that of what each client predicts with on its own, a model, a head or entries that it keeps, on its own held-out examples"}
 UNITS_GLOSSARY = {
     "unit": "what is trained or left alone as one: a block of the base, or all that is trained outside the blocks, such as the head",
@@ -146,8 +146,9 @@ def _clients(s: Summary) -> str:
 
 def _labels(s: Summary) -> str:
     """Many are folded up: the ends are what matters, and the terminal shows them."""
-    made = html.table("Labels", tables.label_header(s), tables.label_rows(s))
-    return html.section("labels", "The labels", html.paragraph(facts.labels(s)), made if len(s["by_label"]) <= FOLDED else html.details("Each label as a table", made)) if s.get("by_label") else ""
+    rows = tables.label_rows(s)
+    made = html.table("Labels", tables.label_header(s), rows)
+    return html.section("labels", "The labels", html.paragraph(facts.labels(s)), html.details("Each label as a table", made) if len(rows) > FOLDED else made)
 
 
 def _split(s: Summary) -> str:

@@ -1,12 +1,13 @@
 """Rows of figures as text: the page and the terminal both show these."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 from fedtune.report import facts
 from fedtune.report.facts import Fact
 from fedtune.report.format import ABSENT, clean, count, duration, number, signed, size, small
 from fedtune.report.summary import Summary, few
 
+T = TypeVar("T")
 EXPORT_HEADER = ("kind", "file", "size", "largest difference", "label agreement", "accuracy", "on")
 EXPORTS = {"adapter": "native adapter", "float32": "ONNX, float32", "adapters": "ONNX, adapters as inputs", "int8": "ONNX, int8", "static": "ONNX, int8 with fixed ranges", "peft": "PEFT folder"}
 
@@ -47,9 +48,6 @@ def round_header(s: Summary) -> tuple[str, ...]:
 
 def round_rows(s: Summary, limit: int = 0) -> list[tuple[str, ...]]:
     """One row per round under `round_header`; with a limit, the first, the last and an even choice between."""
-    rounds = s["rounds"]
-    if limit and len(rounds) > limit:
-        rounds = [rounds[place] for place in few(len(rounds), limit)]
     return [
         (
             str(r["round"]),
@@ -66,8 +64,13 @@ def round_rows(s: Summary, limit: int = 0) -> list[tuple[str, ...]]:
             *(() if facts.clock(s) is None else (str(len(r.get("dropped", [])) + len(r.get("stragglers", []))), duration(r.get("simulated_clock")))),
             *((number(r.get("personal_accuracy")), count(r.get("personal_clients", 0))) if s.get("personal") else ()),
         )
-        for r in rounds
+        for r in _some(s["rounds"], limit)
     ]
+
+
+def _some(rows: list[T], limit: int) -> list[T]:
+    """With a limit, at most so many: the first, the last and an even choice between."""
+    return [rows[place] for place in few(len(rows), limit)] if limit else rows
 
 
 def label_header(s: Summary) -> tuple[str, ...]:
@@ -76,11 +79,10 @@ def label_header(s: Summary) -> tuple[str, ...]:
 
 def label_rows(s: Summary, limit: int = 0) -> list[tuple[str, ...]]:
     """One row per label under `label_header`, from the most training examples to the fewest; with a limit, the first, the last and an even choice between."""
-    found = s.get("by_label", [])
     own = len(label_header(s)) > 4
     return [
         (clean(row["label"]), count(row["train"]), count(row["examples"]), number(row["accuracy"]), *((number(row.get("personal")),) if own else ()))
-        for row in (found[place] for place in (few(len(found), limit) if limit else range(len(found))))]
+        for row in _some(s.get("by_label", []), limit)]
 
 
 DEVICE_HEADER = ("device class", "clients", "can train", "asked", "used", "dropped out", "too late", "mean time", "sent", "received")

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save
 
+from fedtune.adapters.spec import ADAPTER, DESCRIPTION
 from fedtune.bundle import Bundle
 from fedtune.data.encoded import ClientData
 from fedtune.errors import ContractError, Refused
@@ -26,7 +27,6 @@ from fedtune.wire import Packet
 
 log = logging.getLogger(__name__)
 Local = Callable[[Ask], Trained]
-ADAPTER, DESCRIPTION = "adapter.safetensors", "adapter.json"
 
 
 def train_keeping(bundle: Bundle, kept: Kept | None, packet: Packet, client: str, data: ClientData | Stream, local: Local) -> Trained:

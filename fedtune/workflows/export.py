@@ -22,7 +22,7 @@ import torch
 from safetensors.numpy import save
 
 from fedtune.adapters import methods
-from fedtune.adapters.spec import AdapterSpec
+from fedtune.adapters.spec import ADAPTER, DESCRIPTION, AdapterSpec
 from fedtune.bundle import Bundle, open_bundle
 from fedtune.data.encoded import ClientData, Encoder, made_up
 from fedtune.errors import ContractError, RunError, UserError
@@ -166,8 +166,7 @@ def _of_client(trained: _Trained, run: RunFolder, client: str) -> _Trained:
         place = split.clients.place(client)
     except KeyError:
         raise UserError(f"--client {client}: the run has no such client; its {len(split.clients)} are called {split.clients[0]}, …, {split.clients[-1]}") from None
-    if not run.clients.is_dir() and any(line["clients"] for line in run.metrics()):
-        raise RunError(f"{run.clients}: what clients keep is missing; restore it")
+    run.require_kept()
     own = personal_model(bundle, Kept(run.clients, kept(job, bundle.manifest.spec.schema)), trained.shared, client, trained.round)
     if own is None:
         raise UserError(f"--client {client}: took part in none of the {trained.round} rounds, so it has nothing of its own; name one that did")
@@ -203,11 +202,11 @@ def _publish(made: Path, old: Path, run: Path) -> None:
 def _write_adapter(trained: _Trained, folder: Path) -> dict[str, Any]:
     manifest, spec, job = trained.bundle.manifest, trained.spec, trained.setup.job
     folder.mkdir()
-    write_atomic(folder / "adapter.safetensors", save(trained.arrays))
+    write_atomic(folder / ADAPTER, save(trained.arrays))
     if trained.bundle.frame:
         write_atomic(folder / "frame.safetensors", save(trained.bundle.frame))
     base = {"name": public_name(manifest.source), "sha256": manifest.sha256, "licence": manifest.licence, "parameters": manifest.parameters}
-    write_json(folder / "adapter.json", {
+    write_json(folder / DESCRIPTION, {
         "format": FORMAT, "task": manifest.task, "labels": list(manifest.labels), "base": base, "method": spec.method, "rank": spec.rank,
         "scale": spec.scale, "linears": [x.name for x in spec.linears], "frame_sha256": manifest.frame_sha256,
         "pooling": job.model.pooling, "encoder": trained.setup.encoder.to_config(), "round": trained.round, "seed": job.federation.seed,

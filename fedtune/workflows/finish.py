@@ -31,7 +31,7 @@ def finish(simulation: Simulation) -> dict[str, Any]:
         "baselines": measure(simulation, scores, checkpoint.counters["rounds"]),
         "complete": checkpoint.state.round >= simulation.setup.job.federation.rounds,
     }
-    own = list(simulation.personal_scores(checkpoint.state.round, checkpoint.state.arrays))
+    own = list(simulation.personal_scores(checkpoint.state.round, checkpoint.state.arrays)) if is_personal(simulation.setup.job) else []
     if is_personal(simulation.setup.job):
         summary["personal"] = personal(own, scores, len(simulation.setup.split.clients))
     if simulation.setup.job.model.task != "causal-lm":

@@ -17,6 +17,7 @@ from fedtune.algorithms.units import (
     AS_THE_JOB,
     Limits,
     ever,
+    limits_in,
     limits_of,
     lowest,
     most_numbers,
@@ -171,7 +172,7 @@ def make_plan(job: Job) -> Plan:
         return memories(limits)["total"]
 
     job = fitted(job, schema, memory_of, examples or fed.local_steps * fed.batch_size)
-    sizes = {limits: round_bytes(job, schema, job.federation.rounds, limits) for limits in {AS_THE_JOB, *map(limits_of, job.simulation.devices)}}
+    sizes = {limits: round_bytes(job, schema, job.federation.rounds, limits) for limits in limits_in(job)}
     model, update = (max(column) for column in zip(*sizes[AS_THE_JOB]))
     once = (spec.frame, spec.trainable if "initial.safetensors" in shipped_of(job) else ())
     frame = sum(len(save({t.name: np.zeros(t.shape, np.float32) for t in tensors})) for tensors in once if tensors)

@@ -15,7 +15,7 @@ from fedtune.adapters.ranks import at_rank
 from fedtune.algorithms.units import AS_THE_JOB, Limits, by_common_scores, ever, selected, tensors_of
 from fedtune.bundle import open_bundle
 from fedtune.client.app import make_client_app
-from fedtune.errors import EnvironmentProblem, RunError
+from fedtune.errors import EnvironmentProblem
 from fedtune.gradient_init import gather_gradients
 from fedtune.job import SimulationSection
 from fedtune.metrics import with_personal
@@ -91,7 +91,8 @@ class Simulation:
     def rounds(self) -> None:
         """Runs what is left of the rounds on the job's engine."""
         job, done = self.setup.job, self.run.newest()
-        self._require_kept()
+        if self.kept is not None:
+            self.run.require_kept()
         if done and done.unfinished is None and done.state.round >= job.federation.rounds:
             return
         engine, deadline = job.simulation.engine, job.federation.deadline if self.fleet is None else WEEK
@@ -106,11 +107,6 @@ class Simulation:
             run_ray(server, make_client_app(partial(answer_in, str(self.run.path))), job.simulation.workers)
         else:
             run_serial(server, make_client_app(self.answer))
-
-    def _require_kept(self) -> None:
-        """Raises RunError where what clients kept in the rounds that are done is gone: going on without would be another run."""
-        if self.kept is not None and not self.kept.folder.is_dir() and any(line["clients"] for line in self.run.metrics()):
-            raise RunError(f"{self.kept.folder}: what clients keep is missing; restore it or begin a new run")
 
     def run_over(self, ask: Ask) -> None:
         """The rounds on whatever answers, with the effects of the job's devices around it."""

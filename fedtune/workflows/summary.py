@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from fedtune.algorithms.units import AS_THE_JOB, limits_of, round_bytes
+from fedtune.algorithms.units import limits_in, round_bytes
 from fedtune.bundle import Bundle, open_bundle
 from fedtune.errors import RunError
 from fedtune.ledger import require_whole
@@ -97,7 +97,7 @@ def ranks(lines: list[dict[str, Any]], bundle: Bundle) -> dict[str, Any]:
 def communication(bundle: Bundle, traffic: Traffic) -> dict[str, Any]:
     """Totals and the bytes of each client that was asked; of many, of an even choice from least to most."""
     job, spec = bundle.job, bundle.manifest.spec
-    largest = max(update for limits in {AS_THE_JOB, *map(limits_of, job.simulation.devices)} for _, update in round_bytes(job, bundle.schema, job.federation.rounds, limits))
+    largest = max(update for limits in limits_in(job) for _, update in round_bytes(job, bundle.schema, job.federation.rounds, limits))
     asked = sorted(traffic.down.keys() | traffic.up.keys(), key=lambda n: (traffic.up.get(n, 0) + traffic.down.get(n, 0), n))
     names = sorted(asked[i] for i in few(len(asked)))
     return {
