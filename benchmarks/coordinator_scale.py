@@ -1,11 +1,13 @@
-"""How much a coordinator's checks and running mean cost, against a bare NumPy sum of the same arrays; and whether memory stays flat.
+"""How much a coordinator's checks and running mean cost, against a bare NumPy sum of the same arrays; and
+whether memory stays flat.
 
     OMP_NUM_THREADS=1 python benchmarks/coordinator_scale.py [--quick] [--json]
 
-One round of 10,000 clients, each answering with 224 cores of 64 x 64 float32 (3.67 MB), goes through `Coordinator.finish`:
-bytes decoded and checked, limits applied, added up in float64. The peer adds the same arrays, 224 separate ones an update,
-in place into float32 totals and checks nothing; a second one adds them into float64 totals, as fedtune does. They take turns
-in blocks inside the one round; what counts is the ratio. One thread each: OMP_NUM_THREADS=1 keeps NumPy's products to one.
+One round of 10,000 clients, each answering with 224 cores of 64 x 64 float32 (3.67 MB), goes through
+`Coordinator.finish`: bytes decoded and checked, limits applied, added up in float64. The peer adds the same
+arrays, 224 separate ones an update, in place into float32 totals and checks nothing; a second one adds them
+into float64 totals, as fedtune does. They take turns in blocks inside the one round; what counts is the
+ratio. One thread each: OMP_NUM_THREADS=1 keeps NumPy's products to one.
 """
 
 import argparse
@@ -30,12 +32,16 @@ from fedtune.types import Arrays, ClientInfo, TensorSpec
 from fedtune.wire import Schema, encode
 
 FRAME = "0" * 16
-RATIO, GROWTH_MB = 1 / 3, 16.0  # 16 MB: names, byte counts and reports of 9,000 clients take 2 or 3; five kept updates would take 18
+# 16 MB: names, byte counts and reports of 9,000 clients take 2 or 3; five kept updates would take 18
+RATIO, GROWTH_MB = 1 / 3, 16.0
 
 
 @dataclass(frozen=True)
 class Size:
-    """What is pushed through. `pool`: distinct updates, taken in turn: so many that none is still in the cache at its next turn."""
+    """What is pushed through.
+
+    `pool`: distinct updates, taken in turn: so many that none is still in the cache at its next turn.
+    """
 
     updates: int = 10_000
     modules: int = 224
@@ -45,7 +51,9 @@ class Size:
 
     @property
     def early(self) -> int:
-        """The update after which memory is read first: a tenth of all, when everything that is made once has been made."""
+        """The update after which memory is read first: a tenth of all,
+        when everything that is made once has been made.
+        """
         return self.updates // 10
 
 
@@ -56,13 +64,21 @@ QUICK = Size(updates=400, modules=24, rank=16, block=40, pool=4)
 class Measured:
     """Seconds of each block by contender, and resident MB (now, peak) by number of updates."""
 
-    seconds: dict[str, list[float]] = field(default_factory=lambda: {"fedtune": [], "float32": [], "float64": []})
+    seconds: dict[str, list[float]] = field(
+        default_factory=lambda: {"fedtune": [], "float32": [], "float64": []}
+    )
     memory: dict[int, tuple[float, float]] = field(default_factory=dict)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a few hundred small updates: shows that it runs, measures nothing")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a few hundred small updates: shows that it runs, measures nothing",
+    )
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     options = parser.parse_args()
     size = QUICK if options.quick else Size()
@@ -70,16 +86,36 @@ def main() -> None:
     found = targets(size, measured)
     show(size, measured, found)
     if options.json:
-        print(json.dumps({"targets": found, "seconds": measured.seconds, "memory_mb": measured.memory, "threads": threads(), **vars(size)}))
+        print(
+            json.dumps(
+                {
+                    "targets": found,
+                    "seconds": measured.seconds,
+                    "memory_mb": measured.memory,
+                    "threads": threads(),
+                    **vars(size),
+                }
+            )
+        )
 
 
 def measure(size: Size) -> Measured:
-    """One round of `size.updates` replies, the peers between its blocks. Raises AssertionError when the mean is not the mean."""
-    schema = Schema(tuple(TensorSpec(f"layer.{i}.R", (size.rank, size.rank), f"block.{i}") for i in range(size.modules)))
+    """One round of `size.updates` replies, the peers between its blocks.
+
+    Raises AssertionError when the mean is not the mean.
+    """
+    schema = Schema(
+        tuple(TensorSpec(f"layer.{i}.R", (size.rank, size.rank), f"block.{i}") for i in range(size.modules))
+    )
     rng = np.random.default_rng(0)
-    pool = [{t.name: rng.standard_normal(t.shape, np.float32) for t in schema.tensors} for _ in range(size.pool)]
+    pool = [
+        {t.name: rng.standard_normal(t.shape, np.float32) for t in schema.tensors} for _ in range(size.pool)
+    ]
     weights = [float(w) for w in rng.integers(1, 1000, size.pool)]
-    payloads = [encode("update", schema, a, round=1, frame=FRAME, weight=w, metrics={"loss": (w, w)}) for a, w in zip(pool, weights)]
+    payloads = [
+        encode("update", schema, a, round=1, frame=FRAME, weight=w, metrics={"loss": (w, w)})
+        for a, w in zip(pool, weights)
+    ]
     measured = Measured()
     with tempfile.TemporaryDirectory() as folder:
         coordinator = make_coordinator(size, schema, Path(folder) / "run")
@@ -98,10 +134,19 @@ def make_coordinator(size: Size, schema: Schema, path: Path) -> Coordinator:
     clients = [ClientInfo(f"client-{i:05d}", 1) for i in range(size.updates)]
     algorithm = fed_avg(seed=0, cohort=size.updates, units=schema.units)
     made = start(
-        job, create_run(path, job, {}), schema, FRAME, 0, algorithm, clients,
-        lambda: {t.name: np.zeros(t.shape, np.float32) for t in schema.tensors}, lambda round, arrays: None)
+        job,
+        create_run(path, job, {}),
+        schema,
+        FRAME,
+        0,
+        algorithm,
+        clients,
+        lambda: {t.name: np.zeros(t.shape, np.float32) for t in schema.tensors},
+        lambda round, arrays: None,
+    )
     made.begin()
-    made._planned = dict.fromkeys((c.name for c in clients), (made.schema.units, 0))  # not by `plan`: it also makes what is sent, which is not measured here
+    # not by `plan`: it also makes what is sent, which is not measured here
+    made._planned = dict.fromkeys((c.name for c in clients), (made.schema.units, 0))
     return made
 
 
@@ -138,7 +183,9 @@ def timed(work: Callable[[], None]) -> float:
 def memory() -> tuple[float, float]:
     """Resident MB of this process: now, at its peak."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 1e6, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    return pages * resource.getpagesize() / 1e6, resource.getrusage(
+        resource.RUSAGE_SELF
+    ).ru_maxrss * 1024 / 1e6
 
 
 def threads() -> str:
@@ -150,14 +197,25 @@ def targets(size: Size, measured: Measured) -> list[dict]:
     ratio = ratio_to(measured, "float32")
     growth = measured.memory[size.updates][1] - measured.memory[size.early][1]
     return [
-        {"name": "throughput against float32 in-place add", "value": round(ratio, 3), "target": f"at least {RATIO:.3f}", "met": ratio >= RATIO},
-        {"name": f"peak memory growth from {size.early} to {size.updates} updates, MB", "value": round(growth, 1),
-         "target": f"at most {GROWTH_MB:g}", "met": growth <= GROWTH_MB},
+        {
+            "name": "throughput against float32 in-place add",
+            "value": round(ratio, 3),
+            "target": f"at least {RATIO:.3f}",
+            "met": ratio >= RATIO,
+        },
+        {
+            "name": f"peak memory growth from {size.early} to {size.updates} updates, MB",
+            "value": round(growth, 1),
+            "target": f"at most {GROWTH_MB:g}",
+            "met": growth <= GROWTH_MB,
+        },
     ]
 
 
 def ratio_to(measured: Measured, peer: str) -> float:
-    """Median over blocks of peer's time / our time: both of one block, so that a slow moment of the machine is in both."""
+    """Median over blocks of peer's time / our time: both of one block,
+    so that a slow moment of the machine is in both.
+    """
     return float(np.median(np.divide(measured.seconds[peer], measured.seconds["fedtune"])))
 
 
@@ -165,10 +223,20 @@ def show(size: Size, measured: Measured, found: list[dict]) -> None:
     """The tables for people."""
     numbers = size.modules * size.rank**2
     console = Console(width=110)
-    print(f"{size.updates:,} updates of {size.modules} cores {size.rank} x {size.rank}: {numbers:,} numbers, {4 * numbers / 1e6:.2f} MB each")
-    print(f"medians of {len(measured.seconds['fedtune'])} blocks of {size.block} updates; OMP_NUM_THREADS: {threads()}")
+    print(
+        f"{size.updates:,} updates of {size.modules} cores {size.rank} x {size.rank}: {numbers:,} numbers, "
+        f"{4 * numbers / 1e6:.2f} MB each"
+    )
+    print(
+        f"medians of {len(measured.seconds['fedtune'])} blocks of {size.block} updates; "
+        f"OMP_NUM_THREADS: {threads()}"
+    )
     table = Table("", "ms an update", "updates/s", "throughput, fedtune : this")
-    labels = {"fedtune": "fedtune: decode, check, weighted float64 sum", "float32": "NumPy: float32 += float32", "float64": "NumPy: float64 += float32"}
+    labels = {
+        "fedtune": "fedtune: decode, check, weighted float64 sum",
+        "float32": "NumPy: float32 += float32",
+        "float64": "NumPy: float64 += float32",
+    }
     for name, label in labels.items():
         each = float(np.median(measured.seconds[name])) / size.block
         table.add_row(label, f"{1e3 * each:.2f}", f"{1 / each:,.0f}", f"{ratio_to(measured, name):.2f}")
@@ -178,7 +246,9 @@ def show(size: Size, measured: Measured, found: list[dict]) -> None:
         table.add_row(f"{count:,}", f"{now:.1f}", f"{peak:.1f}")
     console.print(table)
     for target in found:
-        print(f"{target['name']}: {target['value']}, {target['target']}: {'met' if target['met'] else 'missed'}")
+        print(
+            f"{target['name']}: {target['value']}, {target['target']}: {'met' if target['met'] else 'missed'}"
+        )
 
 
 if __name__ == "__main__":

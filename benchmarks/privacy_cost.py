@@ -1,11 +1,14 @@
-"""What example-level privacy costs: a private step against a plain one, fedtune's engines and Opacus, on the same model and batches.
+"""What example-level privacy costs: a private step against a plain one, fedtune's engines and Opacus,
+on the same model and batches.
 
     python benchmarks/privacy_cost.py [--clients 20] [--batch 8] [--blocks 7] [--quick] [--json]
 
-MiniLM with rank-16 cores on all linears of its blocks, real texts with their real lengths. A step is one optimizer step of every
-client: forward, backward, (gradients by example, clip, noise), AdamW. The pairs share everything but the privacy:
+MiniLM with rank-16 cores on all linears of its blocks, real texts with their real lengths. A step is one
+optimizer step of every client: forward, backward, (gradients by example, clip, noise), AdamW. The pairs share
+everything but the privacy:
 
-    vectorised   fedtune's cohort trainer, all clients together: plain, and with gradients by example from the thin factors
+    vectorised   fedtune's cohort trainer, all clients together: plain,
+                 and with gradients by example from the thin factors
     serial       fedtune's loop, one client after another: plain, and with Opacus' gradients by example
     Opacus       its own GradSampleModule and DPOptimizer around the same model, one client after another
 
@@ -54,22 +57,45 @@ class Work:
         self.batches = [np.sort(rng.choice(len(d), min(batch, len(d)), replace=False)) for d in self.data]
         self.settings = ExamplePrivacy(CLIP, MULTIPLIER, float(batch), 1.0, 1)
         sample = self.setup.store.stream(self.setup.split.train.rows[:6]).take(np.arange(6))
-        self.trainer = open_trainer(self.model, self.parameters, self.setup.spec, self.setup.encoder, self.fed, self.start, sample, FeatureStore(0, None))
+        self.trainer = open_trainer(
+            self.model,
+            self.parameters,
+            self.setup.spec,
+            self.setup.encoder,
+            self.fed,
+            self.start,
+            sample,
+            FeatureStore(0, None),
+        )
         self.flat = np.concatenate([self.start[t.name].ravel() for t in self.setup.spec.trainable])
         self.gradients = PerExample(self.model, self.parameters)
         self.gradients(*to_batch(self.data[0], self.batches[0], self.setup.encoder))  # tries Opacus, once
 
     def together(self, private: bool) -> None:
-        tasks = [Task(str(i), d, [b], noise=SystemNoise()) for i, (d, b) in enumerate(zip(self.data, self.batches))]
+        tasks = [
+            Task(str(i), d, [b], noise=SystemNoise()) for i, (d, b) in enumerate(zip(self.data, self.batches))
+        ]
         self.trainer.train(self.flat, tasks, 1, self.settings if private else None)
 
     def serial(self, private: bool) -> None:
         for data, index in zip(self.data, self.batches):
             write(self.parameters, self.start)
             if private:  # of the batch alone, each example of it with chance 1
-                train_privately(self.gradients, data.take(index), self.setup.encoder, self.fed, self.settings, 1, SystemNoise())
+                train_privately(
+                    self.gradients,
+                    data.take(index),
+                    self.setup.encoder,
+                    self.fed,
+                    self.settings,
+                    1,
+                    SystemNoise(),
+                )
             else:
-                step(self.model, make_optimizer(self.parameters, self.fed, 1), *to_batch(data, index, self.setup.encoder))
+                step(
+                    self.model,
+                    make_optimizer(self.parameters, self.fed, 1),
+                    *to_batch(data, index, self.setup.encoder),
+                )
 
     def opacus(self) -> None:
         from opacus.grad_sample import GradSampleModule
@@ -82,7 +108,12 @@ class Work:
         try:
             for data, index in zip(self.data, self.batches):
                 write(self.parameters, self.start)
-                optimizer = DPOptimizer(make_optimizer(self.parameters, self.fed, 1), noise_multiplier=MULTIPLIER, max_grad_norm=CLIP, expected_batch_size=len(index))
+                optimizer = DPOptimizer(
+                    make_optimizer(self.parameters, self.fed, 1),
+                    noise_multiplier=MULTIPLIER,
+                    max_grad_norm=CLIP,
+                    expected_batch_size=len(index),
+                )
                 batch, labels = to_batch(data, index, self.setup.encoder)
                 torch.nn.functional.cross_entropy(wrapped(**batch), labels).backward()
                 optimizer.step()
@@ -106,7 +137,9 @@ def measure(ways: dict[str, Callable[[], None]], blocks: int) -> dict[str, list[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--clients", type=int, default=20)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--blocks", type=int, default=7)
@@ -116,12 +149,28 @@ def main() -> None:
     clients, blocks = (2, 1) if chosen.quick else (chosen.clients, chosen.blocks)
     warnings.filterwarnings("ignore", "Full backward hook")
     work, console = Work(clients, chosen.batch), Console()
-    seconds = measure({
-        "vectorised, plain": lambda: work.together(False), "vectorised, private": lambda: work.together(True),
-        "serial, plain": lambda: work.serial(False), "serial, private": lambda: work.serial(True), "Opacus, private": work.opacus}, blocks)
+    seconds = measure(
+        {
+            "vectorised, plain": lambda: work.together(False),
+            "vectorised, private": lambda: work.together(True),
+            "serial, plain": lambda: work.serial(False),
+            "serial, private": lambda: work.serial(True),
+            "Opacus, private": work.opacus,
+        },
+        blocks,
+    )
     middle = {name: statistics.median(times) for name, times in seconds.items()}
-    plain = {"vectorised, private": "vectorised, plain", "serial, private": "serial, plain", "Opacus, private": "serial, plain"}
-    table = Table(title=f"a step of {clients} clients, {chosen.batch} texts each; medians of {blocks} blocks; {torch.get_num_threads()} threads")
+    plain = {
+        "vectorised, private": "vectorised, plain",
+        "serial, private": "serial, plain",
+        "Opacus, private": "serial, plain",
+    }
+    table = Table(
+        title=(
+            f"a step of {clients} clients, {chosen.batch} texts each; medians of {blocks} blocks; "
+            f"{torch.get_num_threads()} threads"
+        )
+    )
     for header in ("", "ms a step", "over its plain step", "all ms"):
         table.add_column(header)
     for name, value in middle.items():
@@ -129,9 +178,17 @@ def main() -> None:
         table.add_row(name, f"{1000 * value:.0f}", ratio, " ".join(f"{1000 * s:.0f}" for s in seconds[name]))
     console.print(table)
     found = middle["vectorised, private"] / middle["vectorised, plain"]
-    console.print(f"vectorised, private over plain: {found:.2f}, at most {TARGET}: {'met' if found <= TARGET else 'missed'}")
+    console.print(
+        f"vectorised, private over plain: {found:.2f}, at most {TARGET}: "
+        f"{'met' if found <= TARGET else 'missed'}"
+    )
     if chosen.json:
-        target = {"name": "vectorised, private over plain", "value": found, "target": f"at most {TARGET}", "met": found <= TARGET}
+        target = {
+            "name": "vectorised, private over plain",
+            "value": found,
+            "target": f"at most {TARGET}",
+            "met": found <= TARGET,
+        }
         print(json.dumps({"targets": [target], "seconds": seconds}))
 
 

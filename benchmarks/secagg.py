@@ -2,10 +2,11 @@
 
     OMP_NUM_THREADS=1 python benchmarks/secagg.py [--quick] [--json]
 
-Whole rounds in one process without a network, with the graph that `fedtune.secagg.graph.design` gives a cohort: once with everyone
-there to the end, once with a fifth of the clients gone after they shared their seeds, which is the most work for the coordinator. A
-client's seconds are those of its four answers, the median over clients; the coordinator's are all it does between first question and sum.
-Each sum is compared with the plain one, bit for bit. One thread; both sides on this machine, which is faster than many a device.
+Whole rounds in one process without a network, with the graph that `fedtune.secagg.graph.design` gives a
+cohort: once with everyone there to the end, once with a fifth of the clients gone after they shared their
+seeds, which is the most work for the coordinator. A client's seconds are those of its four answers, the
+median over clients; the coordinator's are all it does between first question and sum. Each sum is compared
+with the plain one, bit for bit. One thread; both sides on this machine, which is faster than many a device.
 """
 
 import argparse
@@ -34,7 +35,10 @@ BYTES, CLIENT_SECONDS, SERVER_SECONDS = 1.1, 1.0, 10.0  # of the last case
 
 @dataclass(frozen=True)
 class Row:
-    """One cohort and vector. Seconds; bytes of one client, medians; `plain`: the same sum without masks, and 4 bytes a number."""
+    """One cohort and vector.
+
+    Seconds; bytes of one client, medians; `plain`: the same sum without masks, and 4 bytes a number.
+    """
 
     clients: int
     numbers: int
@@ -64,15 +68,27 @@ class Round:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two small cohorts: shows that it runs, measures nothing")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="two small cohorts: shows that it runs, measures nothing"
+    )
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     options = parser.parse_args()
     rows = [measure(*case) for case in (QUICK if options.quick else CASES)]
     found = targets(rows[-1])
     show(rows, found)
     if options.json:
-        print(json.dumps({"targets": found, "rows": [asdict(row) for row in rows], "threads": os.environ.get("OMP_NUM_THREADS", "not set")}))
+        print(
+            json.dumps(
+                {
+                    "targets": found,
+                    "rows": [asdict(row) for row in rows],
+                    "threads": os.environ.get("OMP_NUM_THREADS", "not set"),
+                }
+            )
+        )
 
 
 def measure(clients: int, numbers: int) -> Row:
@@ -86,8 +102,18 @@ def measure(clients: int, numbers: int) -> Row:
     whole = play(terms, chosen, vectors, 0)
     parts = play(terms, chosen, vectors, int(GONE * clients))
     return Row(
-        clients, numbers, chosen.degree, chosen.threshold, median(whole.seconds.values()), whole.server, parts.server, plain,
-        round(median(whole.up.values())), round(median(whole.down.values())), 4 * numbers)
+        clients,
+        numbers,
+        chosen.degree,
+        chosen.threshold,
+        median(whole.seconds.values()),
+        whole.server,
+        parts.server,
+        plain,
+        round(median(whole.up.values())),
+        round(median(whole.down.values())),
+        4 * numbers,
+    )
 
 
 def play(terms: Terms, chosen: Design, vectors: Mapping[str, np.ndarray], gone: int) -> Round:
@@ -101,9 +127,16 @@ def play(terms: Terms, chosen: Design, vectors: Mapping[str, np.ndarray], gone: 
                 yield name, None
                 continue
             began = time.perf_counter()
-            answer = rounds[name].masked(question, vectors[name]) if stage == "masked" else getattr(rounds[name], stage)(question)
+            answer = (
+                rounds[name].masked(question, vectors[name])
+                if stage == "masked"
+                else getattr(rounds[name], stage)(question)
+            )
             took.seconds[name] = took.seconds.get(name, 0.0) + time.perf_counter() - began
-            took.up[name], took.down[name] = took.up.get(name, 0) + len(answer), took.down.get(name, 0) + len(question)
+            took.up[name], took.down[name] = (
+                took.up.get(name, 0) + len(answer),
+                took.down.get(name, 0) + len(question),
+            )
             yield name, answer
 
     began = time.perf_counter()
@@ -117,21 +150,57 @@ def play(terms: Terms, chosen: Design, vectors: Mapping[str, np.ndarray], gone: 
 def targets(row: Row) -> list[dict]:
     """Each target with what was measured in the largest case."""
     case = f"{row.clients} clients, {row.numbers:,} numbers"
-    facts = [("bytes up, against no masking", row.up / row.up_plain, BYTES), ("client seconds", row.client, CLIENT_SECONDS), ("coordinator seconds, a fifth gone", row.server_gone, SERVER_SECONDS)]
-    return [{"name": f"{name}: {case}", "value": round(value, 3), "target": f"at most {limit:g}", "met": value <= limit} for name, value, limit in facts]
+    facts = [
+        ("bytes up, against no masking", row.up / row.up_plain, BYTES),
+        ("client seconds", row.client, CLIENT_SECONDS),
+        ("coordinator seconds, a fifth gone", row.server_gone, SERVER_SECONDS),
+    ]
+    return [
+        {
+            "name": f"{name}: {case}",
+            "value": round(value, 3),
+            "target": f"at most {limit:g}",
+            "met": value <= limit,
+        }
+        for name, value, limit in facts
+    ]
 
 
 def show(rows: list[Row], found: list[dict]) -> None:
     """The table for people."""
-    table = Table("clients", "numbers", "neigh-\nbours", "thres-\nhold", "client\nms", "coordi-\nnator ms", "with a\nfifth gone", "no masks\nms", "kB up", "kB down", "up :\nno masks")
+    table = Table(
+        "clients",
+        "numbers",
+        "neigh-\nbours",
+        "thres-\nhold",
+        "client\nms",
+        "coordi-\nnator ms",
+        "with a\nfifth gone",
+        "no masks\nms",
+        "kB up",
+        "kB down",
+        "up :\nno masks",
+    )
     for r in rows:
         table.add_row(
-            f"{r.clients}", f"{r.numbers:,}", f"{r.neighbours}", f"{r.threshold}", *(f"{1e3 * s:,.1f}" for s in (r.client, r.server, r.server_gone, r.server_plain)),
-            f"{r.up / 1e3:,.1f}", f"{r.down / 1e3:,.1f}", f"{r.up / r.up_plain:.3f}")
+            f"{r.clients}",
+            f"{r.numbers:,}",
+            f"{r.neighbours}",
+            f"{r.threshold}",
+            *(f"{1e3 * s:,.1f}" for s in (r.client, r.server, r.server_gone, r.server_plain)),
+            f"{r.up / 1e3:,.1f}",
+            f"{r.down / 1e3:,.1f}",
+            f"{r.up / r.up_plain:.3f}",
+        )
     Console(width=120).print(table)
-    print("one round of 32-bit numbers; client: the median of all; no masks: adding up the same vectors, and 4 bytes a number")
+    print(
+        "one round of 32-bit numbers; client: the median of all; no masks: adding up the same "
+        "vectors, and 4 bytes a number"
+    )
     for target in found:
-        print(f"{target['name']}: {target['value']}, {target['target']}: {'met' if target['met'] else 'missed'}")
+        print(
+            f"{target['name']}: {target['value']}, {target['target']}: {'met' if target['met'] else 'missed'}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Two small data files for a first run, tweets.csv and reviews.csv, from the rated sentences that `fedtune fetch
+"""Two small data files for a first run, tweets.csv and reviews.csv,
+from the rated sentences that `fedtune fetch
 vader-icwsm-2014` brings:  python client/example_data.py FOLDER
 """
 

@@ -1,13 +1,16 @@
-"""The bundle: an immutable folder made once from a job and a base. What devices receive; no code, no base weights.
+"""The bundle: an immutable folder made once from a job and a base.
 
-    manifest.json         what the base is (source, sha256), the task, the labels, what is trained, the others' hashes, versions
+What devices receive; no code, no base weights.
+
+    manifest.json         what the base is (source, sha256), the task, the labels, what is trained, the
+                          others' hashes, versions
     job.toml              the job, every key
     frame.safetensors     the frozen A and B (Fed-SB); absent for methods without a frame
-    initial.safetensors   the trained tensors before round 1; stays with the coordinator, unless devices train with forward passes alone, or
-                          keep a part of them to themselves
+    initial.safetensors   the trained tensors before round 1; stays with the coordinator, unless devices train
+                          with forward passes alone, or keep a part of them to themselves
 
-A bundle is named by the sha256 of its manifest, which holds the hashes of the rest. The frame's digest is sent with every
-packet; a client that holds another frame is refused.
+A bundle is named by the sha256 of its manifest, which holds the hashes of the rest. The frame's digest is
+sent with every packet; a client that holds another frame is refused.
 """
 
 import hashlib
@@ -90,7 +93,11 @@ class Bundle:
     @cached_property
     def subspace(self) -> Subspace | None:
         """Of a job that trains with forward passes alone."""
-        return subspace_of(self.job, self.manifest.spec, self.initial) if self.job.edge.mode == "forward" else None
+        return (
+            subspace_of(self.job, self.manifest.spec, self.initial)
+            if self.job.edge.mode == "forward"
+            else None
+        )
 
     @cached_property
     def ranks(self) -> Ranks | None:
@@ -105,22 +112,34 @@ class Bundle:
         if self.ranks is not None:
             return self.ranks.split(self.initial)
         found = self.initial if self.subspace is None else {}
-        return {t.name: found[t.name] if t.name in found else np.zeros(t.shape, np.float32) for t in self.schema.tensors}
+        return {
+            t.name: found[t.name] if t.name in found else np.zeros(t.shape, np.float32)
+            for t in self.schema.tensors
+        }
 
     def trained(self, model: Arrays) -> Arrays:
-        """The trained tensors of a model of `schema`; what stays on the clients is as at the start, unless the model has it."""
+        """The trained tensors of a model of `schema`; what stays on the clients is as at the start,
+        unless the model has it.
+        """
         if self.subspace is not None:
             return self.subspace.expand(model[NAME])
         if self.ranks is not None:
             return self.ranks.join(model)
         if self.schema == self.manifest.spec.schema:
             return model
-        return {t.name: model[t.name] if t.name in model else self.initial[t.name] for t in self.manifest.spec.trainable}
+        return {
+            t.name: model[t.name] if t.name in model else self.initial[t.name]
+            for t in self.manifest.spec.trainable
+        }
 
     @cached_property
     def job(self) -> Job:
         path = self.folder / "job.toml"
-        self._require(path, hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else "", self.manifest.job_sha256)
+        self._require(
+            path,
+            hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else "",
+            self.manifest.job_sha256,
+        )
         return load_job(path)
 
     @cached_property
@@ -149,7 +168,10 @@ class Bundle:
 
     def _require(self, path: Path, found: str, expected: str) -> None:
         if found != expected:
-            raise RunError(f"{path}: sha256 {found[:12] or 'of nothing'}…, the manifest says {expected[:12]}…; {self._remedy}")
+            raise RunError(
+                f"{path}: sha256 {found[:12] or 'of nothing'}…, the manifest says "
+                f"{expected[:12]}…; {self._remedy}"
+            )
 
     @property
     def _remedy(self) -> str:
@@ -157,7 +179,9 @@ class Bundle:
 
 
 def shipped_of(job: Job) -> tuple[str, ...]:
-    """The files that devices receive: the start only where they train with forward passes alone, or begin with a head that nobody sends."""
+    """The files that devices receive: the start only where they train with forward passes alone, or begin
+    with a head that nobody sends.
+    """
     return SHIPPED if job.edge.mode == "forward" or job.personal.method == "head" else SHIPPED[:-1]
 
 
@@ -170,28 +194,43 @@ def write_bundle(folder: Path, job: Job, frame: Arrays, initial: Arrays, **facts
         if arrays:
             write_atomic(folder / f"{name}.safetensors", save(arrays))
     manifest = Manifest(
-        format=FORMAT, job_sha256=hashlib.sha256(text).hexdigest(), frame_sha256=digest(frame), initial_sha256=digest(initial), **facts)
+        format=FORMAT,
+        job_sha256=hashlib.sha256(text).hexdigest(),
+        frame_sha256=digest(frame),
+        initial_sha256=digest(initial),
+        **facts,
+    )
     write_json(folder / "manifest.json", _MANIFEST.dump_python(manifest, mode="json"))
     return Bundle(folder, manifest)
 
 
 def receive_bundle(folder: Path, name: str, files: Mapping[str, bytes]) -> Bundle:
-    """Writes a bundle that came from outside, after checking that it is whole and is the one called `name` (its sha256).
+    """Writes a bundle that came from outside, after checking that it is whole and is the one
+    called `name` (its sha256).
 
     Raises Refused for anything else; nothing is written then.
     """
     if not files.keys() <= set(SHIPPED) or not files.keys() >= {"manifest.json", "job.toml"}:
-        raise Refused("bundle", f"holds {', '.join(map(repr, sorted(files)))[:200]}; {', '.join(SHIPPED)} are taken")
+        raise Refused(
+            "bundle", f"holds {', '.join(map(repr, sorted(files)))[:200]}; {', '.join(SHIPPED)} are taken"
+        )
     if hashlib.sha256(files["manifest.json"]).hexdigest() != name:
         raise Refused("bundle", f"its manifest is not the one called {name[:12]}…")
     try:
         manifest = _MANIFEST.validate_json(files["manifest.json"])
         parts = shipped_of(parse_job(files["job.toml"].decode()))
-        tensors = {name: load(files[name]) if name in files else {} for name in parts if name.endswith(".safetensors")}
+        tensors = {
+            name: load(files[name]) if name in files else {}
+            for name in parts
+            if name.endswith(".safetensors")
+        }
     except (FedtuneError, ValueError, SafetensorError) as e:
         raise Refused("bundle", f"cannot be read by this fedtune: {str(e).splitlines()[0]}"[:300]) from None
     named = {"frame.safetensors": manifest.frame_sha256, "initial.safetensors": manifest.initial_sha256}
-    if (manifest.format, manifest.job_sha256) != (FORMAT, hashlib.sha256(files["job.toml"]).hexdigest()) or any(digest(t) != named[n] for n, t in tensors.items()):
+    if (manifest.format, manifest.job_sha256) != (
+        FORMAT,
+        hashlib.sha256(files["job.toml"]).hexdigest(),
+    ) or any(digest(t) != named[n] for n, t in tensors.items()):
         raise Refused("bundle", "its format is another, or its parts are not those that the manifest names")
     folder.mkdir(parents=True, exist_ok=True)
     for part in reversed(parts):
@@ -206,9 +245,14 @@ def open_bundle(folder: Path) -> Bundle:
     try:
         manifest = _MANIFEST.validate_json(path.read_bytes())
     except FileNotFoundError:
-        raise RunError(f"{folder}: no manifest.json, so not a bundle; `fedtune prepare JOB -o BUNDLE` makes one") from None
+        raise RunError(
+            f"{folder}: no manifest.json, so not a bundle; `fedtune prepare JOB -o BUNDLE` makes one"
+        ) from None
     except ValidationError as e:
-        raise RunError(f"{path}: {e.error_count()} fields are wrong, first {e.errors()[0]['loc']}; remove {folder}, and it is made again") from None
+        raise RunError(
+            f"{path}: {e.error_count()} fields are wrong, first {e.errors()[0]['loc']}; "
+            f"remove {folder}, and it is made again"
+        ) from None
     if manifest.format != FORMAT:
         raise RunError(f"{path}: bundle format {manifest.format}, this fedtune reads {FORMAT}")
     return Bundle(folder, manifest)

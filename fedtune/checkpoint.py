@@ -1,4 +1,6 @@
-"""Saves and loads the whole state of a run after a round: model, algorithm state and counters, in one safetensors file."""
+"""Saves and loads the whole state of a run after a round: model, algorithm state and counters,
+in one safetensors file.
+"""
 
 import json
 from dataclasses import dataclass
@@ -19,7 +21,8 @@ KEY = "fedtune"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """State after `state.round` rounds, and what the coordinator counts beside it (bytes, who holds the frame…).
+    """State after `state.round` rounds, and what the coordinator counts beside it (bytes,
+    who holds the frame…).
 
     `unfinished`: the round's line of metrics, where the model has not been scored yet.
     """
@@ -37,7 +40,8 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     facts = {"format": FORMAT, "round": state.round, "counters": checkpoint.counters}
     if checkpoint.unfinished is not None:
         facts["unfinished"] = checkpoint.unfinished
-    write_atomic(path, save(tensors, {KEY: json.dumps(facts)}))  # one key: safetensors writes several in random order
+    # one key: safetensors writes several in random order
+    write_atomic(path, save(tensors, {KEY: json.dumps(facts)}))
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -47,10 +51,19 @@ def load_checkpoint(path: Path) -> Checkpoint:
             facts = json.loads((f.metadata() or {})[KEY])
             tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
         if facts["format"] != FORMAT:
-            raise RunError(f"{path}: checkpoint format {facts['format']}, this fedtune reads {FORMAT}; use the version that wrote it")
-        arrays, slots = ({n[len(p) :]: a for n, a in tensors.items() if n.startswith(p)} for p in ("model/", "slots/"))
-        return Checkpoint(State(int(facts["round"]), arrays, slots), dict(facts["counters"]), facts.get("unfinished"))
+            raise RunError(
+                f"{path}: checkpoint format {facts['format']}, this fedtune reads {FORMAT}; "
+                "use the version that wrote it"
+            )
+        arrays, slots = (
+            {n[len(p) :]: a for n, a in tensors.items() if n.startswith(p)} for p in ("model/", "slots/")
+        )
+        return Checkpoint(
+            State(int(facts["round"]), arrays, slots), dict(facts["counters"]), facts.get("unfinished")
+        )
     except FileNotFoundError:
         raise RunError(f"{path}: is missing; restore it or begin a new run") from None
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as e:
-        raise RunError(f"{path}: not a checkpoint of fedtune ({e}); remove it to resume from the one before") from None
+        raise RunError(
+            f"{path}: not a checkpoint of fedtune ({e}); remove it to resume from the one before"
+        ) from None

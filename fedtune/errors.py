@@ -9,13 +9,14 @@
     ├── EnvironmentProblem      exit 3   the machine: a missing extra, a full disk, no network
     ├── PrivacyRefused          exit 4   the setting would claim more privacy than it gives
     ├── Refused                          one update from outside; the round goes on without it
-    ├── SecAggFailed                     a secure sum that too few finished, or that does not open; nothing of it is released
+    ├── SecAggFailed                     a secure sum that too few finished, or that does not open;
+    │                                    nothing of it is released
     └── ContractError                    a caller inside fedtune broke a contract
         ├── EmptyCohort                  nothing to average
         └── ShapeMismatch                tensors that should agree do not
 
-A message names the value found, the limit, and the remedy, on one line. Commands print it and exit with the code;
-a traceback means a bug in fedtune.
+A message names the value found, the limit, and the remedy, on one line. Commands print it and exit with the
+code; a traceback means a bug in fedtune.
 """
 
 from collections.abc import Sequence
@@ -63,7 +64,10 @@ class PrivacyRefused(FedtuneError):
 
 
 class Refused(FedtuneError):
-    """An update from outside that is not taken. `reason` is a short fixed word for counters, the message has the rest."""
+    """An update from outside that is not taken.
+
+    `reason` is a short fixed word for counters, the message has the rest.
+    """
 
     def __init__(self, reason: str, message: str) -> None:
         self.reason = reason

@@ -1,6 +1,9 @@
-"""A frame from the first step's gradients: asking clients for them, and their mean. The frame itself is made by adapters.frames.
+"""A frame from the first step's gradients: asking clients for them, and their mean.
 
-With init = "gradient-dp" the mean is one release of the Gaussian mechanism with an event of its own, and the frame, made from nothing else, costs no more.
+The frame itself is made by adapters.frames.
+
+With init = "gradient-dp" the mean is one release of the Gaussian mechanism with an event of its own, and the
+frame, made from nothing else, costs no more.
 """
 
 import math
@@ -32,20 +35,33 @@ def gradient_schema(spec: AdapterSpec) -> Schema:
 def gradient_bytes(spec: AdapterSpec) -> tuple[int, int]:
     """Sizes of a gradient request and of its answer."""
     schema = gradient_schema(spec)
-    answer = encode("gradient", schema, {t.name: np.zeros(t.shape, np.float32) for t in schema.tensors}, round=0, weight=1.0)
+    answer = encode(
+        "gradient",
+        schema,
+        {t.name: np.zeros(t.shape, np.float32) for t in schema.tensors},
+        round=0,
+        weight=1.0,
+    )
     return len(encode("gradient-request", Schema(()), {}, round=0)), len(answer)
 
 
 def gather_gradients(
-    job: Job, spec: AdapterSpec, run: RunFolder, clients: Sequence[ClientInfo], exchange: Callable[..., Iterator[Reply]], plan: Plan | None = None,
+    job: Job,
+    spec: AdapterSpec,
+    run: RunFolder,
+    clients: Sequence[ClientInfo],
+    exchange: Callable[..., Iterator[Reply]],
+    plan: Plan | None = None,
 ) -> tuple[Arrays, Traffic]:
     """The mean first-step gradient over drawn clients in one running sum, and what it cost in bytes.
 
-    Weighted by examples; under privacy (`plan`) all alike, over `init_clients` whoever came: example level adds what holds each client's noise, client level
-    cuts each gradient to the clip and adds noise to the sum, which may be noise alone.
+    Weighted by examples; under privacy (`plan`) all alike, over `init_clients` whoever came: example level
+    adds what holds each client's noise, client level cuts each gradient to the clip and adds noise to the
+    sum, which may be noise alone.
 
-    The release is written to the ledger before anybody is asked. Raises EmptyCohort when no usable gradient came, PrivacyRefused for a job whose
-    privacy has no plan or whose noise is not of the size that was promised.
+    The release is written to the ledger before anybody is asked. Raises EmptyCohort when no
+    usable gradient came, PrivacyRefused for a job whose privacy has no plan or whose noise is not
+    of the size that was promised.
     """
     whole = plan is not None and plan.unit == "client"
     schema, traffic, bound = gradient_schema(spec), Traffic(), init_clip(job) if whole else math.inf
@@ -78,7 +94,10 @@ def gather_gradients(
         noise = drawn_noise(sums, plan.init_noise * bound, noise_of(job, 0, "", "init"))
         sums = {name: s + noise[name] for name, s in sums.items()}
     elif not came:
-        raise EmptyCohort("no client sent a usable gradient, so the frame cannot be made; raise adapter.init-clients or use init = \"weights\"")
+        raise EmptyCohort(
+            "no client sent a usable gradient, so the frame cannot be made; "
+            'raise adapter.init-clients or use init = "weights"'
+        )
     return {name: s / (job.adapter.init_clients if plan else total) for name, s in sums.items()}, traffic
 
 
@@ -87,26 +106,39 @@ def _release(job: Job, plan: Plan | None, names: Sequence[str]) -> Release:
         return Release(release="gradients", mechanism="none", unit="none", clients=job.adapter.init_clients)
     found = plan.gradients(names) if plan else None
     if found is None:
-        raise PrivacyRefused(f'adapter.init = "{job.adapter.init}": nothing was planned that would protect the gradients; use "weights"')
+        raise PrivacyRefused(
+            f'adapter.init = "{job.adapter.init}": nothing was planned that would protect '
+            'the gradients; use "weights"'
+        )
     return found
 
 
 def init_warnings(spec: AdapterSpec, plan: Plan | None) -> Iterator[str]:
     """Where noise leaves nothing of the first step's gradient for a frame to be made from.
 
-    Noise of standard deviation s in each number of a matrix [m, n] has a spectral norm of about s (sqrt(m) + sqrt(n)). The mean gradient of L matrices
-    is at most the clip C long, so that of a matrix, if all have the same share, at most C / sqrt(L), and so is its largest singular value. Below the
-    noise no direction of the data can be told from the noise's own. C cancels.
+    Noise of standard deviation s in each number of a matrix [m, n] has a spectral norm of about s
+    (sqrt(m) + sqrt(n)). The mean gradient of L matrices is at most the clip C long, so that of a matrix, if
+    all have the same share, at most C / sqrt(L), and so is its largest singular value. Below the noise no
+    direction of the data can be told from the noise's own. C cancels.
     """
     if plan is None or plan.gradients([]) is None or not spec.linears:
         return
     clients = plan.job.adapter.init_clients
-    per = init_batch(plan.job)[0] * math.sqrt(clients) if plan.unit == "example" else float(clients)  # noise is added by each client, or once
+    # noise is added by each client, or once
+    per = init_batch(plan.job)[0] * math.sqrt(clients) if plan.unit == "example" else float(clients)
     noise = [plan.init_noise / per * (math.sqrt(x.outputs) + math.sqrt(x.inputs)) for x in spec.linears]
     signal = 1 / math.sqrt(len(noise))
     drowned = sum(one >= signal for one in noise)
     if drowned:
         times = max(noise) / signal
-        remedy = f"init-examples {times:.2g}-fold, or init-clients {times**2:.2g}-fold" if plan.unit == "example" else f"init-clients {times:.2g}-fold"
-        yield (f'adapter.init = "gradient-dp": in {drowned} of {len(noise)} matrices the noise (spectral norm {min(noise):.2g} to {max(noise):.2g} of the clip) covers all that '
-               f'their share of the gradient can be ({signal:.2g} of the clip), so the frame is as good as random there and is paid for; use "weights", or raise adapter.{remedy}')
+        remedy = (
+            f"init-examples {times:.2g}-fold, or init-clients {times**2:.2g}-fold"
+            if plan.unit == "example"
+            else f"init-clients {times:.2g}-fold"
+        )
+        yield (
+            f'adapter.init = "gradient-dp": in {drowned} of {len(noise)} matrices the noise (spectral norm '
+            f"{min(noise):.2g} to {max(noise):.2g} of the clip) covers all that their share of the gradient "
+            f"can be ({signal:.2g} of the clip), so the frame is as good as random there and is paid for; "
+            f'use "weights", or raise adapter.{remedy}'
+        )

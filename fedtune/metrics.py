@@ -8,7 +8,9 @@ import numpy as np
 from fedtune.types import Metrics
 
 LARGEST_LOSS = 1e6
-"""Cross-entropy of a prediction: about 10 at its worst in a sane model; a diverging one may be far above that for a while."""
+"""Cross-entropy of a prediction: about 10 at its worst in a sane model;
+a diverging one may be far above that for a while.
+"""
 
 
 def merge(parts: Iterable[Metrics]) -> Metrics:
@@ -26,12 +28,20 @@ def merge(parts: Iterable[Metrics]) -> Metrics:
 
 
 PERSONAL, PERSONAL_CLIENTS = "personal_", "personal_clients"
-"""What names of metrics of clients' own models begin with; and beside such metrics, (how many clients they are over, 1)."""
+"""What names of metrics of clients' own models begin with; and beside such metrics,
+(how many clients they are over, 1).
+"""
 
 
 def with_personal(metrics: Metrics, found: Sequence[Metrics]) -> Metrics:
-    """The metrics of the global model with those of clients' own models: `found` has one for each client that has such a model."""
-    return metrics | {PERSONAL + name: value for name, value in merge(found).items()} | {PERSONAL_CLIENTS: (float(len(found)), 1.0)}
+    """The metrics of the global model with those of clients' own models:
+    `found` has one for each client that has such a model.
+    """
+    return (
+        metrics
+        | {PERSONAL + name: value for name, value in merge(found).items()}
+        | {PERSONAL_CLIENTS: (float(len(found)), 1.0)}
+    )
 
 
 def split_personal(metrics: Metrics) -> tuple[Metrics, Metrics]:
@@ -41,11 +51,17 @@ def split_personal(metrics: Metrics) -> tuple[Metrics, Metrics]:
 
 
 def plausible(metrics: Metrics, most: float) -> bool:
-    """Whether metrics from outside can be what they say: loss and accuracy alone, over the same number of predictions, at most
-    `most`, none of them more than right, no loss below 0 or above LARGEST_LOSS a prediction."""
+    """Whether metrics from outside can be what they say: loss and accuracy alone, over the same
+    number of predictions, at most `most`, none of them more than right, no loss below 0 or above
+    LARGEST_LOSS a prediction.
+    """
     weights = {w for _, w in metrics.values()}
     loss, accuracy = (metrics.get(name, (0.0, 0.0))[0] for name in ("loss", "accuracy"))
-    if not metrics.keys() <= {"loss", "accuracy"} or len(weights) > 1 or not all(0 <= w <= most for w in weights):
+    if (
+        not metrics.keys() <= {"loss", "accuracy"}
+        or len(weights) > 1
+        or not all(0 <= w <= most for w in weights)
+    ):
         return False
     count = max(weights, default=0.0)
     return 0 <= accuracy <= count * (1 + 1e-6) and 0 <= loss <= LARGEST_LOSS * count
@@ -63,7 +79,10 @@ def tenth(count: int) -> int:
 
 
 def worst_tenth(values: Iterable[float]) -> float:
-    """Mean of the lowest 10 % (at least one value): how the worst-served clients fare. NaN when there are none."""
+    """Mean of the lowest 10 % (at least one value): how the worst-served clients fare.
+
+    NaN when there are none.
+    """
     ordered = np.sort(np.asarray(list(values), dtype=np.float64))
     if ordered.size == 0:
         return float("nan")

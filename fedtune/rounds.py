@@ -1,7 +1,8 @@
-"""The coordinator's side of a round, without any transport: plan, check what comes back, step, record, checkpoint.
+"""The coordinator's side of a round, without any transport: plan, check what comes back,
+step, record, checkpoint.
 
-An engine asks `plan` for (client, packet) pairs, has them answered in any way it likes, and gives the replies to `finish`.
-All engines run this same object.
+An engine asks `plan` for (client, packet) pairs, has them answered in any way it likes, and gives the replies
+to `finish`. All engines run this same object.
 """
 
 import math
@@ -19,7 +20,16 @@ from fedtune.aggregation.mean import Mean
 from fedtune.algorithms import Algorithm, State, dp_fed_avg, fed_avg, secure_avg
 from fedtune.algorithms.dp_fed_avg import CLIP
 from fedtune.algorithms.server_optimizers import with_server_optimizer
-from fedtune.algorithms.units import AS_THE_JOB, ROWS, LimitsOf, begins_with_probe, ranked, selecting, tensors_of, with_scores
+from fedtune.algorithms.units import (
+    AS_THE_JOB,
+    ROWS,
+    LimitsOf,
+    begins_with_probe,
+    ranked,
+    selecting,
+    tensors_of,
+    with_scores,
+)
 from fedtune.checkpoint import Checkpoint
 from fedtune.errors import EmptyCohort, Refused, SecAggFailed
 from fedtune.job import Job
@@ -51,7 +61,9 @@ class Reply:
     """It answers a round that is over: counted, and not used."""
     packet: Packet | None = None
     size: int = 0
-    """From an engine in this process: what the payload would have held, as read, and how long it would have been."""
+    """From an engine in this process: what the payload would have held, as read,
+    and how long it would have been.
+    """
 
     @property
     def length(self) -> int:
@@ -61,7 +73,10 @@ class Reply:
 
 @dataclass
 class Traffic:
-    """Bytes by client, as serialised, and who holds the frame. `down` counts the frame on a client's first round."""
+    """Bytes by client, as serialised, and who holds the frame.
+
+    `down` counts the frame on a client's first round.
+    """
 
     up: dict[str, int] = field(default_factory=dict)
     down: dict[str, int] = field(default_factory=dict)
@@ -70,7 +85,9 @@ class Traffic:
     late: int = 0
     evaluation: int = 0
     offers: int = 0
-    """Bytes beside the rounds, live only: of evaluation, both ways, and of job offers and bundles without the frame."""
+    """Bytes beside the rounds, live only: of evaluation, both ways,
+    and of job offers and bundles without the frame.
+    """
     probes: int = 0
     """Of `up` and `down`, what probes took."""
 
@@ -87,16 +104,25 @@ class Traffic:
         return sum(self.up.values()) + sum(self.down.values())
 
     def dump(self) -> dict:
-        return {"up": self.up, "down": self.down, "rounds": self.rounds, "messages": self.messages,
-                "late": self.late, "evaluation": self.evaluation, "offers": self.offers, "probes": self.probes}
+        return {
+            "up": self.up,
+            "down": self.down,
+            "rounds": self.rounds,
+            "messages": self.messages,
+            "late": self.late,
+            "evaluation": self.evaluation,
+            "offers": self.offers,
+            "probes": self.probes,
+        }
 
 
 @dataclass(frozen=True)
 class Watch:
     """What a caller may follow, in the thread that runs the rounds.
 
-    stage(text, total): work of `total` steps begins, of which advance(count) finishes some; total 0 is unknown.
-    reply: a client's answer came. line: a round is finished, as metrics.jsonl has it. note: one line worth knowing.
+    stage(text, total): work of `total` steps begins, of which advance(count) finishes some; total 0
+    is unknown. reply: a client's answer came. line: a round is finished, as metrics.jsonl has it.
+    note: one line worth knowing.
     """
 
     stage: Callable[[str, int], None] = lambda text, total: None
@@ -108,14 +134,20 @@ class Watch:
 
 _NOT_PROBED = "not asked, as it cannot go down to the first block"
 SumUp = Callable[[dict[str, str]], Sum]
-"""Takes a round to its secure sum and notes in the dict why which clients are not in it. Raises SecAggFailed when it does not open."""
+"""Takes a round to its secure sum and notes in the dict why which clients are not in it.
+
+Raises SecAggFailed when it does not open.
+"""
 Evaluate = Callable[[int, Arrays], Metrics | None]
 """(finished rounds, model) -> held-out metrics, or None in a round that is not evaluated."""
 
 
 @dataclass
 class Coordinator:
-    """Runs rounds on one run folder. Make it with `start`; it continues from the folder's newest checkpoint."""
+    """Runs rounds on one run folder.
+
+    Make it with `start`; it continues from the folder's newest checkpoint.
+    """
 
     job: Job
     schema: Schema
@@ -156,7 +188,9 @@ class Coordinator:
         return self.state.round >= self.job.federation.rounds
 
     def begin(self) -> None:
-        """Before the first round of this process: evaluates the start and writes checkpoint 0; on a resumed run ends a round that was cut off."""
+        """Before the first round of this process: evaluates the start and writes checkpoint 0; on a
+        resumed run ends a round that was cut off.
+        """
         self._began = time.monotonic()
         if self.run.newest() is None:
             self._record(RoundReport(0, (), 0.0, {}))
@@ -165,7 +199,9 @@ class Coordinator:
         self._unfinished = None
 
     def probe(self) -> list[tuple[str, bytes]]:
-        """The (client, packet) pairs of the questions that come before the next round's plan: which blocks matter. None where it begins without."""
+        """The (client, packet) pairs of the questions that come before the next round's plan: which blocks
+        matter. None where it begins without.
+        """
         self._asked = ()
         if not begins_with_probe(self.job, self.state.round + 1):
             return []
@@ -176,28 +212,46 @@ class Coordinator:
         if not able:
             self.probed(())
             return []
-        packets = {rank: encode("probe", self.schema, self._held(rank), round=self.state.round + 1, frame=self.frame_digest) for rank in {ranks[client] for client in able}}
+        packets = {
+            rank: encode(
+                "probe", self.schema, self._held(rank), round=self.state.round + 1, frame=self.frame_digest
+            )
+            for rank in {ranks[client] for client in able}
+        }
         for client in able:
             self._count_probe(client, down=len(packets[ranks[client]]))
         return [(client, packets[ranks[client]]) for client in able]
 
     def probed(self, replies: Iterable[Reply]) -> None:
-        """Takes the answers to `probe`. A client that cannot be asked, or whose answer is missing, wrong or says nothing, goes by the mean of the others."""
+        """Takes the answers to `probe`.
+
+        A client that cannot be asked, or whose answer is missing, wrong or says nothing,
+        goes by the mean of the others.
+        """
         found, expected = dict[str, np.ndarray](), answers(self.schema)
-        self._silent = {client: "no reply" if self.can_probe(client) else _NOT_PROBED for client in self._asked}
+        self._silent = {
+            client: "no reply" if self.can_probe(client) else _NOT_PROBED for client in self._asked
+        }
         for reply in replies:
             if reply.late:
                 self.traffic.late += 1
                 self.traffic.received(reply.client, reply.length)
                 continue
-            if self._silent.get(reply.client, _NOT_PROBED) == _NOT_PROBED:  # nobody asked it, or it answered before
+            # nobody asked it, or it answered before
+            if self._silent.get(reply.client, _NOT_PROBED) == _NOT_PROBED:
                 continue
             self._silent[reply.client] = reply.error or "no payload"
             if reply.payload is None:
                 continue
             self._count_probe(reply.client, up=reply.length)
             try:
-                scores = decode(reply.payload, expected, kinds=["block-scores"], round=self.state.round + 1, frame=self.frame_digest).arrays[SCORES]
+                scores = decode(
+                    reply.payload,
+                    expected,
+                    kinds=["block-scores"],
+                    round=self.state.round + 1,
+                    frame=self.frame_digest,
+                ).arrays[SCORES]
             except Refused as e:
                 self._silent[reply.client] = str(e)
                 continue
@@ -205,7 +259,11 @@ class Coordinator:
                 found[reply.client] = scores
                 del self._silent[reply.client]
             else:
-                self._silent[reply.client] = "scores: a negative one" if scores.any() else "scores: all are 0, as of a client with too few examples"
+                self._silent[reply.client] = (
+                    "scores: a negative one"
+                    if scores.any()
+                    else "scores: all are 0, as of a client with too few examples"
+                )
         self.state = with_scores(self.state, [found.get(client) for client in self._asked], self.schema)
 
     def _count_probe(self, client: str, down: int = 0, up: int = 0) -> None:
@@ -224,20 +282,23 @@ class Coordinator:
         if not self._asked:
             self._began = time.monotonic()
         assignments = self._within_budget(drawn)
-        if self._aborted and sorted(a.client for a in assignments) not in self._aborted:  # who was asked then may have answered: that counts, too
+        # who was asked then may have answered: that counts, too
+        if self._aborted and sorted(a.client for a in assignments) not in self._aborted:
             self._joined.update(name for names in self._aborted for name in names)
             assignments = self._within_budget(drawn)
         self._aborted = ()
         self._planned = {a.client: a.work for a in assignments}
         Ledger(self.run.ledger).record(self.state.round + 1, self._release().facts())
         self._joined.update(a.client for a in assignments)
-        packets = {work: self._packet(*work) for work in {a.work for a in assignments}}  # one for all who train the same
+        # one for all who train the same
+        packets = {work: self._packet(*work) for work in {a.work for a in assignments}}
         for a in assignments:
             self._count_sent(a.client, len(packets[a.work]))
         return [(a.client, packets[a.work]) for a in assignments]
 
     def finish(self, replies: Iterable[Reply]) -> RoundReport:
-        """Takes the replies as they come, refuses what is wrong, averages the rest, evaluates, and checkpoints.
+        """Takes the replies as they come, refuses what is wrong, averages the rest,
+        evaluates, and checkpoints.
 
         With fewer than `fewest` valid replies the model stays and the report has no clients.
         """
@@ -256,24 +317,41 @@ class Coordinator:
         return self._close(step, refused)
 
     def _out_of_budget(self) -> dict[str, str]:
-        return {name: f"privacy: its budget of {self.privacy.budget if self.privacy else 0} rounds is spent" for name in self._spent}
+        return {
+            name: f"privacy: its budget of {self.privacy.budget if self.privacy else 0} rounds is spent"
+            for name in self._spent
+        }
 
     def _close(self, step: Callable[[], tuple[State, RoundReport]], refused: dict[str, str]) -> RoundReport:
-        """Ends the round; a step that does not come out, or has too few clients in it, leaves the model as it was."""
+        """Ends the round; a step that does not come out, or has too few clients in it,
+        leaves the model as it was.
+        """
         need, void = fewest(self.job), ""
-        same, empty = replace(self.state, round=self.state.round + 1), RoundReport(self.state.round + 1, (), 0.0, {})
+        same, empty = (
+            replace(self.state, round=self.state.round + 1),
+            RoundReport(self.state.round + 1, (), 0.0, {}),
+        )
         try:
             state, report = step()
             if len(report.clients) < need:
-                void = f"{len(report.clients)} updates, a secure sum needs {need}" if self.secure else "too few replies"
+                void = (
+                    f"{len(report.clients)} updates, a secure sum needs {need}"
+                    if self.secure
+                    else "too few replies"
+                )
         except EmptyCohort:
             state, report = same, empty
         except (Refused, SecAggFailed) as e:
-            state, report, void = same, replace(empty, clients=tuple(c for c in self._planned if c not in refused)), str(e)
+            state, report, void = (
+                same,
+                replace(empty, clients=tuple(c for c in self._planned if c not in refused)),
+                str(e),
+            )
         refused |= report.refused
         if void:
             refused |= {c: f"round void: {void}" for c in report.clients}
-            state, report = replace(same, arrays=same.arrays | controls_of(state.arrays)), empty  # clients have moved theirs, whatever becomes of the round
+            # clients have moved theirs, whatever becomes of the round
+            state, report = replace(same, arrays=same.arrays | controls_of(state.arrays)), empty
         for silent in set(self._planned) - set(report.clients) - refused.keys():
             refused[silent] = "no reply"
         self.state = state
@@ -292,7 +370,14 @@ class Coordinator:
         return self.privacy.release(tuple(self._planned), float(self.state.slots.get(CLIP, 0.0)))
 
     def _packet(self, units: tuple[str, ...], rank: int) -> bytes:
-        return encode("model", self.schema, self._held(rank), round=self.state.round + 1, frame=self.frame_digest, train=tensors_of(self.schema, units, rank))
+        return encode(
+            "model",
+            self.schema,
+            self._held(rank),
+            round=self.state.round + 1,
+            frame=self.frame_digest,
+            train=tensors_of(self.schema, units, rank),
+        )
 
     def _held(self, rank: int) -> Arrays:
         """What of the model a client of this rank has; 0: all."""
@@ -324,7 +409,9 @@ class Coordinator:
         found = tensors_of(self.schema, units, rank)
         return None if found is None else places(self.schema, found)
 
-    def _update(self, reply: Reply, assigned: Mapping[Work, list[int] | None], seen: set[str], center: float) -> Update:
+    def _update(
+        self, reply: Reply, assigned: Mapping[Work, list[int] | None], seen: set[str], center: float
+    ) -> Update:
         if reply.client not in self._planned:
             raise Refused("client", "was not asked this round")
         if reply.payload is None and reply.packet is None:
@@ -339,7 +426,14 @@ class Coordinator:
             raise Refused("duplicate", "a second reply to the same round")
         packet = reply.packet
         if packet is None:
-            packet = decode(reply.payload or b"", self.schema, kinds=["update"], round=self.state.round + 1, frame=self.frame_digest, copy=False)
+            packet = decode(
+                reply.payload or b"",
+                self.schema,
+                kinds=["update"],
+                round=self.state.round + 1,
+                frame=self.frame_digest,
+                copy=False,
+            )
         self._require_assigned(packet, assigned[self._planned[reply.client]])
         if self.secure is None:  # else nobody but the client sees it, which clips it
             self._within_limits(packet, center)
@@ -347,18 +441,32 @@ class Coordinator:
 
     def _require_assigned(self, packet: Packet, assigned: list[int] | None) -> None:
         if packet.header.tensors != assigned:
-            wanted = "all were" if assigned is None else f"{len(assigned)}, from {self.schema.tensors[assigned[0]].name} to {self.schema.tensors[assigned[-1]].name}, were"
-            raise Refused("tensors", f"{len(packet.arrays)} of {len(self.schema.tensors)} tensors; {wanted} assigned")
+            wanted = (
+                "all were"
+                if assigned is None
+                else (
+                    f"{len(assigned)}, from {self.schema.tensors[assigned[0]].name} "
+                    f"to {self.schema.tensors[assigned[-1]].name}, were"
+                )
+            )
+            raise Refused(
+                "tensors", f"{len(packet.arrays)} of {len(self.schema.tensors)} tensors; {wanted} assigned"
+            )
 
     def _within_limits(self, packet: Packet, center: float) -> None:
         """`center`: the L2 norm of the model."""
         fed = self.job.federation
         if packet.header.weight > fed.max_weight:
-            raise Refused("weight", f"{packet.header.weight:g} examples claimed, federation.max-weight is {fed.max_weight:g}")
+            raise Refused(
+                "weight",
+                f"{packet.header.weight:g} examples claimed, federation.max-weight is {fed.max_weight:g}",
+            )
         if not plausible(packet.metrics, most_predictions(self.job) * fed.local_epochs):
-            raise Refused("metrics", "not the sums of loss and right predictions over one number of predictions")
-        # |u - m| is at most |u| + |m|, and both are known: only near the limit is every difference looked at. 2 % and 1e-12 are more
-        # than packet.norm and the rounding of the differences can be off.
+            raise Refused(
+                "metrics", "not the sums of loss and right predictions over one number of predictions"
+            )
+        # |u - m| is at most |u| + |m|, and both are known: only near the limit is every difference looked at.
+        # 2 % and 1e-12 are more than packet.norm and the rounding of the differences can be off.
         if 1.02 * (packet.norm + center) + 1e-12 <= fed.max_norm:
             return
         size = norm(subtract(packet.arrays, {name: self.state.arrays[name] for name in packet.arrays}))
@@ -366,15 +474,19 @@ class Coordinator:
             raise Refused("norm", f"{size:.4g} from the model, federation.max-norm is {fed.max_norm:g}")
 
     def _record(self, report: RoundReport) -> None:
-        """Under privacy the new model is on the disk before anything is made of it. A round that a crash repeats draws its noise again, and two
-        noisy versions of one sum would tell more than the one that is charged: so nobody sees a version that is not the one kept."""
+        """Under privacy the new model is on the disk before anything is made of it. A round that a crash
+        repeats draws its noise again, and two noisy versions of one sum would tell more than the one that is
+        charged: so nobody sees a version that is not the one kept.
+        """
         line = round_line(report, None, self.traffic, 0.0) | self._trained(report) | self.more(report)
         if self.privacy is not None:
             self.run.save(Checkpoint(self.state, self.traffic.dump(), line))
         self._show(line)
 
     def _trained(self, report: RoundReport) -> dict[str, Any]:
-        """How many of the clients averaged had each rank, and trained each unit, where they are not all alike; and of this round's probe the mean scores, and who gave none that counts."""
+        """How many of the clients averaged had each rank, and trained each unit, where they are not all
+        alike; and of this round's probe the mean scores, and who gave none that counts.
+        """
         found: dict[str, Any] = {}
         if any(t.rank for t in self.schema.tensors):
             ranks = Counter(self._planned[client].rank or self.job.adapter.rank for client in report.clients)
@@ -386,22 +498,39 @@ class Coordinator:
         if self._asked and report.round:
             found["unprobed"] = dict(self._silent)
             if len(self._silent) < len(self._asked):
-                found["scores"] = dict(zip(self.schema.blocks, self.state.slots[ROWS].mean(0).round(6).tolist()))
+                found["scores"] = dict(
+                    zip(self.schema.blocks, self.state.slots[ROWS].mean(0).round(6).tolist())
+                )
         return found
 
     def _show(self, line: dict[str, Any]) -> None:
         """Metrics line, then checkpoint: a crash between them writes the same line again."""
-        line = line | held_out_of(self.evaluate(self.state.round, self.state.arrays)) | {"seconds": round(time.monotonic() - self._began, 3)}
+        line = (
+            line
+            | held_out_of(self.evaluate(self.state.round, self.state.arrays))
+            | {"seconds": round(time.monotonic() - self._began, 3)}
+        )
         self.run.append_metrics(line)
         self.run.save(Checkpoint(self.state, self.traffic.dump()))
         self.on_round(line)
 
 
 def start(
-    job: Job, run: RunFolder, schema: Schema, frame_digest: str, frame_bytes: int, algorithm: Algorithm,
-    clients: Sequence[ClientInfo], initial: Callable[[], Arrays], evaluate: Evaluate, traffic: Traffic | None = None, privacy: Plan | None = None,
+    job: Job,
+    run: RunFolder,
+    schema: Schema,
+    frame_digest: str,
+    frame_bytes: int,
+    algorithm: Algorithm,
+    clients: Sequence[ClientInfo],
+    initial: Callable[[], Arrays],
+    evaluate: Evaluate,
+    traffic: Traffic | None = None,
+    privacy: Plan | None = None,
 ) -> Coordinator:
-    """A coordinator at the folder's newest checkpoint, or at round 0 from `initial()`. `traffic`: bytes spent before round 1.
+    """A coordinator at the folder's newest checkpoint, or at round 0 from `initial()`.
+
+    `traffic`: bytes spent before round 1.
 
     Raises RunError when the ledger or the metrics of the rounds before the checkpoint are gone or changed.
     """
@@ -412,12 +541,30 @@ def start(
         state, traffic = found.state, Traffic(**found.counters)
         require_whole(run.ledger, state.round, 0 if job.adapter.asks_gradients else 1)
         run.require_metrics(found)
-    asked = [(event.round, sorted(read(event.facts).names)) for event in Ledger(run.ledger).events()] if privacy else []
+    asked = (
+        [(event.round, sorted(read(event.facts).names)) for event in Ledger(run.ledger).events()]
+        if privacy
+        else []
+    )
     joined = Counter(name for round, names in asked if 0 < round <= state.round for name in names)
     aborted = [names for round, names in asked if round > state.round]
     return Coordinator(
-        job, schema, frame_digest, frame_bytes, algorithm, clients, run, evaluate, state, traffic, privacy=privacy, secure=secure_of(job, schema), _joined=joined, _aborted=aborted,
-        _unfinished=found.unfinished if found else None)
+        job,
+        schema,
+        frame_digest,
+        frame_bytes,
+        algorithm,
+        clients,
+        run,
+        evaluate,
+        state,
+        traffic,
+        privacy=privacy,
+        secure=secure_of(job, schema),
+        _joined=joined,
+        _aborted=aborted,
+        _unfinished=found.unfinished if found else None,
+    )
 
 
 def most_predictions(job: Job) -> float:
@@ -430,9 +577,12 @@ def evaluated(job: Job, round: int) -> bool:
     return round == job.federation.rounds or round % job.evaluation.every == 0
 
 
-def make_algorithm(job: Job, schema: Schema, limits: LimitsOf = lambda client: AS_THE_JOB, population: int = 0) -> Algorithm:
-    """The algorithm object that every engine runs. limits: of each client. population: clients that could ever be
-    asked (0: not known, then as many as a cohort has). Raises JobError as `require_budgets`."""
+def make_algorithm(
+    job: Job, schema: Schema, limits: LimitsOf = lambda client: AS_THE_JOB, population: int = 0
+) -> Algorithm:
+    """The algorithm object that every engine runs. limits: of each client. population: clients that could
+    ever be asked (0: not known, then as many as a cohort has). Raises JobError as `require_budgets`.
+    """
     inner = with_server_optimizer(_averaging(job, schema), job.federation)
     if job.federation.drift == "scaffold":
         inner = steering(inner, population or job.federation.cohort)
@@ -442,12 +592,31 @@ def make_algorithm(job: Job, schema: Schema, limits: LimitsOf = lambda client: A
 def _averaging(job: Job, schema: Schema) -> Algorithm:
     fed, privacy, secure = job.federation, client_privacy(job), secure_of(job, schema)
     if secure is not None:
-        return secure_avg(seed=fed.seed, cohort=fed.cohort, units=schema.units, secure=secure, noise=lambda round, client: noise_of(job, round, client, "sum"))
+        return secure_avg(
+            seed=fed.seed,
+            cohort=fed.cohort,
+            units=schema.units,
+            secure=secure,
+            noise=lambda round, client: noise_of(job, round, client, "sum"),
+        )
     if privacy is not None:
         return dp_fed_avg(
-            seed=fed.seed, cohort=fed.cohort, units=schema.units, sampling=fed.sampling, privacy=privacy,
-            noise=lambda round: noise_of(job, round, ""), secret=job.privacy.amplification and job.privacy.noise == "system")
-    return fed_avg(seed=fed.seed, cohort=fed.cohort, units=schema.units, sampling=fed.sampling, weighting=fed.weighting, average=_average(job))
+            seed=fed.seed,
+            cohort=fed.cohort,
+            units=schema.units,
+            sampling=fed.sampling,
+            privacy=privacy,
+            noise=lambda round: noise_of(job, round, ""),
+            secret=job.privacy.amplification and job.privacy.noise == "system",
+        )
+    return fed_avg(
+        seed=fed.seed,
+        cohort=fed.cohort,
+        units=schema.units,
+        sampling=fed.sampling,
+        weighting=fed.weighting,
+        average=_average(job),
+    )
 
 
 def _average(job: Job) -> Callable[[Iterable[Update], Arrays], Mean] | None:
@@ -465,23 +634,42 @@ def _average(job: Job) -> Callable[[Iterable[Update], Arrays], Mean] | None:
     return rules.get(fed.aggregation)
 
 
-def round_line(report: RoundReport, held_out: Metrics | None, traffic: Traffic, seconds: float) -> dict[str, Any]:
+def round_line(
+    report: RoundReport, held_out: Metrics | None, traffic: Traffic, seconds: float
+) -> dict[str, Any]:
     """One round as metrics.jsonl has it. Figures that were not measured are null."""
     return {
-        "round": report.round, "train_loss": _figure(report.metrics, "loss"), "train_accuracy": _figure(report.metrics, "accuracy"), **held_out_of(held_out),
-        "up": sum(traffic.up.values()), "down": sum(traffic.down.values()), "total_bytes": traffic.total,
-        "seconds": round(seconds, 3), "clients": list(report.clients), "refused": dict(report.refused), "late": traffic.late,
+        "round": report.round,
+        "train_loss": _figure(report.metrics, "loss"),
+        "train_accuracy": _figure(report.metrics, "accuracy"),
+        **held_out_of(held_out),
+        "up": sum(traffic.up.values()),
+        "down": sum(traffic.down.values()),
+        "total_bytes": traffic.total,
+        "seconds": round(seconds, 3),
+        "clients": list(report.clients),
+        "refused": dict(report.refused),
+        "late": traffic.late,
     }
 
 
 def held_out_of(metrics: Metrics | None) -> dict[str, Any]:
-    """What a line says of the held-out examples, and of those of clients that predict with something of their own by what they then get right."""
-    found = {"loss": _figure(metrics, "loss"), "accuracy": _figure(metrics, "accuracy"), "evaluated": int(metrics["accuracy"][1]) if metrics else 0}
+    """What a line says of the held-out examples, and of those of clients that predict with something of
+    their own by what they then get right.
+    """
+    found = {
+        "loss": _figure(metrics, "loss"),
+        "accuracy": _figure(metrics, "accuracy"),
+        "evaluated": int(metrics["accuracy"][1]) if metrics else 0,
+    }
     if metrics is None or PERSONAL_CLIENTS not in metrics:
         return found
     return found | {
-        "personal_loss": _figure(metrics, "personal_loss"), "personal_accuracy": _figure(metrics, "personal_accuracy"),
-        "personal_evaluated": int(metrics.get("personal_accuracy", (0.0, 0.0))[1]), PERSONAL_CLIENTS: int(metrics[PERSONAL_CLIENTS][0])}
+        "personal_loss": _figure(metrics, "personal_loss"),
+        "personal_accuracy": _figure(metrics, "personal_accuracy"),
+        "personal_evaluated": int(metrics.get("personal_accuracy", (0.0, 0.0))[1]),
+        PERSONAL_CLIENTS: int(metrics[PERSONAL_CLIENTS][0]),
+    }
 
 
 def _figure(metrics: Metrics | None, name: str) -> float | None:

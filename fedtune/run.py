@@ -1,15 +1,17 @@
 """The run folder: everything a run leaves, and what resuming reads.
 
-    job.toml            the job as it ran, every key
-    run.json            when and with what it began: versions, hashes of the job and the base, who holds how much of what
-    bundle/             manifest and frame (fedtune.bundle)
-    start.json          bytes spent on a frame that clients' gradients made, written before that frame
-    checkpoints/        round-00003.safetensors…; the newest is where --resume starts
-    metrics.jsonl       one line a round; tensorboard/ has the same figures
-    clients/            what simulated clients keep for themselves, of a job whose clients keep anything (fedtune.stateful.store)
-    ledger.sqlite       what left the devices, before it left
-    adapter/ peft/ onnx/ summary.json report.html README.md     written when the run ends
-    privacy.html        written by `fedtune privacy report`
+job.toml            the job as it ran, every key
+run.json            when and with what it began: versions, hashes of the job and the base,
+                    who holds how much of what
+bundle/             manifest and frame (fedtune.bundle)
+start.json          bytes spent on a frame that clients' gradients made, written before that frame
+checkpoints/        round-00003.safetensors…; the newest is where --resume starts
+metrics.jsonl       one line a round; tensorboard/ has the same figures
+clients/            what simulated clients keep for themselves, of a job whose clients keep anything
+                    (fedtune.stateful.store)
+ledger.sqlite       what left the devices, before it left
+adapter/ peft/ onnx/ summary.json report.html README.md     written when the run ends
+privacy.html        written by `fedtune privacy report`
 """
 
 import contextlib
@@ -85,15 +87,24 @@ class RunFolder:
         try:
             return _FACTS.validate_json(path.read_bytes())
         except (OSError, ValidationError) as e:
-            raise RunError(f"{path}: damaged ({str(e).splitlines()[0]}); restore it or begin a new run") from None
+            raise RunError(
+                f"{path}: damaged ({str(e).splitlines()[0]}); restore it or begin a new run"
+            ) from None
 
     def require_own_job(self) -> None:
-        """Raises RunError when job.toml is no longer the one the run began with: its result would mix two jobs."""
+        """Raises RunError when job.toml is no longer the one the run began with:
+        its result would mix two jobs.
+        """
         if hashlib.sha256((self.path / "job.toml").read_bytes()).hexdigest() != self.facts()["job_sha256"]:
-            raise RunError(f"{self.path / 'job.toml'}: was changed since the run began; restore it, or begin a new run with it")
+            raise RunError(
+                f"{self.path / 'job.toml'}: was changed since the run began; "
+                "restore it, or begin a new run with it"
+            )
 
     def require_kept(self) -> None:
-        """Raises RunError where what clients kept in the rounds that are done is gone: of a job whose clients keep anything."""
+        """Raises RunError where what clients kept in the rounds that are done is gone:
+        of a job whose clients keep anything.
+        """
         if not self.clients.is_dir() and any(line["clients"] for line in self.metrics()):
             raise RunError(f"{self.clients}: what clients keep is missing; restore it or begin a new run")
 
@@ -110,7 +121,9 @@ class RunFolder:
         write_json(self.path / "start.json", counters)
 
     def start(self) -> dict[str, Any] | None:
-        """What `keep_start` wrote, once the bundle is whole: then that frame stays, and nobody is asked again."""
+        """What `keep_start` wrote, once the bundle is whole: then that frame stays,
+        and nobody is asked again.
+        """
         path = self.path / "start.json"
         if not (path.exists() and (self.bundle / "manifest.json").exists()):
             return None
@@ -135,7 +148,9 @@ class RunFolder:
         return load_checkpoint(self._checkpoint(0)).state.arrays
 
     def append_metrics(self, line: dict[str, Any]) -> None:
-        """Adds one round's line. A round that is written again (resumed) replaces its old line and all after it.
+        """Adds one round's line.
+
+        A round that is written again (resumed) replaces its old line and all after it.
 
         The next round's line is appended, so that a round costs the same however many there were.
         """
@@ -168,7 +183,10 @@ class RunFolder:
         """Raises RunError unless there is a line for each finished round of the checkpoint."""
         lines, round = len(self.metrics()), checkpoint.state.round
         if lines < round + (checkpoint.unfinished is None):
-            raise RunError(f"{self.path / 'metrics.jsonl'}: {lines} rounds, the checkpoint stands after round {round}; restore it")
+            raise RunError(
+                f"{self.path / 'metrics.jsonl'}: {lines} rounds, the checkpoint stands after "
+                f"round {round}; restore it"
+            )
 
     def _checkpoint(self, round: int) -> Path:
         return self.path / "checkpoints" / f"round-{round:05d}.safetensors"
@@ -195,12 +213,18 @@ def _last_round(path: Path) -> int | None:
 
 
 def create_run(path: Path, job: Job, facts: dict[str, Any]) -> RunFolder:
-    """Makes a new run folder. Raises RunError when `path` already holds something: nothing is ever overwritten."""
+    """Makes a new run folder.
+
+    Raises RunError when `path` already holds something: nothing is ever overwritten.
+    """
     with failing_clearly(path):
         if path.exists() and not path.is_dir():
             raise RunError(f"{path} is a file; choose another --out")
         if path.exists() and any(path.iterdir()):
-            raise RunError(f"{path} already exists and is not empty; choose another --out, or continue it with --resume {path}")
+            raise RunError(
+                f"{path} already exists and is not empty; choose another --out, "
+                f"or continue it with --resume {path}"
+            )
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)
     text = to_toml(job).encode()
     write_atomic(path / "job.toml", text)
@@ -211,7 +235,10 @@ def create_run(path: Path, job: Job, facts: dict[str, Any]) -> RunFolder:
 def open_run(path: Path) -> RunFolder:
     """Raises RunError when `path` is not a run folder."""
     if not (path / "run.json").is_file() or not (path / "job.toml").is_file():
-        raise RunError(f"{path}: not a run folder (no run.json and job.toml in it); give the folder that `fedtune simulate` printed")
+        raise RunError(
+            f"{path}: not a run folder (no run.json and job.toml in it); "
+            "give the folder that `fedtune simulate` printed"
+        )
     return RunFolder(path)
 
 

@@ -18,9 +18,11 @@ _NO_SUCH_PLACE = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Puts `data` at `path` so that a crash at any instant leaves the old file or the new one, never with more rights than `mode`.
+    """Puts `data` at `path` so that a crash at any instant leaves the old file or the new one, never with
+    more rights than `mode`.
 
-    Raises EnvironmentProblem when the disk is full or the folder cannot be written; the old file is then intact.
+    Raises EnvironmentProblem when the disk is full or the folder cannot be written;
+    the old file is then intact.
     """
     with failing_clearly(path):
         fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART)  # 0600
@@ -39,7 +41,9 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
 
 
 def append(path: Path, data: bytes) -> None:
-    """Adds `data` at the end of a file, synced. A crash may leave the first part of it; a full disk leaves the file as it was.
+    """Adds `data` at the end of a file, synced.
+
+    A crash may leave the first part of it; a full disk leaves the file as it was.
 
     Raises EnvironmentProblem when the disk is full or the file cannot be written.
     """
@@ -61,13 +65,17 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def failing_clearly(path: Path) -> Iterator[None]:
-    """Turns an OSError on `path` into one line: a UserError for a path that cannot be, an EnvironmentProblem for the disk."""
+    """Turns an OSError on `path` into one line: a UserError for a path that cannot be, an
+    EnvironmentProblem for the disk.
+    """
     try:
         yield
     except OSError as e:
         if e.errno in _NO_SUCH_PLACE:
             raise UserError(f"cannot write {path}: {e.strerror}; choose another place") from e
-        raise EnvironmentProblem(f"cannot write {path}: {e.strerror or e}; free space, check permissions, or choose another place") from e
+        raise EnvironmentProblem(
+            f"cannot write {path}: {e.strerror or e}; free space, check permissions, or choose another place"
+        ) from e
 
 
 def sha256_of(path: Path) -> str:
@@ -93,7 +101,9 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def lock(path: Path) -> Iterator[bool]:
-    """Whether this process holds the file (made if need be) or folder until the block ends; another may hold it."""
+    """Whether this process holds the file (made if need be) or folder until the block
+    ends; another may hold it.
+    """
     with failing_clearly(path):
         fd = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -102,7 +112,8 @@ def lock(path: Path) -> Iterator[bool]:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             mine = False
-        except OSError:  # some network file systems lock no folders; what is lost is only the guard against two at once
+        # some network file systems lock no folders; what is lost is only the guard against two at once
+        except OSError:
             if not path.is_dir():
                 raise
         yield mine

@@ -1,19 +1,23 @@
-"""How a trainer process serves: keeps one device's model in memory and works for the light process that started it.
+"""How a trainer process serves: keeps one device's model in memory and works for the light
+process that started it.
 
     python -m fedtune.training.service CONFIG.json    with torch
     python -m fedtune.edge.service CONFIG.json        with onnxruntime
 
-It listens on a Unix socket in a folder that only its user may enter. Service `fedtune.Trainer`, bytes in and bytes out:
+It listens on a Unix socket in a folder that only its user may enter. Service `fedtune.Trainer`,
+bytes in and bytes out:
 
     Open        -> JSON of the device's facts; reads the data and loads the model, once
     Handle      packet, client's name as metadata "client-bin" -> packet
     Evaluate    packet -> packet of kind "scores"
 
-beside the standard health service: "" serves as soon as the socket listens, "fedtune.Trainer" once the device is open. Health
-is answered while work runs. An error raised on purpose has its message as the status's details and the name of its class as
-trailing metadata "error"; any other is "bug", with type and message, and its traceback goes to stderr, which is the log.
+beside the standard health service: "" serves as soon as the socket listens, "fedtune.Trainer" once the device
+is open. Health is answered while work runs. An error raised on purpose has its message as the status's
+details and the name of its class as trailing metadata "error"; any other is "bug", with type and message, and
+its traceback goes to stderr, which is the log.
 
-The process ends after `idle_seconds` without a request, with its parent, and at once on SIGTERM: it holds nothing to save.
+The process ends after `idle_seconds` without a request, with its parent, and at once on SIGTERM:
+it holds nothing to save.
 """
 
 import json
@@ -43,14 +47,17 @@ CLIENT, ERROR, BUG = "client-bin", "error", "bug"
 MAX_MESSAGE = 512 * 2**20
 OPTIONS = (("grpc.max_send_message_length", MAX_MESSAGE), ("grpc.max_receive_message_length", MAX_MESSAGE))
 ANSWERING = 4  # threads that take requests: one waits for the work, the others answer health
-MAX_DETAILS = 2000  # characters of a message; a status travels in a header, which has room for 64 KiB when percent-encoded
+# characters of a message; a status travels in a header, which has room for 64 KiB when percent-encoded
+MAX_DETAILS = 2000
 
 
 @dataclass(frozen=True)
 class Config:
-    """What CONFIG.json holds. base "": the one that the bundle names; threads 0: all cores; idle_seconds 0: never.
+    """What CONFIG.json holds. base "": the one that the bundle names; threads 0:
+    all cores; idle_seconds 0: never.
 
-    Without torch, `graphs` is the folder that `fedtune prepare --edge` made; memory_mb 0: no limit. kept: where this device keeps its own of the job; "": nowhere.
+    Without torch, `graphs` is the folder that `fedtune prepare --edge` made; memory_mb 0: no limit. kept:
+    where this device keeps its own of the job; "": nowhere.
     """
 
     socket: str
@@ -100,7 +107,9 @@ class Trainer:
         return self._answer(lambda: self.device().evaluate(body), context)
 
     def device(self) -> Device:
-        """Opened by the first request; a request after one that failed tries again, as the user may have mended the data."""
+        """Opened by the first request; a request after one that failed tries again,
+        as the user may have mended the data.
+        """
         if self._device is None:
             self._device = self._open()
             self._on_open()
@@ -133,12 +142,16 @@ def _abort(context: grpc.ServicerContext, code: grpc.StatusCode, name: str, erro
 
 
 def serve(config: Config, open_: Callable[[], Device]) -> None:
-    """Serves until the time without requests is over. Never returns otherwise: the parent's end or a signal ends the process."""
+    """Serves until the time without requests is over.
+
+    Never returns otherwise: the parent's end or a signal ends the process.
+    """
     status = health.HealthServicer()
     trainer = Trainer(open_, lambda: status.set(SERVICE, health_pb2.HealthCheckResponse.SERVING))
     server = grpc.server(ThreadPoolExecutor(ANSWERING, "answer"), options=OPTIONS)
     methods = {"Open": trainer.open, "Handle": trainer.handle, "Evaluate": trainer.evaluate}
-    handlers = {name: grpc.unary_unary_rpc_method_handler(method) for name, method in methods.items()}  # no serialisers: bytes
+    # no serialisers: bytes
+    handlers = {name: grpc.unary_unary_rpc_method_handler(method) for name, method in methods.items()}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
     health_pb2_grpc.add_HealthServicer_to_server(status, server)
     status.set("", health_pb2.HealthCheckResponse.SERVING)
@@ -152,12 +165,18 @@ def serve(config: Config, open_: Callable[[], Device]) -> None:
 
 
 def run(arguments: list[str], ready: Callable[[Config], Callable[[], Device]]) -> None:
-    """A trainer process, from its arguments to its end. `ready` imports what is heavy and returns what opens the device."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent decides what it means
-    logging.basicConfig(format="%(asctime)s %(name)s: %(message)s")  # warnings to stderr; gRPC would swallow its own
+    """A trainer process, from its arguments to its end.
+
+    `ready` imports what is heavy and returns what opens the device.
+    """
+    # Ctrl-C reaches the whole process group; the parent decides what it means
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # warnings to stderr; gRPC would swallow its own
+    logging.basicConfig(format="%(asctime)s %(name)s: %(message)s")
     config = Config(**json.loads(Path(arguments[0]).read_text(encoding="utf-8")))
     end_with_parent(config.parent, signal.SIGKILL)
-    # OpenMP threads that spin while they wait make a busy machine several times slower; read when torch is first imported
+    # OpenMP threads that spin while they wait make a busy machine several times slower;
+    # read when torch is first imported
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     serve(config, ready(config))

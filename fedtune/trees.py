@@ -29,7 +29,9 @@ def norm(arrays: Arrays) -> float:
 
 
 def digest(arrays: Arrays) -> str:
-    """sha256 over names, dtypes, shapes and little-endian bytes, in name order: equal digests mean equal arrays."""
+    """sha256 over names, dtypes, shapes and little-endian bytes, in name order:
+    equal digests mean equal arrays.
+    """
     h = hashlib.sha256()
     for name in sorted(arrays):
         a = np.ascontiguousarray(arrays[name])

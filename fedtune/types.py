@@ -16,7 +16,9 @@ Metrics = dict[str, tuple[float, float]]
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Name, shape and unit of one tensor. A unit is what can be selected or frozen as one ("block.3", "head").
+    """Name, shape and unit of one tensor.
+
+    A unit is what can be selected or frozen as one ("block.3", "head").
 
     `rank`: of a piece of a core, the lowest rank of a client that has it; 0: everybody has the tensor.
     """
@@ -40,7 +42,10 @@ class ClientInfo:
 
 
 class Work(NamedTuple):
-    """What a client trains: the tensors of `units` that a client of `rank` has (0: all). Clients with the same receive the same packet."""
+    """What a client trains: the tensors of `units` that a client of `rank` has (0: all).
+
+    Clients with the same receive the same packet.
+    """
 
     units: tuple[str, ...]
     rank: int
@@ -48,7 +53,9 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True)
 class Assignment:
-    """What one client does in one round: train the tensors of `units` that a client of `rank` has (0: all), starting from the model of `round` - 1."""
+    """What one client does in one round: train the tensors of `units` that a client of `rank` has (0:
+    all), starting from the model of `round` - 1.
+    """
 
     client: str
     round: int
@@ -62,7 +69,9 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Update:
-    """What one client returns: new values (not differences) of the tensors it trained, their weight, and its metrics."""
+    """What one client returns: new values (not differences) of the tensors it trained,
+    their weight, and its metrics.
+    """
 
     client: str
     round: int
@@ -73,7 +82,9 @@ class Update:
 
 @dataclass(frozen=True)
 class RoundReport:
-    """What a round did: the clients averaged, the total weight, the merged training metrics, who was refused and why."""
+    """What a round did: the clients averaged, the total weight, the merged training metrics,
+    who was refused and why.
+    """
 
     round: int
     clients: tuple[str, ...]

@@ -1,8 +1,9 @@
-"""Every wait of a live federation, in seconds, in one place. Nothing waits without one of these, or a key of the job:
-federation.deadline (a round waits for replies) and server.wait (the coordinator waits for enough devices).
+"""Every wait of a live federation, in seconds, in one place. Nothing waits without one of these, or
+a key of the job: federation.deadline (a round waits for replies) and server.wait (the coordinator
+waits for enough devices).
 
-What Flower waits for and cannot be told otherwise: a device that lost the coordinator tries again after up to 20 s; a device
-is taken for gone when it was silent for 60 s; a single request may take 30 s.
+What Flower waits for and cannot be told otherwise: a device that lost the coordinator tries again after up to
+20 s; a device is taken for gone when it was silent for 60 s; a single request may take 30 s.
 """
 
 import time
@@ -15,20 +16,23 @@ DEVICE_REPLY_POLL = 0.1  # a SuperNode looks for the app's reply (Flower's own i
 TASK_POLL = 0.1  # the app looks for a task, while there is work
 TASK_IDLE_POLL = 1.0  # and when there is none
 CONNECT_SECONDS = 10.0  # a device's first look at the coordinator: connection and TLS
-BACKOFF_FIRST, BACKOFF_MOST = 1.0, 60.0  # a device that cannot connect tries again, each time waiting twice as long, for ever
+# a device that cannot connect tries again, each time waiting twice as long, for ever
+BACKOFF_FIRST, BACKOFF_MOST = 1.0, 60.0
 STEADY_SECONDS = 60.0  # a connection that held so long starts the backoff anew
 WATCH_POLL = 0.25  # a device looks whether its SuperNode still lives
 GOODBYE_SECONDS = 10.0  # a device that must stop lets its last answer go out
 SUPERNODE_STOP = 10.0  # a SuperNode may say goodbye; then it is killed
 
 # A device and its trainer
-TRAINER_START = 120.0  # from start to a healthy process: a few seconds of imports, more from a cold disk or on a busy machine
+# from start to a healthy process: a few seconds of imports, more from a cold disk or on a busy machine
+TRAINER_START = 120.0
 TRAINER_HEALTH = 10.0  # an idle trainer answers in milliseconds; one that takes longer hangs
 TRAINER_STOP = 5.0  # from SIGTERM to SIGKILL
 TRAINER_DEATH = 5.0  # from a lost connection to the end of the process that was behind it; then it is killed
 TRAINER_POLL = 0.02  # between looks at a process that starts
 TRAINER_CHECK = 0.5  # the trainer looks whether its parent lives, and how long it was idle
-TRAINER_CLOSE = 1.0  # a request that comes in the instant of idle exit is given this long, then its caller tries again
+# a request that comes in the instant of idle exit is given this long, then its caller tries again
+TRAINER_CLOSE = 1.0
 
 # The coordinator
 SUPERLINK_START = 30.0  # to bind the port
@@ -41,8 +45,10 @@ ROSTER_POLL = 1.0  # the coordinator looks for device keys that were added or ta
 QUEUE_POLL = 1.0  # an idle coordinator looks for jobs
 OFFER_SECONDS = 300.0  # a device answers an offer: it may have to load a base
 ASK_AGAIN_SECONDS = 60.0  # a device that refused is asked again
-STAGE_SECONDS = 60.0  # a device answers a question of a secure sum that needs no training; no longer than federation.deadline
-LATE_SECONDS = 600.0  # replies that come after a round's deadline are still taken in for so long, to be counted
+# a device answers a question of a secure sum that needs no training; no longer than federation.deadline
+STAGE_SECONDS = 60.0
+# replies that come after a round's deadline are still taken in for so long, to be counted
+LATE_SECONDS = 600.0
 DESK_SECONDS = 5.0  # service.json is written at least so often
 LEDGER_SECONDS = 30.0  # another process may hold the ledger
 

@@ -4,14 +4,16 @@ A packet is
 
     4 bytes   magic "FTP1"
     4 bytes   header length h, unsigned little-endian, at most MAX_HEADER
-    h bytes   header: JSON object with exactly the fields of `Header`, then spaces up to a multiple of HEADER_STEP
-    rest      the tensors that the header names, float32 little-endian, in schema order, nothing between or after
+    h bytes   header: JSON object with exactly the fields of `Header`,
+              then spaces up to a multiple of HEADER_STEP
+    rest      the tensors that the header names, float32 little-endian, in schema order,
+              nothing between or after
 
-Both sides know the schema (names and shapes, in order) from the bundle, so a packet names tensors by their index in it and
-carries the schema's digest. That keeps a packet at 4 bytes a number plus a header of a few hundred bytes; the spaces make
-its size the same whatever the metrics are, so that `fedtune plan` knows it and it tells a listener nothing. There is no
-pickle, no dtype to choose, no length that the sender can lie about: the size follows from the schema and is checked before
-any value is read.
+Both sides know the schema (names and shapes, in order) from the bundle, so a packet names tensors by their
+index in it and carries the schema's digest. That keeps a packet at 4 bytes a number plus a header of a few
+hundred bytes; the spaces make its size the same whatever the metrics are, so that `fedtune plan` knows it and
+it tells a listener nothing. There is no pickle, no dtype to choose, no length that the sender can lie about:
+the size follows from the schema and is checked before any value is read.
 """
 
 import hashlib
@@ -38,7 +40,9 @@ MAX_HEADER = 65536
 HEADER_STEP = 256
 _STRETCH = 2**16
 Layout = tuple[tuple[tuple[str, ...], tuple[int, ...]], ...]
-"""Names of tensors in order, as runs of one shape: a tensor costs little where its neighbours are shaped alike."""
+"""Names of tensors in order, as runs of one shape: a tensor costs little where its
+neighbours are shaped alike.
+"""
 
 Kind = Literal["model", "update", "gradient-request", "gradient", "scores", "probe", "block-scores"]
 Short = Annotated[str, Field(max_length=64)]
@@ -50,7 +54,8 @@ Index = Annotated[int, Field(ge=0, le=10**6)]
 class Schema:
     """The ordered tensors both sides agreed on.
 
-    `base_blocks`: the blocks of the base, from the bottom up, where some of them have no tensors here; else empty.
+    `base_blocks`: the blocks of the base, from the bottom up, where some of them have no
+    tensors here; else empty.
     """
 
     tensors: tuple[TensorSpec, ...]
@@ -92,7 +97,8 @@ class Schema:
 class Header(BaseModel):
     """What a packet says about itself. Unknown fields, wrong types and non-finite numbers are refused.
 
-    `tensors`: which it holds, by their index in the schema. `train`: of a model, which are to be trained and sent back. None: all.
+    `tensors`: which it holds, by their index in the schema. `train`: of a model,
+    which are to be trained and sent back. None: all.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -104,11 +110,14 @@ class Header(BaseModel):
     tensors: Annotated[list[Index], Field(max_length=16384)] | None = None
     train: Annotated[list[Index], Field(min_length=1, max_length=16384)] | None = None
     weight: Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)] = 0.0
-    metrics: Annotated[dict[Short, Annotated[list[Number], Field(min_length=2, max_length=2)]], Field(max_length=32)] = {}
+    metrics: Annotated[
+        dict[Short, Annotated[list[Number], Field(min_length=2, max_length=2)]], Field(max_length=32)
+    ] = {}
 
 
 class Pieces(dict[str, np.ndarray]):
-    """Tensors by name that lie one after another in `vector`, and are all of it, so that they can be added as one.
+    """Tensors by name that lie one after another in `vector`, and are all of it,
+    so that they can be added as one.
 
     Made once, from a layout (`layout`). As with all Arrays that travel, nothing in it is replaced afterwards.
     """
@@ -120,7 +129,8 @@ class Pieces(dict[str, np.ndarray]):
         for names, shape in layout:
             end = start + len(names) * math.prod(shape)
             rows = vector[start:end].reshape(len(names), *shape)
-            self.update(zip(names, rows if shape else (rows[i, ...] for i in range(len(names)))))  # a row of numbers yields copies
+            # a row of numbers yields copies
+            self.update(zip(names, rows if shape else (rows[i, ...] for i in range(len(names)))))
             start = end
 
 
@@ -130,12 +140,15 @@ def layout(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> Layout:
     >>> layout([("a", (2, 2)), ("b", (2, 2)), ("c", (3,))])
     ((('a', 'b'), (2, 2)), (('c',), (3,)))
     """
-    return tuple((tuple(name for name, _ in run), shape) for shape, run in groupby(shapes, key=lambda x: x[1]))
+    return tuple(
+        (tuple(name for name, _ in run), shape) for shape, run in groupby(shapes, key=lambda x: x[1])
+    )
 
 
 @dataclass(frozen=True)
 class Packet:
-    """A decoded packet: checked header, tensors by name (float32, finite), and `norm`, their L2 norm as `quick_norm` has it.
+    """A decoded packet: checked header, tensors by name (float32, finite), and `norm`,
+    their L2 norm as `quick_norm` has it.
 
     `train`: of a model, the tensors to be trained and sent back, in the order of the schema; None: all.
     """
@@ -151,17 +164,31 @@ class Packet:
 
 
 def encode(
-    kind: Kind, schema: Schema, arrays: Arrays, *, round: int, frame: str = "", weight: float = 0.0, metrics: Metrics | None = None,
+    kind: Kind,
+    schema: Schema,
+    arrays: Arrays,
+    *,
+    round: int,
+    frame: str = "",
+    weight: float = 0.0,
+    metrics: Metrics | None = None,
     train: Collection[str] | None = None,
 ) -> bytes:
-    """Packs `arrays` (all or some of the schema's tensors). Raises ShapeMismatch where they differ from the schema.
+    """Packs `arrays` (all or some of the schema's tensors).
+
+    Raises ShapeMismatch where they differ from the schema.
 
     train: of a model, names of the tensors to be trained and sent back; None for all.
     """
     chosen = places(schema, arrays)
     header = Header(
-        kind=kind, schema_digest=schema.digest, frame=frame, round=round, weight=float(weight),
-        tensors=chosen, train=None if train is None else places(schema, train),
+        kind=kind,
+        schema_digest=schema.digest,
+        frame=frame,
+        round=round,
+        weight=float(weight),
+        tensors=chosen,
+        train=None if train is None else places(schema, train),
         metrics={name: [float(s), float(w)] for name, (s, w) in (metrics or {}).items()},
     )
     text = _text(header)
@@ -175,7 +202,10 @@ def encode(
 
 
 def places(schema: Schema, names: Collection[str]) -> list[int] | None:
-    """Indices of these tensors in the schema, ascending; None for all of them. Raises ShapeMismatch for one that is not in it."""
+    """Indices of these tensors in the schema, ascending; None for all of them.
+
+    Raises ShapeMismatch for one that is not in it.
+    """
     found = [i for i, t in enumerate(schema.tensors) if t.name in names]
     if len(found) != len(names):
         known = {t.name for t in schema.tensors}
@@ -200,15 +230,26 @@ def _text(header: Header) -> bytes:
     return text + b" " * (-len(text) % HEADER_STEP)
 
 
-def decode(data: bytes, schema: Schema, *, kinds: Sequence[Kind], round: int | None = None, frame: str | None = None, copy: bool = True) -> Packet:
-    """Unpacks bytes from outside. Checks in this order: size, magic, header, kind, schema, frame, round, tensors, values.
+def decode(
+    data: bytes,
+    schema: Schema,
+    *,
+    kinds: Sequence[Kind],
+    round: int | None = None,
+    frame: str | None = None,
+    copy: bool = True,
+) -> Packet:
+    """Unpacks bytes from outside.
+
+    Checks in this order: size, magic, header, kind, schema, frame, round, tensors, values.
 
     Args:
         data: anything.
         schema: the tensors this side expects.
         kinds: packet kinds taken here.
         round, frame: when given, the only round and frame digest taken.
-        copy: False gives read-only tensors that lie in `data` and keep it alive, for a caller that soon drops both.
+        copy: False gives read-only tensors that lie in `data` and keep it alive,
+            for a caller that soon drops both.
 
     Raises:
         Refused: and nothing else, with one reason per way the bytes can be wrong.
@@ -217,10 +258,26 @@ def decode(data: bytes, schema: Schema, *, kinds: Sequence[Kind], round: int | N
     _require(len(data) <= limit, "size", f"{len(data)} bytes, at most {limit} are taken")
     header, body = _open(data)
     _require(header.kind in kinds, "kind", f"{header.kind!r}, taken here: {', '.join(kinds)}")
-    _require(header.schema_digest == schema.digest, "schema", f"{header.schema_digest}, this run has {schema.digest}")
-    _require(frame is None or header.frame == frame, "frame", f"{header.frame or 'none'}, this run has {frame or 'none'}")
-    _require(round is None or header.round == round, "round", f"reply to round {header.round}, this is round {round}")
-    _require(header.train is None or header.kind == "model", "tensors", f"{header.kind!r} says what to train; only a model does")
+    _require(
+        header.schema_digest == schema.digest,
+        "schema",
+        f"{header.schema_digest}, this run has {schema.digest}",
+    )
+    _require(
+        frame is None or header.frame == frame,
+        "frame",
+        f"{header.frame or 'none'}, this run has {frame or 'none'}",
+    )
+    _require(
+        round is None or header.round == round,
+        "round",
+        f"reply to round {header.round}, this is round {round}",
+    )
+    _require(
+        header.train is None or header.kind == "model",
+        "tensors",
+        f"{header.kind!r} says what to train; only a model does",
+    )
     train = None if header.train is None else tuple(t.name for t in _chosen(header.train, schema).tensors)
     arrays = _tensors(header, body, schema, copy)
     return Packet(header, arrays, finite_norm(arrays.vector), train)
@@ -232,12 +289,28 @@ def require_whole(packet: Packet) -> None:
 
 
 def packet_bytes(schema: Schema, trained: Collection[str] | None = None, rank: int = 0) -> tuple[int, int]:
-    """Bytes of a model packet to a client of this rank (0: of all there is), and of the update that answers it with these tensors (None: all), as a run
-    sends them; values do not change them."""
+    """Bytes of a model packet to a client of this rank (0: of all there is), and of the update that answers
+    it with these tensors (None: all), as a run sends them; values do not change them.
+    """
     part = None if trained is None else places(schema, trained)
-    model = Header(kind="model", schema_digest=schema.digest, frame="0" * 16, round=1, tensors=held_places(schema, rank), train=part)
+    model = Header(
+        kind="model",
+        schema_digest=schema.digest,
+        frame="0" * 16,
+        round=1,
+        tensors=held_places(schema, rank),
+        train=part,
+    )
     metrics = {"loss": [1.0, 1.0], "accuracy": [1.0, 1.0]}
-    update = Header(kind="update", schema_digest=schema.digest, frame="0" * 16, round=1, tensors=part, weight=1.0, metrics=metrics)
+    update = Header(
+        kind="update",
+        schema_digest=schema.digest,
+        frame="0" * 16,
+        round=1,
+        tensors=part,
+        weight=1.0,
+        metrics=metrics,
+    )
     return packed_size(model, schema), packed_size(update, schema)
 
 
@@ -254,16 +327,21 @@ def held_of(data: bytes, schema: Schema) -> Schema:
 def finite_norm(vector: np.ndarray) -> float:
     """`quick_norm`. Raises Refused when a number is not finite."""
     norm = quick_norm(vector)
-    # A NaN or an infinity makes the norm one too; so do finite numbers whose squares overflow, and then each has to be looked at.
-    _require(math.isfinite(norm) or bool(np.isfinite(vector).all()), "not-finite", "a tensor holds NaN or infinity")
+    # A NaN or an infinity makes the norm one too; so do finite numbers whose squares overflow,
+    # and then each has to be looked at.
+    _require(
+        math.isfinite(norm) or bool(np.isfinite(vector).all()), "not-finite", "a tensor holds NaN or infinity"
+    )
     return norm
 
 
 def quick_norm(vector: np.ndarray) -> float:
-    """L2 norm of a float32 vector [n], within 1 % where squares neither overflow nor vanish; not finite where one overflows, or a number is not.
+    """L2 norm of a float32 vector [n], within 1 % where squares neither overflow nor vanish; not finite where
+    one overflows, or a number is not.
 
-    A float32 sum of k squares is off by at most about k * 2^-24 of itself whatever the order of adding (Higham 2002, Accuracy and
-    Stability of Numerical Algorithms, section 4.2): 0.4 % for a stretch of 2^16, half of that after the root. Stretches add up in float64.
+    A float32 sum of k squares is off by at most about k * 2^-24 of itself whatever the order of adding
+    (Higham 2002, Accuracy and Stability of Numerical Algorithms, section 4.2): 0.4 % for a stretch of 2^16,
+    half of that after the root. Stretches add up in float64.
     """
     stretches = (vector[i : i + _STRETCH] for i in range(0, vector.size, _STRETCH))
     with np.errstate(over="ignore", invalid="ignore"):  # the result says it
@@ -271,7 +349,10 @@ def quick_norm(vector: np.ndarray) -> float:
 
 
 def kind_of(data: bytes) -> Kind:
-    """The kind a packet claims, for choosing the schema to decode it with. Raises Refused when the header is not one."""
+    """The kind a packet claims, for choosing the schema to decode it with.
+
+    Raises Refused when the header is not one.
+    """
     return _open(data)[0].kind
 
 
@@ -284,12 +365,18 @@ def _open(data: bytes) -> tuple[Header, memoryview]:
     _require(len(data) >= 8, "size", f"{len(data)} bytes, a packet has at least 8")
     _require(data[:4] == MAGIC, "magic", f"starts with {bytes(data[:4])!r}, not {MAGIC!r}")
     (length,) = struct.unpack_from("<I", data, 4)
-    _require(length <= min(MAX_HEADER, len(data) - 8), "header", f"says {length} bytes, {min(MAX_HEADER, len(data) - 8)} are there or allowed")
+    _require(
+        length <= min(MAX_HEADER, len(data) - 8),
+        "header",
+        f"says {length} bytes, {min(MAX_HEADER, len(data) - 8)} are there or allowed",
+    )
     try:
         header = Header.model_validate_json(bytes(data[8 : 8 + length]))
     except ValidationError as e:
         first = e.errors(include_input=False, include_url=False)[0]
-        raise Refused("header", f"{'.'.join(map(str, first['loc'])) or 'JSON'}: {first['msg']}"[:200]) from None
+        raise Refused(
+            "header", f"{'.'.join(map(str, first['loc'])) or 'JSON'}: {first['msg']}"[:200]
+        ) from None
     return header, memoryview(data)[8 + length :]
 
 
@@ -305,7 +392,11 @@ def _chosen(indices: Sequence[int] | None, schema: Schema) -> Schema:
     if indices is None:
         return schema
     _require(all(a < b for a, b in pairwise(indices)), "tensors", "indices repeat or are out of order")
-    _require(not indices or indices[-1] < len(schema.tensors), "tensors", f"index {indices[-1] if indices else 0}, the schema has {len(schema.tensors)}")
+    _require(
+        not indices or indices[-1] < len(schema.tensors),
+        "tensors",
+        f"index {indices[-1] if indices else 0}, the schema has {len(schema.tensors)}",
+    )
     return Schema(tuple(schema.tensors[i] for i in indices))
 
 

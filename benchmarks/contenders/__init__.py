@@ -1,1 +1,3 @@
-"""What benchmarks/simulation.py lets race: one module for each contender, and the work that all of them do."""
+"""What benchmarks/simulation.py lets race: one module for each contender,
+and the work that all of them do.
+"""

@@ -1,4 +1,6 @@
-"""fedtune's own engines: a Simulation as `fedtune simulate` runs it, stopped after each round until the driver wants the next."""
+"""fedtune's own engines: a Simulation as `fedtune simulate` runs it, stopped after each round until
+the driver wants the next.
+"""
 
 import contextlib
 import statistics
@@ -34,7 +36,9 @@ def run(order: Order, engine: str) -> None:
     setup = with_engine(open_case(order.case, order.cohort), engine, order.threads)
     if CASES[order.case].idle:
         make_idle()
-    run = create_run(Path(order.folder), setup.job, {"created": "", "versions": {}, "sha256": setup.sha256, "split": []})
+    run = create_run(
+        Path(order.folder), setup.job, {"created": "", "versions": {}, "sha256": setup.sha256, "split": []}
+    )
     simulation = Simulation(setup, run)
     simulation.watch = Watch(line=Pace(commands, simulation))
     with contextlib.suppress(Over):
@@ -51,10 +55,13 @@ def with_engine(setup: Setup, engine: str, threads: int) -> Setup:
 
 def make_idle() -> None:
     """Clients of this process take the model, train nothing and return it."""
+
     def nothing(*args: Any) -> Metrics:
         return {"loss": (0.0, 1.0), "accuracy": (0.0, 1.0)}
 
-    def together(self: cohort.CohortTrainer, start: np.ndarray, tasks: Sequence[object], *rest: Any) -> tuple[np.ndarray, np.ndarray]:
+    def together(
+        self: cohort.CohortTrainer, start: np.ndarray, tasks: Sequence[object], *rest: Any
+    ) -> tuple[np.ndarray, np.ndarray]:
         return np.tile(start, (len(tasks), 1)), np.tile([0.0, 0.0, 1.0], (len(tasks), 1))
 
     worker.train_locally = nothing
@@ -81,7 +88,11 @@ class Pace:
             if self.left:
                 return
             run = self.simulation.run
-            self.commands.answer(seconds=seconds, loss=statistics.mean(self.losses), moved=moved(run.first_arrays(), run.newest().state.arrays))
+            self.commands.answer(
+                seconds=seconds,
+                loss=statistics.mean(self.losses),
+                moved=moved(run.first_arrays(), run.newest().state.arrays),
+            )
         self.wait()
 
     def wait(self) -> None:
@@ -106,7 +117,13 @@ class Noted(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket.__name__ in PRODUCTS:
-            self.products.append((func, [(tuple(x.shape), x.stride()) for x in args], {k: v for k, v in (kwargs or {}).items() if k != "out"}))
+            self.products.append(
+                (
+                    func,
+                    [(tuple(x.shape), x.stride()) for x in args],
+                    {k: v for k, v in (kwargs or {}).items() if k != "out"},
+                )
+            )
         return func(*args, **(kwargs or {}))
 
 
@@ -117,7 +134,9 @@ def run_all(calls: list[tuple[Any, list[torch.Tensor], dict]]) -> None:
 
 
 def products_share(simulation: Simulation, repeats: int = 5) -> float | None:
-    """Share of a cohort's training that its bare matrix products take, timed alone on the same shapes, medians of alternating runs."""
+    """Share of a cohort's training that its bare matrix products take, timed alone on the same shapes,
+    medians of alternating runs.
+    """
     setup, trainer = simulation.setup, simulation._trainer()
     if trainer is None:
         return None
@@ -126,7 +145,15 @@ def products_share(simulation: Simulation, repeats: int = 5) -> float | None:
     tasks = []
     for name in drawn(setup, 1):
         data = setup.store.train(name)
-        batches = list(vectorised.local_batches(data.lengths, fed.batch_size, fed.local_epochs, fed.local_steps, generator(fed.seed, "local", 1, name)))
+        batches = list(
+            vectorised.local_batches(
+                data.lengths,
+                fed.batch_size,
+                fed.local_epochs,
+                fed.local_steps,
+                generator(fed.seed, "local", 1, name),
+            )
+        )
         tasks.append(Task(name, data, batches))
     with Noted() as noted:
         trainer.train(flat, tasks, 1)
@@ -137,7 +164,9 @@ def products_share(simulation: Simulation, repeats: int = 5) -> float | None:
             made[layout] = torch.empty_strided(*layout).normal_()
         return made[layout]
 
-    calls = [(func, [tensor(layout) for layout in layouts], kwargs) for func, layouts, kwargs in noted.products]
+    calls = [
+        (func, [tensor(layout) for layout in layouts], kwargs) for func, layouts, kwargs in noted.products
+    ]
     whole, bare = [], []
     for _ in range(repeats):
         for times, work in ((whole, lambda: trainer.train(flat, tasks, 1)), (bare, lambda: run_all(calls))):

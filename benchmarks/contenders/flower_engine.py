@@ -60,7 +60,10 @@ def train(message: Message, context: Context) -> Message:
 
 @client_app.query()
 def partition(message: Message, context: Context) -> Message:
-    return Message(RecordDict({"place": MetricRecord({"place": int(context.node_config["partition-id"])})}), reply_to=message)
+    return Message(
+        RecordDict({"place": MetricRecord({"place": int(context.node_config["partition-id"])})}),
+        reply_to=message,
+    )
 
 
 def reply(message: Message, arrays: ArrayRecord, examples: int, loss: float, predictions: int) -> Message:
@@ -75,9 +78,13 @@ class Drawn(FedAvg):
         super().__init__(fraction_evaluate=0.0, train_metrics_aggr_fn=summed)
         self.places, self.nodes, self.asked = iter(places), nodes, asked
 
-    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
         record = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
-        return self._construct_messages(record, [self.nodes[place] for place in next(self.places)], MessageType.TRAIN)
+        return self._construct_messages(
+            record, [self.nodes[place] for place in next(self.places)], MessageType.TRAIN
+        )
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Any:
         replies = list(replies)
@@ -109,16 +116,23 @@ def run(order: Order) -> None:
             logging.getLogger("flwr").exception("server")
             os._exit(1)  # the engine would wait for the clients of a server that has failed
 
-    run_simulation(server_app, client_app, num_supernodes=len(places), backend_config={
-        "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
-        "init_args": {"num_cpus": WORKERS, "logging_level": "ERROR", "log_to_driver": False},
-    })
+    run_simulation(
+        server_app,
+        client_app,
+        num_supernodes=len(places),
+        backend_config={
+            "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+            "init_args": {"num_cpus": WORKERS, "logging_level": "ERROR", "log_to_driver": False},
+        },
+    )
 
 
 def nodes_by_place(grid: Grid, clients: int) -> dict[int, int]:
     """Which node holds which client's data; also starts the workers."""
     messages = [Message(RecordDict(), node, MessageType.QUERY) for node in grid.get_node_ids()]
-    found = {int(m.content["place"]["place"]): m.metadata.src_node_id for m in grid.send_and_receive(messages)}
+    found = {
+        int(m.content["place"]["place"]): m.metadata.src_node_id for m in grid.send_and_receive(messages)
+    }
     assert len(found) == clients
     return found
 
@@ -129,8 +143,14 @@ def rounds(commands: Commands, strategy: FedAvg, grid: Grid, name: str, plain: P
     commands.ready()
     while command := commands.next():
         watch = Stopwatch()
-        result = strategy.start(grid, arrays, num_rounds=command["rounds"], train_config=ConfigRecord({"case": name}))
+        result = strategy.start(
+            grid, arrays, num_rounds=command["rounds"], train_config=ConfigRecord({"case": name})
+        )
         seconds, arrays = watch.seconds(), result.arrays
         sums = result.train_metrics_clientapp.values()
         loss = sum(m["loss"] for m in sums) / sum(m["predictions"] for m in sums)
-        commands.answer(seconds=seconds, loss=loss, moved=moved(plain.start, dict(zip(plain.start, arrays.to_numpy_ndarrays()))))
+        commands.answer(
+            seconds=seconds,
+            loss=loss,
+            moved=moved(plain.start, dict(zip(plain.start, arrays.to_numpy_ndarrays()))),
+        )

@@ -1,4 +1,6 @@
-"""pfl-research's simulation with its PyTorch backend: SimulatedBackend, FederatedAveraging, one model kept in memory."""
+"""pfl-research's simulation with its PyTorch backend: SimulatedBackend, FederatedAveraging,
+one model kept in memory.
+"""
 
 import asyncio
 import logging
@@ -57,14 +59,21 @@ class Texts(Dataset):
 
 
 def users(plain: Plain, name: str) -> dict[str, Dataset]:
-    """Everybody's data, made once. Who holds a single batch has pfl's own Dataset, which keeps its batches."""
+    """Everybody's data, made once.
+
+    Who holds a single batch has pfl's own Dataset, which keeps its batches.
+    """
     if CASES[name].idle:
         return {client: Dataset((np.zeros(BATCH),), user_id=client) for client in plain.setup.split.clients}
     found = {}
     for client, data in plain.data.items():
         inputs, labels = plain.collate(data, np.arange(min(BATCH, len(data))))
         options = {"user_id": client, "train_kwargs": {"names": tuple(inputs)}}
-        found[client] = Texts(plain, data, **options) if len(data) > BATCH else Dataset((*inputs.values(), labels), **options)
+        found[client] = (
+            Texts(plain, data, **options)
+            if len(data) > BATCH
+            else Dataset((*inputs.values(), labels), **options)
+        )
     return found
 
 
@@ -78,16 +87,34 @@ def run(order: Order, commands: Commands) -> None:
     clients = (client for round in count(1) for client in drawn(plain.setup, round))
     data = FederatedDataset(held.__getitem__, lambda: next(clients))
     backend = SimulatedBackend(data, data, postprocessors=[WeightByDatapoints()])
-    model = PyTorchModel(module, lambda parameters, lr: plain.optimizer(), torch.optim.SGD(plain.trained.values(), lr=1.0))
+    model = PyTorchModel(
+        module, lambda parameters, lr: plain.optimizer(), torch.optim.SGD(plain.trained.values(), lr=1.0)
+    )
     whole = CASES[name].idle or plain.fed.local_epochs == 1
-    training = NNTrainHyperParams(local_batch_size=BATCH, local_learning_rate=plain.fed.lr, local_num_epochs=None if whole else plain.fed.local_epochs,
-                                  local_num_steps=(0 if CASES[name].idle else STEPS) if whole else None)
+    training = NNTrainHyperParams(
+        local_batch_size=BATCH,
+        local_learning_rate=plain.fed.lr,
+        local_num_epochs=None if whole else plain.fed.local_epochs,
+        local_num_steps=(0 if CASES[name].idle else STEPS) if whole else None,
+    )
     algorithm = FederatedAveraging()
-    algorithm._current_central_iteration = 1  # iteration 0 is always evaluated, on all data of every client before and after
+    # iteration 0 is always evaluated, on all data of every client before and after
+    algorithm._current_central_iteration = 1
     commands.ready()
     while command := commands.next():
         module.total, module.predictions, watch = 0.0, 0, Stopwatch()
         last = algorithm._current_central_iteration + command["rounds"]
-        algorithm.run(NNAlgorithmParams(last, last + 1, order.cohort, None), backend, model, training, NNEvalHyperParams(BATCH), send_metrics_to_platform=False)
+        algorithm.run(
+            NNAlgorithmParams(last, last + 1, order.cohort, None),
+            backend,
+            model,
+            training,
+            NNEvalHyperParams(BATCH),
+            send_metrics_to_platform=False,
+        )
         arrays = {n: p.detach().numpy() for n, p in plain.trained.items()}
-        commands.answer(seconds=watch.seconds(), loss=module.total / max(1, module.predictions), moved=moved(plain.start, arrays))
+        commands.answer(
+            seconds=watch.seconds(),
+            loss=module.total / max(1, module.predictions),
+            moved=moved(plain.start, arrays),
+        )

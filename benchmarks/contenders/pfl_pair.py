@@ -1,4 +1,6 @@
-"""pfl in two processes of one thread, which is how it uses several cores: each trains half of the cohort, then all statistics are added."""
+"""pfl in two processes of one thread, which is how it uses several cores: each trains half of the cohort,
+then all statistics are added.
+"""
 
 import json
 import os
@@ -52,5 +54,10 @@ def second(order: Order) -> subprocess.Popen:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     os.environ[ADDRESSES] = f"127.0.0.1:{port},127.0.0.1:0"
-    return subprocess.Popen([sys.executable, sys.argv[0], "--serve", NAME, json.dumps(order)], env=os.environ | {RANK: "1"},
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, sys.argv[0], "--serve", NAME, json.dumps(order)],
+        env=os.environ | {RANK: "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )

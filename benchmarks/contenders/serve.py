@@ -8,7 +8,10 @@ from typing import Any
 
 
 class Commands:
-    """Reads {"rounds": N} and answers {"seconds": …}. Everything else that the process prints goes to its log."""
+    """Reads {"rounds": N} and answers {"seconds": …}.
+
+    Everything else that the process prints goes to its log.
+    """
 
     def __init__(self) -> None:
         self._out = os.fdopen(os.dup(1), "w", encoding="utf-8")

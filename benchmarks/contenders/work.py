@@ -1,7 +1,7 @@
 """The work of benchmarks/simulation.py: the cases, and what a contender needs to do them.
 
-fedtune takes a case as a `Setup`. The peers take the same examples, cohorts, start and layers from here as plain torch objects,
-and bring their own loop, batches, transport and averaging.
+fedtune takes a case as a `Setup`. The peers take the same examples, cohorts, start and layers from here as
+plain torch objects, and bring their own loop, batches, transport and averaging.
 """
 
 from collections.abc import Iterator
@@ -33,7 +33,9 @@ ENDLESS = 100_000  # rounds; the driver ends a run by ending its process
 
 
 class Order(NamedTuple):
-    """What the driver tells a contender: the case, clients a round, torch threads (of those that work in one process), a folder."""
+    """What the driver tells a contender: the case, clients a round, torch threads (of those that work
+    in one process), a folder.
+    """
 
     case: str
     cohort: int
@@ -58,8 +60,14 @@ class Case:
 
     def job(self, cohort: int) -> Job:
         """Its only evaluations are of the start, on few examples, and after ENDLESS rounds."""
-        common = (f"federation.cohort={cohort}", f"federation.local-steps={STEPS}", f"federation.batch-size={BATCH}",
-                  f"federation.rounds={ENDLESS}", f"evaluation.every={ENDLESS}", "evaluation.max-examples=16")
+        common = (
+            f"federation.cohort={cohort}",
+            f"federation.local-steps={STEPS}",
+            f"federation.batch-size={BATCH}",
+            f"federation.rounds={ENDLESS}",
+            f"evaluation.every={ENDLESS}",
+            "evaluation.max-examples=16",
+        )
         return parse_job("", (*common, *self.settings))
 
 
@@ -67,7 +75,15 @@ IID = ('data.partition="iid"', 'data.group=""', "data.clients=200")
 CASES = {
     "a": Case("MiniLM, rank-16 cores on all linears", ()),
     "b": Case("MiniLM, cores of the top two blocks", (), top=2),
-    "c": Case("MLP on digits, all parameters", (*IID, 'model.task="image-classification"', 'adapter.method="full"', f"federation.local-epochs={STEPS}")),
+    "c": Case(
+        "MLP on digits, all parameters",
+        (
+            *IID,
+            'model.task="image-classification"',
+            'adapter.method="full"',
+            f"federation.local-epochs={STEPS}",
+        ),
+    ),
     "d": Case("clients that do nothing, tensors of (a)", IID, idle=True),
 }
 
@@ -79,7 +95,11 @@ def open_case(name: str, cohort: int = 1) -> Setup:
     if name == "c":
         return digits(job)
     setup = open_setup(job)
-    return TopBlocks(*(getattr(setup, field) for field in Setup.__dataclass_fields__), top=case.top) if case.top else setup
+    return (
+        TopBlocks(*(getattr(setup, field) for field in Setup.__dataclass_fields__), top=case.top)
+        if case.top
+        else setup
+    )
 
 
 @dataclass(frozen=True)
@@ -93,7 +113,10 @@ class TopBlocks(Setup):
         whole = describe(layout(self.fresh_model()), self.job.adapter)
         blocks = [unit for unit in whole.schema.units if unit != "head"]
         chosen = {*blocks[-self.top :], "head"}
-        linears, trainable, frame = (tuple(x for x in part if x.unit in chosen) for part in (whole.linears, whole.trainable, whole.frame))
+        linears, trainable, frame = (
+            tuple(x for x in part if x.unit in chosen)
+            for part in (whole.linears, whole.trainable, whole.frame)
+        )
         return replace(whole, linears=linears, trainable=trainable, frame=frame)
 
 
@@ -137,19 +160,30 @@ def digits(job: Job) -> DigitsSetup:
     names = tuple(f"client-{i:03d}" for i in range(job.data.clients))
     order = generator(job.federation.seed, "digits").permutation(len(images))
     cut = BATCH * len(names)
-    parts = Split(Names(names), Slices.of(np.sort(order[:cut].reshape(len(names), BATCH))), Slices.of(np.array_split(order[cut:], len(names))))
+    parts = Split(
+        Names(names),
+        Slices.of(np.sort(order[:cut].reshape(len(names), BATCH))),
+        Slices.of(np.array_split(order[cut:], len(names))),
+    )
     labels = tuple(map(str, found.target_names))
-    return DigitsSetup(job, Source("digits", None, ()), "", labels, Dataset(examples, labels, "digits"), parts)  # type: ignore[arg-type]
+    return DigitsSetup(
+        job, Source("digits", None, ()), "", labels, Dataset(examples, labels, "digits"), parts
+    )  # type: ignore[arg-type]
 
 
 def drawn(setup: Setup, round: int) -> list[str]:
     """Who trains in a round: fedtune's draw, for everybody."""
     fed = setup.job.federation
-    return [c.name for c in draw_cohort(setup.store.clients, fed.cohort, "fixed", generator(fed.seed, "cohort", round))]
+    return [
+        c.name
+        for c in draw_cohort(setup.store.clients, fed.cohort, "fixed", generator(fed.seed, "cohort", round))
+    ]
 
 
 class Plain:
-    """A case as a plain torch program has it: one model, what of it is trained, and everybody's tokenised examples."""
+    """A case as a plain torch program has it: one model, what of it is trained,
+    and everybody's tokenised examples.
+    """
 
     def __init__(self, name: str, cohort: int = 1) -> None:
         self.setup = open_case(name, cohort)
@@ -159,7 +193,11 @@ class Plain:
         self.start: Arrays = methods.initial(self.model, self.setup.spec, {}, self.fed.seed)
         self.trained: dict[str, Tensor] = methods.attach(self.model, self.setup.spec, frame)
         methods.write(self.trained, self.start)
-        self.data = {} if CASES[name].idle else {client: self.setup.store.train(client) for client in self.setup.split.clients}
+        self.data = (
+            {}
+            if CASES[name].idle
+            else {client: self.setup.store.train(client) for client in self.setup.split.clients}
+        )
 
     def optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.trained.values(), lr=self.fed.lr, weight_decay=0.0)

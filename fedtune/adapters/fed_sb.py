@@ -1,6 +1,8 @@
-"""Fed-SB: y = W x + s·B·R·A·x with only the core R [r, r] trained; A [r, inputs] and B [outputs, r] are a frozen frame.
+"""Fed-SB: y = W x + s·B·R·A·x with only the core R [r, r] trained; A [r,
+inputs] and B [outputs, r] are a frozen frame.
 
-Sources: Fed-SB (Singhal et al. 2025), LoRA-SB and LoRA-XS; the maths is in the first two functions' docstrings.
+Sources: Fed-SB (Singhal et al. 2025), LoRA-SB and LoRA-XS; the maths is in the first
+two functions' docstrings.
 """
 
 from collections.abc import Iterator, Mapping
@@ -35,7 +37,8 @@ class SBLinear(nn.Module):
 
 
 class Leading:
-    """A model as a client of a lower rank has it: the leading rows of each A, columns of each B, and cores [rank, rank] of its own, which begin at 0.
+    """A model as a client of a lower rank has it: the leading rows of each A, columns of each B, and cores
+    [rank, rank] of its own, which begin at 0.
 
     Args:
         model: with its adapter on it; changed only while `installed`.
@@ -77,15 +80,26 @@ class Rows(Protocol):
 
 
 class SBProduct(torch.autograd.Function):
-    """x W' + bias + (x A') R' B' with gradients to x, bias and R alone, in as few passes over the wide side as there are products.
+    """x W' + bias + (x A') R' B' with gradients to x, bias and R alone,
+    in as few passes over the wide side as there are products.
 
-    x [n, inputs], W [outputs, inputs], A [r, inputs], B [outputs, r] with the scale in it. R is [r, r] without `rows`; with them each of K
-    models has its own, [K, r, r], and row i is multiplied by that of its model. Kept for the backward pass: x A'.
-    dR = (dy B)' (x A'), summed over a model's rows; dx = dy W + (dy B R) A.
+    x [n, inputs], W [outputs, inputs], A [r, inputs], B [outputs, r] with the scale in it. R is [r,
+    r] without `rows`; with them each of K models has its own, [K, r, r], and row i is multiplied by
+    that of its model. Kept for the backward pass: x A'. dR = (dy B)' (x A'), summed over a model's
+    rows; dx = dy W + (dy B R) A.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, r: Tensor, rows: Rows | None = None) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        r: Tensor,
+        rows: Rows | None = None,
+    ) -> Tensor:
         down = x @ a.T if rows is None else rows.gather(x @ a.T)
         ctx.save_for_backward(down, weight, a, b, r)
         ctx.rows = rows
@@ -102,4 +116,12 @@ class SBProduct(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             return None, None, dbias, None, None, dr, None
         thin = up @ r
-        return (dy @ weight).addmm_(thin if rows is None else rows.scatter(thin), a), None, dbias, None, None, dr, None
+        return (
+            (dy @ weight).addmm_(thin if rows is None else rows.scatter(thin), a),
+            None,
+            dbias,
+            None,
+            None,
+            dr,
+            None,
+        )

@@ -1,8 +1,9 @@
-"""Frames: the frozen A and B of Fed-SB (of FFA-LoRA: A), made once, on the coordinator, and shipped with a hash. NumPy only.
+"""Frames: the frozen A and B of Fed-SB (of FFA-LoRA: A), made once, on the coordinator,
+and shipped with a hash. NumPy only.
 
-Devices never recompute them: signs and ties of an SVD differ between machines, and a core means nothing in another frame.
-All frames of Fed-SB have orthonormal rows of A and columns of B, so that with scale 1 the gradient of R is the best rank-r
-approximation of the gradient of W inside the frame (LoRA-SB, section 3).
+Devices never recompute them: signs and ties of an SVD differ between machines, and a core means nothing in
+another frame. All frames of Fed-SB have orthonormal rows of A and columns of B, so that with scale 1 the
+gradient of R is the best rank-r approximation of the gradient of W inside the frame (LoRA-SB, section 3).
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -14,11 +15,14 @@ from fedtune.seeds import generator
 from fedtune.types import Arrays
 
 
-def from_matrices(spec: AdapterSpec, matrices: Iterable[tuple[Linear, np.ndarray]]) -> tuple[Arrays, dict[str, np.ndarray]]:
+def from_matrices(
+    spec: AdapterSpec, matrices: Iterable[tuple[Linear, np.ndarray]]
+) -> tuple[Arrays, dict[str, np.ndarray]]:
     """The leading singular vectors of one matrix per linear.
 
-    For M = U S Vᵀ [outputs, inputs]: B = U[:, :r], A = Vᵀ[:r], ordered by singular value, so that leading blocks of R nest.
-    Signs are fixed (the largest entry of each column of B is positive), so equal input gives equal frames on one machine.
+    For M = U S Vᵀ [outputs, inputs]: B = U[:, :r], A = Vᵀ[:r], ordered by singular value, so that leading
+    blocks of R nest. Signs are fixed (the largest entry of each column of B is positive), so equal input
+    gives equal frames on one machine.
 
     Returns:
         (frame, singular values [r] by linear)
@@ -52,8 +56,12 @@ def random_frame(spec: AdapterSpec, seed: int) -> Arrays:
 
 
 def lora_factor(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """A [r, inputs] ~ uniform(±1/sqrt(inputs)), as Kaiming's with a = sqrt(5) (Hu et al. 2021, arXiv:2106.09685, section 4.1)."""
-    return generator(seed, f"lora:{name}").uniform(-1, 1, shape).astype(np.float32) / np.sqrt(shape[1], dtype=np.float32)
+    """A [r, inputs] ~ uniform(±1/sqrt(inputs)), as Kaiming's with a = sqrt(5) (Hu et al. 2021,
+    arXiv:2106.09685, section 4.1).
+    """
+    return generator(seed, f"lora:{name}").uniform(-1, 1, shape).astype(np.float32) / np.sqrt(
+        shape[1], dtype=np.float32
+    )
 
 
 def ffa_frame(spec: AdapterSpec, seed: int) -> Arrays:
@@ -61,11 +69,14 @@ def ffa_frame(spec: AdapterSpec, seed: int) -> Arrays:
     return {t.name: lora_factor(t.name, t.shape, seed) for t in spec.frame}
 
 
-def from_gradients(spec: AdapterSpec, gradients: Mapping[str, np.ndarray], step: float) -> tuple[Arrays, Arrays]:
-    """init = "gradient" and "gradient-dp": the frame of the first optimizer step, and the cores to start from.
+def from_gradients(
+    spec: AdapterSpec, gradients: Mapping[str, np.ndarray], step: float
+) -> tuple[Arrays, Arrays]:
+    """init = "gradient" and "gradient-dp": the frame of the first optimizer step,
+    and the cores to start from.
 
-    Adam's first step is about -step·sign(G), so the SVD is of -sign(G) for the clients' mean gradient G = dL/dW (LoRA-SB,
-    algorithm 1; Fed-SB averages before the sign, because sign(mean) is not mean(sign)).
+    Adam's first step is about -step·sign(G), so the SVD is of -sign(G) for the clients' mean gradient
+    G = dL/dW (LoRA-SB, algorithm 1; Fed-SB averages before the sign, because sign(mean) is not mean(sign)).
 
     Args:
         gradients: mean gradient [outputs, inputs] by linear name.

@@ -1,9 +1,11 @@
-"""TinyTL's lite residual modules: a second, trained branch beside each inverted bottleneck, at half its resolution and without its widening.
+"""TinyTL's lite residual modules: a second, trained branch beside each inverted bottleneck, at half its
+resolution and without its widening.
 
-Source: TinyTL (Cai et al. 2020, arXiv:2007.11622, section 3.2). Where this differs from the authors' code: they train the whole base
-anew with group norm, weight standardisation and the branches in it; here the base is taken as it comes, with its frozen batch norms,
-and the branches start at random (drawn from the seed). Their last scale starts at 0, so that the base's output is unchanged. The
-authors lose up to 7 points by random branches, against branches trained on ImageNet with the base (their Random-L+B).
+Source: TinyTL (Cai et al. 2020, arXiv:2007.11622, section 3.2). Where this differs from the authors' code:
+they train the whole base anew with group norm, weight standardisation and the branches in it; here the base
+is taken as it comes, with its frozen batch norms, and the branches start at random (drawn from the seed).
+Their last scale starts at 0, so that the base's output is unchanged. The authors lose up to 7 points by
+random branches, against branches trained on ImageNet with the base (their Random-L+B).
 """
 
 import math
@@ -21,15 +23,19 @@ _PER_GROUP = 8
 
 
 class LiteResidual(nn.Module):
-    """pool 2x2 -> grouped k x k convolution -> norm -> ReLU -> 1x1 convolution -> norm -> bilinear up to the block's output.
+    """pool 2x2 -> grouped k x k convolution -> norm -> ReLU -> 1x1 convolution -> norm -> bilinear
+    up to the block's output.
 
-    x [n, inputs, h, w] -> [n, outputs, *size]. The shift of the last norm stays at 0: the block's own last bias does the same.
+    x [n, inputs, h, w] -> [n, outputs, *size]. The shift of the last norm stays at 0:
+    the block's own last bias does the same.
     """
 
     def __init__(self, block: Inverted) -> None:
         super().__init__()
         k = lite_kernel(block)
-        self.conv = nn.Conv2d(block.inputs, block.inputs, k, block.stride, k // 2, groups=lite_groups(block.inputs), bias=False)
+        self.conv = nn.Conv2d(
+            block.inputs, block.inputs, k, block.stride, k // 2, groups=lite_groups(block.inputs), bias=False
+        )
         self.norm = nn.GroupNorm(_norm_groups(block.inputs), block.inputs)
         self.point = nn.Conv2d(block.inputs, block.outputs, 1, bias=False)
         self.last = nn.GroupNorm(_norm_groups(block.outputs), block.outputs)
@@ -55,9 +61,13 @@ def _add_branch(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Ten
 
 
 def start(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """Round 0 of a tensor of a branch: kernels by He's normal draw from the seed, the first norm 1 and 0, the last scale 0."""
+    """Round 0 of a tensor of a branch: kernels by He's normal draw from the seed,
+    the first norm 1 and 0, the last scale 0.
+    """
     if len(shape) == 4:
-        return (generator(seed, f"lite:{name}").standard_normal(shape) * math.sqrt(2 / math.prod(shape[1:]))).astype(np.float32)
+        return (
+            generator(seed, f"lite:{name}").standard_normal(shape) * math.sqrt(2 / math.prod(shape[1:]))
+        ).astype(np.float32)
     return np.ones(shape, np.float32) if name.endswith(".norm.weight") else np.zeros(shape, np.float32)
 
 

@@ -1,4 +1,7 @@
-"""Puts an adapter on a model: from a spec and a frame to the parameters that are trained, by tensor name. Needs torch."""
+"""Puts an adapter on a model: from a spec and a frame to the parameters that are trained, by tensor name.
+
+Needs torch.
+"""
 
 from collections.abc import Callable, Mapping
 
@@ -21,14 +24,17 @@ Parameters = dict[str, Tensor]
 def attach(model: TunableModel, spec: AdapterSpec, frame: Arrays) -> Parameters:
     """Changes `model` in place so that it holds the adapter; everything else stays frozen.
 
-    Returns the trainable parameters by the names of `spec.trainable`, in that order. The model's output is unchanged until
-    values are written.
+    Returns the trainable parameters by the names of `spec.trainable`, in that order. The model's output is
+    unchanged until values are written.
 
     Raises ShapeMismatch when the frame is not the one `spec` describes.
     """
     for t in spec.frame:
         if t.name not in frame or frame[t.name].shape != t.shape:
-            raise ShapeMismatch(f"frame tensor {t.name!r}: {frame[t.name].shape if t.name in frame else 'missing'}, expected {t.shape}")
+            raise ShapeMismatch(
+                f"frame tensor {t.name!r}: "
+                f"{frame[t.name].shape if t.name in frame else 'missing'}, expected {t.shape}"
+            )
     model.requires_grad_(False)
     parameters = dict(_ATTACH[spec.method](model, spec, frame))
     if model.head is not None:
@@ -52,8 +58,12 @@ def write(parameters: Parameters, arrays: Arrays) -> None:
 
 
 def initial(model: TunableModel, spec: AdapterSpec, start: Arrays, seed: int) -> Arrays:
-    """Round 0: `start` where it says (a gradient init's cores), else the method's own start, else the base's own values."""
-    own = dict(model.body.named_parameters()) | {f"head.{n}": p for n, p in (model.head.named_parameters() if model.head is not None else ())}
+    """Round 0: `start` where it says (a gradient init's cores), else the method's own start,
+    else the base's own values.
+    """
+    own = dict(model.body.named_parameters()) | {
+        f"head.{n}": p for n, p in (model.head.named_parameters() if model.head is not None else ())
+    }
     arrays: Arrays = {}
     for t in spec.trainable:
         if t.name in start:
@@ -66,11 +76,15 @@ def initial(model: TunableModel, spec: AdapterSpec, start: Arrays, seed: int) ->
 
 
 def merge(model: TunableModel, spec: AdapterSpec, frame: Arrays, arrays: Arrays) -> None:
-    """Folds trained values into an un-adapted model's own weights: W + s·B·R·A, W + s·B·A, or the values themselves. Lite residuals stay beside it."""
+    """Folds trained values into an un-adapted model's own weights: W + s·B·R·A, W + s·B·A, or the values
+    themselves. Lite residuals stay beside it.
+    """
     if spec.method == "tinytl":
         lite_residual.insert(model.body, layout(model).inverted)
         model.requires_grad_(False)
-    weights = dict(model.body.named_parameters()) | {f"head.{n}": p for n, p in (model.head.named_parameters() if model.head is not None else ())}
+    weights = dict(model.body.named_parameters()) | {
+        f"head.{n}": p for n, p in (model.head.named_parameters() if model.head is not None else ())
+    }
     factors = {linear.name: lora_factors(spec, frame, arrays, linear.name) for linear in spec.linears}
     with torch.no_grad():
         for name, (b, a) in factors.items():
@@ -81,8 +95,13 @@ def merge(model: TunableModel, spec: AdapterSpec, frame: Arrays, arrays: Arrays)
                 weights[name].copy_(torch.from_numpy(array))
 
 
-def lora_factors(spec: AdapterSpec, frame: Arrays, arrays: Arrays, linear: str) -> tuple[np.ndarray, np.ndarray]:
-    """(B, A) with update = scale·B·A, B [outputs, r], A [r, inputs]. For Fed-SB the core is folded into B: (B·R, A)."""
+def lora_factors(
+    spec: AdapterSpec, frame: Arrays, arrays: Arrays, linear: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """(B, A) with update = scale·B·A, B [outputs, r], A [r, inputs].
+
+    For Fed-SB the core is folded into B: (B·R, A).
+    """
     if spec.method == "fed-sb":
         return frame[f"{linear}.B"] @ arrays[f"{linear}.R"], frame[f"{linear}.A"]
     return arrays[f"{linear}.B"], arrays.get(f"{linear}.A", frame.get(f"{linear}.A"))  # type: ignore[return-value]
@@ -96,7 +115,9 @@ def _replace(model: TunableModel, name: str, new: nn.Module) -> None:
 def _attach_fed_sb(model: TunableModel, spec: AdapterSpec, frame: Arrays) -> Mapping[str, Tensor]:
     parameters: Parameters = {}
     for linear in spec.linears:
-        new = SBLinear(model.linear(linear.name), frame[f"{linear.name}.A"], frame[f"{linear.name}.B"], spec.scale)
+        new = SBLinear(
+            model.linear(linear.name), frame[f"{linear.name}.A"], frame[f"{linear.name}.B"], spec.scale
+        )
         _replace(model, linear.name, new)
         parameters[f"{linear.name}.R"] = new.core.weight
     return parameters
@@ -132,6 +153,17 @@ def _lora_start(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
 
 
 _ATTACH: dict[str, Callable[[TunableModel, AdapterSpec, Arrays], Mapping[str, Tensor]]] = {
-    "fed-sb": _attach_fed_sb, "lora": _attach_lora, "ffa-lora": _attach_lora, "bias": _attach_own, "tinytl": _attach_tinytl, "full": _attach_own, "head": _attach_own,
+    "fed-sb": _attach_fed_sb,
+    "lora": _attach_lora,
+    "ffa-lora": _attach_lora,
+    "bias": _attach_own,
+    "tinytl": _attach_tinytl,
+    "full": _attach_own,
+    "head": _attach_own,
 }
-_START: dict[str, Callable[[str, tuple[int, ...], int], np.ndarray]] = {"fed-sb": _zeros, "lora": _lora_start, "ffa-lora": _zeros, "tinytl": lite_residual.start}
+_START: dict[str, Callable[[str, tuple[int, ...], int], np.ndarray]] = {
+    "fed-sb": _zeros,
+    "lora": _lora_start,
+    "ffa-lora": _zeros,
+    "tinytl": lite_residual.start,
+}

@@ -1,12 +1,15 @@
-"""Unequal ranks: a client of rank k trains the leading k x k block of each core of Fed-SB, with A[:k] and B[:, :k]. NumPy only.
+"""Unequal ranks: a client of rank k trains the leading k x k block of each core of Fed-SB,
+with A[:k] and B[:, :k]. NumPy only.
 
-What it computes with, B[:, :k] R_k A[:k], is B R A with R_k in the corner of R and 0 elsewhere. A core travels as pieces: R[:r1, :r1] of the
-lowest rank of the job, and for each next rank r the ring of r^2 - q^2 numbers of R[:r, :r] outside R[:q, :q], q the rank before, row by
-row. A client has a piece whole or not at all, so the mean of each piece over those that sent it is the mean of each number over its
-owners. With R restricted to one piece, B (mean R) A is its owners' mean of B R A, exactly, as of whole cores where all ranks are equal;
-over all pieces together it is no mean of the clients' products, as each piece has other owners.
+What it computes with, B[:, :k] R_k A[:k], is B R A with R_k in the corner of R and 0 elsewhere. A core
+travels as pieces: R[:r1, :r1] of the lowest rank of the job, and for each next rank r the ring of r^2 - q^2
+numbers of R[:r, :r] outside R[:q, :q], q the rank before, row by row. A client has a piece whole or not at
+all, so the mean of each piece over those that sent it is the mean of each number over its owners. With R
+restricted to one piece, B (mean R) A is its owners' mean of B R A, exactly, as of whole cores where all ranks
+are equal; over all pieces together it is no mean of the clients' products, as each piece has other owners.
 
-Frames are ordered by singular value, so a smaller block is the better part; of init = "random" all parts are alike.
+Frames are ordered by singular value, so a smaller block is the better part;
+of init = "random" all parts are alike.
 """
 
 from collections.abc import Collection
@@ -25,7 +28,9 @@ from fedtune.wire import Packet, Schema
 
 def ranks_of(job: Job) -> tuple[int, ...]:
     """The ranks that clients of the job have, ascending. The last is adapter.rank, whoever has it."""
-    return tuple(sorted({job.adapter.rank, *(device.rank for device in job.simulation.devices if device.rank)}))
+    return tuple(
+        sorted({job.adapter.rank, *(device.rank for device in job.simulation.devices if device.rank)})
+    )
 
 
 def ranks_in(job: Job, spec: AdapterSpec) -> "Ranks | None":
@@ -53,7 +58,9 @@ def join(pieces: list[np.ndarray], ranks: tuple[int, ...]) -> np.ndarray:
 
 @cache
 def places(ranks: tuple[int, ...]) -> np.ndarray:
-    """Where the numbers of a core [r, r] lie in it, row by row, in the order in which they travel: int64 [r * r]."""
+    """Where the numbers of a core [r, r] lie in it, row by row, in the order in which
+    they travel: int64 [r * r].
+    """
     side = np.arange(ranks[-1])
     ring = np.searchsorted(ranks, np.maximum.outer(side, side), side="right")
     return np.argsort(ring.ravel(), kind="stable")
@@ -65,7 +72,10 @@ def at_rank(spec: AdapterSpec, rank: int) -> AdapterSpec:
         return spec
     cores = _cores(spec)
     trained = tuple(replace(t, shape=(rank, rank)) if t.name in cores else t for t in spec.trainable)
-    frame = tuple(replace(t, shape=(rank, t.shape[1]) if t.name.endswith(".A") else (t.shape[0], rank)) for t in spec.frame)
+    frame = tuple(
+        replace(t, shape=(rank, t.shape[1]) if t.name.endswith(".A") else (t.shape[0], rank))
+        for t in spec.frame
+    )
     return replace(spec, rank=rank, trainable=trained, frame=frame)
 
 
@@ -83,7 +93,14 @@ class Ranks:
     @cached_property
     def schema(self) -> Schema:
         """What travels."""
-        return Schema(tuple(piece for t in self.spec.trainable for piece in (self._pieces(t) if t.name in self.cores else (t,))), self.spec.base_blocks)
+        return Schema(
+            tuple(
+                piece
+                for t in self.spec.trainable
+                for piece in (self._pieces(t) if t.name in self.cores else (t,))
+            ),
+            self.spec.base_blocks,
+        )
 
     def split(self, arrays: Arrays) -> Arrays:
         """The tensors of a client of any of the ranks, or some of them, as they travel."""
@@ -99,7 +116,12 @@ class Ranks:
     def join(self, arrays: Arrays, rank: int = 0) -> Arrays:
         """The tensors that a client of this rank (0: the last) has, of a model as it travels."""
         ranks = self._up_to(rank or self.all[-1])
-        return {t.name: join([arrays[_name(t.name, r)] for r in ranks], ranks) if t.name in self.cores else arrays[t.name] for t in self.spec.trainable}
+        return {
+            t.name: join([arrays[_name(t.name, r)] for r in ranks], ranks)
+            if t.name in self.cores
+            else arrays[t.name]
+            for t in self.spec.trainable
+        }
 
     def leading(self, arrays: Arrays, rank: int) -> Arrays:
         """What of the tensors of the last rank a client of this rank has; 0: all."""
@@ -107,27 +129,50 @@ class Ranks:
 
     def whole(self, arrays: Arrays) -> Arrays:
         """The tensors of a client of any rank as those of the last: with 0 where it has nothing."""
-        return {name: np.pad(a, (0, self.all[-1] - len(a))) if name in self.cores else a for name, a in arrays.items()}
+        return {
+            name: np.pad(a, (0, self.all[-1] - len(a))) if name in self.cores else a
+            for name, a in arrays.items()
+        }
 
     def rank_of(self, packet: Packet) -> int:
-        """Of the client that such a packet is for; 0 for the last. Raises Refused where it holds what no client of the job has."""
+        """Of the client that such a packet is for; 0 for the last.
+
+        Raises Refused where it holds what no client of the job has.
+        """
         for rank in self.all:
             if packet.arrays.keys() == {t.name for t in self.schema.held(rank).tensors}:
                 return 0 if rank == self.all[-1] else rank
-        raise Refused("tensors", f"holds {len(packet.arrays)} of {len(self.schema.tensors)} pieces of a model, which are those of none of the ranks {', '.join(map(str, self.all))}")
+        raise Refused(
+            "tensors",
+            f"holds {len(packet.arrays)} of {len(self.schema.tensors)} pieces of a model, "
+            f"which are those of none of the ranks {', '.join(map(str, self.all))}",
+        )
 
     def trained(self, names: Collection[str], rank: int) -> tuple[str, ...] | None:
-        """The tensors that these pieces are; None for all that a client of this rank (0: the last) has. Raises Refused for a part of one."""
-        held = {t.name: [_name(t.name, r) for r in self._up_to(rank or self.all[-1])] if t.name in self.cores else [t.name] for t in self.spec.trainable}
+        """The tensors that these pieces are; None for all that a client of this rank (0: the last) has.
+
+        Raises Refused for a part of one.
+        """
+        held = {
+            t.name: [_name(t.name, r) for r in self._up_to(rank or self.all[-1])]
+            if t.name in self.cores
+            else [t.name]
+            for t in self.spec.trainable
+        }
         asked = set(names)
         found = tuple(name for name, pieces in held.items() if asked & set(pieces))
         if {piece for name in found for piece in held[name]} != asked:
-            raise Refused("tensors", "asks for a part of what a client of this rank has of a core to be trained")
+            raise Refused(
+                "tensors", "asks for a part of what a client of this rank has of a core to be trained"
+            )
         return None if len(found) == len(held) else found
 
     def _pieces(self, core: TensorSpec) -> tuple[TensorSpec, ...]:
         first = TensorSpec(_name(core.name, self.all[0]), (self.all[0], self.all[0]), core.unit, self.all[0])
-        return first, *(TensorSpec(_name(core.name, rank), (rank**2 - before**2,), core.unit, rank) for before, rank in pairwise(self.all))
+        return first, *(
+            TensorSpec(_name(core.name, rank), (rank**2 - before**2,), core.unit, rank)
+            for before, rank in pairwise(self.all)
+        )
 
     def _up_to(self, rank: int) -> tuple[int, ...]:
         return self.all[: self.all.index(rank) + 1]

@@ -12,8 +12,10 @@ from fedtune.types import Arrays, Metrics, Update
 from fedtune.wire import Pieces, layout
 
 WAITING, WAITING_BYTES, STRETCH = 8, 2**25, 2**13
-"""Updates that lie in one vector wait until there are so many, or so many bytes, and go into the running sum together, in stretches
-of so many numbers: eight float64 copies of a stretch fit a core's cache, and the sum is read and written once instead of eight times."""
+"""Updates that lie in one vector wait until there are so many, or so many bytes, and go into the running sum
+together, in stretches of so many numbers: eight float64 copies of a stretch fit a core's cache, and the sum
+is read and written once instead of eight times.
+"""
 
 
 @dataclass(frozen=True)
@@ -30,14 +32,16 @@ class Mean:
 def weighted_mean(updates: Iterable[Update], reference: Arrays, *, equal: bool = False) -> Mean:
     """Mean of updates, each tensor over the updates that hold it: sum(w * u) / sum(w).
 
-    A tensor that no update holds keeps the value of `reference`. Reads `updates` once and keeps one running sum, so memory
-    is that of two models and at most WAITING_BYTES, or one update, whatever the cohort. Sums in float64; two orders may differ
-    in the last bits before rounding to float32. Inputs are not changed.
+    A tensor that no update holds keeps the value of `reference`. Reads `updates` once and keeps one running
+    sum, so memory is that of two models and at most WAITING_BYTES, or one update, whatever the cohort. Sums
+    in float64; two orders may differ in the last bits before rounding to float32. Inputs are not changed.
 
-    Because the frame (A, B) is common and frozen, averaging cores this way is exact: sum p_i (B R_i A) = B (sum p_i R_i) A.
+    Because the frame (A, B) is common and frozen, averaging cores this way is exact:
+    sum p_i (B R_i A) = B (sum p_i R_i) A.
 
     Args:
-        updates: their tensors are among those of `reference`, of the same shapes; weights are finite and at least 0.
+        updates: their tensors are among those of `reference`, of the same shapes;
+            weights are finite and at least 0.
         reference: the model the round started from.
         equal: count every update once, whatever its weight.
 
@@ -45,7 +49,8 @@ def weighted_mean(updates: Iterable[Update], reference: Arrays, *, equal: bool =
         EmptyCohort: no updates, or weights that sum to 0.
         ShapeMismatch: names the client, the tensor and both shapes.
 
-    Source: McMahan et al. 2017, arXiv:1602.05629v4, Algorithm 1; per tensor as in arXiv:2408.15600, section 3.
+    Source: McMahan et al. 2017, arXiv:1602.05629v4, Algorithm 1;
+    per tensor as in arXiv:2408.15600, section 3.
     """
     return streamed(updates, lambda first: _Running(reference, first.arrays), equal)
 
@@ -61,7 +66,9 @@ class Sums(Protocol):
 
 
 def streamed(updates: Iterable[Update], begin: Callable[[Update], Sums], equal: bool) -> Mean:
-    """The mean that the sums give which begin(first update) makes; `updates` are read once. equal and EmptyCohort: as `weighted_mean`."""
+    """The mean that the sums give which begin(first update) makes; `updates` are read once. equal and
+    EmptyCohort: as `weighted_mean`.
+    """
     sums: Sums | None = None
     clients: list[str] = []
     total = 0.0
@@ -85,7 +92,10 @@ class _Running:
         """`first`: an update; the sum lies in memory in its order, because most come in the same."""
         order = [name for name in dict.fromkeys([*first, *reference]) if name in reference]
         self.reference = reference
-        self.sums = Pieces(np.zeros(sum(a.size for a in reference.values())), layout((name, reference[name].shape) for name in order))
+        self.sums = Pieces(
+            np.zeros(sum(a.size for a in reference.values())),
+            layout((name, reference[name].shape) for name in order),
+        )
         self.weights = dict.fromkeys(reference, 0.0)
         self.whole = 0.0  # weight of the updates that held everything
         self.waiting: list[tuple[float, np.ndarray]] = []
@@ -93,7 +103,8 @@ class _Running:
     def add(self, weight: float, update: Update) -> None:
         """Adds one update: as one vector where it is one, else tensor by tensor."""
         arrays = update.arrays
-        if isinstance(arrays, Pieces) and arrays.layout == self.sums.layout:  # names and shapes are those of the model, too
+        # names and shapes are those of the model, too
+        if isinstance(arrays, Pieces) and arrays.layout == self.sums.layout:
             self.whole += weight
             self.waiting.append((weight, arrays.vector))
             if len(self.waiting) == WAITING or (len(self.waiting) + 1) * arrays.vector.nbytes > WAITING_BYTES:
@@ -105,7 +116,9 @@ class _Running:
             self.weights[name] += weight
 
     def means(self) -> Arrays:
-        """The means in the dtype of the reference; a tensor that no update of any weight holds is that of the reference."""
+        """The means in the dtype of the reference; a tensor that no update of any weight holds
+        is that of the reference.
+        """
         self._add_waiting()
         weights = {name: self.whole + weight for name, weight in self.weights.items()}
         return {
@@ -131,4 +144,7 @@ def require_same(update: Update, reference: Arrays) -> None:
         if name not in reference:
             raise ShapeMismatch(f"client {update.client!r}: tensor {name!r} is not part of the model")
         if array.shape != reference[name].shape:
-            raise ShapeMismatch(f"client {update.client!r}, tensor {name!r}: shape {array.shape}, the model has {reference[name].shape}")
+            raise ShapeMismatch(
+                f"client {update.client!r}, tensor {name!r}: shape {array.shape}, "
+                f"the model has {reference[name].shape}"
+            )

@@ -1,13 +1,20 @@
-"""Averages that some wrong updates cannot take where they want. All updates of a round are in memory; no weights, as a client says its own.
+"""Averages that some wrong updates cannot take where they want.
 
-A tensor counts the updates that hold it, and keeps the value of `reference` where none does. Over m differences x_i from the reference:
+All updates of a round are in memory; no weights, as a client says its own.
 
-    median         of each number                                            (Yin et al. 2018, arXiv:1803.01498, definition 1)
-    trimmed mean   of each number, without its k largest and k smallest      (the same, definition 2)
+A tensor counts the updates that hold it, and keeps the value of `reference` where none does. Over m
+differences x_i from the reference:
+
+    median         of each number
+                   (Yin et al. 2018, arXiv:1803.01498, definition 1)
+    trimmed mean   of each number, without its k largest and k smallest
+                   (the same, definition 2)
     Krum           the update with the smallest sum of squared distances to its m - f - 2 nearest others
-                                                                             (Blanchard et al. 2017, arXiv:1703.02757, section 4)
-    multi-Krum     the mean of the m - f updates with the smallest such sums (the same, section 6)
-    norm bound     the mean of x_i min(1, C / |x_i|)                         (Sun et al. 2019, arXiv:1911.07963, section 4)
+                   (Blanchard et al. 2017, arXiv:1703.02757, section 4)
+    multi-Krum     the mean of the m - f updates with the smallest such sums
+                   (the same, section 6)
+    norm bound     the mean of x_i min(1, C / |x_i|)
+                   (Sun et al. 2019, arXiv:1911.07963, section 4)
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -33,18 +40,26 @@ def median(updates: Iterable[Update], reference: Arrays) -> Mean:
 
 
 def trimmed_mean(updates: Iterable[Update], reference: Arrays, share: float) -> Mean:
-    """share: of the updates, below 1/2, that is cut on each side, rounded down; at least one update where there are three or more."""
+    """share: of the updates, below 1/2, that is cut on each side, rounded down; at least one update where
+    there are three or more.
+    """
     return _averaged(_changes(updates, reference), reference, lambda x: _trimmed(x, share))
 
 
 def krum(updates: Iterable[Update], reference: Arrays, wrong: int, several: bool = False) -> Mean:
-    """wrong: f, how many updates may be wrong; fewer where the round has too few for it (m < 2 f + 3). several: multi-Krum.
+    """wrong: f, how many updates may be wrong; fewer where the round has too few for it (m < 2
+    f + 3). several: multi-Krum.
 
     A tensor that an update lacks counts as not moved.
     """
     changes = _changes(updates, reference)
     still = {name: np.zeros(a.shape) for name, a in reference.items()}
-    vectors = np.stack([np.concatenate([change.get(name, zeros).ravel() for name, zeros in still.items()]) for _, change in changes])
+    vectors = np.stack(
+        [
+            np.concatenate([change.get(name, zeros).ravel() for name, zeros in still.items()])
+            for _, change in changes
+        ]
+    )
     ranked = krum_order(vectors, wrong)
     kept = sorted(ranked[: max(1, len(changes) - tolerated(len(changes), wrong)) if several else 1])
     mean = _averaged([changes[i] for i in kept], reference, _mean)
@@ -62,7 +77,9 @@ def norm_bound(updates: Iterable[Update], reference: Arrays, bound: float) -> Me
 
 
 def krum_order(vectors: np.ndarray, wrong: int) -> list[int]:
-    """Places of the vectors [m, n], the one with the smallest sum of squared distances to its nearest others first."""
+    """Places of the vectors [m, n], the one with the smallest sum of squared distances to
+    its nearest others first.
+    """
     m = len(vectors)
     squares = np.square(vectors).sum(1)
     apart = np.maximum(squares[:, None] + squares[None, :] - 2 * vectors @ vectors.T, 0.0)
@@ -81,7 +98,9 @@ def _changes(updates: Iterable[Update], reference: Arrays) -> list[Change]:
     found: list[Change] = []
     for update in updates:
         require_same(update, reference)
-        found.append((update, {name: a.astype(np.float64) - reference[name] for name, a in update.arrays.items()}))
+        found.append(
+            (update, {name: a.astype(np.float64) - reference[name] for name, a in update.arrays.items()})
+        )
     if not found:
         raise EmptyCohort("0 updates: nothing to average")
     return found
@@ -93,7 +112,9 @@ def _averaged(changes: Sequence[Change], reference: Arrays, rule: Rule) -> Mean:
         if parts := [change[name].ravel() for _, change in changes if name in change]:
             arrays[name] = (old + rule(np.stack(parts)).reshape(old.shape)).astype(old.dtype)
     updates = [update for update, _ in changes]
-    return Mean(arrays, tuple(u.client for u in updates), float(len(updates)), merge([u.metrics for u in updates]))
+    return Mean(
+        arrays, tuple(u.client for u in updates), float(len(updates)), merge([u.metrics for u in updates])
+    )
 
 
 def _mean(x: np.ndarray) -> np.ndarray:

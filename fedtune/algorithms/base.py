@@ -12,7 +12,8 @@ from fedtune.types import Arrays, Assignment, ClientInfo, RoundReport, Update
 class State:
     """Everything an algorithm carries from round to round.
 
-    `round` counts finished rounds. `arrays` is the global model. `slots` holds whatever else (server optimiser moments…).
+    `round` counts finished rounds. `arrays` is the global model. `slots` holds whatever else
+    (server optimiser moments…).
     """
 
     round: int
@@ -22,11 +23,13 @@ class State:
 
 @dataclass(frozen=True)
 class Algorithm:
-    """init: arrays -> state. plan: (state, clients) -> assignments of the next round. step: (state, updates) -> (state, report).
+    """init: arrays -> state. plan: (state, clients) -> assignments of the next round. step: (state,
+    updates) -> (state, report).
 
-    `plan` draws from the seed and the round number alone, so that a resumed run draws what an uninterrupted one would have.
-    `step` reads its updates once, may be given none, and raises EmptyCohort when nothing can be averaged.
-    settle: (state, sum, clients in it) -> (state, report), for the algorithms that need no more than a secure sum [length] of their updates.
+    `plan` draws from the seed and the round number alone, so that a resumed run draws what an uninterrupted
+    one would have. `step` reads its updates once, may be given none, and raises EmptyCohort when nothing can
+    be averaged. settle: (state, sum, clients in it) -> (state, report), for the algorithms that need no more
+    than a secure sum [length] of their updates.
     """
 
     init: Callable[[Arrays], State]

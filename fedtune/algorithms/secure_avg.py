@@ -1,7 +1,9 @@
-"""Federated averaging over secure sums: the coordinator sees the sum of clipped, whole-numbered differences and nothing else.
+"""Federated averaging over secure sums: the coordinator sees the sum of clipped,
+whole-numbered differences and nothing else.
 
-In a simulation the vectors are made and added here, with the arithmetic of the live protocol and without its masks, so that what
-clipping, rounding and noise cost shows. A live coordinator gets the sum and calls `settle` alone.
+In a simulation the vectors are made and added here, with the arithmetic of the live protocol and
+without its masks, so that what clipping, rounding and noise cost shows. A live coordinator gets the sum
+and calls `settle` alone.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,8 +19,11 @@ from fedtune.secagg.masks import sum_plainly
 from fedtune.types import RoundReport, Update
 
 
-def secure_avg(*, seed: int, cohort: int, units: tuple[str, ...], secure: Secure, noise: Callable[[int, str], Noise]) -> Algorithm:
-    """As `fed_avg` with equal weights and fixed cohorts. noise: of a client in a round, for rounding and, where clients are protected, its share.
+def secure_avg(
+    *, seed: int, cohort: int, units: tuple[str, ...], secure: Secure, noise: Callable[[int, str], Noise]
+) -> Algorithm:
+    """As `fed_avg` with equal weights and fixed cohorts. noise: of a client in a round, for rounding and,
+    where clients are protected, its share.
 
     With fewer clients than the design's threshold the model stays; the report names those who answered.
     """

@@ -1,11 +1,15 @@
-"""What the coordinator makes of a round's mean: instead of becoming the model, it gives the direction of a step (Reddi et al. 2021, arXiv:2003.00295).
+"""What the coordinator makes of a round's mean: instead of becoming the model, it gives the direction of a
+step (Reddi et al. 2021, arXiv:2003.00295).
 
     Delta = mean - model
-    fedavgm   m <- beta m + Delta;   model <- model + eta m                                     (Hsu et al. 2019, arXiv:1909.06335, section 4.3)
-    fedadam   m <- beta m + (1 - beta) Delta;   v <- beta2 v + (1 - beta2) Delta^2;   model <- model + eta m / (sqrt(v) + tau)
-                                                                                                (Reddi et al., Algorithm 2; no bias correction)
+    fedavgm   m <- beta m + Delta;   model <- model + eta m
+              (Hsu et al. 2019, arXiv:1909.06335, section 4.3)
+    fedadam   m <- beta m + (1 - beta) Delta;   v <- beta2 v + (1 - beta2) Delta^2;
+              model <- model + eta m / (sqrt(v) + tau)
+              (Reddi et al., Algorithm 2; no bias correction)
 
-On Fed-SB cores this is exact, too: what a step does to R it does to B R A. Under privacy the mean has its noise already, so nothing more is charged.
+On Fed-SB cores this is exact, too: what a step does to R it does to B R A. Under privacy the mean has its
+noise already, so nothing more is charged.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +26,10 @@ FIRST, SECOND = "first/", "second/"
 
 
 def with_server_optimizer(inner: Algorithm, settings: FederationSection) -> Algorithm:
-    """`inner` with federation.server-optimizer behind it. A tensor that the round did not move keeps its value and its moments."""
+    """`inner` with federation.server-optimizer behind it.
+
+    A tensor that the round did not move keeps its value and its moments.
+    """
     if settings.server_optimizer == "average":
         return inner
 
@@ -40,7 +47,9 @@ def with_server_optimizer(inner: Algorithm, settings: FederationSection) -> Algo
 
 def moved(before: State, after: State, settings: FederationSection) -> State:
     """The state after a round whose mean is `after.arrays`."""
-    rule: Callable[..., tuple[np.ndarray, ...]] = _fedavgm if settings.server_optimizer == "fedavgm" else _fedadam
+    rule: Callable[..., tuple[np.ndarray, ...]] = (
+        _fedavgm if settings.server_optimizer == "fedavgm" else _fedadam
+    )
     arrays, slots = dict(after.arrays), dict(after.slots)
     for name, old in before.arrays.items():
         if np.array_equal(arrays[name], old):
@@ -53,12 +62,16 @@ def moved(before: State, after: State, settings: FederationSection) -> State:
     return replace(after, arrays=arrays, slots=slots)
 
 
-def _fedavgm(delta: np.ndarray, first: np.ndarray, second: np.ndarray, settings: FederationSection) -> tuple[np.ndarray, ...]:
+def _fedavgm(
+    delta: np.ndarray, first: np.ndarray, second: np.ndarray, settings: FederationSection
+) -> tuple[np.ndarray, ...]:
     first = settings.server_momentum * first + delta
     return first, first
 
 
-def _fedadam(delta: np.ndarray, first: np.ndarray, second: np.ndarray, settings: FederationSection) -> tuple[np.ndarray, ...]:
+def _fedadam(
+    delta: np.ndarray, first: np.ndarray, second: np.ndarray, settings: FederationSection
+) -> tuple[np.ndarray, ...]:
     first = settings.server_momentum * first + (1 - settings.server_momentum) * delta
     second = settings.server_beta2 * second + (1 - settings.server_beta2) * delta**2
     return first / (np.sqrt(second) + settings.server_tau), first, second

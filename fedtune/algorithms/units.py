@@ -1,12 +1,15 @@
-"""Which units each client trains in a round, from the job, the round and the client's budget; and, where clients are probed, from scores.
+"""Which units each client trains in a round, from the job, the round and the client's budget; and, where
+clients are probed, from scores.
 
-What can be selected are the transformer blocks or CNN stages with trained tensors. All else that is trained, such as the head, is
-trained by everyone and does not count. A strategy puts the blocks of a round in an order, of which a client of budget b takes the
-first b: so what a smaller budget trains, a larger one trains, too. top, bottom and both are the baselines of arXiv:2408.15600; lisa draws
-the order anew for each round, as LISA (Pan et al. 2024, arXiv:2403.17919, Algorithm 1) does every K steps, here for all clients alike.
+What can be selected are the transformer blocks or CNN stages with trained tensors. All else that is trained,
+such as the head, is trained by everyone and does not count. A strategy puts the blocks of a round in an
+order, of which a client of budget b takes the first b: so what a smaller budget trains, a larger one trains,
+too. top, bottom and both are the baselines of arXiv:2408.15600; lisa draws the order anew for each round, as
+LISA (Pan et al. 2024, arXiv:2403.17919, Algorithm 1) does every K steps, here for all clients alike.
 
-gradient, rgn, snr and fisher go by what clients were asked (`fedtune.probes`): in a round that begins with a probe each client's own
-scores count (of one that did not answer, the mean), in the rounds up to the next the mean of those scores stands for everybody.
+gradient, rgn, snr and fisher go by what clients were asked (`fedtune.probes`): in a round that begins with a
+probe each client's own scores count (of one that did not answer, the mean), in the rounds up to the next the
+mean of those scores stands for everybody.
 """
 
 from collections.abc import Callable, Sequence
@@ -66,7 +69,9 @@ def order(strategy: str, blocks: Sequence[str], seed: int, round: int) -> tuple[
     ('block.2', 'block.0', 'block.1')
     """
     if strategy == "lisa":
-        return tuple(blocks[place] for place in generator(seed, "units", round).permutation(len(blocks)).tolist())
+        return tuple(
+            blocks[place] for place in generator(seed, "units", round).permutation(len(blocks)).tolist()
+        )
     down = tuple(reversed(blocks))
     if strategy == "both":
         return tuple(unit for pair in zip(down, blocks) for unit in pair)[: len(blocks)]
@@ -74,7 +79,10 @@ def order(strategy: str, blocks: Sequence[str], seed: int, round: int) -> tuple[
 
 
 def selected(job: Job, schema: Schema, round: int, budget: int = 0) -> tuple[str, ...]:
-    """What a client of this budget (0: the job's) trains, in the order of the schema. Not of a strategy that goes by scores."""
+    """What a client of this budget (0: the job's) trains, in the order of the schema.
+
+    Not of a strategy that goes by scores.
+    """
     assert not job.units.probes
     return _taken(job, schema, job.units.strategy, round, budget)
 
@@ -85,7 +93,8 @@ def ever(job: Job, schema: Schema) -> tuple[str, ...]:
 
 
 def spec_of(layout: Layout, job: Job) -> AdapterSpec:
-    """The spec of the job's method on this base, with what any client may train in any round: the rest would be sent to and fro for nothing.
+    """The spec of the job's method on this base, with what any client may train in any round: the rest would
+    be sent to and fro for nothing.
 
     Under units.fit, all: what clients can bear is found with this spec.
     """
@@ -95,7 +104,9 @@ def spec_of(layout: Layout, job: Job) -> AdapterSpec:
 
 
 def lowest(job: Job, schema: Schema, limits: Limits = AS_THE_JOB) -> tuple[str, ...]:
-    """Of what a client of these limits trains in any round, that whose backward pass goes down furthest and so keeps most."""
+    """Of what a client of these limits trains in any round, that whose backward pass goes down
+    furthest and so keeps most.
+    """
     if job.units.varies:
         return _with(schema, within(schema, limits.depth)[: blocks_of(job, schema, limits.blocks)])
     return _taken(job, schema, job.units.strategy, 1, limits.blocks)
@@ -105,8 +116,8 @@ def within(schema: Schema, depth: int) -> tuple[str, ...]:
     """The blocks of the schema down to this depth, from the bottom up; 0: all.
 
     >>> from fedtune.types import TensorSpec
-    >>> within(Schema(tuple(TensorSpec(name, (1,), name) for name in ("block.0", "block.1", "block.2", "head"))), 2)
-    ('block.1', 'block.2')
+    >>> within(Schema(tuple(TensorSpec(name, (1,), name) for name in ("block.0", "block.1", "block.2",
+    "head"))), 2) ('block.1', 'block.2')
     """
     return schema.blocks[-depth:]
 
@@ -114,7 +125,12 @@ def within(schema: Schema, depth: int) -> tuple[str, ...]:
 def most_numbers(job: Job, schema: Schema, limits: Limits = AS_THE_JOB) -> int:
     """The most numbers that a client of these limits trains in a round."""
     held = schema.held(limits.rank)
-    return sum(t.size for t in held.of_units(_largest(job, held, limits) if job.units.varies else selected(job, held, 1, limits.blocks)))
+    return sum(
+        t.size
+        for t in held.of_units(
+            _largest(job, held, limits) if job.units.varies else selected(job, held, 1, limits.blocks)
+        )
+    )
 
 
 def _largest(job: Job, schema: Schema, limits: Limits) -> tuple[str, ...]:
@@ -129,19 +145,27 @@ def _with(schema: Schema, taken: Sequence[str]) -> tuple[str, ...]:
 
 
 def blocks_of(job: Job, schema: Schema, budget: int) -> int:
-    """How many a client of this budget trains: all where neither it nor the job says it, as live under units.fit."""
+    """How many a client of this budget trains: all where neither it nor the job says it,
+    as live under units.fit.
+    """
     return budget or job.units.budget or len(schema.blocks)
 
 
 def _taken(job: Job, schema: Schema, strategy: str, round: int, budget: int) -> tuple[str, ...]:
     if strategy == "all":
         return schema.units
-    return _with(schema, order(strategy, schema.blocks, job.federation.seed, round)[: blocks_of(job, schema, budget)])
+    return _with(
+        schema, order(strategy, schema.blocks, job.federation.seed, round)[: blocks_of(job, schema, budget)]
+    )
 
 
 def budgets(job: Job) -> tuple[int, ...]:
     """The job's own, then those that classes of devices have."""
-    return tuple(dict.fromkeys([job.units.budget, *(device.units for device in job.simulation.devices if device.units)]))
+    return tuple(
+        dict.fromkeys(
+            [job.units.budget, *(device.units for device in job.simulation.devices if device.units)]
+        )
+    )
 
 
 def _largest_budget(job: Job, schema: Schema) -> int:
@@ -149,13 +173,17 @@ def _largest_budget(job: Job, schema: Schema) -> int:
 
 
 def tensors_of(schema: Schema, units: Sequence[str], rank: int = 0) -> tuple[str, ...] | None:
-    """The tensors of these units that a client of this rank has (0: all), in the order of the schema; None where they are all of the schema."""
+    """The tensors of these units that a client of this rank has (0: all), in the order of the schema; None
+    where they are all of the schema.
+    """
     found = tuple(t.name for t in schema.held(rank).of_units(units))
     return None if len(found) == len(schema.tensors) else found
 
 
 def round_bytes(job: Job, schema: Schema, rounds: int, limits: Limits = AS_THE_JOB) -> list[tuple[int, int]]:
-    """Bytes of the (model, update) packets of a client of these limits in each of the first rounds, at least one; of blocks chosen by scores, the most."""
+    """Bytes of the (model, update) packets of a client of these limits in each of the first rounds, at
+    least one; of blocks chosen by scores, the most.
+    """
     size = cache(lambda units: packet_bytes(schema, tensors_of(schema, units, limits.rank), limits.rank))
     if job.units.probes:
         return [size(_largest(job, schema.held(limits.rank), limits))] * max(1, rounds)
@@ -165,7 +193,9 @@ def round_bytes(job: Job, schema: Schema, rounds: int, limits: Limits = AS_THE_J
 
 
 def unlimited(schema: Schema, depth: int) -> bool:
-    """Whether a client of this depth can be probed: what a probe asks takes the backward pass through all blocks."""
+    """Whether a client of this depth can be probed: what a probe asks takes the backward
+    pass through all blocks.
+    """
     return not depth or depth >= len(schema.blocks)
 
 
@@ -175,17 +205,23 @@ def begins_with_probe(job: Job, round: int) -> bool:
 
 
 def with_scores(state: State, rows: Sequence[np.ndarray | None], schema: Schema) -> State:
-    """The state after a probe. rows: scores, at least 0, [blocks], of each client of the coming round in the order it is drawn; None: no answer.
+    """The state after a probe. rows: scores, at least 0, [blocks], of each client of the coming round in the
+    order it is drawn; None: no answer.
 
     Where nobody answered, what an earlier probe found still stands.
     """
     answered = [row for row in rows if row is not None]
     if not answered:
         common = _common(state, len(schema.blocks))
-        return replace(state, slots=state.slots | {ROWS: np.broadcast_to(common, (len(rows), len(common))).copy()})
+        return replace(
+            state, slots=state.slots | {ROWS: np.broadcast_to(common, (len(rows), len(common))).copy()}
+        )
     found = normalised(np.stack(answered).astype(np.float64))
     own = iter(found)
-    return replace(state, slots=state.slots | {ROWS: np.stack([found.mean(0) if row is None else next(own) for row in rows])})
+    return replace(
+        state,
+        slots=state.slots | {ROWS: np.stack([found.mean(0) if row is None else next(own) for row in rows])},
+    )
 
 
 def _common(state: State, count: int) -> np.ndarray:
@@ -199,7 +235,9 @@ def by_common_scores(job: Job, schema: Schema, state: State, limits: Limits = AS
     return _by_scores(job, schema, state, (Assignment("", 1, schema.units),), lambda client: limits)[0].units
 
 
-def _by_scores(job: Job, schema: Schema, state: State, drawn: Sequence[Assignment], limits: LimitsOf) -> tuple[Assignment, ...]:
+def _by_scores(
+    job: Job, schema: Schema, state: State, drawn: Sequence[Assignment], limits: LimitsOf
+) -> tuple[Assignment, ...]:
     found, own = schema.blocks, state.slots.get(ROWS)
     if own is None or len(own) != len(drawn) or not begins_with_probe(job, state.round + 1):
         own = np.broadcast_to(_common(state, len(found)), (len(drawn), len(found)))
@@ -207,16 +245,20 @@ def _by_scores(job: Job, schema: Schema, state: State, drawn: Sequence[Assignmen
     most = np.array([blocks_of(job, schema, its.blocks) for its in borne], np.int64)
     depths = np.array([len(within(schema, its.depth)) for its in borne], np.int64)
     chosen = choose(own, most, job.units.consistency, depths) if drawn else ()
-    return tuple(replace(a, units=_with(schema, [unit for unit, taken in zip(found, row) if taken])) for a, row in zip(drawn, chosen))
+    return tuple(
+        replace(a, units=_with(schema, [unit for unit, taken in zip(found, row) if taken]))
+        for a, row in zip(drawn, chosen)
+    )
 
 
 def step_share(schema: Schema, units: Sequence[str]) -> float:
-    """How much of the work of a step that trains all blocks remains with these units: the forward pass whole, half of the work, and the backward
-    pass, with as much of it for each block, down to the lowest that is trained.
+    """How much of the work of a step that trains all blocks remains with these units: the forward
+    pass whole, half of the work, and the backward pass, with as much of it for each block, down to
+    the lowest that is trained.
 
     >>> from fedtune.types import TensorSpec
-    >>> step_share(Schema(tuple(TensorSpec(name, (1,), name) for name in ("block.0", "block.1", "head"))), ("block.1", "head"))
-    0.75
+    >>> step_share(Schema(tuple(TensorSpec(name, (1,), name) for name in ("block.0", "block.1", "head"))),
+    ("block.1", "head")) 0.75
     """
     found = schema.blocks
     if not found or "outside" in units:
@@ -226,24 +268,48 @@ def step_share(schema: Schema, units: Sequence[str]) -> float:
 
 
 def require_budgets(job: Job, schema: Schema) -> None:
-    """Raises JobError where a budget asks for more blocks than there are, and where clients are to be probed and no class of devices can be."""
+    """Raises JobError where a budget asks for more blocks than there are, and where clients are to be
+    probed and no class of devices can be.
+    """
     if job.units.strategy == "all":
         return
     asked = [("units.budget", job.units.budget)]
-    asked += [(f"simulation.devices.{place}.{key}", count) for place, device in enumerate(job.simulation.devices) for key, count in (("units", device.units), ("depth", device.depth))]
+    asked += [
+        (f"simulation.devices.{place}.{key}", count)
+        for place, device in enumerate(job.simulation.devices)
+        for key, count in (("units", device.units), ("depth", device.depth))
+    ]
     most = len(schema.blocks)
     if not most:
-        raise JobError([f'units.strategy = "{job.units.strategy}": this base has no blocks in which adapter.method = "{job.adapter.method}" trains anything; use "all"'])
-    if problems := [f"{key} = {count}: {most} blocks of this base have trained tensors; lower it" for key, count in asked if count > most]:
+        raise JobError(
+            [
+                (
+                    f'units.strategy = "{job.units.strategy}": this base has no blocks in which '
+                    f'adapter.method = "{job.adapter.method}" trains anything; use "all"'
+                )
+            ]
+        )
+    if problems := [
+        f"{key} = {count}: {most} blocks of this base have trained tensors; lower it"
+        for key, count in asked
+        if count > most
+    ]:
         raise JobError(problems)
     depths = [device.depth for device in job.simulation.devices]
     if job.units.probes and depths and not any(unlimited(schema, depth) for depth in depths):
-        raise JobError([f'units.strategy = "{job.units.strategy}": a probe takes the backward pass through all {most} blocks, and no class of simulation.devices can go deeper than {max(depths)}; '
-                        'give one more memory-mb, units.seconds or depth, or use "top" or "lisa"'])
+        raise JobError(
+            [
+                f'units.strategy = "{job.units.strategy}": a probe takes the backward pass through all '
+                f"{most} blocks, and no class of simulation.devices can go deeper than {max(depths)}; "
+                'give one more memory-mb, units.seconds or depth, or use "top" or "lisa"'
+            ]
+        )
 
 
 def ranked(algorithm: Algorithm, limits: LimitsOf) -> Algorithm:
-    """The same, with each client training what its rank has: a piece of a core is then averaged over those that have it, and one that nobody trained stays."""
+    """The same, with each client training what its rank has: a piece of a core is then averaged over those
+    that have it, and one that nobody trained stays.
+    """
 
     def plan(state: State, clients: Sequence[ClientInfo]) -> tuple[Assignment, ...]:
         return tuple(replace(a, rank=limits(a.client).rank) for a in algorithm.plan(state, clients))
@@ -251,10 +317,14 @@ def ranked(algorithm: Algorithm, limits: LimitsOf) -> Algorithm:
     return replace(algorithm, plan=plan)
 
 
-def selecting(algorithm: Algorithm, job: Job, schema: Schema, limits: LimitsOf = lambda client: AS_THE_JOB) -> Algorithm:
-    """The same, with each client training what its budget takes, on the part of the model that anybody trains in the round.
+def selecting(
+    algorithm: Algorithm, job: Job, schema: Schema, limits: LimitsOf = lambda client: AS_THE_JOB
+) -> Algorithm:
+    """The same, with each client training what its budget takes, on the part of the model that
+    anybody trains in the round.
 
-    What nobody trains stays as it is, with its moments, and no algorithm adds noise to it. Raises JobError as `require_budgets`.
+    What nobody trains stays as it is, with its moments, and no algorithm adds noise to it.
+    Raises JobError as `require_budgets`.
     """
     require_budgets(job, schema)
     if job.units.strategy == "all":
@@ -278,5 +348,10 @@ def selecting(algorithm: Algorithm, job: Job, schema: Schema, limits: LimitsOf =
         return replace(state, arrays=before.arrays | state.arrays), report
 
     return Algorithm(
-        algorithm.init, plan, lambda state, updates: whole(state, algorithm.step(part(state), updates)),
-        None if settle is None else lambda state, total, clients: whole(state, settle(part(state), total, clients)))
+        algorithm.init,
+        plan,
+        lambda state, updates: whole(state, algorithm.step(part(state), updates)),
+        None
+        if settle is None
+        else lambda state, total, clients: whole(state, settle(part(state), total, clients)),
+    )

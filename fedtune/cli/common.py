@@ -14,16 +14,30 @@ from rich.console import Console
 from fedtune.errors import EnvironmentProblem, FedtuneError
 
 INTERRUPTED = 130
-JobArgument = Annotated[Path | None, typer.Argument(help="Job file (TOML). Without one, the default job.", show_default=False)]
-SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Overrides a key of the job; repeatable.")]
-UnderstandOption = Annotated[bool, typer.Option("--i-understand", help="Go on with an epsilon above 10; the same as --set privacy.i-understand=true.")]
+JobArgument = Annotated[
+    Path | None, typer.Argument(help="Job file (TOML). Without one, the default job.", show_default=False)
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Overrides a key of the job; repeatable."),
+]
+UnderstandOption = Annotated[
+    bool,
+    typer.Option(
+        "--i-understand", help="Go on with an epsilon above 10; the same as --set privacy.i-understand=true."
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 
 
 def no_dash(path: Path | None) -> Path | None:
-    """For what a command writes: refuses a name that begins with a dash, which is an option in the wrong place, or meant as standard output."""
+    """For what a command writes: refuses a name that begins with a dash, which is an option in the wrong
+    place, or meant as standard output.
+    """
     if path is not None and str(path).startswith("-"):
-        raise typer.BadParameter(f"{path} begins with a dash, as options do; give another name, or its full path")
+        raise typer.BadParameter(
+            f"{path} begins with a dash, as options do; give another name, or its full path"
+        )
     return path
 
 
@@ -47,7 +61,9 @@ def overrides(set_: list[str] | None, understand: bool = False) -> list[str]:
 
 
 def shell(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Ends the process as fedtune's errors say: one message on stderr, exit code 2, 3 or 4, and 130 when interrupted."""
+    """Ends the process as fedtune's errors say: one message on stderr, exit code 2, 3 or 4,
+    and 130 when interrupted.
+    """
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -59,11 +75,19 @@ def shell(command: Callable[..., Any]) -> Callable[..., Any]:
         except ModuleNotFoundError as e:  # of an installation for another role; one of fedtune's own is a bug
             if (e.name or "fedtune").partition(".")[0] == "fedtune":
                 raise
-            err.print(f"fedtune: this needs the package {e.name}, which is not installed here; install fedtune[sim], on a coordinator fedtune[server], on a device with torch fedtune[client]",
-                      style="red", markup=False, highlight=False, soft_wrap=True)
+            err.print(
+                f"fedtune: this needs the package {e.name}, which is not installed here; install "
+                "fedtune[sim], on a coordinator fedtune[server], on a device with torch fedtune[client]",
+                style="red",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
             sys.exit(EnvironmentProblem.exit_code)
         except KeyboardInterrupt:
             err.print("fedtune: interrupted", markup=False)
             sys.exit(INTERRUPTED)
 
+    # typer would show where the lines of the source break
+    run.__doc__ = "\n\n".join(" ".join(part.split()) for part in (command.__doc__ or "").split("\n\n"))
     return run

@@ -11,24 +11,40 @@ from fedtune.errors import UserError
 from fedtune.report.summary import Summary
 from fedtune.storage import write_atomic
 
-EXAMPLES = "Examples:  fedtune compare runs/fed-sb-001 runs/lora-001   |   fedtune compare runs/* --out compare.html"
+EXAMPLES = (
+    "Examples:  fedtune compare runs/fed-sb-001 runs/lora-001   |   fedtune compare runs/* --out compare.html"
+)
 
 
 @shell
 def command(
     runs: Annotated[list[Path], typer.Argument(help="Run folders, two or more.", show_default=False)],
-    out_: Annotated[Path | None, typer.Option("--out", callback=no_dash, help="Also write the comparison as a page.", show_default=False)] = None,
+    out_: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", callback=no_dash, help="Also write the comparison as a page.", show_default=False
+        ),
+    ] = None,
     json_: JsonOption = False,
 ) -> None:
-    """Prints final figures of several runs, what sets their jobs apart, and what makes them hard to compare."""
+    """Prints final figures of several runs, what sets their jobs apart,
+    and what makes them hard to compare.
+    """
     from fedtune.report import compare
     from fedtune.report.summary import load_summary
 
     if len(runs) < 2:
-        raise UserError(f"{len(runs)} run given: a comparison needs at least 2; add another run folder, or use `fedtune report {runs[0]}`")
+        raise UserError(
+            f"{len(runs)} run given: a comparison needs at least 2; add another run folder, "
+            f"or use `fedtune report {runs[0]}`"
+        )
     summaries = [_named(load_summary(run), run) for run in runs]
     if json_:
-        out.print_json(json.dumps([dict(zip(compare.header(summaries), row, strict=True)) for row in compare.rows(summaries)]))
+        out.print_json(
+            json.dumps(
+                [dict(zip(compare.header(summaries), row, strict=True)) for row in compare.rows(summaries)]
+            )
+        )
     else:
         compare.table(summaries, out)
     if out_:

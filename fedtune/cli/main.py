@@ -26,8 +26,28 @@ from fedtune.cli import (
 )
 from fedtune.cli.common import INTERRUPTED, err
 
-app = typer.Typer(name="fedtune", help="Federated fine-tuning with adapters of kilobytes.", no_args_is_help=True, suggest_commands=False, pretty_exceptions_enable=False)
-for module in (init, validate, plan, fetch, prepare, simulate, server, client, status, report, compare, export, predict):
+app = typer.Typer(
+    name="fedtune",
+    help="Federated fine-tuning with adapters of kilobytes.",
+    no_args_is_help=True,
+    suggest_commands=False,
+    pretty_exceptions_enable=False,
+)
+for module in (
+    init,
+    validate,
+    plan,
+    fetch,
+    prepare,
+    simulate,
+    server,
+    client,
+    status,
+    report,
+    compare,
+    export,
+    predict,
+):
     app.command(name=module.__name__.rpartition(".")[2], epilog=module.EXAMPLES)(module.command)
 app.add_typer(edge.app)
 app.add_typer(provision.app)
@@ -35,7 +55,8 @@ app.add_typer(privacy.app)
 
 
 def main() -> None:
-    # OpenMP threads that spin while they wait make a busy machine several times slower; read when torch is first imported
+    # OpenMP threads that spin while they wait make a busy machine several times slower;
+    # read when torch is first imported
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         sys.exit(app(prog_name="fedtune", standalone_mode=False))
@@ -44,7 +65,13 @@ def main() -> None:
         sys.exit(e.exit_code)
     except click.UsageError as e:  # a mistyped option or command, on one line like every other mistake
         place = e.ctx.command_path if e.ctx else "fedtune"
-        err.print(f"fedtune: {e.format_message().rstrip('.')}; see `{place} --help`", style="red", markup=False, highlight=False, soft_wrap=True)
+        err.print(
+            f"fedtune: {e.format_message().rstrip('.')}; see `{place} --help`",
+            style="red",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
         sys.exit(e.exit_code)
     except click.Abort:
         sys.exit(INTERRUPTED)

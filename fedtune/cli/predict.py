@@ -20,13 +20,23 @@ if TYPE_CHECKING:
 
 EXAMPLES = (
     'Examples:  fedtune predict runs/fed-sb-001 "what a fine day"   |   '
-    "fedtune predict runs/fed-sb-001 --file reviews.csv --column text --out labels.csv   |   fedtune predict runs/head-001 --file photos/"
+    "fedtune predict runs/fed-sb-001 --file reviews.csv --column text --out labels.csv   |   "
+    "fedtune predict runs/head-001 --file photos/"
 )
-FILE_HELP = "Texts in .txt (one a line), .csv, .tsv, .jsonl or .parquet; an image or a folder of images. Repeatable."
+FILE_HELP = (
+    "Texts in .txt (one a line), .csv, .tsv, .jsonl or .parquet; an image or a folder of images. Repeatable."
+)
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 Int8Option = Annotated[bool, typer.Option("--int8", help="Use the int8 graph.")]
 StaticOption = Annotated[bool, typer.Option("--static", help="Use the int8 graph with fixed ranges.")]
-AdapterOption = Annotated[Path | None, typer.Option("--adapter", help="Use this adapter.safetensors, or the one in this folder, in place of the run's own.", show_default=False)]
+AdapterOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--adapter",
+        help="Use this adapter.safetensors, or the one in this folder, in place of the run's own.",
+        show_default=False,
+    ),
+]
 
 
 def graph_of(int8: bool, static: bool, adapter: Path | None) -> str:
@@ -43,14 +53,26 @@ def graph_of(int8: bool, static: bool, adapter: Path | None) -> str:
 def command(
     run: Annotated[Path, typer.Argument(help="Run folder, or a copy of its onnx folder.")],
     inputs: Annotated[
-        list[str] | None, typer.Argument(metavar="[TEXT]...", help="Texts; image files for a model of images. - reads them from standard input, one a line.", show_default=False),
+        list[str] | None,
+        typer.Argument(
+            metavar="[TEXT]...",
+            help="Texts; image files for a model of images. - reads them from standard input, one a line.",
+            show_default=False,
+        ),
     ] = None,
     files: Annotated[list[Path] | None, typer.Option("--file", help=FILE_HELP, show_default=False)] = None,
     int8: Int8Option = False,
     static: StaticOption = False,
     adapter: AdapterOption = None,
-    column: Annotated[str, typer.Option("--column", help="Column with the text, in .csv, .tsv, .jsonl and .parquet.")] = "text",
-    out_: Annotated[Path | None, typer.Option("--out", callback=no_dash, help="Write input, label and probability as .csv.", show_default=False)] = None,
+    column: Annotated[
+        str, typer.Option("--column", help="Column with the text, in .csv, .tsv, .jsonl and .parquet.")
+    ] = "text",
+    out_: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", callback=no_dash, help="Write input, label and probability as .csv.", show_default=False
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Inputs run at once.")] = 64,
     json_: JsonOption = False,
 ) -> None:
@@ -58,12 +80,22 @@ def command(
     try:
         from fedtune.onnx.predict import Predictor
     except ModuleNotFoundError as e:
-        raise EnvironmentProblem(f"fedtune predict needs the package {e.name}; install fedtune[edge]") from None
+        raise EnvironmentProblem(
+            f"fedtune predict needs the package {e.name}; install fedtune[edge]"
+        ) from None
     predictor = Predictor.open(run, graph_of(int8, static, adapter), adapter=adapter)
     show(predictor, inputs or [], files or [], column, out_, batch_size, json_)
 
 
-def show(predictor: "Predictor", inputs: list[str], files: list[Path], column: str, out_: Path | None, batch_size: int, json_: bool) -> None:
+def show(
+    predictor: "Predictor",
+    inputs: list[str],
+    files: list[Path],
+    column: str,
+    out_: Path | None,
+    batch_size: int,
+    json_: bool,
+) -> None:
     """Labels everything that was given, and prints or writes what it found."""
     given = gather(predictor, inputs, files, column)
     labels, probabilities = predictor.predict(given, batch_size)
@@ -71,16 +103,25 @@ def show(predictor: "Predictor", inputs: list[str], files: list[Path], column: s
     if out_:
         write_atomic(out_, _as_csv(rows).encode())
     if json_:
-        print(json.dumps([{"input": x, "label": label, "probability": round(p, 6)} for x, label, p in rows], indent=2, ensure_ascii=False))
+        print(
+            json.dumps(
+                [{"input": x, "label": label, "probability": round(p, 6)} for x, label, p in rows],
+                indent=2,
+                ensure_ascii=False,
+            )
+        )
     elif out_:
         out.print(f"{len(rows):,} predictions: {out_}", markup=False, highlight=False, soft_wrap=True)
     else:
         for x, label, p in rows:
-            out.print(f"{label}  {p:.3f}  {' '.join(x.split())}", markup=False, highlight=False, soft_wrap=True)
+            out.print(
+                f"{label}  {p:.3f}  {' '.join(x.split())}", markup=False, highlight=False, soft_wrap=True
+            )
 
 
 def gather(predictor: "Predictor", inputs: list[str], files: list[Path], column: str) -> list[str]:
-    """Everything to label: what was typed, "-" standing for the lines of standard input, then what the files hold.
+    """Everything to label: what was typed, "-" standing for the lines of standard input,
+    then what the files hold.
 
     Raises UserError for a file that this model cannot read.
     """
@@ -96,7 +137,10 @@ def gather(predictor: "Predictor", inputs: list[str], files: list[Path], column:
     found = [str(image) for path in given for image in _images(path, SUFFIXES)]
     for image in found:
         if not os.path.isfile(image):
-            raise UserError(f"{image}: no such file; this model labels images, give image files or a folder of them with --file")
+            raise UserError(
+                f"{image}: no such file; this model labels images, give image files or "
+                "a folder of them with --file"
+            )
     return found
 
 
@@ -128,9 +172,13 @@ def _texts(path: Path, column: str, images: tuple[str, ...]) -> list[str]:
 def _images(path: str | Path, suffixes: tuple[str, ...]) -> Sequence[str | Path]:
     if not os.path.isdir(path):  # of os.path: typed text can be longer than a path may be
         if Path(path).suffix.lower() not in suffixes and os.path.isfile(path):
-            raise UserError(f"{path}: this model labels images ({', '.join(suffixes)}); give one or a folder of them")
+            raise UserError(
+                f"{path}: this model labels images ({', '.join(suffixes)}); give one or a folder of them"
+            )
         return [path]
-    found = sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in suffixes and not p.name.startswith("."))
+    found = sorted(
+        p for p in Path(path).rglob("*") if p.suffix.lower() in suffixes and not p.name.startswith(".")
+    )
     if not found:
         raise UserError(f"{path}: holds no image ({', '.join(suffixes)}); give a folder with at least one")
     return found

@@ -4,7 +4,16 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 
@@ -20,11 +29,21 @@ class _Rate(TextColumn):
 
 
 class Board(AbstractContextManager["Board"]):
-    """Shows stages, one after another. On a terminal the running one is a bar; elsewhere each stage is a line."""
+    """Shows stages, one after another.
+
+    On a terminal the running one is a bar; elsewhere each stage is a line.
+    """
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            _Rate(),
+            TimeRemainingColumn(),
+        )
         self._bars = Progress(*columns, console=console, transient=True) if console.is_terminal else None
         self._task: TaskID | None = None
         self._text = ""

@@ -19,20 +19,38 @@ if TYPE_CHECKING:
 
 EXAMPLES = (
     "Examples:  fedtune provision --host fed.example.org --host 192.0.2.7 --devices 4 -o keys   |   "
-    "fedtune provision --device lab-7 -o keys   |   fedtune provision renew -o keys   |   fedtune provision show -o keys"
+    "fedtune provision --device lab-7 -o keys   |   "
+    "fedtune provision renew -o keys   |   "
+    "fedtune provision show -o keys"
 )
 RENEW_EXAMPLES = (
-    "Examples:  fedtune provision renew -o keys   |   fedtune provision renew -o keys --host fed.example.org   |   "
+    "Examples:  fedtune provision renew -o keys   |   "
+    "fedtune provision renew -o keys --host fed.example.org   |   "
     "fedtune provision renew -o keys --device device-003"
 )
 SHOW_EXAMPLES = "Examples:  fedtune provision show -o keys   |   fedtune provision show -o keys --json"
 PORT = 9092
 
-HostOption = Annotated[list[str] | None, typer.Option("--host", metavar="NAME-OR-IP", help="What devices call the coordinator; repeatable.")]
+HostOption = Annotated[
+    list[str] | None,
+    typer.Option("--host", metavar="NAME-OR-IP", help="What devices call the coordinator; repeatable."),
+]
 DaysOption = Annotated[int, typer.Option("--days", help="How long the server certificate is good.")]
-FolderOption = Annotated[Path, typer.Option("-o", "--out", callback=no_dash, metavar="DIR", help="Folder that `fedtune provision` made.", show_default=False)]
+FolderOption = Annotated[
+    Path,
+    typer.Option(
+        "-o",
+        "--out",
+        callback=no_dash,
+        metavar="DIR",
+        help="Folder that `fedtune provision` made.",
+        show_default=False,
+    ),
+]
 
-app = typer.Typer(name="provision", invoke_without_command=True, suggest_commands=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    name="provision", invoke_without_command=True, suggest_commands=False, pretty_exceptions_enable=False
+)
 
 
 @app.callback(epilog=EXAMPLES)
@@ -40,12 +58,33 @@ app = typer.Typer(name="provision", invoke_without_command=True, suggest_command
 def command(
     ctx: typer.Context,
     host: HostOption = None,
-    devices: Annotated[int | None, typer.Option("--devices", metavar="N", help="Makes device-001 to device-N.", show_default=False)] = None,
-    device: Annotated[list[str] | None, typer.Option("--device", metavar="NAME", help="Makes a device of this name; repeatable.")] = None,
-    out_: Annotated[Path | None, typer.Option("-o", "--out", callback=no_dash, metavar="DIR", help="Folder to write, or to add to.", show_default=False)] = None,
+    devices: Annotated[
+        int | None,
+        typer.Option("--devices", metavar="N", help="Makes device-001 to device-N.", show_default=False),
+    ] = None,
+    device: Annotated[
+        list[str] | None,
+        typer.Option("--device", metavar="NAME", help="Makes a device of this name; repeatable."),
+    ] = None,
+    out_: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--out",
+            callback=no_dash,
+            metavar="DIR",
+            help="Folder to write, or to add to.",
+            show_default=False,
+        ),
+    ] = None,
     days: DaysOption = 365,
     ca_days: Annotated[int, typer.Option("--ca-days", help="How long the CA is good.")] = 1825,
-    force: Annotated[bool, typer.Option("--force", help="Make everything new, also what is there: every device has to be set up again.")] = False,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="Make everything new, also what is there: every device has to be set up again."
+        ),
+    ] = False,
 ) -> None:
     """Makes a private CA, the coordinator's certificate and a key pair for each device, in a folder per role.
 
@@ -53,10 +92,15 @@ def command(
     """
     if ctx.invoked_subcommand:
         if host or device or devices is not None or out_ or force:
-            raise UserError(f"options stand after {ctx.invoked_subcommand}: `fedtune provision {ctx.invoked_subcommand} -o DIR …`")
+            raise UserError(
+                f"options stand after {ctx.invoked_subcommand}: `fedtune provision "
+                f"{ctx.invoked_subcommand} -o DIR …`"
+            )
         return
     if out_ is None:
-        raise UserError("provision needs --host NAME-OR-IP, --devices N and -o DIR; see `fedtune provision --help`")
+        raise UserError(
+            "provision needs --host NAME-OR-IP, --devices N and -o DIR; see `fedtune provision --help`"
+        )
     library = _library()
     names = library.device_names(devices, device or ())
     report = library.make(out_, host or (), names, days, ca_days, force)
@@ -68,14 +112,20 @@ def command(
 @shell
 def renew(
     out_: FolderOption,
-    within: Annotated[int, typer.Option("--within", metavar="DAYS", help="Renew what expires within so many days.")] = 30,
+    within: Annotated[
+        int, typer.Option("--within", metavar="DAYS", help="Renew what expires within so many days.")
+    ] = 30,
     host: HostOption = None,
     days: DaysOption = 365,
     device: Annotated[
-        list[str] | None, typer.Option("--device", metavar="NAME", help="Replace the keys of this device, lost or stolen; repeatable."),
+        list[str] | None,
+        typer.Option(
+            "--device", metavar="NAME", help="Replace the keys of this device, lost or stolen; repeatable."
+        ),
     ] = None,
 ) -> None:
-    """Renews what expires soon; with --host makes a certificate for other hosts, with --device replaces a device's keys.
+    """Renews what expires soon; with --host makes a certificate for other hosts,
+    with --device replaces a device's keys.
 
     Needs ca/ca.key to sign a certificate. With --device alone certificates are left alone.
     """
@@ -100,7 +150,9 @@ def _library() -> ModuleType:
     try:
         from fedtune import provision
     except ModuleNotFoundError as e:
-        raise EnvironmentProblem(f"fedtune provision needs the package {e.name}; install fedtune[server]") from None
+        raise EnvironmentProblem(
+            f"fedtune provision needs the package {e.name}; install fedtune[server]"
+        ) from None
     return provision
 
 
@@ -110,7 +162,9 @@ def _print(report: "Report", done: str) -> None:
             _line(f"{title}: {_summed_up(items)}")
     if report.removed:
         _line(f"removed: {_library().names_in_short(report.removed)}")
-    dated = sorted((item for item in (*report.made, *report.kept) if item.not_after), key=lambda item: item.kind)
+    dated = sorted(
+        (item for item in (*report.made, *report.kept) if item.not_after), key=lambda item: item.kind
+    )
     _print_table(("what", "good until", "left", "file"), dated)
     for sentence in report.todo:
         _line(f"- {sentence}")
@@ -121,7 +175,10 @@ def _print_next(report: "Report", name: str) -> None:
     folder = report.root
     _line("next:")
     _line(f"  fedtune server JOB --dir {_quoted(folder / 'server')} --address {_quoted(f'{host}:{PORT}')}")
-    _line(f"  fedtune client --server {_quoted(f'{host}:{PORT}')} --dir {_quoted(folder / 'devices' / name)} --data DATA")
+    _line(
+        f"  fedtune client --server {_quoted(f'{host}:{PORT}')} --dir "
+        f"{_quoted(folder / 'devices' / name)} --data DATA"
+    )
 
 
 def _print_table(header: "tuple[str, ...]", items: "Iterable[Item]") -> None:
@@ -137,7 +194,9 @@ def _summed_up(items: "tuple[Item, ...]") -> str:
     names = [item.name for item in items if item.kind == "device"]
     parts = [words[item.kind] + ", ".join(item.hosts) for item in items if item.kind in words]
     if names:
-        parts.append(f"{len(names):,} device{'s' if len(names) != 1 else ''} ({_library().names_in_short(names)})")
+        parts.append(
+            f"{len(names):,} device{'s' if len(names) != 1 else ''} ({_library().names_in_short(names)})"
+        )
     return "; ".join(parts)
 
 
@@ -155,13 +214,20 @@ def _days_left(until: datetime) -> int:
 
 def _note(item: "Item") -> str:
     away = {"ca": "key kept elsewhere", "server": "key delivered", "device": "key delivered"}
-    return "; ".join([*([", ".join(item.hosts)] if item.hosts else []), *([] if item.has_key else [away[item.kind]])])
+    return "; ".join(
+        [*([", ".join(item.hosts)] if item.hosts else []), *([] if item.has_key else [away[item.kind]])]
+    )
 
 
 def _as_json(item: "Item") -> dict[str, object]:
     return {
-        "name": item.name, "kind": item.kind, "path": str(item.path), "not_after": item.not_after.isoformat() if item.not_after else None,
-        "days_left": _days_left(item.not_after) if item.not_after else None, "hosts": list(item.hosts), "has_key": item.has_key,
+        "name": item.name,
+        "kind": item.kind,
+        "path": str(item.path),
+        "not_after": item.not_after.isoformat() if item.not_after else None,
+        "days_left": _days_left(item.not_after) if item.not_after else None,
+        "hosts": list(item.hosts),
+        "has_key": item.has_key,
     }
 
 

@@ -15,8 +15,7 @@ EXAMPLES = "Examples:  fedtune report runs/fed-sb-001   |   fedtune report runs/
 
 @shell
 def command(
-    run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
-    json_: JsonOption = False,
+    run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)], json_: JsonOption = False
 ) -> None:
     """Prints what a run gave and writes its page; an unfinished run is reported as far as it came."""
     from fedtune.report.summary import load_summary
@@ -24,8 +23,12 @@ def command(
     from fedtune.workflows.summary import facts, write_page, write_summary
 
     folder = open_run(run)
-    if folder.summary.exists() and load_summary(folder.path)["rounds"][-1]["round"] == folder.metrics()[-1]["round"]:
-        require_whole(folder.ledger, folder.metrics()[-1]["round"])  # the page's claims are those of a ledger that was whole
+    if (
+        folder.summary.exists()
+        and load_summary(folder.path)["rounds"][-1]["round"] == folder.metrics()[-1]["round"]
+    ):
+        # the page's claims are those of a ledger that was whole
+        require_whole(folder.ledger, folder.metrics()[-1]["round"])
         write_page(folder, load_summary(folder.path))
     else:
         write_summary(folder, facts(folder))

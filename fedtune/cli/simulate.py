@@ -13,23 +13,53 @@ from fedtune.report.format import duration, number, size
 from fedtune.rounds import Watch
 from fedtune.run import RunFolder, create_run, next_run_path, open_run
 
-EXAMPLES = "Examples:  fedtune simulate   |   fedtune simulate job.toml --set federation.rounds=2 --out runs/try   |   fedtune simulate --resume runs/try"
+EXAMPLES = (
+    "Examples:  fedtune simulate   |   "
+    "fedtune simulate job.toml --set federation.rounds=2 --out runs/try   |   "
+    "fedtune simulate --resume runs/try"
+)
 
 
 @shell
 def command(
     job: JobArgument = None,
     set_: SetOption = None,
-    out_: Annotated[Path | None, typer.Option("--out", callback=no_dash, help="Run folder to make (default: runs/METHOD-001, -002…).", show_default=False)] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Same as --set federation.seed=N.", show_default=False)] = None,
-    resume: Annotated[Path | None, typer.Option("--resume", help="Continue this run folder from its last finished round.", show_default=False)] = None,
+    out_: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            callback=no_dash,
+            help="Run folder to make (default: runs/METHOD-001, -002…).",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Same as --set federation.seed=N.", show_default=False)
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            "--resume", help="Continue this run folder from its last finished round.", show_default=False
+        ),
+    ] = None,
     understand: UnderstandOption = False,
 ) -> None:
-    """Runs the whole job on this machine and leaves a run folder with the adapter, the report and the exports."""
+    """Runs the whole job on this machine and leaves a run folder with the adapter,
+    the report and the exports.
+    """
     if resume and (job or set_ or out_ or seed is not None or understand):
-        raise UserError("--resume takes the job from the run folder; remove the job, --set, --out, --seed and --i-understand")
+        raise UserError(
+            "--resume takes the job from the run folder; remove the job, --set, "
+            "--out, --seed and --i-understand"
+        )
     run = open_run(resume) if resume else None
-    checked = run.job() if run else load_job(job, [*overrides(set_, understand), *([f"federation.seed={seed}"] if seed is not None else [])])
+    checked = (
+        run.job()
+        if run
+        else load_job(
+            job, [*overrides(set_, understand), *([f"federation.seed={seed}"] if seed is not None else [])]
+        )
+    )
     if not (run and _whole(run)):
         run = _run(run, checked, out_)
     from fedtune.report.summary import load_summary
@@ -44,14 +74,21 @@ def _run(run: RunFolder | None, job: Job, path: Path | None) -> RunFolder:
     with Board(out) as board:
         from fedtune.workflows.finish import finish
         from fedtune.workflows.fleet import make_fleet
-        from fedtune.workflows.setup import open_setup, require_trainable, require_unchanged, run_facts, with_noise
+        from fedtune.workflows.setup import (
+            open_setup,
+            require_trainable,
+            require_unchanged,
+            run_facts,
+            with_noise,
+        )
         from fedtune.workflows.simulate import Simulation, require_device
 
         board.stage("opening the base and the data")
         setup = with_noise(open_setup(job), lambda text: board.line(f"note: {text}"))
         job = setup.job
         require_trainable(setup)
-        _ = setup.spec  # what does not fit the base, and a base that cannot be opened, are said before anything is written
+        # what does not fit the base, and a base that cannot be opened, are said before anything is written
+        _ = setup.spec
         base = setup.fresh_model()
         _ = setup.encoder
         require_device(job.simulation)
@@ -63,12 +100,28 @@ def _run(run: RunFolder | None, job: Job, path: Path | None) -> RunFolder:
         board.line(f"run folder: {run.path}")
         progress = Progress(board, job.federation.rounds)
         try:
-            simulation = Simulation(setup, run, Watch(board.stage, board.advance, lambda reply: progress.reply(), progress.line, lambda text: board.line(f"note: {text}")), base)
+            simulation = Simulation(
+                setup,
+                run,
+                Watch(
+                    board.stage,
+                    board.advance,
+                    lambda reply: progress.reply(),
+                    progress.line,
+                    lambda text: board.line(f"note: {text}"),
+                ),
+                base,
+            )
             with run.locked():
                 simulation.rounds()
                 finish(simulation)
         except KeyboardInterrupt:
-            err.print(f"stopped; continue with: fedtune simulate --resume {run.path}", markup=False, highlight=False, soft_wrap=True)
+            err.print(
+                f"stopped; continue with: fedtune simulate --resume {run.path}",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
             raise
     return run
 
@@ -91,17 +144,28 @@ def round_text(line: dict[str, Any], rounds: int) -> str:
     """One line of metrics.jsonl for people."""
     measured = "not evaluated"
     if line["evaluated"]:
-        measured = f"accuracy {number(line['accuracy'])}, loss {number(line['loss'])} on {line['evaluated']:,} held-out"
+        measured = (
+            f"accuracy {number(line['accuracy'])}, loss {number(line['loss'])} on "
+            f"{line['evaluated']:,} held-out"
+        )
     if line.get("personal_clients"):
-        measured += f"; personal accuracy {number(line['personal_accuracy'])} of {line['personal_clients']:,} clients"
+        measured += (
+            f"; personal accuracy {number(line['personal_accuracy'])} of {line['personal_clients']:,} clients"
+        )
     refused = f"; {len(line['refused'])} refused" if line["refused"] else ""
     lost = _lost(line) if line.get("simulated_seconds") else ""
-    return f"round {line['round']}/{rounds}: {measured}; {size(line['total_bytes'])} so far, {line['seconds']:.1f} s{lost}{refused}"
+    return (
+        f"round {line['round']}/{rounds}: {measured}; {size(line['total_bytes'])} so far, "
+        f"{line['seconds']:.1f} s{lost}{refused}"
+    )
 
 
 def _lost(line: dict[str, Any]) -> str:
     """What devices did to a round."""
-    dropped, late = (f", {len(line[key])} {what}" if line[key] else "" for key, what in (("dropped", "dropped out"), ("stragglers", "past the deadline")))
+    dropped, late = (
+        f", {len(line[key])} {what}" if line[key] else ""
+        for key, what in (("dropped", "dropped out"), ("stragglers", "past the deadline"))
+    )
     return f" ({duration(line['simulated_seconds'])} simulated{dropped}{late})"
 
 

@@ -15,9 +15,12 @@ EXAMPLES = "Examples:  fedtune status --dir keys/server   |   watch fedtune stat
 
 @shell
 def command(
-    folder: Annotated[Path, typer.Option("--dir", help="The coordinator's folder.", show_default=False)], as_json: JsonOption = False,
+    folder: Annotated[Path, typer.Option("--dir", help="The coordinator's folder.", show_default=False)],
+    as_json: JsonOption = False,
 ) -> None:
-    """Rounds, devices seen and refused, bytes, privacy spent so far, and time left. Reads the folder; asks nobody."""
+    """Rounds, devices seen and refused, bytes, privacy spent so far, and time left.
+    Reads the folder; asks nobody.
+    """
     from fedtune.workflows.status import lines, read
 
     status = read(folder)
@@ -28,8 +31,18 @@ def command(
         out.print(text, markup=False, highlight=False, soft_wrap=True)
     if status["devices"]:
         classes = any(d.get("class") for d in status["devices"])
-        table = Table("device", *(["class"] if classes else []), "state", "examples", "rounds", "refused", "why")
+        table = Table(
+            "device", *(["class"] if classes else []), "state", "examples", "rounds", "refused", "why"
+        )
         for d in status["devices"]:
             class_ = [escape(d.get("class", ""))] if classes else []
-            table.add_row(d["name"], *class_, d["state"] if d["online"] else "offline", f"{d['examples']:,}", str(d["rounds"]), str(d["refusals"]), escape(d["reason"]))
+            table.add_row(
+                d["name"],
+                *class_,
+                d["state"] if d["online"] else "offline",
+                f"{d['examples']:,}",
+                str(d["rounds"]),
+                str(d["refusals"]),
+                escape(d["reason"]),
+            )
         out.print(table)

@@ -1,4 +1,7 @@
-"""A Flower ClientApp that hands packets to a worker. It runs no code and reads no path that a message brings."""
+"""A Flower ClientApp that hands packets to a worker.
+
+It runs no code and reads no path that a message brings.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +16,10 @@ from fedtune.wire import RECORD
 
 
 def make_client_app(answer: Callable[[bytes, str], bytes]) -> ClientApp:
-    """For simulations: `answer` takes (packet, client name) and returns the packet to send back. What fails there for a reason that is no client's own ends the run."""
+    """For simulations: `answer` takes (packet, client name) and returns the packet to send back.
+
+    What fails there for a reason that is no client's own ends the run.
+    """
     app = ClientApp()
 
     @app.train()
@@ -24,9 +30,13 @@ def make_client_app(answer: Callable[[bytes, str], bytes]) -> ClientApp:
 
 
 def make_device_app(
-    accept: Callable[[Offer], Answer], train: Callable[[str, bytes, str], bytes], evaluate: Callable[[str, bytes], bytes],
+    accept: Callable[[Offer], Answer],
+    train: Callable[[str, bytes, str], bytes],
+    evaluate: Callable[[str, bytes], bytes],
 ) -> ClientApp:
-    """For devices: `accept` answers an offer; `train` takes (job, packet, client name), `evaluate` (job, packet)."""
+    """For devices: `accept` answers an offer; `train` takes (job, packet, client name),
+    `evaluate` (job, packet).
+    """
     app = ClientApp()
 
     @app.query()
@@ -35,19 +45,27 @@ def make_device_app(
 
     @app.train()
     def on_train(message: Message, context: Context) -> Message:
-        return _reply(message, lambda values: {"packet": train(job_name(values.get("job")), *_question(values))})
+        return _reply(
+            message, lambda values: {"packet": train(job_name(values.get("job")), *_question(values))}
+        )
 
     @app.evaluate()
     def on_evaluate(message: Message, context: Context) -> Message:
-        return _reply(message, lambda values: {"packet": evaluate(job_name(values.get("job")), _question(values)[0])})
+        return _reply(
+            message, lambda values: {"packet": evaluate(job_name(values.get("job")), _question(values)[0])}
+        )
 
     return app
 
 
 def _reply(
-    message: Message, work: Callable[[Mapping[str, Any]], Mapping[str, Any]], beside: Callable[[FedtuneError], Mapping[str, str]] = lambda e: {},
+    message: Message,
+    work: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+    beside: Callable[[FedtuneError], Mapping[str, str]] = lambda e: {},
 ) -> Message:
-    """An error that fedtune raises on purpose goes back as one line; the round goes on without this client. beside: what else is said of it."""
+    """An error that fedtune raises on purpose goes back as one line; the round goes on without this
+    client. beside: what else is said of it.
+    """
     record = message.content.get(RECORD)
     try:
         values = work(record if isinstance(record, ConfigRecord) else {})

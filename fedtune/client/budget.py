@@ -1,4 +1,6 @@
-"""A device's own account of what leaves it, whatever the coordinator says: written before the training, kept through restarts."""
+"""A device's own account of what leaves it, whatever the coordinator says:
+written before the training, kept through restarts.
+"""
 
 import hashlib
 from dataclasses import dataclass
@@ -17,7 +19,11 @@ from fedtune.wire import kind_of, round_of
 
 @dataclass(frozen=True)
 class Budget:
-    """Of one job. `folder` is this device's own; `name` the job's digest, the same for the bundles before and after a frame was made from gradients."""
+    """Of one job.
+
+    `folder` is this device's own; `name` the job's digest, the same for the bundles before and after a frame
+    was made from gradients.
+    """
 
     folder: Path
     name: str
@@ -25,14 +31,18 @@ class Budget:
 
     @cached_property
     def plan(self) -> Plan | None:
-        """Worked out here, not taken from the coordinator. Raises Refused for a job that promises more than its noise gives."""
+        """Worked out here, not taken from the coordinator.
+
+        Raises Refused for a job that promises more than its noise gives.
+        """
         with refusing():
             return plan_of(self.job, 0)
 
     def charge(self, packet: bytes) -> bytes | None:
         """Writes the release that answering this packet will be to the ledger.
 
-        Returns the answer, where the same packet was answered before: sending that again tells nothing new and costs nothing.
+        Returns the answer, where the same packet was answered before:
+        sending that again tells nothing new and costs nothing.
 
         Raises Refused when the job's rounds are used up.
         """
@@ -48,14 +58,22 @@ class Budget:
         events = ledger.events()
         joined = sum(event.facts["release"] == "updates" for event in events)
         if first is not None and (joined or any(event.facts["note"] != note for event in events)):
-            raise Refused("privacy", "the gradient of the first step left this device before; the job pays for one")
+            raise Refused(
+                "privacy", "the gradient of the first step left this device before; the job pays for one"
+            )
         if joined >= self.plan.rounds:
-            raise Refused("privacy", f"the budget of {self.plan.rounds} rounds (epsilon {self.plan.reading().epsilon:.3g}) is spent on this device")
+            raise Refused(
+                "privacy",
+                f"the budget of {self.plan.rounds} rounds (epsilon "
+                f"{self.plan.reading().epsilon:.3g}) is spent on this device",
+            )
         ledger.record(round_of(packet), (first or self.plan.release([OWN])).facts() | {"note": note})
         return None
 
     def keep(self, packet: bytes, answer: bytes) -> None:
-        """For when the coordinator asks the same again, because it was restarted before the answer reached its disk."""
+        """For when the coordinator asks the same again, because it was restarted before the
+        answer reached its disk.
+        """
         if self.plan is not None:
             write_atomic(self.folder / f"{self.name[:16]}.answer", hashlib.sha256(packet).digest() + answer)
 

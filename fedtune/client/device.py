@@ -1,4 +1,6 @@
-"""A device in a live federation: joins, takes jobs that its owner's policy allows, and lets the trainer do the work."""
+"""A device in a live federation: joins, takes jobs that its owner's policy allows,
+and lets the trainer do the work.
+"""
 
 import contextlib
 import logging
@@ -29,7 +31,9 @@ log = logging.getLogger(__name__)
 KEEP_BUNDLES = 3
 KEEP_OWN = 16
 OWN = "personal"
-"""Folder of what this device keeps for itself, by job; not removed with the bundles, as nobody could make it again."""
+"""Folder of what this device keeps for itself, by job; not removed with the bundles,
+as nobody could make it again.
+"""
 
 
 @dataclass(frozen=True)
@@ -38,14 +42,16 @@ class DeviceSettings:
 
     Attributes:
         server: HOST:PORT of the coordinator.
-        folder: this device's own, with ca.crt and device.key from `fedtune provision`; holds bundles and logs too.
+        folder: this device's own, with ca.crt and device.key from `fedtune provision`;
+            holds bundles and logs too.
         data: file of texts or folder of images; never leaves.
         base: folder of the base model, when the one the job names is not to be looked for.
         policy: the owner's limits; None takes policy.toml of the folder, if there is one.
         name: what to be called where devices have no keys.
         kind: the class of the job's devices whose `units`, `depth` and `rank` this one trains; "" for none.
         insecure: no TLS and no key; the caller allows it for loopback only.
-        graphs: folder of training graphs, for a device without torch; memory_mb: MB that its trainer keeps to, 0 for no limit.
+        graphs: folder of training graphs, for a device without torch; memory_mb:
+            MB that its trainer keeps to, 0 for no limit.
     """
 
     server: str
@@ -67,7 +73,10 @@ Say = Callable[[str], None]
 
 @dataclass
 class Work:
-    """Answers what the coordinator asks. Keeps at most one job open; `fatal` is an error that the owner has to mend."""
+    """Answers what the coordinator asks.
+
+    Keeps at most one job open; `fatal` is an error that the owner has to mend.
+    """
 
     settings: DeviceSettings
     policy: Policy
@@ -79,7 +88,9 @@ class Work:
     _facts: dict = field(default_factory=dict)
 
     def accept(self, offer: Offer) -> Answer:
-        """Opens the job, after the policy and the data have been checked; "need" when its bundle is not here yet."""
+        """Opens the job, after the policy and the data have been checked;
+        "need" when its bundle is not here yet.
+        """
         folder = self._folder(offer.job)
         try:
             if offer.files:
@@ -91,16 +102,28 @@ class Work:
         except Refused as e:
             self.say(f"refused job {offer.job[:12]}: {e}")
             return Answer("refused", str(e), self.settings.name)
-        except FedtuneError as e:  # its text may hold what the data holds: the owner sees it, the coordinator does not
+        # its text may hold what the data holds: the owner sees it, the coordinator does not
+        except FedtuneError as e:
             if isinstance(e, UserError):
                 self.fatal = e
             else:
                 self.say(f"cannot take job {offer.job[:12]} now: {e}")
             return Answer("refused", _outward(e), self.settings.name)
-        self.say(f"ready for job {offer.job[:12]}: {self._facts['examples']} examples to train on, {self._facts['held_out']} held out")
-        if self._bundle is not None and self._bundle.job.privacy.hides_clients:  # how many there are is not protected by any noise
+        self.say(
+            f"ready for job {offer.job[:12]}: {self._facts['examples']} examples to train on, "
+            f"{self._facts['held_out']} held out"
+        )
+        # how many there are is not protected by any noise
+        if self._bundle is not None and self._bundle.job.privacy.hides_clients:
             return Answer("ready", "", self.settings.name, kind=self.settings.kind)
-        return Answer("ready", "", self.settings.name, self._facts["examples"], self._facts["held_out"], self.settings.kind)
+        return Answer(
+            "ready",
+            "",
+            self.settings.name,
+            self._facts["examples"],
+            self._facts["held_out"],
+            self.settings.kind,
+        )
 
     def train(self, job: str, packet: bytes, client: str) -> bytes:
         with _inward(self):
@@ -120,13 +143,17 @@ class Work:
             return answer
 
     def _secured(self, secure: SecureWork, trainer: Trainer, packet: bytes, client: str) -> bytes:
-        """A question of a round whose updates are summed: the update stays here, what leaves is a message of the protocol."""
+        """A question of a round whose updates are summed: the update stays here,
+        what leaves is a message of the protocol.
+        """
         if is_question(packet):
             return secure.answer(packet)
         secure.begin(packet)
         self._budget(secure.bundle).charge(packet)
         self.say("training")
-        return secure.first(packet, trainer.handle(packet, client, secure.bundle.job.federation.deadline), client)
+        return secure.first(
+            packet, trainer.handle(packet, client, secure.bundle.job.federation.deadline), client
+        )
 
     def evaluate(self, job: str, packet: bytes) -> bytes:
         with _inward(self):
@@ -145,7 +172,9 @@ class Work:
         return Budget(self.settings.folder / "privacy", bundle.manifest.job_sha256, bundle.job)
 
     def _opened(self, job: str) -> tuple[Bundle, Trainer]:
-        """A round may come to a device that was restarted since it was ready: then the job is opened from the cache."""
+        """A round may come to a device that was restarted since it was ready:
+        then the job is opened from the cache.
+        """
         if self._bundle is None or self._trainer is None or self._bundle.digest != job:
             if not self._here(job):
                 raise Refused("job", "this device does not have that bundle")
@@ -162,11 +191,25 @@ class Work:
         self.policy.check(bundle.manifest, bundle.job)
         limits = self._limits(bundle)
         _ = self._budget(bundle).plan
-        secure = SecureWork(self.settings.folder / "secagg", bundle, self.policy.min_cohort, limits.blocks) if bundle.job.privacy.secure_aggregation else None
-        trainer = Trainer(TrainerSettings(
-            bundle.folder, self.settings.data, self.settings.base, self.settings.threads, self.settings.idle_seconds,
-            self.settings.folder / "trainer.log", self.settings.folder, self.settings.graphs, self.settings.memory_mb,
-            self._own(bundle)))
+        secure = (
+            SecureWork(self.settings.folder / "secagg", bundle, self.policy.min_cohort, limits.blocks)
+            if bundle.job.privacy.secure_aggregation
+            else None
+        )
+        trainer = Trainer(
+            TrainerSettings(
+                bundle.folder,
+                self.settings.data,
+                self.settings.base,
+                self.settings.threads,
+                self.settings.idle_seconds,
+                self.settings.folder / "trainer.log",
+                self.settings.folder,
+                self.settings.graphs,
+                self.settings.memory_mb,
+                self._own(bundle),
+            )
+        )
         try:
             self._facts = trainer.open(OFFER_SECONDS)
         except BaseException:
@@ -176,15 +219,23 @@ class Work:
         self._tidy()
 
     def _limits(self, bundle: Bundle) -> Limits:
-        """What this device bears of a job. Raises Refused where it names a class that the job does not have."""
+        """What this device bears of a job.
+
+        Raises Refused where it names a class that the job does not have.
+        """
         return limits_of(class_of(bundle.job, self.settings.kind))
 
     def _own(self, bundle: Bundle) -> Path:
-        """Folder of what this device keeps of a job. Raises Refused where it would be one too many: a coordinator could fill the disk, and only the owner can
-        say what may go."""
+        """Folder of what this device keeps of a job. Raises Refused where it would be one too many: a
+        coordinator could fill the disk, and only the owner can say what may go.
+        """
         folder = self.settings.folder / OWN / bundle.digest[:16]
         if method_of(bundle.job) and not folder.exists() and len(list(folder.parent.glob("*"))) >= KEEP_OWN:
-            raise Refused("personal", f"this device keeps something of {KEEP_OWN} jobs already; its owner can remove folders from {OWN}/")
+            raise Refused(
+                "personal",
+                f"this device keeps something of {KEEP_OWN} jobs already; "
+                f"its owner can remove folders from {OWN}/",
+            )
         return folder
 
     def _here(self, job: str) -> bool:
@@ -211,7 +262,11 @@ def run_device(settings: DeviceSettings, say: Say, stop: threading.Event) -> Non
     Raises UserError for what only the device's owner can mend: the data, the base, the key, the certificate.
     """
     _require_files(settings)
-    policy = load_policy(settings.policy or settings.folder / POLICY) if settings.policy or (settings.folder / POLICY).exists() else Policy()
+    policy = (
+        load_policy(settings.policy or settings.folder / POLICY)
+        if settings.policy or (settings.folder / POLICY).exists()
+        else Policy()
+    )
     with _alone(settings.folder), contextlib.closing(Work(settings, policy, say)) as work:
         waits = backoff()
         while not stop.is_set():
@@ -231,8 +286,14 @@ def run_device(settings: DeviceSettings, say: Say, stop: threading.Event) -> Non
 def _serve(settings: DeviceSettings, work: Work, stop: threading.Event) -> float:
     """One life of a SuperNode; how long it was. Raises UserError as `run_device`."""
     secure = not settings.insecure
-    node = SuperNode(NodeSettings(
-        settings.server, settings.folder / "ca.crt" if secure else None, settings.folder / "device.key" if secure else None, settings.folder / "node"))
+    node = SuperNode(
+        NodeSettings(
+            settings.server,
+            settings.folder / "ca.crt" if secure else None,
+            settings.folder / "device.key" if secure else None,
+            settings.folder / "node",
+        )
+    )
     over = threading.Event()
     app = make_device_app(work.accept, work.train, work.evaluate)
     executor = threading.Thread(target=_executing, args=(node, app, over), name="executor", daemon=True)
@@ -267,10 +328,16 @@ def _executing(node: SuperNode, app: object, over: threading.Event) -> None:
 def _explain(said: str, settings: DeviceSettings) -> None:
     """Raises UserError when the SuperNode's last words name something that trying again will not mend."""
     if "Failed to activate" in said:
-        raise UserError(f"{settings.server}: the coordinator does not know this device's key {settings.folder / 'device.key'}; "
-                        "put the device's .pub file into the coordinator's devices folder, or use the key that was provisioned")
+        raise UserError(
+            f"{settings.server}: the coordinator does not know this device's key "
+            f"{settings.folder / 'device.key'}; put the device's .pub file into the coordinator's devices "
+            "folder, or use the key that was provisioned"
+        )
     if "Unable to parse the private key" in said:
-        raise UserError(f"{settings.folder / 'device.key'}: is not a device key; copy the one that `fedtune provision` made")
+        raise UserError(
+            f"{settings.folder / 'device.key'}: is not a device key; "
+            "copy the one that `fedtune provision` made"
+        )
 
 
 def _require_files(settings: DeviceSettings) -> None:
@@ -278,7 +345,10 @@ def _require_files(settings: DeviceSettings) -> None:
         raise DataError(f"--data {settings.data}: does not exist; give a file of texts or a folder of images")
     for name in () if settings.insecure else ("ca.crt", "device.key"):
         if not (settings.folder / name).is_file():
-            raise UserError(f"{settings.folder / name}: is missing; give --dir a device folder that `fedtune provision` made")
+            raise UserError(
+                f"{settings.folder / name}: is missing; give --dir a device folder "
+                "that `fedtune provision` made"
+            )
 
 
 @contextlib.contextmanager
@@ -287,7 +357,10 @@ def _alone(folder: Path) -> Iterator[None]:
     private_folder(folder)
     with lock(folder / ".lock") as mine:
         if not mine:
-            raise RunError(f"{folder}: another client runs with this folder; stop it, or give this one a folder and key of its own")
+            raise RunError(
+                f"{folder}: another client runs with this folder; stop it, or give this one "
+                "a folder and key of its own"
+            )
         yield
 
 

@@ -19,9 +19,18 @@ FILE = "policy.toml"
 
 
 class Policy(BaseModel):
-    """policy.toml; an absent key allows everything, but min-cohort is then 3. Unknown keys are errors, as a misspelt limit would not limit."""
+    """policy.toml; an absent key allows everything, but min-cohort is then 3.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, alias_generator=lambda name: name.replace("_", "-"), allow_inf_nan=False)
+    Unknown keys are errors, as a misspelt limit would not limit.
+    """
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        alias_generator=lambda name: name.replace("_", "-"),
+        allow_inf_nan=False,
+    )
 
     allowed_bases: list[Digest] | None = None
     allowed_tasks: list[Literal["text-classification", "image-classification", "causal-lm"]] | None = None
@@ -36,18 +45,30 @@ class Policy(BaseModel):
     def check(self, manifest: Manifest, job: Job) -> None:
         """Raises Refused, with the key that forbids it, for a job that asks for more than is allowed."""
         _among("allowed-bases", self.allowed_bases, manifest.sha256, "a base of sha256")
-        for task, method in ((manifest.task, manifest.spec.method), (job.model.task, job.adapter.method)):  # a manifest can say other than its job
+        # a manifest can say other than its job
+        for task, method in ((manifest.task, manifest.spec.method), (job.model.task, job.adapter.method)):
             _among("allowed-tasks", self.allowed_tasks, task, "the task")
             _among("allowed-methods", self.allowed_methods, method, "the method")
         if self.privacy_unit is not None and job.privacy.unit != self.privacy_unit:
-            raise _forbidden("privacy-unit", f"the job protects {_shown(job.privacy.unit)}, this device wants {self.privacy_unit!r}")
+            raise _forbidden(
+                "privacy-unit",
+                f"the job protects {_shown(job.privacy.unit)}, this device wants {self.privacy_unit!r}",
+            )
         least = min(job.privacy.noise_multiplier, job.privacy.init_noise or math.inf)
         if self.min_noise_multiplier is not None and least < self.min_noise_multiplier:
-            raise _forbidden("min-noise-multiplier", f"the job adds {least:g}, at least {self.min_noise_multiplier:g} is wanted")
+            raise _forbidden(
+                "min-noise-multiplier",
+                f"the job adds {least:g}, at least {self.min_noise_multiplier:g} is wanted",
+            )
         if self.max_epsilon is not None and (epsilon := own_epsilon(job)) > self.max_epsilon:
-            raise _forbidden("max-epsilon", f"the job's epsilon is {epsilon:.4g}, at most {self.max_epsilon:g} is allowed")
+            raise _forbidden(
+                "max-epsilon", f"the job's epsilon is {epsilon:.4g}, at most {self.max_epsilon:g} is allowed"
+            )
         if self.max_rounds is not None and job.federation.rounds > self.max_rounds:
-            raise _forbidden("max-rounds", f"the job has {job.federation.rounds} rounds, at most {self.max_rounds} are allowed")
+            raise _forbidden(
+                "max-rounds",
+                f"the job has {job.federation.rounds} rounds, at most {self.max_rounds} are allowed",
+            )
         if job.privacy.secure_aggregation:
             _in_company(job, self.min_cohort)
 
@@ -56,7 +77,9 @@ def _in_company(job: Job, least: int) -> None:
     with refusing():
         found = fewest(job)
     if found < least:
-        raise _forbidden("min-cohort", f"sums of {found} clients would open, this device is only part of those of {least}")
+        raise _forbidden(
+            "min-cohort", f"sums of {found} clients would open, this device is only part of those of {least}"
+        )
 
 
 @contextmanager
@@ -69,7 +92,9 @@ def refusing() -> Iterator[None]:
 
 
 def own_epsilon(job: Job) -> float:
-    """The most that the job can cost this device's data, worked out here from its noise; infinite when it protects nothing."""
+    """The most that the job can cost this device's data, worked out here from its noise;
+    infinite when it protects nothing.
+    """
     if job.privacy.unit == "none" or job.privacy.noise == "seeded":
         return math.inf
     with refusing():
@@ -89,12 +114,17 @@ def load_policy(path: Path) -> Policy:
             raise UserError(f"{path}: {where}: unknown key; known keys: {known}") from None
         raise UserError(f"{path}: {where}: {first['msg']}; mend it or remove the key") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
-        raise UserError(f"{path}: cannot be read as a policy ({e}); mend it, or remove it to allow every job") from None
+        raise UserError(
+            f"{path}: cannot be read as a policy ({e}); mend it, or remove it to allow every job"
+        ) from None
 
 
 def _among(key: str, allowed: Sequence[str] | None, found: str, what: str) -> None:
     if allowed is not None and found not in allowed:
-        raise _forbidden(key, f"the job wants {what} {found[:16]}{'…' if len(found) > 16 else ''}, which is not in the list")
+        raise _forbidden(
+            key,
+            f"the job wants {what} {found[:16]}{'…' if len(found) > 16 else ''}, which is not in the list",
+        )
 
 
 def _forbidden(key: str, reason: str) -> Refused:

@@ -1,4 +1,6 @@
-"""A device's part in secure sums: its vector of a round, made here from what the trainer returned, leaves under masks and only once."""
+"""A device's part in secure sums: its vector of a round, made here from what the trainer returned, leaves
+under masks and only once.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +27,10 @@ def is_question(packet: bytes) -> bool:
 
 @dataclass
 class SecureWork:
-    """Of one job. folder: this device's own. minimum: fewest clients whose sum it takes part in, where the job
-    does not ask for more: its noise is sized for those. budget: blocks that this device trains, 0 for the job's. At most one round is open, in memory."""
+    """Of one job. folder: this device's own. minimum: fewest clients whose sum it takes part in, where the
+    job does not ask for more: its noise is sized for those. budget: blocks that this device trains, 0 for the
+    job's. At most one round is open, in memory.
+    """
 
     folder: Path
     bundle: Bundle
@@ -45,32 +49,45 @@ class SecureWork:
         return self.folder / f"{self.bundle.digest[:16]}.round"
 
     def begin(self, packet: bytes) -> None:
-        """Before the training of a round: writes that it was begun. Raises Refused for a round that was begun before, or is older than one.
+        """Before the training of a round: writes that it was begun.
 
-        Sums over two cohorts that differ by this device would differ by its vector: so a round is never run twice, whoever asks.
+        Raises Refused for a round that was begun before, or is older than one.
+
+        Sums over two cohorts that differ by this device would differ by its vector:
+        so a round is never run twice, whoever asks.
         """
         self._round = self._vector = None
         if kind_of(packet) != "model":
-            raise Refused("secure-aggregation", "only trained models are summed; this asks for something else")
+            raise Refused(
+                "secure-aggregation", "only trained models are summed; this asks for something else"
+            )
         round, last = round_of(packet), self._last()
         if round <= last:
-            raise Refused("secure-aggregation", f"round {round}: this device has begun round {last} already, and begins none twice")
+            raise Refused(
+                "secure-aggregation",
+                f"round {round}: this device has begun round {last} already, and begins none twice",
+            )
         private_folder(self.folder)
         write_atomic(self.file, str(round).encode())
 
     def first(self, packet: bytes, update: bytes, client: str) -> bytes:
         """After the training: keeps the vector and answers with this round's keys.
 
-        Raises Refused for packets that are not of the job, and for units that the job does not have this device train in this round: without noise what
-        one client alone trains would be seen in the sum.
+        Raises Refused for packets that are not of the job, and for units that the job does not have this
+        device train in this round: without noise what one client alone trains would be seen in the sum.
         """
         schema, round = self.bundle.schema, round_of(packet)
         model = decode(packet, schema, kinds=["model"], frame=self.bundle.frame_digest)
         if model.train != tensors_of(schema, selected(self.bundle.job, schema, round, self.budget)):
-            raise Refused("secure-aggregation", f"round {round}: the coordinator asks for other units than the job; nothing was sent")
+            raise Refused(
+                "secure-aggregation",
+                f"round {round}: the coordinator asks for other units than the job; nothing was sent",
+            )
         trained = decode(update, schema, kinds=["update"], round=round, frame=self.bundle.frame_digest)
         terms = self.secure.terms(session_of(self.bundle.digest), round)
-        self._vector = self.secure.vector(trained.arrays, trained.metrics, model.arrays, noise_of(self.bundle.job, round, client, "sum"))
+        self._vector = self.secure.vector(
+            trained.arrays, trained.metrics, model.arrays, noise_of(self.bundle.job, round, client, "sum")
+        )
         self._round = ClientRound(terms, minimum=max(self.minimum, self.secure.design.threshold))
         return self._round.keys(messages.ask_keys(terms))
 
@@ -94,4 +111,7 @@ class SecureWork:
         except FileNotFoundError:
             return 0
         except (OSError, ValueError):
-            raise Refused("secure-aggregation", "this device cannot read which round it was in last; its owner can mend that") from None
+            raise Refused(
+                "secure-aggregation",
+                "this device cannot read which round it was in last; its owner can mend that",
+            ) from None

@@ -1,9 +1,10 @@
-"""Flower's SuperNode as a child process, and the executor of ours that answers its tasks. All that leans on Flower's internals
-on the device side stands here and in `supernode_process`.
+"""Flower's SuperNode as a child process, and the executor of ours that answers its tasks. All that leans on
+Flower's internals on the device side stands here and in `supernode_process`.
 
-A SuperNode in "process" isolation only carries messages: it waits until an executor asks for a task, hands it the message and
-takes the reply. Flower's own executor would unpack the app bundle that came from the coordinator, put it first on a new
-process' path and import from it. Ours lives in this process, never unpacks that bundle, and calls the app it was given.
+A SuperNode in "process" isolation only carries messages: it waits until an executor asks for a task, hands it
+the message and takes the reply. Flower's own executor would unpack the app bundle that came from the
+coordinator, put it first on a new process' path and import from it. Ours lives in this process, never unpacks
+that bundle, and calls the app it was given.
 """
 
 import logging
@@ -27,7 +28,11 @@ from flwr.proto.runtime_pb2 import AcquireTaskRequest, SendTaskHeartbeatRequest
 from flwr.supercore.constant import TaskType
 from flwr.supercore.heartbeat import HeartbeatSender
 from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
-from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
+from flwr.supercore.interceptors import (
+    RuntimeTokenHttpInterceptor,
+    RuntimeVersionHttpInterceptor,
+    SuperExecAuthHttpInterceptor,
+)
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
@@ -40,7 +45,10 @@ ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 
 @dataclass(frozen=True)
 class NodeSettings:
-    """Where the coordinator is and who we are. Without `ca` nothing is encrypted; `folder` is private to this device."""
+    """Where the coordinator is and who we are.
+
+    Without `ca` nothing is encrypted; `folder` is private to this device.
+    """
 
     server: str
     ca: Path | None
@@ -49,7 +57,10 @@ class NodeSettings:
 
 
 class SuperNode:
-    """A running SuperNode. `stop` ends it; `exited` says whether it has ended by itself, `said` what it said last."""
+    """A running SuperNode.
+
+    `stop` ends it; `exited` says whether it has ended by itself, `said` what it said last.
+    """
 
     def __init__(self, settings: NodeSettings) -> None:
         check_version()
@@ -61,14 +72,38 @@ class SuperNode:
         with os.fdopen(os.open(secret, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as f:
             f.write(self.secret)
         self.port = _free_port()
-        identity = ["--insecure"] if settings.ca is None else [
-            "--root-certificates", str(settings.ca), "--auth-supernode-private-key", str(settings.key)]
-        command = [sys.executable, "-P", "-m", "fedtune.client.supernode_process", str(os.getpid()), "--superlink", settings.server, *identity, "--isolation", "process",
-                   "--host", "127.0.0.1", "--port", str(self.port), "--superexec-auth-secret-file", str(secret)]
+        identity = (
+            ["--insecure"]
+            if settings.ca is None
+            else ["--root-certificates", str(settings.ca), "--auth-supernode-private-key", str(settings.key)]
+        )
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "fedtune.client.supernode_process",
+            str(os.getpid()),
+            "--superlink",
+            settings.server,
+            *identity,
+            "--isolation",
+            "process",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--superexec-auth-secret-file",
+            str(secret),
+        ]
         with self._log.open("wb") as output:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-                env=os.environ | {"FLWR_HOME": str(settings.folder / "flwr"), "FLWR_LOG_LEVEL": "WARNING"})
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=os.environ | {"FLWR_HOME": str(settings.folder / "flwr"), "FLWR_LOG_LEVEL": "WARNING"},
+            )
 
     @property
     def exited(self) -> bool:
@@ -93,7 +128,10 @@ def execute(node: SuperNode, app: ClientApp, stop: threading.Event) -> None:
 
     Every task gets a reply, an error if need be: without one the SuperNode would wait for ever.
     """
-    interceptors = [RuntimeVersionHttpInterceptor(component_name="SuperExec"), SuperExecAuthHttpInterceptor(master_secret=node.secret, protected_methods={ACQUIRE})]
+    interceptors = [
+        RuntimeVersionHttpInterceptor(component_name="SuperExec"),
+        SuperExecAuthHttpInterceptor(master_secret=node.secret, protected_methods={ACQUIRE}),
+    ]
     client = _connect(node, interceptors)
     pace = Pace(TASK_POLL, TASK_IDLE_POLL)
     try:
@@ -112,14 +150,19 @@ def execute(node: SuperNode, app: ClientApp, stop: threading.Event) -> None:
 
 
 def _work(node: SuperNode, token: str, app: ClientApp) -> None:
-    client = _connect(node, [RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"), RuntimeTokenHttpInterceptor(token)])
+    client = _connect(
+        node,
+        [RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"), RuntimeTokenHttpInterceptor(token)],
+    )
     heartbeat = HeartbeatSender(lambda: _beat(client))
     heartbeat.start()
     try:
-        message, context, _, _ = pull_task_input(client)  # the fourth is the coordinator's app bundle: not unpacked, not kept
+        # the fourth is the coordinator's app bundle: not unpacked, not kept
+        message, context, _, _ = pull_task_input(client)
         push_message(client, _answered(app, message, context), context)
         push_task_output(client, context, SubStatus.COMPLETED, "")
-    except (httpx.HTTPError, ObjectPullError, RuntimeError, ValueError) as e:  # as when its run has ended meanwhile
+    # as when its run has ended meanwhile
+    except (httpx.HTTPError, ObjectPullError, RuntimeError, ValueError) as e:
         log.warning("a task was lost: %s", e)
     finally:
         heartbeat.stop()
@@ -129,13 +172,16 @@ def _work(node: SuperNode, token: str, app: ClientApp) -> None:
 def _answered(app: ClientApp, message: Message, context: Context) -> Message:
     try:
         return app(message=message, context=context)
-    except Exception as e:  # anything unforeseen costs this reply, not the device; its text may hold data, so only its kind is sent
+    # anything unforeseen costs this reply, not the device; its text may hold data, so only its kind is sent
+    except Exception as e:
         log.exception("the app failed")
         return Message(Error(code=0, reason=f"the device failed with {type(e).__name__}"), reply_to=message)
 
 
 def _beat(client: RuntimeHttpClient) -> bool:
-    """Flower's own heartbeat interrupts the process when it is turned down; ours lets the task run to its end."""
+    """Flower's own heartbeat interrupts the process when it is turned down;
+    ours lets the task run to its end.
+    """
     try:
         client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
     except httpx.HTTPError:
@@ -144,7 +190,9 @@ def _beat(client: RuntimeHttpClient) -> bool:
 
 
 def _connect(node: SuperNode, interceptors: list) -> RuntimeHttpClient:
-    return RuntimeHttpClient.from_server_address(f"127.0.0.1:{node.port}", insecure=True, root_certificates=None, interceptors=interceptors)
+    return RuntimeHttpClient.from_server_address(
+        f"127.0.0.1:{node.port}", insecure=True, root_certificates=None, interceptors=interceptors
+    )
 
 
 def _free_port() -> int:

@@ -1,12 +1,14 @@
-"""`python -m fedtune.client.supernode_process PARENT …`: Flower's flower-supernode command, with shorter sleeps, ended with its parent.
+"""`python -m fedtune.client.supernode_process PARENT …`: Flower's flower-supernode command, with shorter
+sleeps, ended with its parent.
 
-Flower's loop sleeps 3 s between questions to the coordinator and 0.5 s between looks for a reply. Here the first follows how
-long nothing has come (a tenth of it, within bounds), so that a device in a running job answers quickly and an idle one asks
-rarely; the second is a tenth of a second.
+Flower's loop sleeps 3 s between questions to the coordinator and 0.5 s between looks for a reply. Here the
+first follows how long nothing has come (a tenth of it, within bounds), so that a device in a running job
+answers quickly and an idle one asks rarely; the second is a tenth of a second.
 
-And a message whose run ends while it is received is dropped whole. Flower 1.41 drops it from its own hands alone: the task
-stays, and whoever took it asks for the missing message for more than an hour (supernode/start_client_internal.py: the cleanup
-is under `except Exception`, which RunNotRunningException, a BaseException, passes by).
+And a message whose run ends while it is received is dropped whole. Flower 1.41 drops it from its own hands
+alone: the task stays, and whoever took it asks for the missing message for more than an hour
+(supernode/start_client_internal.py: the cleanup is under `except Exception`, which RunNotRunningException, a
+BaseException, passes by).
 """
 
 import os
@@ -25,6 +27,7 @@ _IDLE = 1.0  # of Flower's sleeps, the longer ones are between questions
 
 def shorten_sleeps(module: ModuleType, pace: Pace) -> None:
     """Gives the module a `time` whose sleep is ours; everything else of it stays."""
+
     def sleep(seconds: float) -> None:
         if seconds < _IDLE:  # a message is being worked on
             pace.active()
@@ -36,7 +39,9 @@ def shorten_sleeps(module: ModuleType, pace: Pace) -> None:
 
 
 def drop_whole(module: ModuleType) -> None:
-    """Makes the end of a run, during the receipt of a message, a failure like any other, which Flower clears up after."""
+    """Makes the end of a run, during the receipt of a message, a failure like any other,
+    which Flower clears up after.
+    """
     from flwr.supercore.run import RunNotRunningException
 
     receive = module._pull_and_store_message  # type: ignore[attr-defined]
@@ -47,10 +52,15 @@ def drop_whole(module: ModuleType) -> None:
                 return call(*args)
             except RunNotRunningException as e:
                 raise RuntimeError("its run has ended") from e
+
         return called
 
     def received(*, pull_object: Callable, confirm_message_received: Callable, **others: object) -> object:
-        return receive(pull_object=ordinary(pull_object), confirm_message_received=ordinary(confirm_message_received), **others)
+        return receive(
+            pull_object=ordinary(pull_object),
+            confirm_message_received=ordinary(confirm_message_received),
+            **others,
+        )
 
     module._pull_and_store_message = received  # type: ignore[attr-defined]
 

@@ -1,7 +1,10 @@
-"""The light end of the trainer: starts the trainer process, watches it, and passes packets to it. Imports no torch.
+"""The light end of the trainer: starts the trainer process, watches it, and passes packets to it.
 
-The process is started by the first call, and again by a call that finds it gone: idle, killed, or out of memory. Its socket
-and settings lie in a private folder made for each start and removed when it ends; see `fedtune.trainer_service`.
+Imports no torch.
+
+The process is started by the first call, and again by a call that finds it gone: idle, killed, or out of
+memory. Its socket and settings lie in a private folder made for each start and removed when it ends; see
+`fedtune.trainer_service`.
 """
 
 import contextlib
@@ -26,7 +29,16 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from fedtune.errors import DataError, EnvironmentProblem, FedtuneError, JobError, ModelError, Refused, RunError, UserError
+from fedtune.errors import (
+    DataError,
+    EnvironmentProblem,
+    FedtuneError,
+    JobError,
+    ModelError,
+    Refused,
+    RunError,
+    UserError,
+)
 from fedtune.storage import failing_clearly
 from fedtune.trainer_service import CLIENT, ERROR, MAX_MESSAGE, SERVICE
 from fedtune.waits import TRAINER_DEATH as DEATH_SECONDS
@@ -38,7 +50,8 @@ from fedtune.waits import TRAINER_STOP as STOP_SECONDS
 MAX_SOCKET = 107  # bytes of a socket's path, of the 108 with its closing zero
 MAX_LOG = 2**20  # bytes from which a log is begun anew at a start
 OPTIONS = (
-    ("grpc.max_send_message_length", MAX_MESSAGE), ("grpc.max_receive_message_length", MAX_MESSAGE),
+    ("grpc.max_send_message_length", MAX_MESSAGE),
+    ("grpc.max_receive_message_length", MAX_MESSAGE),
     ("grpc.max_metadata_size", 2**16),  # a status carries an error's message
     ("grpc.enable_http_proxy", 0),
 )
@@ -59,8 +72,10 @@ class TrainerSettings:
         threads: to compute with; 0 for all cores.
         idle_seconds: time without a call after which the process ends and gives its memory back; 0 for never.
         log: file that the process's output is appended to.
-        folder: where the private folders go; where its path is too long for a socket, the system's temporary folder is used.
-        graphs: folder of training graphs: the trainer is then the one without torch, which keeps to `memory_mb` MB (10^6 bytes; 0: no limit).
+        folder: where the private folders go; where its path is too long for a socket,
+            the system's temporary folder is used.
+        graphs: folder of training graphs: the trainer is then the one without torch, which keeps to
+            `memory_mb` MB (10^6 bytes; 0: no limit).
         kept: where the device keeps its own of the job; None: nowhere.
     """
 
@@ -79,11 +94,13 @@ class TrainerSettings:
 class Trainer:
     """Calls that one trainer process answers. Calls from several threads wait for each other.
 
-    A call's timeout is for the work alone. A start before it has START_SECONDS; a process that ends during the call is
-    started once more and the call made again, with the whole timeout. Every call raises
+    A call's timeout is for the work alone. A start before it has START_SECONDS; a process that ends during
+    the call is started once more and the call made again, with the whole timeout. Every call raises
 
-        the errors of the trainer itself: DataError, ModelError, RunError, JobError, UserError, Refused, EnvironmentProblem;
-        EnvironmentProblem: it cannot be started, does not answer in time (it is killed then), ended twice, or failed by a bug.
+        the errors of the trainer itself: DataError, ModelError, RunError, JobError, UserError,
+        Refused, EnvironmentProblem;
+        EnvironmentProblem: it cannot be started, does not answer in time (it is killed then),
+            ended twice, or failed by a bug.
     """
 
     def __init__(self, settings: TrainerSettings) -> None:
@@ -94,13 +111,16 @@ class Trainer:
         self._calls = threading.Lock()  # held for a whole call
         self._state = threading.Lock()  # held for a moment, so that stop need not wait for a call
         self._stopped = False
-        # The system kills a trainer when the thread that started it ends, and callers' threads come and go: this one stays.
+        # The system kills a trainer when the thread that started it ends,
+        # and callers' threads come and go: this one stays.
         self._starter = ThreadPoolExecutor(1, "trainer-starter")
 
     def __enter__(self) -> "Trainer":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stop()
 
     @property
@@ -120,7 +140,9 @@ class Trainer:
         return process.address if process is not None and process.alive else ""
 
     def open(self, timeout: float) -> dict[str, Any]:
-        """Opens data and base, where that is not done yet, and returns {"examples": n, "held_out": m, "labels": {name: n}}."""
+        """Opens data and base, where that is not done yet, and returns {"examples": n, "held_out":
+        m, "labels": {name: n}}.
+        """
         return json.loads(self._call("Open", b"", timeout))
 
     def handle(self, packet: bytes, client: str, timeout: float) -> bytes:
@@ -132,7 +154,10 @@ class Trainer:
         return self._call("Evaluate", packet, timeout)
 
     def stop(self) -> None:
-        """Ends the process and removes its folder. A call under way and all later ones raise EnvironmentProblem."""
+        """Ends the process and removes its folder.
+
+        A call under way and all later ones raise EnvironmentProblem.
+        """
         with self._state:
             self._stopped = True
             process = self._process
@@ -140,7 +165,9 @@ class Trainer:
             process.end()
         self._starter.shutdown(wait=False)
 
-    def _call(self, method: str, body: bytes, timeout: float, metadata: Sequence[tuple[str, bytes]] = ()) -> bytes:
+    def _call(
+        self, method: str, body: bytes, timeout: float, metadata: Sequence[tuple[str, bytes]] = ()
+    ) -> bytes:
         with self._calls:
             for last in (False, True):
                 process = self._ready()
@@ -150,11 +177,16 @@ class Trainer:
                     process.end()
                     self._require_open()
                     if last:
-                        raise EnvironmentProblem(f"trainer ended twice during {method} ({e}); {process.last_words()}") from None
+                        raise EnvironmentProblem(
+                            f"trainer ended twice during {method} ({e}); {process.last_words()}"
+                        ) from None
         raise AssertionError("unreachable")
 
     def _ready(self) -> "_Process":
-        """A process that answered a health check just now. One that is there and does not is killed and replaced."""
+        """A process that answered a health check just now.
+
+        One that is there and does not is killed and replaced.
+        """
         if self._process is not None and self._process.healthy(HEALTH_SECONDS):
             return self._process
         if self._process is not None:
@@ -200,7 +232,13 @@ class _Process:
                 self._lease = _write_config(self.folder, settings)
                 self.address = f"unix:{self.folder / _SOCKET}"
                 # -P: a file called random.py in the folder one stands in is not what `import random` means
-                command = [sys.executable, "-P", "-m", _WITH_TORCH if settings.graphs is None else _WITHOUT, str(self.folder / _CONFIG)]
+                command = [
+                    sys.executable,
+                    "-P",
+                    "-m",
+                    _WITH_TORCH if settings.graphs is None else _WITHOUT,
+                    str(self.folder / _CONFIG),
+                ]
                 self.popen = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
             except BaseException:
                 shutil.rmtree(self.folder, ignore_errors=True)
@@ -218,7 +256,9 @@ class _Process:
             if not self.alive:
                 raise EnvironmentProblem(f"trainer did not start ({self._how()}); {self.last_words()}")
             # the socket first: a channel that finds none waits ever longer between attempts
-            if (self.folder / _SOCKET).exists() and self.healthy(min(HEALTH_SECONDS, deadline - time.monotonic())):
+            if (self.folder / _SOCKET).exists() and self.healthy(
+                min(HEALTH_SECONDS, deadline - time.monotonic())
+            ):
                 return
             time.sleep(POLL_SECONDS)
         raise EnvironmentProblem(f"trainer did not start within {seconds:g} s; {self.last_words()}")
@@ -234,10 +274,18 @@ class _Process:
             return False
         return answer.status == health_pb2.HealthCheckResponse.SERVING
 
-    def request(self, method: str, body: bytes, timeout: float, metadata: Sequence[tuple[str, bytes]]) -> bytes:
-        """One call. Raises _Ended when the process ends during it; past its timeout the process is killed, as it may hang for ever."""
+    def request(
+        self, method: str, body: bytes, timeout: float, metadata: Sequence[tuple[str, bytes]]
+    ) -> bytes:
+        """One call.
+
+        Raises _Ended when the process ends during it; past its timeout the process is killed,
+        as it may hang for ever.
+        """
         try:
-            return self._connection().unary_unary(f"/{SERVICE}/{method}")(body, timeout=timeout, metadata=metadata)
+            return self._connection().unary_unary(f"/{SERVICE}/{method}")(
+                body, timeout=timeout, metadata=metadata
+            )
         except ValueError:
             raise _Ended("stopped") from None  # stop closed the channel
         except grpc.RpcError as e:
@@ -247,9 +295,13 @@ class _Process:
             if e.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
                 self.end(at_once=True)
                 raise EnvironmentProblem(
-                    f"trainer did not answer {method} within {timeout:g} s, it was stopped; allow more time, or give this device less work; {self.last_words()}") from None
+                    f"trainer did not answer {method} within {timeout:g} s, it was stopped; "
+                    f"allow more time, or give this device less work; {self.last_words()}"
+                ) from None
             if e.code() == grpc.StatusCode.RESOURCE_EXHAUSTED:
-                raise EnvironmentProblem(f"trainer: {e.details()}; a message may have at most {MAX_MESSAGE} bytes") from None
+                raise EnvironmentProblem(
+                    f"trainer: {e.details()}; a message may have at most {MAX_MESSAGE} bytes"
+                ) from None
             raise _Ended(self._lost(e)) from None
 
     def end(self, at_once: bool = False) -> None:
@@ -293,7 +345,9 @@ class _Process:
         return signal.Signals(-code).name + (", as when memory runs out" if -code == signal.SIGKILL else "")
 
     def _error(self, name: str, message: str) -> FedtuneError:
-        """The error that a status names, from a closed table; any other name, as that of a bug, is an EnvironmentProblem."""
+        """The error that a status names, from a closed table; any other name, as that of a bug,
+        is an EnvironmentProblem.
+        """
         if name == Refused.__name__:
             reason, _, rest = message.partition(": ")
             return Refused(reason, rest)
@@ -305,19 +359,27 @@ class _Process:
         return EnvironmentProblem(f"trainer failed: {message}; this is a bug, its traceback is in {self.log}")
 
 
-_PLAIN_ERRORS = {kind.__name__: kind for kind in (DataError, ModelError, RunError, UserError, EnvironmentProblem)}
+_PLAIN_ERRORS = {
+    kind.__name__: kind for kind in (DataError, ModelError, RunError, UserError, EnvironmentProblem)
+}
 
 
 def _open_log(path: Path) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     size = path.stat().st_size if path.exists() else 0
-    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | (os.O_TRUNC if size > MAX_LOG else 0), 0o600)
+    return os.open(
+        path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | (os.O_TRUNC if size > MAX_LOG else 0), 0o600
+    )
 
 
 def _private_folder(place: Path) -> Path:
-    """A new folder that only this user may enter, in `place` or, where a socket's address could not name that, in the temporary folder."""
+    """A new folder that only this user may enter, in `place` or, where a socket's address could not name
+    that, in the temporary folder.
+    """
     place = place.expanduser().absolute()
-    fits = len(os.fsencode(place / f"{_PREFIX}12345678" / _SOCKET)) <= MAX_SOCKET and _PLAIN.fullmatch(str(place))
+    fits = len(os.fsencode(place / f"{_PREFIX}12345678" / _SOCKET)) <= MAX_SOCKET and _PLAIN.fullmatch(
+        str(place)
+    )
     if fits:
         place.mkdir(parents=True, exist_ok=True)
     else:
@@ -327,15 +389,26 @@ def _private_folder(place: Path) -> Path:
 
 
 def _write_config(folder: Path, settings: TrainerSettings) -> Any:
-    """Writes the settings for the process and returns the open file, which stays locked as long as this process lives."""
+    """Writes the settings for the process and returns the open file,
+    which stays locked as long as this process lives.
+    """
     config = {
-        "socket": str(folder / _SOCKET), "bundle": _absolute(settings.bundle), "data": _absolute(settings.data),
+        "socket": str(folder / _SOCKET),
+        "bundle": _absolute(settings.bundle),
+        "data": _absolute(settings.data),
         "base": _absolute(settings.base) if settings.base is not None else "",
-        "graphs": _absolute(settings.graphs) if settings.graphs is not None else "", "memory_mb": settings.memory_mb, "threads": settings.threads,
-        "idle_seconds": settings.idle_seconds, "parent": os.getpid(), "kept": _absolute(settings.kept) if settings.kept is not None else "",
+        "graphs": _absolute(settings.graphs) if settings.graphs is not None else "",
+        "memory_mb": settings.memory_mb,
+        "threads": settings.threads,
+        "idle_seconds": settings.idle_seconds,
+        "parent": os.getpid(),
+        "kept": _absolute(settings.kept) if settings.kept is not None else "",
     }
-    file = os.fdopen(os.open(folder / _CONFIG, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8")
-    with contextlib.suppress(OSError):  # a file system without locks: then _sweep gets none either and removes nothing
+    file = os.fdopen(
+        os.open(folder / _CONFIG, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8"
+    )
+    # a file system without locks: then _sweep gets none either and removes nothing
+    with contextlib.suppress(OSError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     json.dump(config, file)
     file.flush()
@@ -343,7 +416,9 @@ def _write_config(folder: Path, settings: TrainerSettings) -> Any:
 
 
 def _sweep(place: Path) -> None:
-    """Removes this user's folders of trainers whose parent was killed: nobody locks their settings any more."""
+    """Removes this user's folders of trainers whose parent was killed:
+    nobody locks their settings any more.
+    """
     for config in place.glob(f"{_PREFIX}*/{_CONFIG}"):
         with contextlib.suppress(OSError), config.open() as file:
             old = time.time() - config.stat().st_mtime > START_SECONDS  # not one that is being written

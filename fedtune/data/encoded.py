@@ -14,14 +14,28 @@ Encoder = TextEncoder | ImageEncoder
 
 
 def open_encoder(folder: Path, task: str, max_length: int) -> Encoder:
-    """What a device finds beside its graphs; texts are cut to `max_length` tokens. Raises ModelError or DataError for a broken one."""
-    return ImageEncoder.from_folder(folder) if task == "image-classification" else TextEncoder.from_folder(folder, max_length)
+    """What a device finds beside its graphs; texts are cut to `max_length` tokens.
+
+    Raises ModelError or DataError for a broken one.
+    """
+    return (
+        ImageEncoder.from_folder(folder)
+        if task == "image-classification"
+        else TextEncoder.from_folder(folder, max_length)
+    )
 
 
-def made_up(encoder: Encoder, lengths: Sequence[int], draw: np.random.Generator) -> list[dict[str, np.ndarray]]:
-    """Encoded examples to trace, try or time a model with: texts of so many tokens from the whole vocabulary, or as many images of noise."""
+def made_up(
+    encoder: Encoder, lengths: Sequence[int], draw: np.random.Generator
+) -> list[dict[str, np.ndarray]]:
+    """Encoded examples to trace, try or time a model with: texts of so many tokens from the whole
+    vocabulary, or as many images of noise.
+    """
     if isinstance(encoder, ImageEncoder):
-        return [{"pixels": draw.standard_normal((3, encoder.size, encoder.size)).astype(np.float32)} for _ in lengths]
+        return [
+            {"pixels": draw.standard_normal((3, encoder.size, encoder.size)).astype(np.float32)}
+            for _ in lengths
+        ]
     types = [{"token_type_ids": np.zeros(n, np.int64)} if encoder.needs_type_ids else {} for n in lengths]
     return [{"input_ids": draw.integers(0, encoder.vocabulary, n), **kind} for n, kind in zip(lengths, types)]
 

@@ -1,6 +1,7 @@
 """Examples: what a client trains on, and reading them from the job's `[data]` section.
 
-Everything is checked before anything is trained: a bad row stops the job with the row's number and what to do.
+Everything is checked before anything is trained: a bad row stops the job with the
+row's number and what to do.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -47,7 +48,9 @@ class Examples:
     def take(self, indices: Sequence[int] | np.ndarray) -> "Examples":
         """The examples at these places, in this order."""
         places = np.asarray(indices, dtype=np.int64)
-        inputs, ids, natural, groups = (_pick(values, places) for values in (self.inputs, self.ids, self.natural, self.groups))
+        inputs, ids, natural, groups = (
+            _pick(values, places) for values in (self.inputs, self.ids, self.natural, self.groups)
+        )
         return Examples(inputs, self.labels[places], ids, natural, groups)
 
 
@@ -84,14 +87,18 @@ def _open_table(data: DataSection) -> Table:
         return _package_reader(name)(packages.find(name))
     path = Path(data.source).expanduser()
     if path.is_dir():
-        raise DataError(f'{path}: is a folder; give a file of texts, or set model.task = "image-classification"')
+        raise DataError(
+            f'{path}: is a folder; give a file of texts, or set model.task = "image-classification"'
+        )
     wanted = {data.text, data.label, data.id, data.by, data.group} - {""}
     return tables.read_table(path, sorted(wanted))
 
 
 def _package_reader(name: str) -> Callable[[Path], Table]:
     if packages.lookup(name).kind != "data" or name not in PACKAGE_READERS:
-        raise DataError(f"data.source = package:{name}: holds no data; packages with data: {', '.join(PACKAGE_READERS)}")
+        raise DataError(
+            f"data.source = package:{name}: holds no data; packages with data: {', '.join(PACKAGE_READERS)}"
+        )
     return PACKAGE_READERS[name]
 
 
@@ -103,7 +110,9 @@ def _load_texts(table: Table, data: DataSection, task: str, seed: int) -> Datase
     names = _label_names(found, data.labels, table.source) if labelled else ()
     examples = Examples(
         inputs=tuple(inputs),
-        labels=_label_places(found, names, table.source) if labelled else np.zeros(table.rows, dtype=np.int64),
+        labels=_label_places(found, names, table.source)
+        if labelled
+        else np.zeros(table.rows, dtype=np.int64),
         ids=_ids(table, data.id),
         natural=_natural(table, data),
         groups=_groups(table, data.group),
@@ -129,12 +138,17 @@ def _load_images(data: DataSection, seed: int) -> Dataset:
 
 def _image_root(data: DataSection) -> Path:
     if data.source.startswith("package:"):
-        raise DataError(f'data.source = {data.source}: holds texts; give a folder of images, or set model.task = "text-classification"')
+        raise DataError(
+            f"data.source = {data.source}: holds texts; give a folder of images, "
+            'or set model.task = "text-classification"'
+        )
     root = Path(data.source).expanduser()
     if not root.exists():
         raise DataError(f"{root}: does not exist; check data.source")
     if not root.is_dir():
-        raise DataError(f"{root}: is a file; image-classification reads a folder of images with one sub-folder per label")
+        raise DataError(
+            f"{root}: is a file; image-classification reads a folder of images with one sub-folder per label"
+        )
     if data.partition == "natural" and data.by != _FOLDER:
         remedy = f'set data.by = "folder" for {root}/DOMAIN/LABEL/FILE, or data.partition = "iid"'
         raise DataError(f"data.by = {data.by!r}: images have no columns; {remedy}")
@@ -161,7 +175,10 @@ def _label_names(found: Sequence[str], given: tuple[str, ...], source: str) -> t
     _filled(found, f"{source}: label", "remove the row or fill it")
     names = given or _sorted(set(found))
     if len(names) < 2:
-        raise DataError(f"{source}: {len(names)} label ({', '.join(names)}), a classifier needs at least 2; name them all in data.labels")
+        raise DataError(
+            f"{source}: {len(names)} label ({', '.join(names)}), a classifier needs at least 2; "
+            "name them all in data.labels"
+        )
     return names
 
 
@@ -177,7 +194,10 @@ def _label_places(found: Sequence[str], names: tuple[str, ...], source: str) -> 
     places = {name: place for place, name in enumerate(names)}
     for row, value in enumerate(found, 1):
         if value not in places:
-            raise DataError(f"{source}: label {value!r} of row {row} is not in data.labels ({_list(names)}); add it there or mend the row")
+            raise DataError(
+                f"{source}: label {value!r} of row {row} is not in data.labels ({_list(names)}); "
+                "add it there or mend the row"
+            )
     return np.array([places[value] for value in found], dtype=np.int64)
 
 
@@ -186,7 +206,10 @@ def _image_labels(kept: Sequence[images.ImageFile], names: tuple[str, ...]) -> n
     for image in kept:
         if image.label not in places:
             known = f"data.labels ({_list(names)})"
-            raise DataError(f"{image.path}: label folder {image.label!r} is not in {known}; add it there or rename the folder")
+            raise DataError(
+                f"{image.path}: label folder {image.label!r} is not in {known}; "
+                "add it there or rename the folder"
+            )
     return np.array([places[image.label] for image in kept], dtype=np.int64)
 
 
@@ -200,11 +223,14 @@ def _ids(table: Table, name: str) -> tuple[str, ...]:
     if not name:
         return tuple(str(row) for row in range(1, table.rows + 1))
     values = tables.column(table, name, "data.id")
-    _filled(values, f"{table.source}: id", "fill it, or set data.id = \"\" to number the rows")
+    _filled(values, f"{table.source}: id", 'fill it, or set data.id = "" to number the rows')
     seen: dict[str, int] = {}
     for row, value in enumerate(values, 1):
         if value in seen:
-            raise DataError(f"{table.source}: id {value!r} stands in rows {seen[value]} and {row}; ids must differ, remove one of them")
+            raise DataError(
+                f"{table.source}: id {value!r} stands in rows {seen[value]} and {row}; "
+                "ids must differ, remove one of them"
+            )
         seen[value] = row
     return tuple(values)
 

@@ -1,7 +1,7 @@
 """Folders of images, and images as arrays.
 
-A label is a sub-folder: ROOT/LABEL/file, or ROOT/DOMAIN/LABEL/file when the data is divided by folder. Files whose suffix
-is not that of an image, and names that start with a dot, are passed over.
+A label is a sub-folder: ROOT/LABEL/file, or ROOT/DOMAIN/LABEL/file when the data is divided by folder. Files
+whose suffix is not that of an image, and names that start with a dot, are passed over.
 """
 
 import json
@@ -20,7 +20,16 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", "
 _CONFIG = "image_encoder.json"
 
 # what Pillow raises for a file that is not an image, cut short, or absurdly large
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, MemoryError, Image.DecompressionBombError)
+_BROKEN = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    TypeError,
+    MemoryError,
+    Image.DecompressionBombError,
+)
 
 
 class ImageFile(NamedTuple):
@@ -37,9 +46,13 @@ def list_images(root: Path, by_folder: bool) -> list[ImageFile]:
     """
     layout = f"{root}/DOMAIN/LABEL/FILE" if by_folder else f"{root}/LABEL/FILE"
     domains = _folders(root, layout) if by_folder else [root]
-    found = [image for domain in domains for image in _labelled(domain, domain.name if by_folder else "", layout)]
+    found = [
+        image for domain in domains for image in _labelled(domain, domain.name if by_folder else "", layout)
+    ]
     if not found:
-        raise DataError(f"{root}: holds no labelled image ({', '.join(SUFFIXES)}); lay the files out as {layout}")
+        raise DataError(
+            f"{root}: holds no labelled image ({', '.join(SUFFIXES)}); lay the files out as {layout}"
+        )
     return found
 
 
@@ -47,8 +60,10 @@ def _labelled(folder: Path, domain: str, layout: str) -> Iterator[ImageFile]:
     for label in _folders(folder, layout):
         for path in _visible(label):
             if path.is_dir():
-                hint = '' if domain else ', or set data.by = "folder" for ROOT/DOMAIN/LABEL/FILE'
-                raise DataError(f"{path}: a folder where an image should be; lay the files out as {layout}{hint}")
+                hint = "" if domain else ', or set data.by = "folder" for ROOT/DOMAIN/LABEL/FILE'
+                raise DataError(
+                    f"{path}: a folder where an image should be; lay the files out as {layout}{hint}"
+                )
             if path.suffix.lower() in SUFFIXES:
                 yield ImageFile(path, label.name, domain)
 
@@ -69,7 +84,10 @@ def _visible(folder: Path) -> list[Path]:
 
 
 def check_image(path: Path) -> None:
-    """Raise DataError, naming the file, unless Pillow reads it to the end. Checks sums where the format has them."""
+    """Raise DataError, naming the file, unless Pillow reads it to the end.
+
+    Checks sums where the format has them.
+    """
     try:
         with Image.open(path) as image:
             kind = image.format
@@ -84,15 +102,18 @@ def check_image(path: Path) -> None:
 
 def _unreadable(path: Path | str, error: BaseException) -> DataError:
     reason = str(error).replace(f" {str(path)!r}", "").splitlines()
-    return DataError(f"{path}: not a readable image ({(reason or [type(error).__name__])[0][:120]}); replace or remove the file")
+    return DataError(
+        f"{path}: not a readable image ({(reason or [type(error).__name__])[0][:120]}); "
+        "replace or remove the file"
+    )
 
 
 @dataclass(frozen=True)
 class ImageEncoder:
     """Image files as float32 arrays (x - mean) / scale of RGB values x from 0 to 255.
 
-    The image is turned as its EXIF tag says, scaled bilinearly so that its short side is `size`, and cut to the centre square.
-    The default mean and scale give x / 127.5 - 1.
+    The image is turned as its EXIF tag says, scaled bilinearly so that its short side is `size`, and cut to
+    the centre square. The default mean and scale give x / 127.5 - 1.
     """
 
     size: int
@@ -132,21 +153,30 @@ class ImageEncoder:
         try:
             return cls.from_config(json.loads((folder / _CONFIG).read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError) as e:
-            raise DataError(f"{folder}: no usable {_CONFIG} ({type(e).__name__}); export the run again") from None
+            raise DataError(
+                f"{folder}: no usable {_CONFIG} ({type(e).__name__}); export the run again"
+            ) from None
 
     def _pixels(self, path: str) -> np.ndarray:
         try:
             with Image.open(path) as image:
                 # fit crops before it scales, so a very long image never becomes a huge one
-                square = ImageOps.fit(_rgb(ImageOps.exif_transpose(image)), (self.size, self.size), Image.Resampling.BILINEAR)
+                square = ImageOps.fit(
+                    _rgb(ImageOps.exif_transpose(image)), (self.size, self.size), Image.Resampling.BILINEAR
+                )
         except _BROKEN as e:
             raise _unreadable(path, e) from None
-        values = (np.asarray(square, dtype=np.float32) - np.array(self.mean, dtype=np.float32)) / np.array(self.scale, dtype=np.float32)
+        values = (np.asarray(square, dtype=np.float32) - np.array(self.mean, dtype=np.float32)) / np.array(
+            self.scale, dtype=np.float32
+        )
         return np.ascontiguousarray(values.transpose(2, 0, 1))
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """Three channels of 8 bits. Grey values of 16 bits are divided down, since Pillow's own conversion clips them at 255."""
+    """Three channels of 8 bits.
+
+    Grey values of 16 bits are divided down, since Pillow's own conversion clips them at 255.
+    """
     if image.mode.startswith("I"):
         grey = np.clip(np.asarray(image, dtype=np.int64) // 257, 0, 255).astype(np.uint8)
         return Image.fromarray(grey).convert("RGB")

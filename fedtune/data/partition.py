@@ -1,9 +1,11 @@
 """Dealing examples out to clients, and each client's into training and held-out.
 
-What is dealt is never a row but a group: the rows that share a value of the job's `group` column, or a single row without
-one. So no document stands at two clients or on both sides of a split. The same seed always deals the same way.
+What is dealt is never a row but a group: the rows that share a value of the job's `group` column, or a
+single row without one. So no document stands at two clients or on both sides of a split. The same seed
+always deals the same way.
 
-A scheme says for each group at which client it is, by place; nothing here is a list with an entry for each client.
+A scheme says for each group at which client it is, by place; nothing here is a list with
+an entry for each client.
 """
 
 import hashlib
@@ -35,7 +37,9 @@ class Split:
 
 @dataclass(frozen=True)
 class _Groups:
-    """m groups: their keys, the group of each row (int64 [n]), and the label most of a group's rows have (int64 [m])."""
+    """m groups: their keys, the group of each row (int64 [n]), and the label most of a
+    group's rows have (int64 [m]).
+    """
 
     keys: Sequence[str]
     of_row: np.ndarray
@@ -93,18 +97,23 @@ def _rows(owner: np.ndarray, side: np.ndarray, groups: _Groups, clients: int) ->
 
 
 def _held_out(owner: np.ndarray, clients: int, keys: Sequence[str], share: float, seed: int) -> np.ndarray:
-    """Which groups are kept for evaluation, bool [m]: of each client at least one, but never all; none of a single group."""
+    """Which groups are kept for evaluation, bool [m]: of each client at least one,
+    but never all; none of a single group.
+    """
     sizes = np.bincount(owner, minlength=clients)
     kept = np.minimum(np.maximum(1, np.rint(share * sizes)), sizes - 1)
     order = np.lexsort((*_ranks(seed, keys).T[::-1], owner))  # by client, then by rank, then by group
-    place = np.arange(len(owner)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # among the groups of its client
+    # among the groups of its client
+    place = np.arange(len(owner)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     held = np.zeros(len(owner), dtype=bool)
     held[order] = place < np.repeat(kept, sizes)
     return held
 
 
 def _ranks(seed: int, keys: Iterable[str]) -> np.ndarray:
-    """By hash, so that a client's held-out groups do not depend on the order of its rows. uint64 [m, 4], the first counts most."""
+    """By hash, so that a client's held-out groups do not depend on the order of its rows. uint64 [m,
+    4], the first counts most.
+    """
     digests = bytearray()
     for key in keys:
         digests += hashlib.sha256(f"{seed}\x1fheld-out\x1f{key}".encode()).digest()
@@ -118,7 +127,8 @@ def _iid(examples: Examples, groups: _Groups, data: DataSection, seed: int) -> D
 
 
 def _dirichlet(examples: Examples, groups: _Groups, data: DataSection, seed: int) -> Dealt:
-    """Each label's groups in proportions drawn from Dirichlet(alpha), so that clients differ in labels and in size.
+    """Each label's groups in proportions drawn from Dirichlet(alpha),
+    so that clients differ in labels and in size.
 
     Source: Hsu et al. 2019, arXiv:1909.06335v1, section 3, with proportions over clients for each label.
     """
@@ -129,11 +139,14 @@ def _dirichlet(examples: Examples, groups: _Groups, data: DataSection, seed: int
         members = rng.permutation(np.flatnonzero(groups.labels == label))
         order.append(members)
         holder.append(_proportional(len(members), _shares(rng, data.alpha, data.clients)))
-    return _numbered(data.clients), _given(np.concatenate(order), _none_empty(np.concatenate(holder), data.clients))
+    return _numbered(data.clients), _given(
+        np.concatenate(order), _none_empty(np.concatenate(holder), data.clients)
+    )
 
 
 def _shards(examples: Examples, groups: _Groups, data: DataSection, seed: int) -> Dealt:
-    """Groups sorted by label, cut into clients x shards pieces of even size; each client gets `shards` of them by lot.
+    """Groups sorted by label, cut into clients x shards pieces of even size;
+    each client gets `shards` of them by lot.
 
     Source: McMahan et al. 2017, arXiv:1602.05629v4, section 3.
     """
@@ -151,21 +164,28 @@ def _natural(examples: Examples, groups: _Groups, data: DataSection, seed: int) 
     """Each natural value's groups to clients of its own: one, or clients / values of them."""
     values, of_group = _natural_of_groups(examples, groups, data.by)
     if data.clients % len(values):
-        raise DataError(f"data.clients = {data.clients}: {data.by!r} has {_count(len(values), 'value')} ({_few(values)}); "
-                        f"give a multiple of {len(values)}, or 0 for one client per value")
+        raise DataError(
+            f"data.clients = {data.clients}: {data.by!r} has {_count(len(values), 'value')} "
+            f"({_few(values)}); give a multiple of {len(values)}, or 0 for one client per value"
+        )
     each = max(1, data.clients // len(values))
     members = Slices.by_owner(np.arange(len(of_group)), of_group, len(values))
     smallest = int(np.argmin(members.sizes))
     fewest = len(members[smallest])
     if fewest < each:
-        raise DataError(f"data.clients = {data.clients}: {data.by} {values[smallest]!r} has {_count(fewest, _unit(examples))} "
-                        f"for its {each} clients; at most {_count(fewest * len(values), 'client')} can be had")
+        raise DataError(
+            f"data.clients = {data.clients}: {data.by} {values[smallest]!r} "
+            f"has {_count(fewest, _unit(examples))} for its {each} clients; "
+            f"at most {_count(fewest * len(values), 'client')} can be had"
+        )
     names = _value_names(values, data.clients and each)
     if each == 1:
         return names, of_group
     owner = np.empty_like(of_group)
     for place, value in enumerate(values):
-        shuffled, holder = _deal(members[place], each, data.alpha, seeds.generator(seed, "partition", client=value))
+        shuffled, holder = _deal(
+            members[place], each, data.alpha, seeds.generator(seed, "partition", client=value)
+        )
         owner[shuffled] = place * each + holder
     return names, owner
 
@@ -173,21 +193,30 @@ def _natural(examples: Examples, groups: _Groups, data: DataSection, seed: int) 
 def _natural_of_groups(examples: Examples, groups: _Groups, by: str) -> tuple[tuple[str, ...], np.ndarray]:
     """The values, sorted, and the place of each group's. Raises DataError for a group with two values."""
     if not examples.natural:
-        raise DataError(f'data.by = {by!r}: these examples have no such column; name another or set data.partition = "iid"')
+        raise DataError(
+            f"data.by = {by!r}: these examples have no such column; "
+            'name another or set data.partition = "iid"'
+        )
     values, of_row = _distinct(examples.natural)
     of_group = np.zeros(len(groups.keys), dtype=np.int64)
     of_group[groups.of_row] = of_row
     parted = np.flatnonzero(of_group[groups.of_row] != of_row)
     if len(parted):
         group = groups.of_row[parted[0]]
-        raise DataError(f"group {groups.keys[group]!r} has rows of {by} {values[of_row[parted[0]]]!r} and {values[of_group[group]]!r}; "
-                        'a group stays with one client: name groups apart or set data.group = ""')
+        raise DataError(
+            f"group {groups.keys[group]!r} has rows of {by} {values[of_row[parted[0]]]!r} and "
+            f"{values[of_group[group]]!r}; "
+            'a group stays with one client: name groups apart or set data.group = ""'
+        )
     return values, of_group
 
 
-def _deal(groups: np.ndarray, clients: int, alpha: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """The groups shuffled, and which of the clients has each: even numbers for alpha 0, otherwise sizes in Dirichlet(alpha)
-    proportions; none is empty."""
+def _deal(
+    groups: np.ndarray, clients: int, alpha: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """The groups shuffled, and which of the clients has each: even numbers for alpha 0, otherwise sizes in
+    Dirichlet(alpha) proportions; none is empty.
+    """
     shuffled = rng.permutation(groups)
     if alpha == 0:
         return shuffled, _even(len(shuffled), clients)
@@ -202,7 +231,9 @@ def _given(order: np.ndarray, holder: np.ndarray) -> np.ndarray:
 
 
 def _even(count: int, parts: int) -> np.ndarray:
-    """The part of each of `count` things in a row, int64 [count]: sizes differ by at most one, the larger parts first."""
+    """The part of each of `count` things in a row, int64 [count]: sizes differ by at most one,
+    the larger parts first.
+    """
     each, more = divmod(count, parts)
     return np.repeat(np.arange(parts), each + (np.arange(parts) < more))
 
@@ -220,8 +251,8 @@ def _proportional(count: int, shares: np.ndarray) -> np.ndarray:
 def _none_empty(holder: np.ndarray, parts: int) -> np.ndarray:
     """`holder` [m], with the last thing of the part that is largest by then given to each empty part in turn.
 
-    Redrawing until no part is empty may never end for a small alpha; this moves the fewest groups and always ends, as
-    there are at least as many groups as parts.
+    Redrawing until no part is empty may never end for a small alpha; this moves the fewest groups and always
+    ends, as there are at least as many groups as parts.
     """
     sizes = np.bincount(holder, minlength=parts)
     empty = np.flatnonzero(sizes == 0).tolist()
@@ -241,10 +272,14 @@ def _none_empty(holder: np.ndarray, parts: int) -> np.ndarray:
 def _enough(groups: int, clients: int, each: int, examples: Examples) -> None:
     held = f"the data has {_count(groups, _unit(examples))}"
     if groups < clients:
-        raise DataError(f"data.clients = {clients}: each needs one, {held}; at most {_count(groups, 'client')} can be had")
+        raise DataError(
+            f"data.clients = {clients}: each needs one, {held}; at most {_count(groups, 'client')} can be had"
+        )
     if groups < clients * each:
-        raise DataError(f"data.shards = {each}: {_count(clients, 'client')} with {each} shards each need {clients * each}, {held}; "
-                        f"at most {_count(groups // clients, 'shard')} each can be had")
+        raise DataError(
+            f"data.shards = {each}: {_count(clients, 'client')} with {each} shards each need "
+            f"{clients * each}, {held}; at most {_count(groups // clients, 'shard')} each can be had"
+        )
 
 
 def _unit(examples: Examples) -> str:
@@ -260,7 +295,10 @@ def _numbered(clients: int) -> Names:
 
 
 def _value_names(values: Sequence[str], each: int) -> Names:
-    """Client names of natural values: the value alone for each = 0, otherwise numbered. Values become safe file names."""
+    """Client names of natural values: the value alone for each = 0, otherwise numbered.
+
+    Values become safe file names.
+    """
     stems = [re.sub(r"[^\w.-]+", "-", value).strip("-.") or "value" for value in values]
     if len(set(stems)) < len(stems):
         stems = [f"{stem}-{place}" for place, stem in enumerate(stems)]

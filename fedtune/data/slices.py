@@ -1,6 +1,8 @@
-"""Many clients in few objects: whose rows are where as one array with offsets, and names that are made when asked for.
+"""Many clients in few objects: whose rows are where as one array with offsets,
+and names that are made when asked for.
 
-A tuple of 100,000 small arrays costs about 15 MB and a second to make; here a client's rows are a view, made on the way.
+A tuple of 100,000 small arrays costs about 15 MB and a second to make;
+here a client's rows are a view, made on the way.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,7 +36,9 @@ class Slices(Sequence[np.ndarray]):
     def by_owner(cls, rows: np.ndarray, owner: np.ndarray, clients: int) -> "Slices":
         """`rows` [n] to the clients that `owner` [n] names by place; a client's rows keep their order."""
         sizes = np.bincount(owner, minlength=clients)
-        return cls(rows[np.argsort(owner, kind="stable")].astype(np.int64), np.concatenate(([0], np.cumsum(sizes))))
+        return cls(
+            rows[np.argsort(owner, kind="stable")].astype(np.int64), np.concatenate(([0], np.cumsum(sizes)))
+        )
 
     @property
     def sizes(self) -> np.ndarray:
@@ -60,7 +64,8 @@ class Slices(Sequence[np.ndarray]):
 
 @dataclass(frozen=True, eq=False)
 class Names(Sequence[str]):
-    """Names of clients: the stems alone for each = 0, otherwise each stem with -000, -001… behind it, `each` times.
+    """Names of clients: the stems alone for each = 0, otherwise each stem with -000,
+    -001… behind it, `each` times.
 
     Attributes:
         stems: distinct.
@@ -74,7 +79,9 @@ class Names(Sequence[str]):
     def place(self, name: str) -> int:
         """Where a name stands, without a search. Raises KeyError for one that is not there."""
         stem, _, number = name.rpartition("-") if self.each else (name, "", "0")
-        place = self._places[stem] * max(1, self.each) + (int(number) if number.isdecimal() and len(number) < 19 else -1)
+        place = self._places[stem] * max(1, self.each) + (
+            int(number) if number.isdecimal() and len(number) < 19 else -1
+        )
         if not 0 <= place < len(self) or self[place] != name:
             raise KeyError(name)
         return place
@@ -100,7 +107,11 @@ class Names(Sequence[str]):
         return f"{self.stems[stem]}-{part:0{max(self.digits, len(str(self.each - 1)))}d}"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Names | tuple) and len(self) == len(other) and all(a == b for a, b in zip(self, other))
+        return (
+            isinstance(other, Names | tuple)
+            and len(self) == len(other)
+            and all(a == b for a, b in zip(self, other))
+        )
 
     def __hash__(self) -> int:
         return hash((self.stems, self.each, self.digits))

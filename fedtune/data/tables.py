@@ -1,7 +1,8 @@
 """Files of rows: .csv, .tsv, .jsonl and .parquet, read into columns.
 
-A row is counted from 1, after any header and without blank lines; errors about the file's own syntax name lines.
-Text is UTF-8, with or without a byte order mark. Nothing is guessed: no delimiter, no quoting style, no encoding.
+A row is counted from 1, after any header and without blank lines; errors about the file's own syntax
+name lines. Text is UTF-8, with or without a byte order mark. Nothing is guessed: no delimiter, no
+quoting style, no encoding.
 """
 
 import csv
@@ -21,7 +22,9 @@ _LARGEST_FIELD = 2**31 - 1  # csv's own limit of 131,072 characters is less than
 
 @dataclass(frozen=True)
 class Table:
-    """`columns` holds the columns that were asked for and exist, all of length `rows`; `names` lists all there are."""
+    """`columns` holds the columns that were asked for and exist, all of length `rows`;
+    `names` lists all there are.
+    """
 
     names: tuple[str, ...]
     columns: Mapping[str, list[Any]]
@@ -42,11 +45,15 @@ def read_table(path: Path, wanted: Collection[str]) -> Table:
     if not path.exists():
         raise DataError(f"{path}: does not exist; check data.source")
     if suffix not in READERS:
-        raise DataError(f"{path}: suffix {path.suffix!r} is not known; known: {', '.join(READERS)}, or a folder of images")
+        raise DataError(
+            f"{path}: suffix {path.suffix!r} is not known; known: {', '.join(READERS)}, or a folder of images"
+        )
     try:
         table = READERS[suffix](path, wanted)
     except OSError as e:
-        raise DataError(f"{path}: cannot be read ({e.strerror or e}); check the file and its permissions") from None
+        raise DataError(
+            f"{path}: cannot be read ({e.strerror or e}); check the file and its permissions"
+        ) from None
     if table.rows == 0:
         raise DataError(f"{path}: has no rows; give a file with at least one")
     return table
@@ -67,7 +74,10 @@ def column(table: Table, name: str, key: str, remedy: str = "") -> list[str]:
         hint = f"did you mean {close[0]!r}? " if close else ""
         known = ", ".join(map(repr, table.names)) + (f"; {remedy}" if remedy else "")
         raise DataError(f"{table.source}: no column {name!r} ({key}); {hint}columns: {known}")
-    return [_as_text(value, f"{table.source}: row {row}, column {name!r}") for row, value in enumerate(table.columns[name], 1)]
+    return [
+        _as_text(value, f"{table.source}: row {row}, column {name!r}")
+        for row, value in enumerate(table.columns[name], 1)
+    ]
 
 
 def _as_text(value: Any, where: str) -> str:
@@ -78,7 +88,10 @@ def _as_text(value: Any, where: str) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, (list, dict, bytes)):
-        raise DataError(f"{where}: holds a {type(value).__name__}, not text or a number; flatten the column or name another")
+        raise DataError(
+            f"{where}: holds a {type(value).__name__}, not text or a number; "
+            "flatten the column or name another"
+        )
     return str(value)
 
 
@@ -89,7 +102,10 @@ def read_utf8(path: Path) -> str:
         return raw.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as e:
         line = raw.count(b"\n", 0, e.start) + 1
-        raise DataError(f"{path}: line {line} is not UTF-8 (byte {e.start} is 0x{raw[e.start]:02x}); save the file as UTF-8") from None
+        raise DataError(
+            f"{path}: line {line} is not UTF-8 (byte {e.start} "
+            f"is 0x{raw[e.start]:02x}); save the file as UTF-8"
+        ) from None
 
 
 def _separated(delimiter: str) -> Callable[[Path, Collection[str]], Table]:
@@ -103,13 +119,18 @@ def _separated(delimiter: str) -> Callable[[Path, Collection[str]], Table]:
         except csv.Error as e:
             where = f"{path}: line {reader.line_num}"
             reason = str(e).replace("\t", "\\t")
-            raise DataError(f"{where}: broken quoting ({reason}); write a quote inside a quoted field twice, or save as .jsonl") from None
+            raise DataError(
+                f"{where}: broken quoting ({reason}); write a quote inside a quoted "
+                "field twice, or save as .jsonl"
+            ) from None
 
     return read
 
 
 def _same_width(reader: Any, path: Path) -> Iterator[list[str]]:
-    """The rows that are not blank, header first; raises DataError at the first with another number of fields."""
+    """The rows that are not blank, header first; raises DataError at the first with
+    another number of fields.
+    """
     header: list[str] | None = None
     row = 0
     for fields in reader:
@@ -118,7 +139,10 @@ def _same_width(reader: Any, path: Path) -> Iterator[list[str]]:
         header = header or fields
         if len(fields) != len(header):
             where = f"{path}: row {row} (line {reader.line_num})"
-            raise DataError(f"{where} has {len(fields)} field{'s' if len(fields) != 1 else ''}, the header has {len(header)}; quote fields that hold the delimiter")
+            raise DataError(
+                f"{where} has {len(fields)} field{'s' if len(fields) != 1 else ''}, "
+                f"the header has {len(header)}; quote fields that hold the delimiter"
+            )
         yield fields
         row += 1
 
@@ -146,17 +170,27 @@ def _read_jsonl(path: Path, wanted: Collection[str]) -> Table:
 
 
 def _json_lines(text: str, path: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: it also cuts at U+2028, which JSON strings may hold
+    # not splitlines: it also cuts at U+2028, which JSON strings may hold
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as e:
-            reason = f"{e.msg} at character {e.pos + 1}" if isinstance(e, json.JSONDecodeError) else "nested too deeply"
-            raise DataError(f"{path}: line {number} is not valid JSON ({reason}); write one object a line") from None
+            reason = (
+                f"{e.msg} at character {e.pos + 1}"
+                if isinstance(e, json.JSONDecodeError)
+                else "nested too deeply"
+            )
+            raise DataError(
+                f"{path}: line {number} is not valid JSON ({reason}); write one object a line"
+            ) from None
         if not isinstance(record, dict):
             kind = type(record).__name__
-            raise DataError(f'{path}: line {number} is not an object but {kind}; write lines such as {{"text": "...", "label": "..."}}')
+            raise DataError(
+                f"{path}: line {number} is not an object but {kind}; "
+                'write lines such as {"text": "...", "label": "..."}'
+            )
         yield record
 
 
@@ -165,7 +199,9 @@ def _read_parquet(path: Path, wanted: Collection[str]) -> Table:
         import pyarrow as pa  # here, because an edge device reads .csv and .jsonl and has no pyarrow
         import pyarrow.parquet as pq
     except ImportError:
-        raise EnvironmentProblem(f"{path}: reading .parquet needs pyarrow; pip install pyarrow, or save as .jsonl") from None
+        raise EnvironmentProblem(
+            f"{path}: reading .parquet needs pyarrow; pip install pyarrow, or save as .jsonl"
+        ) from None
     try:
         with path.open("rb") as raw, pq.ParquetFile(raw) as file:
             names = tuple(file.schema_arrow.names)
@@ -173,10 +209,15 @@ def _read_parquet(path: Path, wanted: Collection[str]) -> Table:
             found = file.read(columns=[name for name in wanted if name in names])
             rows = file.metadata.num_rows
     except (pa.ArrowException, OSError) as e:
-        if getattr(e, "errno", None):  # the system's own, such as permissions; arrow's for broken pages have no number
+        # the system's own, such as permissions; arrow's for broken pages have no number
+        if getattr(e, "errno", None):
             raise
-        raise DataError(f"{path}: is not a readable parquet file ({_first_line(e)}); write it again") from None
-    return Table(names, {name: _values(found.column(name), name, path) for name in found.column_names}, rows, str(path))
+        raise DataError(
+            f"{path}: is not a readable parquet file ({_first_line(e)}); write it again"
+        ) from None
+    return Table(
+        names, {name: _values(found.column(name), name, path) for name in found.column_names}, rows, str(path)
+    )
 
 
 def _values(values: Any, name: str, path: Path) -> list[Any]:
@@ -186,7 +227,9 @@ def _values(values: Any, name: str, path: Path) -> list[Any]:
         for value in values:
             found.append(value.as_py())
     except UnicodeDecodeError:
-        raise DataError(f"{path}: row {len(found) + 1}, column {name!r} is not UTF-8; write the file again as UTF-8") from None
+        raise DataError(
+            f"{path}: row {len(found) + 1}, column {name!r} is not UTF-8; write the file again as UTF-8"
+        ) from None
     return found
 
 

@@ -1,4 +1,7 @@
-"""Texts as token arrays, with the tokenizer file that comes with the model. No torch, no transformers: devices run this."""
+"""Texts as token arrays, with the tokenizer file that comes with the model.
+
+No torch, no transformers: devices run this.
+"""
 
 import json
 from collections.abc import Sequence
@@ -13,7 +16,8 @@ from fedtune.errors import ContractError, ModelError
 
 _TOKENIZER = "tokenizer.json"
 _CONFIG = "tokenizer_config.json"
-_AT_ONCE = 1024  # texts tokenized together for their lengths alone: a text's encoding is kilobytes while it lives
+# texts tokenized together for their lengths alone: a text's encoding is kilobytes while it lives
+_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -42,20 +46,26 @@ class TextEncoder:
         return max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def encode(self, texts: Sequence[str]) -> list[dict[str, np.ndarray]]:
-        """One {"input_ids": int64 [length]} per text, length at most max_length; with "token_type_ids" if needed."""
+        """One {"input_ids": int64 [length]} per text, length at most max_length;
+        with "token_type_ids" if needed.
+        """
         return [self._arrays(encoding) for encoding in self.tokenizer.encode_batch(list(texts))]
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text as `encode` gives it."""
         starts = range(0, len(texts), _AT_ONCE)
-        return [len(encoding.ids) for start in starts for encoding in self.tokenizer.encode_batch(list(texts[start : start + _AT_ONCE]))]
+        return [
+            len(encoding.ids)
+            for start in starts
+            for encoding in self.tokenizer.encode_batch(list(texts[start : start + _AT_ONCE]))
+        ]
 
     def collate(self, encoded: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """Pads to the longest of the batch.
 
         Returns:
-            "input_ids" and "attention_mask", int64 [n, longest], and "token_type_ids" if needed. Padding is on the right,
-            with mask 0.
+            "input_ids" and "attention_mask", int64 [n, longest], and "token_type_ids" if needed. Padding is
+            on the right, with mask 0.
 
         Raises:
             ContractError: no texts.
@@ -64,20 +74,29 @@ class TextEncoder:
             raise ContractError("a batch needs at least one text")
         lengths = np.array([len(one["input_ids"]) for one in encoded])
         mask = (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)
-        batch = {"input_ids": _padded([one["input_ids"] for one in encoded], mask, self.pad_id), "attention_mask": mask}
+        batch = {
+            "input_ids": _padded([one["input_ids"] for one in encoded], mask, self.pad_id),
+            "attention_mask": mask,
+        }
         if self.needs_type_ids:
             batch["token_type_ids"] = _padded([one["token_type_ids"] for one in encoded], mask, 0)
         return batch
 
     def to_config(self) -> dict[str, Any]:
         """The settings beside the tokenizer itself, as plain values."""
-        return {"kind": "text", "max_length": self.max_length, "pad_id": self.pad_id, "needs_type_ids": self.needs_type_ids}
+        return {
+            "kind": "text",
+            "max_length": self.max_length,
+            "pad_id": self.pad_id,
+            "needs_type_ids": self.needs_type_ids,
+        }
 
     @classmethod
     def from_folder(cls, folder: Path, max_length: int) -> "TextEncoder":
         """Reads a model folder: tokenizer.json, and the padding token from the files beside it.
 
-        A model without a padding token (most causal ones) pads with its end token; the mask hides it either way.
+        A model without a padding token (most causal ones) pads with its end token;
+        the mask hides it either way.
 
         Raises:
             ModelError: no readable tokenizer.json, or neither a padding nor an end token.
@@ -87,13 +106,17 @@ class TextEncoder:
         return cls(tokenizer, max_length, _pad_id(tokenizer, settings, folder), _has_types(settings, folder))
 
     def save(self, folder: Path) -> None:
-        """Writes tokenizer.json and tokenizer_config.json, from which `from_folder` and transformers make the same encoder."""
+        """Writes tokenizer.json and tokenizer_config.json, from which `from_folder` and
+        transformers make the same encoder.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save(str(folder / _TOKENIZER))
         inputs = ["input_ids", *(["token_type_ids"] if self.needs_type_ids else []), "attention_mask"]
         settings = {
-            "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": self.max_length,
-            "pad_token": self.tokenizer.id_to_token(self.pad_id), "model_input_names": inputs,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": self.max_length,
+            "pad_token": self.tokenizer.id_to_token(self.pad_id),
+            "model_input_names": inputs,
         }
         (folder / _CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
@@ -112,11 +135,16 @@ def _padded(rows: Sequence[np.ndarray], mask: np.ndarray, fill: int) -> np.ndarr
 
 def _read_tokenizer(path: Path) -> Tokenizer:
     if not path.is_file():
-        raise ModelError(f"{path.parent}: no {path.name}; save the tokenizer there with transformers' save_pretrained")
+        raise ModelError(
+            f"{path.parent}: no {path.name}; save the tokenizer there with transformers' save_pretrained"
+        )
     try:
         return Tokenizer.from_file(str(path))
     except Exception as e:  # the tokenizers library raises bare Exception for a bad file
-        raise ModelError(f"{path}: not a readable tokenizer ({str(e)[:120]}); save it again with transformers' save_pretrained") from None
+        raise ModelError(
+            f"{path}: not a readable tokenizer ({str(e)[:120]}); "
+            "save it again with transformers' save_pretrained"
+        ) from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -139,7 +167,9 @@ def _pad_id(tokenizer: Tokenizer, settings: dict[str, Any], folder: Path) -> int
         place = tokenizer.token_to_id(text) if isinstance(text, str) else None
         if place is not None:
             return int(place)
-    raise ModelError(f"{folder}: names no pad_token or eos_token that the tokenizer knows; set pad_token in {_CONFIG}")
+    raise ModelError(
+        f"{folder}: names no pad_token or eos_token that the tokenizer knows; set pad_token in {_CONFIG}"
+    )
 
 
 def _has_types(settings: dict[str, Any], folder: Path) -> bool:

@@ -1,10 +1,12 @@
-"""The VADER sentences (Hutto & Gilbert, ICWSM 2014) as a table: the text default, three domains from one rating study.
+"""The VADER sentences (Hutto & Gilbert, ICWSM 2014) as a table: the text default,
+three domains from one rating study.
 
-Twenty people rated each sentence from -4 to 4. A sentence counts as positive or negative where the mean is at least 0.5
-away from 0; the others are dropped.
+Twenty people rated each sentence from -4 to 4. A sentence counts as positive or negative where the mean is at
+least 0.5 away from 0; the others are dropped.
 
-The fourth file, movieReview, is left out: its sentences are those of the Rotten Tomatoes set that SST-2 was made from,
-and about four fifths of SST-2 stand in it, so that a model trained on it could not be tested on SST-2.
+The fourth file, movieReview, is left out: its sentences are those of the Rotten Tomatoes set that
+SST-2 was made from, and about four fifths of SST-2 stand in it, so that a model trained on it
+could not be tested on SST-2.
 """
 
 import html
@@ -32,8 +34,8 @@ class Sentence(NamedTuple):
 def read(folder: Path) -> Table:
     """All kept sentences, with columns text, label ("positive", "negative"), domain, document and id.
 
-    A document is a product review or an editorial; each tweet is a document of its own. Sentences of one document share
-    a topic and a writer, so they belong on one side of a split.
+    A document is a product review or an editorial; each tweet is a document of its own. Sentences of one
+    document share a topic and a writer, so they belong on one side of a split.
 
     Raises:
         DataError: a line that is not id, rating, text.
@@ -54,7 +56,10 @@ def sentences(folder: Path, stem: str) -> Iterator[Sentence]:
             name, rating, text = line.split("\t")
             yield Sentence(name, float(rating), html.unescape(text).strip())
         except ValueError:
-            raise DataError(f"{path}: line {number} is not id, rating and text; run `fedtune fetch vader-icwsm-2014` again") from None
+            raise DataError(
+                f"{path}: line {number} is not id, rating and text; "
+                "run `fedtune fetch vader-icwsm-2014` again"
+            ) from None
 
 
 def _row(domain: str, sentence: Sentence) -> tuple[str, str, str, str, str]:

@@ -23,9 +23,11 @@ class Bench:
 
     Attributes:
         step_seconds, step_seconds_least: median and least of `steps` steps after a first one.
-        units_seconds: by block, that median where a client trains it and the head, and the folder has a smaller step for that.
+        units_seconds: by block, that median where a client trains it and the head,
+            and the folder has a smaller step for that.
         open_seconds: to check the folder and open the graph.
-        start_bytes, peak_bytes: of this process in memory, mapped weights among them: before the graph was opened, and at most.
+        start_bytes, peak_bytes: of this process in memory, mapped weights among them:
+            before the graph was opened, and at most.
         disk_bytes: of the folder.
     """
 
@@ -58,7 +60,9 @@ def bench(folder: Path, examples: int, length: int, steps: int, threads: int, me
     opened = time.perf_counter() - begin
     engine = engine_of(graphs, graphs.card.max_length)
     tokens = min(length, graphs.card.max_length) or graphs.card.max_length
-    data = ClientData(made_up(engine.encoder, [tokens] * examples, generator(0, "edge-bench")), np.zeros(examples, np.int64))
+    data = ClientData(
+        made_up(engine.encoder, [tokens] * examples, generator(0, "edge-bench")), np.zeros(examples, np.int64)
+    )
     long = engine.lengths(data)[0]
     weight, values = np.full(examples, 1.0 / examples, np.float32), graphs.zeros()
     engine = within(engine, data, memory_mb)
@@ -76,6 +80,22 @@ def bench(folder: Path, examples: int, length: int, steps: int, threads: int, me
         return times[1:]
 
     times, schema = timed(None), graphs.card.spec.schema
-    units = {block: statistics.median(timed([t.name for t in schema.of_units([block, "head"])])) for block in graphs.card.cuts}
+    units = {
+        block: statistics.median(timed([t.name for t in schema.of_units([block, "head"])]))
+        for block in graphs.card.cuts
+    }
     disk = sum((folder / name).stat().st_size for name in (CARD, *graphs.card.files))
-    return Bench(examples, long, min(engine.span // long, examples), threads, steps, statistics.median(times), min(times), units, opened, start, peak(), disk)
+    return Bench(
+        examples,
+        long,
+        min(engine.span // long, examples),
+        threads,
+        steps,
+        statistics.median(times),
+        min(times),
+        units,
+        opened,
+        start,
+        peak(),
+        disk,
+    )

@@ -32,8 +32,9 @@ from fedtune.types import Arrays, Metrics
 from fedtune.wire import Packet, Pieces, decode, encode
 
 TOKENS, IMAGES = 256, 4
-"""What goes through the graph at once where memory sets no lower bound. On MiniLM, 4 texts of 64 tokens a time take no longer for a text
-than 16, and a third of the memory."""
+"""What goes through the graph at once where memory sets no lower bound. On MiniLM, 4 texts of 64 tokens a
+time take no longer for a text than 16, and a third of the memory.
+"""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class EdgeWorker:
     def handle(self, payload: bytes, client: str, data: ClientData | Stream) -> bytes:
         """Answers a "model" packet with an "update", a "probe" with "block-scores".
 
-        Raises Refused when the packet is not for this bundle: another schema, another frame, another kind, or not the whole model.
+        Raises Refused when the packet is not for this bundle: another schema, another frame,
+        another kind, or not the whole model.
         """
         job, schema = self.bundle.job, self.bundle.schema
         packet = decode(payload, schema, kinds=["model", "probe"], frame=self.bundle.frame_digest)
@@ -57,19 +59,58 @@ class EdgeWorker:
             return self._probe(packet, work, values, client, data)
         fed, round, private = job.federation, packet.header.round, example_privacy(job)
         if method_of(job):
-            update, metrics = train_keeping(self.bundle, self.kept, packet, client, data, self._local(client, data, round))
-            return encode("update", schema, update, round=round, frame=self.bundle.frame_digest, weight=float(len(data)), metrics=metrics)
+            update, metrics = train_keeping(
+                self.bundle, self.kept, packet, client, data, self._local(client, data, round)
+            )
+            return encode(
+                "update",
+                schema,
+                update,
+                round=round,
+                frame=self.bundle.frame_digest,
+                weight=float(len(data)),
+                metrics=metrics,
+            )
         if private is not None:
-            metrics = train_privately(self.engine, values, data, fed, private, round, noise_of(job, round, client), work.names, work.rank)
+            metrics = train_privately(
+                self.engine,
+                values,
+                data,
+                fed,
+                private,
+                round,
+                noise_of(job, round, client),
+                work.names,
+                work.rank,
+            )
         else:
             if self.bundle.subspace is not None:
-                metrics = train_forward(self.bundle.subspace, values[NAME], data, job, round, client, self.engine.passes)
+                metrics = train_forward(
+                    self.bundle.subspace, values[NAME], data, job, round, client, self.engine.passes
+                )
             else:
-                metrics = train_locally(self.engine, values, data, fed, round, generator(fed.seed, "local", round, client), work.names, rank=work.rank)
+                metrics = train_locally(
+                    self.engine,
+                    values,
+                    data,
+                    fed,
+                    round,
+                    generator(fed.seed, "local", round, client),
+                    work.names,
+                    rank=work.rank,
+                )
             require_converged(metrics)
         weight, metrics = outward(job, len(data), metrics)
         trained: Arrays = values if work.names is None else {name: values[name] for name in work.names}
-        return encode("update", schema, self._leading(trained, work.rank), round=round, frame=self.bundle.frame_digest, weight=weight, metrics=metrics)
+        return encode(
+            "update",
+            schema,
+            self._leading(trained, work.rank),
+            round=round,
+            frame=self.bundle.frame_digest,
+            weight=weight,
+            metrics=metrics,
+        )
 
     def _values(self, packet: Packet, work: Asked) -> Pieces:
         """What the graphs take: of a client of a lower rank, with 0 where it has nothing."""
@@ -84,7 +125,9 @@ class EdgeWorker:
         ranks = self.bundle.ranks
         return trained if ranks is None else answered(self.bundle, ranks.leading(trained, rank))
 
-    def _probe(self, packet: Packet, work: Asked, values: Pieces, client: str, data: ClientData | Stream) -> bytes:
+    def _probe(
+        self, packet: Packet, work: Asked, values: Pieces, client: str, data: ClientData | Stream
+    ) -> bytes:
         job, schema, round = self.bundle.job, self.bundle.manifest.spec.schema, packet.header.round
         units = require_probing(job)
         batches = probed_batches(data.lengths, units, job.federation, round, client)
@@ -99,7 +142,16 @@ class EdgeWorker:
 
         def local(ask: Ask) -> Trained:
             values = Pieces(np.concatenate([ask.start[t.name].ravel() for t in spec.tensors]), spec.layout)
-            metrics = train_locally(self.engine, values, data, fed, round, generator(fed.seed, ask.purpose, round, client), None, ask.pull)
+            metrics = train_locally(
+                self.engine,
+                values,
+                data,
+                fed,
+                round,
+                generator(fed.seed, ask.purpose, round, client),
+                None,
+                ask.pull,
+            )
             return values, metrics
 
         return local
@@ -114,7 +166,9 @@ class EdgeWorker:
         return score(self.engine, self.bundle.trained(arrays), data, self.bundle.job.evaluation.batch_size)
 
 
-def open_device(bundle: Bundle, data: Path, folder: Path, threads: int = 0, memory_mb: int = 0, kept: Path | None = None) -> Device:
+def open_device(
+    bundle: Bundle, data: Path, folder: Path, threads: int = 0, memory_mb: int = 0, kept: Path | None = None
+) -> Device:
     """Checks that the graphs are those of the bundle, reads the data, and finds how much fits the memory.
 
     Args:
@@ -144,7 +198,10 @@ def engine_of(graphs: Graphs, max_length: int) -> Engine:
 
 
 def within(engine: Engine, data: ClientData | Stream, memory_mb: int) -> Engine:
-    """The same with no more at once than the limit allows, as steps with the longest example tell. Raises UserError as `rows_within`."""
+    """The same with no more at once than the limit allows, as steps with the longest example tell.
+
+    Raises UserError as `rows_within`.
+    """
     lengths, values = engine.lengths(data), engine.graphs.zeros()
     longest = int(np.argmax(lengths))
 
@@ -162,7 +219,9 @@ def within(engine: Engine, data: ClientData | Stream, memory_mb: int) -> Engine:
 
 
 def require_same(card: EdgeCard, bundle: Bundle, folder: Path) -> None:
-    """Raises ModelError, naming both, when the graphs were made for another base, frame, task, or other trained tensors."""
+    """Raises ModelError, naming both, when the graphs were made for another base, frame, task,
+    or other trained tensors.
+    """
     manifest, model = bundle.manifest, bundle.job.model
     both = {
         "base": (_short(card.base_sha256), _short(manifest.sha256)),
@@ -171,7 +230,10 @@ def require_same(card: EdgeCard, bundle: Bundle, folder: Path) -> None:
         "labels": (", ".join(card.labels), ", ".join(manifest.labels)),
         "edge.mode": (card.mode, bundle.job.edge.mode),
         "pooling": (card.pooling, model.pooling),
-        "adapter": (_named(card.spec.method, card.spec.rank, card.spec.schema.digest), _named(manifest.spec.method, manifest.spec.rank, manifest.spec.schema.digest)),
+        "adapter": (
+            _named(card.spec.method, card.spec.rank, card.spec.schema.digest),
+            _named(manifest.spec.method, manifest.spec.rank, manifest.spec.schema.digest),
+        ),
     }
     for what, (here, there) in both.items():
         if here != there:
@@ -181,7 +243,10 @@ def require_same(card: EdgeCard, bundle: Bundle, folder: Path) -> None:
 
 
 def _not_of_this(folder: Path, what: str, here: str, there: str) -> ModelError:
-    return ModelError(f"--graphs {folder}: made for the {what} {here}, the coordinator's bundle has {there}; copy the folder that `fedtune prepare --edge` made with this bundle")
+    return ModelError(
+        f"--graphs {folder}: made for the {what} {here}, the coordinator's bundle has {there}; "
+        "copy the folder that `fedtune prepare --edge` made with this bundle"
+    )
 
 
 def _short(sha256: str) -> str:

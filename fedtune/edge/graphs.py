@@ -1,4 +1,6 @@
-"""The graphs that `fedtune prepare --edge` made, run by onnxruntime in little memory: loss and gradients of a batch, or its logits."""
+"""The graphs that `fedtune prepare --edge` made, run by onnxruntime in little memory: loss and gradients
+of a batch, or its logits.
+"""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -9,15 +11,29 @@ import numpy as np
 import onnxruntime
 
 from fedtune.data.encoded import Encoder, open_encoder
-from fedtune.onnx.folder import CORRECT, COUNT, FORWARD, LABELS, LOGITS, LOSS, STEP, WEIGHT, WEIGHTS, EdgeCard, gradient_of, open_card
+from fedtune.onnx.folder import (
+    CORRECT,
+    COUNT,
+    FORWARD,
+    LABELS,
+    LOGITS,
+    LOSS,
+    STEP,
+    WEIGHT,
+    WEIGHTS,
+    EdgeCard,
+    gradient_of,
+    open_card,
+)
 from fedtune.onnx.lean import open_lean
 from fedtune.types import Arrays
 from fedtune.wire import Pieces
 
 
 class Passed(NamedTuple):
-    """Of n examples: gradient of sum(weight * loss), float32 [P] in the order of the trained tensors, and float64 [3]: summed loss,
-    right predictions and predictions."""
+    """Of n examples: gradient of sum(weight * loss), float32 [P] in the order of the trained tensors, and
+    float64 [3]: summed loss, right predictions and predictions.
+    """
 
     gradient: np.ndarray
     totals: np.ndarray
@@ -25,7 +41,10 @@ class Passed(NamedTuple):
 
 @dataclass
 class Graphs:
-    """An opened folder. One of its graphs is open at a time, and opened when it is asked for, so that weights are in memory once."""
+    """An opened folder.
+
+    One of its graphs is open at a time, and opened when it is asked for, so that weights are in memory once.
+    """
 
     folder: Path
     card: EdgeCard
@@ -39,10 +58,20 @@ class Graphs:
         return cls(folder, open_card(folder), threads)
 
     def encoder(self, max_length: int) -> Encoder:
-        """What turns texts, cut to `max_length` tokens, or image files into inputs. Raises ModelError or DataError for a broken one."""
+        """What turns texts, cut to `max_length` tokens, or image files into inputs.
+
+        Raises ModelError or DataError for a broken one.
+        """
         return open_encoder(self.folder, self.card.task, max_length)
 
-    def step(self, batch: Arrays, labels: np.ndarray, weight: np.ndarray, values: Mapping[str, np.ndarray], names: Collection[str] | None = None) -> Passed:
+    def step(
+        self,
+        batch: Arrays,
+        labels: np.ndarray,
+        weight: np.ndarray,
+        values: Mapping[str, np.ndarray],
+        names: Collection[str] | None = None,
+    ) -> Passed:
         """One pass forward and back over n examples.
 
         Args:
@@ -53,9 +82,22 @@ class Graphs:
         named = {} if self.card.task == "causal-lm" else {LABELS: labels}
         tensors = self.card.spec.trainable
         wanted = [t.name for t in tensors if names is None or t.name in names]
-        found = self.session(self.card.step_of(names)).run([LOSS, CORRECT, COUNT, *map(gradient_of, wanted)], {**batch, **named, WEIGHT: weight, **values})
-        totals, gradients = np.array([part.sum(dtype=np.float64) for part in found[:3]]), dict(zip(wanted, found[3:]))
-        return Passed(np.concatenate([gradients[t.name].ravel() if t.name in gradients else np.zeros(t.size, np.float32) for t in tensors]), totals)
+        found = self.session(self.card.step_of(names)).run(
+            [LOSS, CORRECT, COUNT, *map(gradient_of, wanted)], {**batch, **named, WEIGHT: weight, **values}
+        )
+        totals, gradients = (
+            np.array([part.sum(dtype=np.float64) for part in found[:3]]),
+            dict(zip(wanted, found[3:])),
+        )
+        return Passed(
+            np.concatenate(
+                [
+                    gradients[t.name].ravel() if t.name in gradients else np.zeros(t.size, np.float32)
+                    for t in tensors
+                ]
+            ),
+            totals,
+        )
 
     def logits(self, batch: Arrays, values: Mapping[str, np.ndarray]) -> np.ndarray:
         """float32 [n, classes], or [n, length, vocabulary] for a causal language model."""

@@ -23,7 +23,9 @@ def peak() -> int:
 
 
 def _status(key: str) -> int:
-    """A figure of /proc/self/status in bytes; 0 without one. getrusage counts the parent of a new process in, this does not."""
+    """A figure of /proc/self/status in bytes; 0 without one. getrusage counts the parent of a new
+    process in, this does not.
+    """
     try:
         with open("/proc/self/status", encoding="ascii") as file:
             return next((int(line.split()[1]) * 1024 for line in file if line.startswith(f"{key}:")), 0)
@@ -32,11 +34,13 @@ def _status(key: str) -> int:
 
 
 def rows_within(limit_mb: int, most: int, run: Callable[[int], None], weights: int) -> int:
-    """How many of the largest examples may go through at once, between 1 and `most`, as tried steps tell. limit_mb 0: no limit.
+    """How many of the largest examples may go through at once, between 1 and `most`,
+    as tried steps tell. limit_mb 0: no limit.
 
     Args:
         run: makes a step of so many examples.
-        weights: bytes of the file that the graph maps. What tried steps did not touch of it, rows of a word table, later ones may.
+        weights: bytes of the file that the graph maps. What tried steps did not touch of it,
+            rows of a word table, later ones may.
 
     Raises UserError when a step of one takes more.
     """
@@ -48,8 +52,12 @@ def rows_within(limit_mb: int, most: int, run: Callable[[int], None], weights: i
     one = peak() + untouched
     if one > limit:
         needed = int(one / (1 - SPARE) / MB) + 1
-        raise UserError(f"--memory-mb {limit_mb}: a step of one example takes {one / MB:.0f} MB here, and {SPARE:.0%} stays free; give at least {needed}")
-    if most == 1 or one + (peak() - before) > limit:  # the first step also brought weights in, so a second row takes less than this
+        raise UserError(
+            f"--memory-mb {limit_mb}: a step of one example takes {one / MB:.0f} MB here, "
+            f"and {SPARE:.0%} stays free; give at least {needed}"
+        )
+    # the first step also brought weights in, so a second row takes less than this
+    if most == 1 or one + (peak() - before) > limit:
         return 1
     run(2)
     two = peak() + untouched

@@ -12,7 +12,8 @@ from fedtune.training.rates import BETA1, BETA2, EPS, learning_rate
 class Optimizer:
     """The job's optimizer of one round, fresh.
 
-    Formulas, their order of operations and their rounding to float32 are those of torch.optim (tests compare).
+    Formulas, their order of operations and their rounding to float32 are those of
+    torch.optim (tests compare).
     """
 
     def __init__(self, spec: AdapterSpec, settings: FederationSection, round: int) -> None:
@@ -22,7 +23,9 @@ class Optimizer:
         self._count = 0
 
     def step(self, values: np.ndarray, gradient: np.ndarray) -> None:
-        """Moves `values`, float32 [P], in place by one step along `gradient`, float32 [P], which is left as it was."""
+        """Moves `values`, float32 [P], in place by one step along `gradient`, float32 [P],
+        which is left as it was.
+        """
         self._count += 1
         if self.settings.optimizer == "sgd":
             self._sgd(values, gradient)

@@ -1,6 +1,6 @@
 """The trainer process without torch; see `fedtune.trainer_service`.
 
-    python -m fedtune.edge.service CONFIG.json
+python -m fedtune.edge.service CONFIG.json
 """
 
 import sys
@@ -19,7 +19,14 @@ def ready(config: Config) -> "Callable[[], Device]":
     from fedtune.edge.device import open_device
 
     kept = Path(config.kept) if config.kept else None
-    return lambda: open_device(open_bundle(Path(config.bundle)), Path(config.data), Path(config.graphs), config.threads, config.memory_mb, kept)
+    return lambda: open_device(
+        open_bundle(Path(config.bundle)),
+        Path(config.data),
+        Path(config.graphs),
+        config.threads,
+        config.memory_mb,
+        kept,
+    )
 
 
 if __name__ == "__main__":

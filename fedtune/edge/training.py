@@ -1,6 +1,8 @@
-"""Local training and evaluation on opened graphs: what `fedtune.training.local`, `private` and `evaluate` do, with numpy.
+"""Local training and evaluation on opened graphs: what `fedtune.training.local`,
+`private` and `evaluate` do, with numpy.
 
-Batches go through the graph in pieces, whose gradients are added up, so that memory is that of a piece and not of a batch.
+Batches go through the graph in pieces, whose gradients are added up, so that memory is that of a
+piece and not of a batch.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -16,7 +18,14 @@ from fedtune.edge.optimizers import Optimizer
 from fedtune.errors import Refused
 from fedtune.job import FederationSection
 from fedtune.privacy.clipping import clip
-from fedtune.privacy.example import ExamplePrivacy, SelfCheck, capped, drawn_noise, noisy_metrics, poisson_batches
+from fedtune.privacy.example import (
+    ExamplePrivacy,
+    SelfCheck,
+    capped,
+    drawn_noise,
+    noisy_metrics,
+    poisson_batches,
+)
 from fedtune.privacy.noise import Noise
 from fedtune.stateful.base import Pull
 from fedtune.training.batches import by_length, local_batches
@@ -30,20 +39,29 @@ TINY = 1e-12
 
 @dataclass(frozen=True)
 class Engine:
-    """Graphs with the encoder of their inputs. span: tokens (of an image: rows of pixels), padding counted, that go through at once."""
+    """Graphs with the encoder of their inputs. span: tokens (of an image: rows of pixels), padding
+    counted, that go through at once.
+    """
 
     graphs: Graphs
     encoder: Encoder
     span: int
 
-    def added(self, values: Pieces, data: ClientData, weight: np.ndarray, names: Collection[str] | None = None) -> Passed:
-        """`Graphs.step` of any number of examples, piece by piece. weight: float32 [n]. names: whose gradients are wanted (None: all)."""
+    def added(
+        self, values: Pieces, data: ClientData, weight: np.ndarray, names: Collection[str] | None = None
+    ) -> Passed:
+        """`Graphs.step` of any number of examples, piece by piece. weight: float32 [n]. names: whose
+        gradients are wanted (None: all).
+        """
         gradient, totals = np.zeros_like(values.vector), np.zeros(3)
         for rows in pieces(self.lengths(data), self.span):
             part = data.take(rows)
-            if not self.predictions(part).any():  # texts of one token, whose loss is empty, which no graph takes
+            # texts of one token, whose loss is empty, which no graph takes
+            if not self.predictions(part).any():
                 continue
-            found = self.graphs.step(self.encoder.collate(part.encoded), part.labels, weight[rows], values, names)  # type: ignore[arg-type]  # encoded by this encoder
+            # encoded by this encoder
+            batch = self.encoder.collate(part.encoded)  # type: ignore[arg-type]
+            found = self.graphs.step(batch, part.labels, weight[rows], values, names)
             gradient += found.gradient
             totals += found.totals
         return Passed(gradient, totals)
@@ -54,12 +72,16 @@ class Engine:
         for rows in pieces(self.lengths(data), self.span):
             part = data.take(rows)
             batch = self.encoder.collate(part.encoded)  # type: ignore[arg-type]
-            totals += summed_loss(self.graphs.logits(batch, values), batch, part.labels, self.graphs.card.task)
+            totals += summed_loss(
+                self.graphs.logits(batch, values), batch, part.labels, self.graphs.card.task
+            )
         return totals
 
     def lengths(self, data: ClientData | Stream) -> Sequence[int]:
         """In the unit of `span`."""
-        return data.lengths if self.graphs.card.task != "image-classification" else [self.encoder.size] * len(data)  # type: ignore[union-attr]
+        if self.graphs.card.task != "image-classification":
+            return data.lengths
+        return [self.encoder.size] * len(data)  # type: ignore[union-attr]
 
     def predictions(self, data: ClientData) -> np.ndarray:
         """Predictions that each example makes, int64 [n]: one, or one per token after the first."""
@@ -69,7 +91,9 @@ class Engine:
 
 
 def pieces(lengths: Sequence[int], span: int) -> Iterator[np.ndarray]:
-    """Places of examples in their order, as many at a time as fit `span` when padded to their longest, and at least one."""
+    """Places of examples in their order, as many at a time as fit `span` when padded to their
+    longest, and at least one.
+    """
     start, longest = 0, 0
     for place, length in enumerate(lengths):
         longest = max(longest, length)
@@ -81,15 +105,24 @@ def pieces(lengths: Sequence[int], span: int) -> Iterator[np.ndarray]:
 
 
 class Trained:
-    """The tensors that a round trains, as numbers of a vector of all: the optimizer moves these and no others."""
+    """The tensors that a round trains, as numbers of a vector of all:
+    the optimizer moves these and no others.
+    """
 
     def __init__(self, spec: AdapterSpec, names: Collection[str] | None, rank: int = 0) -> None:
-        """names: None for all. rank: of the client, which trains the leading numbers of the cores alone (0: all)."""
+        """names: None for all. rank: of the client, which trains the leading numbers of
+        the cores alone (0: all).
+        """
         of = at_rank(spec, rank)
         chosen = [names is None or t.name in names for t in of.trainable]
         self.spec = replace(of, trainable=tuple(t for t, taken in zip(of.trainable, chosen) if taken))
         self.sizes = [t.size for t in self.spec.trainable]
-        self._mask = np.concatenate([_leading(t.shape, own.shape, taken) for t, own, taken in zip(spec.trainable, of.trainable, chosen)])
+        self._mask = np.concatenate(
+            [
+                _leading(t.shape, own.shape, taken)
+                for t, own, taken in zip(spec.trainable, of.trainable, chosen)
+            ]
+        )
         self._all = bool(self._mask.all())
 
     def of(self, vector: np.ndarray) -> np.ndarray:
@@ -112,30 +145,53 @@ def _leading(shape: tuple[int, ...], own: tuple[int, ...], taken: bool) -> np.nd
 
 
 def train_locally(
-    engine: Engine, values: Pieces, data: ClientData | Stream, settings: FederationSection, round: int, rng: np.random.Generator,
-    names: Collection[str] | None = None, pull: Pull | None = None, rank: int = 0,
+    engine: Engine,
+    values: Pieces,
+    data: ClientData | Stream,
+    settings: FederationSection,
+    round: int,
+    rng: np.random.Generator,
+    names: Collection[str] | None = None,
+    pull: Pull | None = None,
+    rank: int = 0,
 ) -> Metrics:
-    """Runs the round's optimizer steps on these tensors of `values` (None: all), in place; see `training.local.train_locally`.
+    """Runs the round's optimizer steps on these tensors of `values` (None: all), in place; see
+    `training.local.train_locally`.
 
-    A `pull` that names tensors is of all of them. rank: of the client, whose values are 0 beyond it (0: adapter.rank).
+    A `pull` that names tensors is of all of them. rank: of the client,
+    whose values are 0 beyond it (0: adapter.rank).
     """
     trained, pull = Trained(engine.graphs.card.spec, names, rank), pull or Pull(settings.proximal)
     optimizer, totals = Optimizer(trained.spec, settings, round), np.zeros(3)
-    mu, towards = np.float32(pull.strength), trained.of(values.vector).copy() if pull.towards is None else _flat(pull.towards, values)
+    mu, towards = (
+        np.float32(pull.strength),
+        trained.of(values.vector).copy() if pull.towards is None else _flat(pull.towards, values),
+    )
     offset = np.float32(0) if pull.offset is None else _flat(pull.offset, values)
     still = np.flatnonzero(_flat(pull.moving, values) == 0) if pull.moving else np.zeros(0, np.int64)
     begin = values.vector[still].copy()
-    for index in local_batches(data.lengths, settings.batch_size, settings.local_epochs, settings.local_steps, rng):
+    for index in local_batches(
+        data.lengths, settings.batch_size, settings.local_epochs, settings.local_steps, rng
+    ):
         taken = data.take(index)
         count = int(engine.predictions(taken).sum())
         if count:  # a batch of one-token texts predicts nothing
             weight = np.full(len(taken), 1.0 / count, np.float32)
             gradient, found = engine.added(values, taken, weight, names)
             if pull.ascent:
-                uphill = np.float32(pull.ascent / (float(np.linalg.norm(gradient.astype(np.float64))) + TINY)) * gradient
-                gradient, _ = engine.added(Pieces(values.vector + uphill, values.layout), taken, weight, names)
+                uphill = (
+                    np.float32(pull.ascent / (float(np.linalg.norm(gradient.astype(np.float64))) + TINY))
+                    * gradient
+                )
+                gradient, _ = engine.added(
+                    Pieces(values.vector + uphill, values.layout), taken, weight, names
+                )
             gradient = trained.of(gradient) + offset
-            trained.step(optimizer, values.vector, gradient + mu * (trained.of(values.vector) - towards) if mu else gradient)
+            trained.step(
+                optimizer,
+                values.vector,
+                gradient + mu * (trained.of(values.vector) - towards) if mu else gradient,
+            )
             values.vector[still] = begin
             totals += found
     return _metrics(totals)
@@ -145,22 +201,36 @@ def _flat(arrays: Arrays, like: Pieces) -> np.ndarray:
     return np.concatenate([arrays[name].ravel() for name in like])
 
 
-def batch_gradients(engine: Engine, values: Pieces, data: ClientData | Stream, batches: Iterable[np.ndarray]) -> Iterator[Arrays]:
+def batch_gradients(
+    engine: Engine, values: Pieces, data: ClientData | Stream, batches: Iterable[np.ndarray]
+) -> Iterator[Arrays]:
     """As `training.local.batch_gradients`, to all tensors."""
     for index in batches:
         taken = data.take(index)
         count = int(engine.predictions(taken).sum())
         if count:
-            yield Pieces(engine.added(values, taken, np.full(len(taken), 1.0 / count, np.float32)).gradient, values.layout)
+            yield Pieces(
+                engine.added(values, taken, np.full(len(taken), 1.0 / count, np.float32)).gradient,
+                values.layout,
+            )
 
 
 def train_privately(
-    engine: Engine, values: Pieces, data: ClientData | Stream, settings: FederationSection, privacy: ExamplePrivacy, round: int, noise: Noise,
-    names: Collection[str] | None = None, rank: int = 0,
+    engine: Engine,
+    values: Pieces,
+    data: ClientData | Stream,
+    settings: FederationSection,
+    privacy: ExamplePrivacy,
+    round: int,
+    noise: Noise,
+    names: Collection[str] | None = None,
+    rank: int = 0,
 ) -> Metrics:
-    """DP-SGD on these tensors of `values` (None: all), in place, one example at a time; see `training.private.train_privately`.
+    """DP-SGD on these tensors of `values` (None: all), in place, one example at a time; see
+    `training.private.train_privately`.
 
-    Gradients are clipped, and noise is added, over these numbers alone. rank: as in `train_locally`. Raises Refused as that does.
+    Gradients are clipped, and noise is added, over these numbers alone. rank: as in `train_locally`.
+    Raises Refused as that does.
     """
     trained = Trained(engine.graphs.card.spec, names, rank)
     optimizer, check = Optimizer(trained.spec, settings, round), SelfCheck(privacy)
@@ -205,7 +275,9 @@ def score(engine: Engine, values: Arrays, data: ClientData | Stream, batch_size:
 
 
 def summed_loss(logits: np.ndarray, batch: Arrays, labels: np.ndarray, task: str) -> np.ndarray:
-    """float64 [3]: cross-entropy, right predictions and predictions, summed; see `models.base.summed_loss`."""
+    """float64 [3]: cross-entropy, right predictions and predictions, summed; see
+    `models.base.summed_loss`.
+    """
     if task == "causal-lm":
         mask = batch["attention_mask"][:, 1:].astype(bool)
         logits, labels = logits[:, :-1][mask], batch["input_ids"][:, 1:][mask]

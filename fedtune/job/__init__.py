@@ -1,8 +1,8 @@
 """The job: one TOML file that says everything about a run, read into frozen, checked values.
 
-Every key has a default, so an empty file is a job. Unknown keys are errors; all problems are reported together, one line
-each with key, value, limit and remedy. A value whose feature is not built yet is refused, never ignored: the others are `available`
-in their field.
+Every key has a default, so an empty file is a job. Unknown keys are errors; all problems are reported
+together, one line each with key, value, limit and remedy. A value whose feature is not built yet is refused,
+never ignored: the others are `available` in their field.
 """
 
 from fedtune.job.reading import job_from, load_job, load_raw, parse_job
@@ -22,6 +22,20 @@ from fedtune.job.whole import Job
 from fedtune.job.writing import to_toml
 
 __all__ = [
-    "AdapterSection", "DataSection", "DeviceClass", "EvaluationSection", "FederationSection", "Job", "ModelSection", "PrivacySection", "SimulationSection", "UnitsSection",
-    "job_from", "load_job", "load_raw", "parse_job", "to_toml", "toml_value",
+    "AdapterSection",
+    "DataSection",
+    "DeviceClass",
+    "EvaluationSection",
+    "FederationSection",
+    "Job",
+    "ModelSection",
+    "PrivacySection",
+    "SimulationSection",
+    "UnitsSection",
+    "job_from",
+    "load_job",
+    "load_raw",
+    "parse_job",
+    "to_toml",
+    "toml_value",
 ]

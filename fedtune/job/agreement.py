@@ -1,4 +1,6 @@
-"""What keys of different sections must agree on: a line for each that do not, with value, limit and remedy."""
+"""What keys of different sections must agree on: a line for each that do not,
+with value, limit and remedy.
+"""
 
 from collections.abc import Iterator, Mapping
 
@@ -10,32 +12,67 @@ from fedtune.job.text import CONTROL, or_, toml_value
 def disagreements(job: Sections) -> Iterator[str]:
     data, fed, adapter = job.data, job.federation, job.adapter
     if data.partition != "natural" and data.clients == 0:
-        yield f"data.clients = 0: only partition = \"natural\" can count clients itself; give a number of at least 1 for {toml_value(data.partition)}"
+        yield (
+            'data.clients = 0: only partition = "natural" can count clients itself; '
+            f"give a number of at least 1 for {toml_value(data.partition)}"
+        )
     if data.partition == "natural" and not data.by:
-        yield 'data.by = "": partition = "natural" needs the column that divides the data; name one or choose "iid"'
+        yield (
+            'data.by = "": partition = "natural" needs the column that divides '
+            'the data; name one or choose "iid"'
+        )
     if data.partition == "dirichlet" and data.alpha == 0:
-        yield 'data.alpha = 0: partition = "dirichlet" needs a concentration above 0; 0.1 is very uneven, 100 nearly even'
+        yield (
+            'data.alpha = 0: partition = "dirichlet" needs a concentration above 0; '
+            "0.1 is very uneven, 100 nearly even"
+        )
     if data.clients and fed.cohort > data.clients:
         yield f"federation.cohort = {fed.cohort}: at most data.clients = {data.clients}; lower it"
     if fed.sampling == "fixed" and fed.min_replies > fed.cohort:
-        yield f"federation.min-replies = {fed.min_replies}: at most federation.cohort = {fed.cohort}; lower it"
+        yield (
+            f"federation.min-replies = {fed.min_replies}: at most federation.cohort = {fed.cohort}; lower it"
+        )
     if len(set(data.labels)) != len(data.labels):
         yield f"data.labels = {toml_value(data.labels)}: a label stands twice; name each once"
     if len(set(job.evaluation.baselines)) != len(job.evaluation.baselines):
-        yield f"evaluation.baselines = {toml_value(job.evaluation.baselines)}: a baseline stands twice; name each once"
+        yield (
+            f"evaluation.baselines = {toml_value(job.evaluation.baselines)}: a baseline "
+            "stands twice; name each once"
+        )
     yield from _robust_disagreements(job)
-    yield from _idle("federation", fed, "server_optimizer", {
-        "server_lr": ("fedavgm", "fedadam"), "server_momentum": ("fedavgm", "fedadam"), "server_beta2": ("fedadam",), "server_tau": ("fedadam",)})
+    yield from _idle(
+        "federation",
+        fed,
+        "server_optimizer",
+        {
+            "server_lr": ("fedavgm", "fedadam"),
+            "server_momentum": ("fedavgm", "fedadam"),
+            "server_beta2": ("fedadam",),
+            "server_tau": ("fedadam",),
+        },
+    )
     if fed.momentum and fed.optimizer != "sgd":
-        yield f"federation.momentum = {fed.momentum}: only used by optimizer = \"sgd\"; remove it or change the optimizer from {toml_value(fed.optimizer)}"
+        yield (
+            f'federation.momentum = {fed.momentum}: only used by optimizer = "sgd"; '
+            f"remove it or change the optimizer from {toml_value(fed.optimizer)}"
+        )
     if job.model.task == "causal-lm" and adapter.method == "head":
         yield 'adapter.method = "head": a causal-lm has no task head; use fed-sb, lora, bias or full'
     if adapter.asks_gradients and adapter.method != "fed-sb":
-        yield f"adapter.init = {toml_value(adapter.init)}: only for method = \"fed-sb\", not {toml_value(adapter.method)}; use init = \"weights\""
+        yield (
+            f'adapter.init = {toml_value(adapter.init)}: only for method = "fed-sb", '
+            f'not {toml_value(adapter.method)}; use init = "weights"'
+        )
     if not adapter.targets:
-        yield 'adapter.targets = []: names no linear, so nothing would be adapted; use ["all-linear"] or name some'
+        yield (
+            "adapter.targets = []: names no linear, so nothing would be adapted; "
+            'use ["all-linear"] or name some'
+        )
     if adapter.method == "head" and not adapter.train_head:
-        yield 'adapter.train-head = false: method = "head" trains nothing but the head; set it to true or choose another method'
+        yield (
+            'adapter.train-head = false: method = "head" trains nothing but the head; '
+            "set it to true or choose another method"
+        )
     yield from _forward_disagreements(job)
     yield from _units_disagreements(job)
     yield from _rank_disagreements(job)
@@ -46,12 +83,18 @@ def disagreements(job: Sections) -> Iterator[str]:
     named = [device.name for device in job.simulation.devices]
     for place, name in enumerate(named):
         if name in named[:place]:
-            yield f"simulation.devices.{place}.name = {toml_value(name)}: stands twice; give each class its own name"
+            yield (
+                f"simulation.devices.{place}.name = {toml_value(name)}: stands twice; "
+                "give each class its own name"
+            )
     for where, section in named_sections(job):
         for key, value in section:
             texts = value if isinstance(value, tuple) else (value,)
             if any(isinstance(text, str) and CONTROL.search(text) for text in texts):
-                yield f"{where}.{key.replace('_', '-')} = {toml_value(value)}: holds a control character; remove it"
+                yield (
+                    f"{where}.{key.replace('_', '-')} = {toml_value(value)}: "
+                    "holds a control character; remove it"
+                )
 
 
 def _idle(name: str, section: Section, choice: str, keys: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
@@ -59,22 +102,40 @@ def _idle(name: str, section: Section, choice: str, keys: Mapping[str, tuple[str
     unchanged = type(section)()
     for key, choices in keys.items():
         if getattr(section, key) != getattr(unchanged, key) and getattr(section, choice) not in choices:
-            yield (f"{name}.{key.replace('_', '-')} = {getattr(section, key)}: only for {choice.replace('_', '-')} = {or_(choices)}, "
-                   f"not {toml_value(getattr(section, choice))}; remove it")
+            yield (
+                f"{name}.{key.replace('_', '-')} = {getattr(section, key)}: "
+                f"only for {choice.replace('_', '-')} = {or_(choices)}, "
+                f"not {toml_value(getattr(section, choice))}; remove it"
+            )
 
 
 def _robust_disagreements(job: Sections) -> Iterator[str]:
-    fed, rules = job.federation, {"trim": ("trimmed-mean",), "byzantine": ("krum", "multi-krum"), "norm_bound": ("norm-bound",)}
+    fed, rules = (
+        job.federation,
+        {"trim": ("trimmed-mean",), "byzantine": ("krum", "multi-krum"), "norm_bound": ("norm-bound",)},
+    )
     yield from _idle("federation", fed, "aggregation", rules)
     for name, its in rules.items():
         if not getattr(fed, name) and fed.aggregation in its:
-            yield f"federation.{name.replace('_', '-')} = 0: aggregation = {toml_value(fed.aggregation)} needs it; set it above 0"
+            yield (
+                f"federation.{name.replace('_', '-')} = 0: aggregation = "
+                f"{toml_value(fed.aggregation)} needs it; set it above 0"
+            )
     if fed.aggregation in ("krum", "multi-krum") and 2 * fed.byzantine + 2 >= fed.cohort:
-        yield f"federation.byzantine = {fed.byzantine}: krum needs more than 2 f + 2 updates, and federation.cohort = {fed.cohort}; lower it to {max(0, (fed.cohort - 3) // 2)}, or raise cohort"
+        yield (
+            f"federation.byzantine = {fed.byzantine}: krum needs more than 2 f + 2 updates, and "
+            f"federation.cohort = {fed.cohort}; lower it to {max(0, (fed.cohort - 3) // 2)}, or raise cohort"
+        )
     if fed.aggregation != "mean" and job.privacy.secure_aggregation:
-        yield f"federation.aggregation = {toml_value(fed.aggregation)}: looks at single updates, which secure-aggregation hides; use \"mean\""
+        yield (
+            f"federation.aggregation = {toml_value(fed.aggregation)}: looks at single updates, "
+            'which secure-aggregation hides; use "mean"'
+        )
     if fed.aggregation != "mean" and job.privacy.unit == "client":
-        yield f"federation.aggregation = {toml_value(fed.aggregation)}: noise for whole clients is sized for a mean; use \"mean\""
+        yield (
+            f"federation.aggregation = {toml_value(fed.aggregation)}: noise for whole clients "
+            'is sized for a mean; use "mean"'
+        )
 
 
 def _forward_disagreements(job: Sections) -> Iterator[str]:
@@ -82,15 +143,30 @@ def _forward_disagreements(job: Sections) -> Iterator[str]:
     if edge.mode != "forward":
         for name in ("directions", "perturbation", "share"):
             if getattr(edge, name) != getattr(default, name):
-                yield f'edge.{name} = {toml_value(getattr(edge, name))}: only for edge.mode = "forward"; remove it'
+                yield (
+                    f"edge.{name} = {toml_value(getattr(edge, name))}: only for "
+                    'edge.mode = "forward"; remove it'
+                )
         return
     if fed.optimizer != "sgd" or fed.momentum or fed.weight_decay or fed.head_lr or fed.proximal:
-        found = ", ".join(f"{name.replace('_', '-')} = {toml_value(getattr(fed, name))}" for name in ("optimizer", "momentum", "weight_decay", "head_lr", "proximal"))
-        yield f'edge.mode = "forward": steps are of sgd with one learning rate, and {found}; set federation.optimizer = "sgd" and the others to 0'
+        found = ", ".join(
+            f"{name.replace('_', '-')} = {toml_value(getattr(fed, name))}"
+            for name in ("optimizer", "momentum", "weight_decay", "head_lr", "proximal")
+        )
+        yield (
+            f'edge.mode = "forward": steps are of sgd with one learning rate, and {found}; '
+            'set federation.optimizer = "sgd" and the others to 0'
+        )
     if job.adapter.asks_gradients:
-        yield f'edge.mode = "forward": devices compute no gradients, and adapter.init = {toml_value(job.adapter.init)} asks for them; use "weights"'
+        yield (
+            'edge.mode = "forward": devices compute no gradients, and adapter.init = '
+            f'{toml_value(job.adapter.init)} asks for them; use "weights"'
+        )
     if job.privacy.unit == "example":
-        yield 'edge.mode = "forward": bounds no single example\'s part of a step; use privacy.unit = "client" or "none", or edge.mode = "backward"'
+        yield (
+            'edge.mode = "forward": bounds no single example\'s part of a step; '
+            'use privacy.unit = "client" or "none", or edge.mode = "backward"'
+        )
 
 
 def _drift_disagreements(job: Sections) -> Iterator[str]:
@@ -99,31 +175,54 @@ def _drift_disagreements(job: Sections) -> Iterator[str]:
     if fed.drift == "none":
         return
     if job.personal.method != "none":
-        yield f"{chosen}: is not known to work with personal.method = {toml_value(job.personal.method)}; set one of the two to \"none\""
+        yield (
+            f"{chosen}: is not known to work with personal.method = {toml_value(job.personal.method)}; "
+            'set one of the two to "none"'
+        )
     if fed.optimizer != "sgd" or fed.momentum:
-        yield f'{chosen}: is made for plain SGD, and optimizer = {toml_value(fed.optimizer)}, momentum = {fed.momentum}; set federation.optimizer = "sgd" and momentum = 0'
+        yield (
+            f"{chosen}: is made for plain SGD, and optimizer = {toml_value(fed.optimizer)}, "
+            f'momentum = {fed.momentum}; set federation.optimizer = "sgd" and momentum = 0'
+        )
     if fed.server_optimizer != "average" or fed.aggregation != "mean":
-        found = f"server-optimizer = {toml_value(fed.server_optimizer)}, aggregation = {toml_value(fed.aggregation)}"
+        found = (
+            f"server-optimizer = {toml_value(fed.server_optimizer)}, aggregation = "
+            f"{toml_value(fed.aggregation)}"
+        )
         yield f'{chosen}: the coordinator takes the mean, and {found}; set them to "average" and "mean"'
     if fed.drift == "scaffold" and fed.proximal:
-        yield f"federation.proximal = {fed.proximal:g}: SCAFFOLD reads a client's gradients off its way, to which a pull adds; set it to 0"
+        yield (
+            f"federation.proximal = {fed.proximal:g}: SCAFFOLD reads a client's gradients off its way, "
+            "to which a pull adds; set it to 0"
+        )
     if fed.drift == "scaffold" and fed.weighting != "equal":
-        yield f"federation.weighting = {toml_value(fed.weighting)}: SCAFFOLD's controls count all clients alike; set it to \"equal\""
+        yield (
+            f"federation.weighting = {toml_value(fed.weighting)}: SCAFFOLD's controls count all "
+            'clients alike; set it to "equal"'
+        )
     if fed.drift == "fedspeed" and not fed.proximal:
-        yield 'federation.proximal = 0: drift = "fedspeed" needs the strength of its pull; give it, 0.1 for a start'
+        yield (
+            'federation.proximal = 0: drift = "fedspeed" needs the strength of its '
+            "pull; give it, 0.1 for a start"
+        )
     yield from _stateful_disagreements(job, chosen)
 
 
 def _personal_disagreements(job: Sections) -> Iterator[str]:
     personal, chosen = job.personal, f"personal.method = {toml_value(job.personal.method)}"
-    yield from _idle("personal", personal, "method", {"strength": ("ditto",), **dict.fromkeys(("every", "share", "most"), ("select",))})
+    yield from _idle(
+        "personal",
+        personal,
+        "method",
+        {"strength": ("ditto",), **dict.fromkeys(("every", "share", "most"), ("select",))},
+    )
     if personal.method == "none":
         return
     heads = personal.method in ("head", "loge")
     if heads and job.model.task == "causal-lm":
         yield f'{chosen}: a causal-lm has no task head; use "ditto"'
     elif heads and not job.adapter.train_head:
-        yield f'adapter.train-head = false: {chosen} is a head that each client trains; set it to true'
+        yield f"adapter.train-head = false: {chosen} is a head that each client trains; set it to true"
     elif heads and job.adapter.method == "head":
         left = "to send" if personal.method == "head" else "to learn against the fixed head"
         yield f'adapter.method = "head": with {chosen} nothing would be left {left}; choose another adapter'
@@ -135,112 +234,211 @@ def _personal_disagreements(job: Sections) -> Iterator[str]:
 def _select_disagreements(job: Sections, chosen: str) -> Iterator[str]:
     fed = job.federation
     if fed.server_optimizer != "average" or fed.aggregation != "mean":
-        found = f"server-optimizer = {toml_value(fed.server_optimizer)}, aggregation = {toml_value(fed.aggregation)}"
-        yield f'{chosen}: the coordinator takes the mean of each entry over the clients that do not keep it, and {found}; set them to "average" and "mean"'
+        found = (
+            f"server-optimizer = {toml_value(fed.server_optimizer)}, aggregation = "
+            f"{toml_value(fed.aggregation)}"
+        )
+        yield (
+            f"{chosen}: the coordinator takes the mean of each entry over the clients that do not keep it, "
+            f'and {found}; set them to "average" and "mean"'
+        )
     if job.adapter.method == "bias" and (job.model.task == "causal-lm" or not job.adapter.train_head):
-        yield f'adapter.method = "bias": {chosen} leaves biases to all, so that nothing would be a client\'s own; choose another adapter, or "ditto"'
+        yield (
+            f'adapter.method = "bias": {chosen} leaves biases to all, so that nothing would be a client\'s '
+            'own; choose another adapter, or "ditto"'
+        )
 
 
 def _overshooting(job: Sections) -> Iterator[str]:
-    """Pulls that throw a step of plain SGD further beyond their aim than it was before: those of lr times strength from 2 on."""
+    """Pulls that throw a step of plain SGD further beyond their aim than it was before:
+    those of lr times strength from 2 on.
+    """
     fed = job.federation
     rate = max(fed.lr, fed.head_lr)
-    for key, strength in (("federation.proximal", fed.proximal), ("personal.strength", job.personal.strength if job.personal.method == "ditto" else 0.0)):
+    for key, strength in (
+        ("federation.proximal", fed.proximal),
+        ("personal.strength", job.personal.strength if job.personal.method == "ditto" else 0.0),
+    ):
         if fed.optimizer == "sgd" and rate * strength >= 2:
-            yield f"{key} = {strength:g}: times the learning rate {rate:g} it is {rate * strength:g}, and from 2 on each step of SGD lands further away; lower one of the two"
+            yield (
+                f"{key} = {strength:g}: times the learning rate {rate:g} it is {rate * strength:g}, "
+                "and from 2 on each step of SGD lands further away; lower one of the two"
+            )
 
 
 def _stateful_disagreements(job: Sections, chosen: str) -> Iterator[str]:
     """What is refused where clients keep something from round to round."""
     if job.privacy.unit != "none":
-        yield f"{chosen}: what clients keep is made without noise, so no epsilon covers it; set privacy.unit = \"none\""
+        yield (
+            f"{chosen}: what clients keep is made without noise, so no epsilon covers "
+            'it; set privacy.unit = "none"'
+        )
     elif job.privacy.secure_aggregation:
-        yield f"{chosen}: was not tried under secure-aggregation, where clients' scores may not be sent either; set privacy.secure-aggregation = false"
+        yield (
+            f"{chosen}: was not tried under secure-aggregation, where clients' scores may not be sent "
+            "either; set privacy.secure-aggregation = false"
+        )
     if job.edge.mode == "forward":
         yield f'{chosen}: needs gradients in every step; use edge.mode = "backward"'
     if job.units.strategy != "all":
-        yield f"{chosen}: what a client keeps is of all that is trained, and units.strategy = {toml_value(job.units.strategy)} trains a part; use \"all\""
+        yield (
+            f"{chosen}: what a client keeps is of all that is trained, and units.strategy = "
+            f'{toml_value(job.units.strategy)} trains a part; use "all"'
+        )
 
 
 def _units_disagreements(job: Sections) -> Iterator[str]:
-    units, own = job.units, [(place, device.units) for place, device in enumerate(job.simulation.devices) if device.units]
-    yield from _idle("units", units, "strategy", dict.fromkeys(("consistency", "probe_every", "probe_batches"), PROBING))
-    if units.fit and not any(device.memory_mb or (units.seconds and device.speed) for device in job.simulation.devices):
-        yield "units.fit = true: no class of simulation.devices has memory-mb, or speed beside units.seconds, to fit blocks to; give one, or remove it"
+    units, own = (
+        job.units,
+        [(place, device.units) for place, device in enumerate(job.simulation.devices) if device.units],
+    )
+    yield from _idle(
+        "units", units, "strategy", dict.fromkeys(("consistency", "probe_every", "probe_batches"), PROBING)
+    )
+    if units.fit and not any(
+        device.memory_mb or (units.seconds and device.speed) for device in job.simulation.devices
+    ):
+        yield (
+            "units.fit = true: no class of simulation.devices has memory-mb, or speed beside units.seconds, "
+            "to fit blocks to; give one, or remove it"
+        )
     if units.seconds and not units.fit:
         yield f"units.seconds = {units.seconds:g}: only for fit = true; remove it"
     elif units.seconds and not any(device.speed for device in job.simulation.devices):
-        yield f"units.seconds = {units.seconds:g}: no class of simulation.devices has a speed, so training takes no time; give one, or remove it"
+        yield (
+            f"units.seconds = {units.seconds:g}: no class of simulation.devices has a speed, "
+            "so training takes no time; give one, or remove it"
+        )
     if not units.probes:
         for place, device in enumerate(job.simulation.devices):
             if device.depth:
-                yield f"simulation.devices.{place}.depth = {device.depth}: only for strategies that go by scores, not {toml_value(units.strategy)}; remove it"
+                yield (
+                    f"simulation.devices.{place}.depth = {device.depth}: only for strategies that go "
+                    f"by scores, not {toml_value(units.strategy)}; remove it"
+                )
     if units.strategy == "all":
         if units.fit:
-            yield 'units.fit = true: strategy = "all" trains every block; remove it, or choose another strategy'
+            yield (
+                'units.fit = true: strategy = "all" trains every block; remove it, or choose another strategy'
+            )
         if units.budget:
-            yield f'units.budget = {units.budget}: strategy = "all" trains every block; remove it, or choose another strategy'
+            yield (
+                f'units.budget = {units.budget}: strategy = "all" trains every block; '
+                "remove it, or choose another strategy"
+            )
         for place, count in own:
-            yield f'simulation.devices.{place}.units = {count}: units.strategy = "all" trains every block; remove it, or choose another strategy'
+            yield (
+                f'simulation.devices.{place}.units = {count}: units.strategy = "all" trains every block; '
+                "remove it, or choose another strategy"
+            )
         return
     if not units.budget and not units.fit:
-        yield f"units.budget = 0: strategy = {toml_value(units.strategy)} needs the number of blocks that a client trains; give at least 1"
+        yield (
+            f"units.budget = 0: strategy = {toml_value(units.strategy)} needs the number of blocks that "
+            "a client trains; give at least 1"
+        )
     if job.adapter.method == "head":
-        yield f'units.strategy = {toml_value(units.strategy)}: adapter.method = "head" trains nothing in the blocks; use "all"'
+        yield (
+            f'units.strategy = {toml_value(units.strategy)}: adapter.method = "head" trains '
+            'nothing in the blocks; use "all"'
+        )
     if job.edge.mode == "forward":
-        yield f'units.strategy = {toml_value(units.strategy)}: with edge.mode = "forward" a step moves the whole model along a direction; use "all"'
+        yield (
+            f'units.strategy = {toml_value(units.strategy)}: with edge.mode = "forward" a step moves '
+            'the whole model along a direction; use "all"'
+        )
     if units.strategy == "snr" and units.probe_batches < 2:
-        yield f'units.probe-batches = {units.probe_batches}: strategy = "snr" compares the gradients of batches; give at least 2'
+        yield (
+            f'units.probe-batches = {units.probe_batches}: strategy = "snr" compares the gradients '
+            "of batches; give at least 2"
+        )
     if units.probes:
         for place, device in enumerate(job.simulation.devices):
             count = device.units or (0 if units.fit else units.budget)
             if device.depth and count > device.depth:
-                yield f"simulation.devices.{place}.depth = {device.depth}: its clients train {count} blocks; give at least {count}, or the class fewer units"
+                yield (
+                    f"simulation.devices.{place}.depth = {device.depth}: its clients train {count} blocks; "
+                    f"give at least {count}, or the class fewer units"
+                )
         yield from _probe_disagreements(job)
         return
-    protected = job.privacy.unit == "client" and job.federation.aggregation == "mean"  # noise is on every number, and the denominator stays
+    # noise is on every number, and the denominator stays
+    protected = job.privacy.unit == "client" and job.federation.aggregation == "mean"
     for key in [] if protected else _alike(job)[:1]:
         if units.fit:
             yield f"units.fit = true: with {key} all clients must train as many blocks; remove it"
         for place, count in own:
             if count != units.budget:
-                yield f"simulation.devices.{place}.units = {count}: units.budget is {units.budget}, and with {key} all clients must train as many blocks; remove it"
+                yield (
+                    f"simulation.devices.{place}.units = {count}: units.budget is {units.budget}, "
+                    f"and with {key} all clients must train as many blocks; remove it"
+                )
 
 
 def _alike(job: Sections) -> list[str]:
-    """What counts on it that every client trains the same: noise and denominators do, and what one client alone trains is seen in the sum, and is that client's."""
-    return [key for key, holds in {
-        'privacy.unit = "client"': job.privacy.unit == "client",
-        "privacy.secure-aggregation = true": job.privacy.secure_aggregation,
-        f"federation.aggregation = {toml_value(job.federation.aggregation)}": job.federation.aggregation != "mean",
-    }.items() if holds]
+    """What counts on it that every client trains the same: noise and denominators do, and what one client
+    alone trains is seen in the sum, and is that client's.
+    """
+    return [
+        key
+        for key, holds in {
+            'privacy.unit = "client"': job.privacy.unit == "client",
+            "privacy.secure-aggregation = true": job.privacy.secure_aggregation,
+            f"federation.aggregation = {toml_value(job.federation.aggregation)}": job.federation.aggregation
+            != "mean",
+        }.items()
+        if holds
+    ]
 
 
 def _rank_disagreements(job: Sections) -> Iterator[str]:
     rank, fed = job.adapter.rank, job.federation
-    alike = _alike(job) + [key for key, holds in {
-        f"federation.drift = {toml_value(fed.drift)}": fed.drift != "none",
-        f"personal.method = {toml_value(job.personal.method)}": job.personal.method != "none",
-        'edge.mode = "forward"': job.edge.mode == "forward",
-    }.items() if holds]
+    alike = _alike(job) + [
+        key
+        for key, holds in {
+            f"federation.drift = {toml_value(fed.drift)}": fed.drift != "none",
+            f"personal.method = {toml_value(job.personal.method)}": job.personal.method != "none",
+            'edge.mode = "forward"': job.edge.mode == "forward",
+        }.items()
+        if holds
+    ]
     for place, device in enumerate(job.simulation.devices):
         chosen = f"simulation.devices.{place}.rank = {device.rank}"
         if device.rank and job.adapter.method != "fed-sb":
-            yield f'{chosen}: adapter.method = {toml_value(job.adapter.method)} has no cores with leading blocks; remove it, or use "fed-sb"'
+            yield (
+                f"{chosen}: adapter.method = {toml_value(job.adapter.method)} has no cores with leading "
+                'blocks; remove it, or use "fed-sb"'
+            )
         elif device.rank > rank:
-            yield f"{chosen}: at most adapter.rank = {rank}, of which all classes train a leading part; lower it, or raise adapter.rank"
+            yield (
+                f"{chosen}: at most adapter.rank = {rank}, of which all classes train a leading part; "
+                "lower it, or raise adapter.rank"
+            )
         elif device.rank and device.rank != rank:
             for key in alike[:1]:
-                yield f"{chosen}: adapter.rank is {rank}, and with {key} all clients must train the same numbers; remove it"
+                yield (
+                    f"{chosen}: adapter.rank is {rank}, and with {key} all clients must train "
+                    "the same numbers; remove it"
+                )
 
 
 def _probe_disagreements(job: Sections) -> Iterator[str]:
     chosen, aggregation = f"units.strategy = {toml_value(job.units.strategy)}", job.federation.aggregation
     if job.privacy.unit != "none" or job.privacy.secure_aggregation:
-        key = "privacy.secure-aggregation = true" if job.privacy.unit == "none" else f"privacy.unit = {toml_value(job.privacy.unit)}"
-        yield f"{chosen}: scores of single clients' data would leave without protection, so it does not go with {key}; use \"lisa\" or \"top\""
+        key = (
+            "privacy.secure-aggregation = true"
+            if job.privacy.unit == "none"
+            else f"privacy.unit = {toml_value(job.privacy.unit)}"
+        )
+        yield (
+            f"{chosen}: scores of single clients' data would leave without protection, "
+            f'so it does not go with {key}; use "lisa" or "top"'
+        )
     if aggregation != "mean":
-        yield f"{chosen}: clients train different blocks, whose updates federation.aggregation = {toml_value(aggregation)} cannot compare; use \"lisa\" or \"top\""
+        yield (
+            f"{chosen}: clients train different blocks, whose updates federation.aggregation = "
+            f'{toml_value(aggregation)} cannot compare; use "lisa" or "top"'
+        )
 
 
 def named_sections(job: Sections) -> Iterator[tuple[str, Section]]:

@@ -41,12 +41,18 @@ def _raw(text: str, overrides: Iterable[str], source: str) -> dict[str, Any]:
 
 
 def load_job(path: Path | None, overrides: Iterable[str] = ()) -> Job:
-    """Reads a job file; None is the default job. Raises JobError, also for a file that cannot be read as UTF-8 text."""
+    """Reads a job file; None is the default job.
+
+    Raises JobError, also for a file that cannot be read as UTF-8 text.
+    """
     return job_from(*load_raw(path, overrides))
 
 
 def load_raw(path: Path | None, overrides: Iterable[str] = ()) -> tuple[dict[str, Any], str]:
-    """(the values of a job file and overrides, not checked yet; what to call them in errors). Raises JobError."""
+    """(the values of a job file and overrides, not checked yet; what to call them in errors).
+
+    Raises JobError.
+    """
     if path is None:
         return _raw("", overrides, "default job"), "default job"
     if path.is_dir():
@@ -54,7 +60,9 @@ def load_raw(path: Path | None, overrides: Iterable[str] = ()) -> tuple[dict[str
     try:
         text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
     except FileNotFoundError:
-        raise JobError([f"{path} does not exist; `fedtune init {path}` writes a commented one"], str(path)) from None
+        raise JobError(
+            [f"{path} does not exist; `fedtune init {path}` writes a commented one"], str(path)
+        ) from None
     except UnicodeDecodeError as e:
         raise JobError([f"not UTF-8 text (byte {e.start}); save the file as UTF-8"], str(path)) from None
     except OSError as e:
@@ -86,9 +94,16 @@ def _apply(raw: dict[str, Any], override: str) -> list[str]:
     name, equals, text = override.partition("=")
     section, dot, key = name.strip().partition(".")
     if not (equals and dot and section and key):
-        return [f"--set {one_line(override)}: not of the form section.key=value, for example federation.rounds=2"]
+        return [
+            f"--set {one_line(override)}: not of the form section.key=value, for example federation.rounds=2"
+        ]
     if re.search(r"[\r\n]", override.strip()):
-        return [f"--set {one_line(override)}: holds a line break, one key is set at a time; repeat --set for each key"]
+        return [
+            (
+                f"--set {one_line(override)}: holds a line break, one key is set "
+                "at a time; repeat --set for each key"
+            )
+        ]
     try:
         value = tomllib.loads(f"v = {text.strip()}")["v"]
     except tomllib.TOMLDecodeError:
@@ -99,7 +114,12 @@ def _apply(raw: dict[str, Any], override: str) -> list[str]:
     key = key.strip().replace("_", "-")
     listed, deeper, _ = key.partition(".")
     if deeper and (field := _field((section, listed))) is not None and table_of(field):
-        return [f"--set {one_line(override)}: one key of a table cannot be set; give the whole list: --set '{section}.{listed}={_example(field)}'"]
+        return [
+            (
+                f"--set {one_line(override)}: one key of a table cannot be set; "
+                f"give the whole list: --set '{section}.{listed}={_example(field)}'"
+            )
+        ]
     table.pop(key.replace("-", "_"), None)  # the file may spell it so
     table[key] = value
     return []
@@ -111,7 +131,10 @@ def _unavailable(raw: dict[str, Any]) -> Iterator[str]:
         for key, value in values.items() if isinstance(values, dict) else ():
             field = _field((section, key))
             if field is not None and isinstance(value, str) and value in _planned(field):
-                yield f"{section}.{key} = {shown(value)}: not available yet; use {or_(field.json_schema_extra['available'])}"
+                yield (
+                    f"{section}.{key} = {shown(value)}: not available yet; "
+                    f"use {or_(field.json_schema_extra['available'])}"
+                )
 
 
 def _planned(field: Any) -> set[Any]:
@@ -134,12 +157,21 @@ def _describe(error: ValidationError) -> Iterator[str]:
             yield f"{where} = {shown(value)}: must be {_choices(e['loc'], ctx['expected'])}"
         elif e["type"] == "missing":
             field = _field(e["loc"])
-            yield f"{where}: is missing; give {field.description}, such as {toml_value(field.json_schema_extra['example'])}"
+            yield (
+                f"{where}: is missing; give {field.description}, such as "
+                f"{toml_value(field.json_schema_extra['example'])}"
+            )
         elif e["type"] == "tuple_type" and table_of(_field(e["loc"])):
-            yield f"{where} = {shown(value)}: must be a list of tables; write [[{where}]] above the keys of each, or --set '{where}={_example(_field(e['loc']))}'"
+            yield (
+                f"{where} = {shown(value)}: must be a list of tables; write [[{where}]] above the keys "
+                f"of each, or --set '{where}={_example(_field(e['loc']))}'"
+            )
         elif e["type"] == "tuple_type":
             example = toml_value(_field(e["loc"]).default or ("a", "b"))
-            yield f"{where} = {shown(value)}: must be a list, such as {example}; quote it after --set: --set '{where}={example}'"
+            yield (
+                f"{where} = {shown(value)}: must be a list, such as {example}; quote it after --set: "
+                f"--set '{where}={example}'"
+            )
         else:
             yield f"{where} = {shown(value)}: {_plain(e['msg'])}; {_remedy(e['loc'])}"
 
@@ -153,7 +185,8 @@ def _choices(loc: tuple[Any, ...], expected: str) -> str:
 def _plain(message: str) -> str:
     message = re.sub(r"^(Input|String) should ", "must ", message)
     return message.replace(
-        "must match pattern '^([0-9a-f]{64})?$'", "must be 64 lower-case hexadecimal digits")
+        "must match pattern '^([0-9a-f]{64})?$'", "must be 64 lower-case hexadecimal digits"
+    )
 
 
 def _remedy(loc: tuple[Any, ...]) -> str:
@@ -177,7 +210,9 @@ def _model(loc: Sequence[Any]) -> type[Section] | None:
 
 
 def _field(loc: Sequence[Any]) -> Any:
-    """The field at (section, key), (section, key, place) or (section, key, place, key of the table); None where there is none."""
+    """The field at (section, key), (section, key, place) or (section, key, place, key of the table);
+    None where there is none.
+    """
     model, table = _model(loc[:2]), _model(loc)
     if model is None or table is None:
         return None
@@ -192,7 +227,10 @@ def _kind(loc: Sequence[Any]) -> str:
 
 def _example(field: Any) -> str:
     """A list of one inline table, with its first keys."""
-    keys = [f"{name.replace('_', '-')} = {toml_value(f.json_schema_extra['example'])}" for name, f in fields(table_of(field)).items()]
+    keys = [
+        f"{name.replace('_', '-')} = {toml_value(f.json_schema_extra['example'])}"
+        for name, f in fields(table_of(field)).items()
+    ]
     return "[{" + ", ".join(keys[:3]) + "}]"
 
 

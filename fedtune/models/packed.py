@@ -1,7 +1,7 @@
 """Texts without padding: one after another in a single row, each attending to itself alone.
 
-transformers lets a model's attention be chosen by name. Ours splits the row back into texts, so every other layer sees nothing but
-real tokens; attention alone brings texts of about one length together as a batch.
+transformers lets a model's attention be chosen by name. Ours splits the row back into texts, so every other
+layer sees nothing but real tokens; attention alone brings texts of about one length together as a batch.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,22 +33,32 @@ class Packing:
         ends = np.cumsum(self.lengths)
         self.tokens = int(ends[-1])
         self.starts = torch.from_numpy(ends - self.lengths).to(device)
-        self.positions = torch.from_numpy(np.arange(self.tokens) - np.repeat(ends - self.lengths, self.lengths)).to(device)
-        self.groups = tuple(_Group(self.lengths[a:b], int(ends[a] - self.lengths[a]), device) for a, b in alike(self.lengths))
+        self.positions = torch.from_numpy(
+            np.arange(self.tokens) - np.repeat(ends - self.lengths, self.lengths)
+        ).to(device)
+        self.groups = tuple(
+            _Group(self.lengths[a:b], int(ends[a] - self.lengths[a]), device) for a, b in alike(self.lengths)
+        )
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> Tensor:
-        """Scaled dot-product attention within each text. query, key, value [1, heads, tokens, width] -> [1, tokens, heads, width]."""
+        """Scaled dot-product attention within each text. query, key, value [1, heads, tokens,
+        width] -> [1, tokens, heads, width].
+        """
         shared = query.shape[1] // key.shape[1]  # of grouped-query attention
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         if shared > 1:
             k, v = (x.repeat_interleave(shared, 1) for x in (k, v))
-        return _Attention.apply(q.contiguous(), k.contiguous(), v.contiguous(), scale, causal, self.groups)[None]
+        return _Attention.apply(q.contiguous(), k.contiguous(), v.contiguous(), scale, causal, self.groups)[
+            None
+        ]
 
 
 class _Group:
-    """Neighbouring texts of about one length, as a batch: `n` texts of `length` places, those behind a text's end empty.
+    """Neighbouring texts of about one length, as a batch: `n` texts of `length` places,
+    those behind a text's end empty.
 
-    Tokens `rows` of the row are theirs. `take` [n * length] is the token of each place (any, where it is empty), `back` the place of each token.
+    Tokens `rows` of the row are theirs. `take` [n * length] is the token of each place (any, where it is
+    empty), `back` the place of each token.
     """
 
     def __init__(self, lengths: np.ndarray, start: int, device: torch.device) -> None:
@@ -65,7 +75,9 @@ class _Group:
     def batch(self, x: Tensor) -> Tensor:
         """[tokens, heads, width] -> [n * heads, length, width]."""
         part = x[self.rows] if self.filled is None else x.index_select(0, self.take)
-        return part.view(self.n, self.length, *x.shape[1:]).transpose(1, 2).reshape(-1, self.length, x.shape[2])
+        return (
+            part.view(self.n, self.length, *x.shape[1:]).transpose(1, 2).reshape(-1, self.length, x.shape[2])
+        )
 
     def unbatch(self, x: Tensor, heads: int) -> Tensor:
         """[n * heads, length, width] -> [tokens of this group, heads, width]."""
@@ -73,7 +85,9 @@ class _Group:
         return flat if self.filled is None else flat.index_select(0, self.back)
 
     def mask(self, heads: int, causal: bool) -> Tensor:
-        """What is added to the scores, to broadcast against [n * heads, length, length]: minus infinity where nobody may look."""
+        """What is added to the scores, to broadcast against [n * heads, length, length]:
+        minus infinity where nobody may look.
+        """
         if causal:  # nobody looks ahead, so nobody looks behind a text's end either
             return torch.full((self.length, self.length), -torch.inf, device=self.device).triu(1)
         if self.filled is None:
@@ -83,7 +97,9 @@ class _Group:
 
 
 def alike(lengths: np.ndarray) -> list[tuple[int, int]]:
-    """Stretches (from, to) of ascending lengths in which the scores of empty places are at most a quarter of all."""
+    """Stretches (from, to) of ascending lengths in which the scores of empty places are
+    at most a quarter of all.
+    """
     out, begin, total = [], 0, 0
     for i, n in enumerate(lengths.tolist()):
         if i > begin and n * n * (i + 1 - begin) > 4 / 3 * (total + n * n):
@@ -94,17 +110,23 @@ def alike(lengths: np.ndarray) -> list[tuple[int, int]]:
 
 
 class _Attention(torch.autograd.Function):
-    """softmax(scale * Q K' + mask) V by groups, as batched products; q, k, v [tokens, heads, width] -> the same shape.
+    """softmax(scale * Q K' + mask) V by groups, as batched products; q, k, v [tokens, heads,
+    width] -> the same shape.
 
-    Written out because torch's own attention is slow on texts this short: most of its time goes to other things than the products.
+    Written out because torch's own attention is slow on texts this short: most of its time goes to other
+    things than the products.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, groups: Sequence[_Group]) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, groups: Sequence[_Group]
+    ) -> Tensor:
         out, kept, heads = torch.empty_like(q), [], q.shape[1]
         for group in groups:
             qg, kg, vg = (group.batch(x) for x in (q, k, v))
-            p = torch.baddbmm(group.mask(heads, causal).to(q.dtype), qg, kg.transpose(1, 2), alpha=scale).softmax(-1)
+            p = torch.baddbmm(
+                group.mask(heads, causal).to(q.dtype), qg, kg.transpose(1, 2), alpha=scale
+            ).softmax(-1)
             out[group.rows] = group.unbatch(p @ vg, heads)
             kept += [qg, kg, vg, p]
         ctx.save_for_backward(*kept)
@@ -119,7 +141,9 @@ class _Attention(torch.autograd.Function):
             q, k, v, p = ctx.saved_tensors[4 * i : 4 * i + 4]
             do = group.batch(dout)
             if group.filled is not None:  # empty places repeat a token, whose gradient must count once
-                do = do.view(group.n, heads, group.length, -1).mul_(group.filled[:, None, :, None]).view_as(do)
+                do = (
+                    do.view(group.n, heads, group.length, -1).mul_(group.filled[:, None, :, None]).view_as(do)
+                )
             ds = torch.ops.aten._softmax_backward_data(do @ v.transpose(1, 2), p, -1, p.dtype).mul_(ctx.scale)
             dv[group.rows] = group.unbatch(p.transpose(1, 2) @ do, heads)
             dq[group.rows] = group.unbatch(ds @ k, heads)
@@ -131,7 +155,8 @@ class PackedModel:
     """A text base that can be asked for packed rows, while `active`.
 
     Args:
-        first: number of the first position: 0, or where the family counts from its padding place, that place plus one.
+        first: number of the first position: 0, or where the family counts from its padding
+            place, that place plus one.
     """
 
     def __init__(self, model: TunableModel, first: int = 0) -> None:
@@ -157,9 +182,13 @@ class PackedModel:
             AttentionInterface._global_mapping.pop(name, None)
 
     def run(self, rows: Mapping[str, Tensor], packing: Packing) -> Tensor:
-        """rows: int64 [tokens] by input name -> last hidden states [tokens, width]; logits [tokens, vocabulary] for a causal-lm."""
+        """rows: int64 [tokens] by input name -> last hidden states [tokens, width]; logits [tokens,
+        vocabulary] for a causal-lm.
+        """
         self._packing = packing
-        kwargs: Any = {name: row[None] for name, row in rows.items()} | {"position_ids": packing.positions[None] + self.first}
+        kwargs: Any = {name: row[None] for name, row in rows.items()} | {
+            "position_ids": packing.positions[None] + self.first
+        }
         if self.model.task == "causal-lm":
             return self.model.body(**kwargs, use_cache=False).logits[0]
         return self.model.body(**kwargs).last_hidden_state[0]
@@ -168,11 +197,24 @@ class PackedModel:
         """[tokens, width] -> [texts, width]: what the head sees, as TunableModel.features has it."""
         if self.model.pooling == "first":
             return hidden.index_select(0, packing.starts)
-        text = torch.repeat_interleave(torch.arange(len(packing.lengths), device=hidden.device), torch.from_numpy(packing.lengths).to(hidden.device))
-        total = torch.zeros(len(packing.lengths), hidden.shape[1], dtype=hidden.dtype, device=hidden.device).index_add(0, text, hidden)
+        text = torch.repeat_interleave(
+            torch.arange(len(packing.lengths), device=hidden.device),
+            torch.from_numpy(packing.lengths).to(hidden.device),
+        )
+        total = torch.zeros(
+            len(packing.lengths), hidden.shape[1], dtype=hidden.dtype, device=hidden.device
+        ).index_add(0, text, hidden)
         return total / torch.from_numpy(packing.lengths).to(hidden)[:, None]
 
-    def _attention(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> tuple[Tensor, None]:
+    def _attention(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
         if attention_mask is not None or any(kwargs.get(name) is not None for name in _STRANGE):
             raise NotPackable("its attention is of a kind that packed texts do not have")
         assert self._packing is not None
@@ -180,4 +222,3 @@ class PackedModel:
         causal = getattr(module, "is_causal", True) if causal is None else causal
         scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
         return self._packing.attend(query, key, value, scale, bool(causal)), None
-

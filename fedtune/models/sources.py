@@ -16,14 +16,18 @@ _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*
 
 @dataclass(frozen=True)
 class Source:
-    """Where a base lies: its folder, the files that hold its weights (empty when there are none), and what they hash to."""
+    """Where a base lies: its folder, the files that hold its weights (empty when there are none),
+    and what they hash to.
+    """
 
     name: str
     folder: Path
     weights: tuple[Path, ...]
 
     def sha256(self) -> str:
-        """sha256 of the weights: of the file where there is one, of the sorted "name hash" lines where there are several."""
+        """sha256 of the weights: of the file where there is one, of the sorted "name hash" lines
+        where there are several.
+        """
         if len(self.weights) == 1:
             return sha256_of(self.weights[0])
         lines = "".join(f"{p.name} {sha256_of(p)}\n" for p in sorted(self.weights))
@@ -49,7 +53,10 @@ def locate(source: str) -> Source:
     weights, pickled = sorted(folder.glob(WEIGHTS)), sorted(folder.glob(_PICKLED))
     if pickled and not weights and not (folder / "config.json").is_file():
         if not colon or kind != "package":  # pinned by hash; a user's own pickle is never opened
-            raise ModelError(f"model.source = {source!r}: holds {pickled[0].name}, fedtune opens safetensors only; convert it with save_pretrained")
+            raise ModelError(
+                f"model.source = {source!r}: holds {pickled[0].name}, fedtune opens safetensors only; "
+                "convert it with save_pretrained"
+            )
         weights = pickled
     return Source(source, folder, tuple(weights))
 
@@ -58,7 +65,10 @@ def check_hash(source: Source, wanted: str) -> str:
     """The hash of the weights; raises ModelError when the job wants another."""
     found = source.sha256()
     if wanted and found != wanted:
-        raise ModelError(f"model.sha256 = {wanted[:12]}…: the weights in {source.folder} have {found[:12]}…; use the right base or remove the key")
+        raise ModelError(
+            f"model.sha256 = {wanted[:12]}…: the weights in {source.folder} have {found[:12]}…; "
+            "use the right base or remove the key"
+        )
     return found
 
 
@@ -68,13 +78,22 @@ def read_config(source: Source) -> dict:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelError(f"model.source = {source.name!r}: {source.folder} has no config.json; give a folder saved by save_pretrained") from None
+        raise ModelError(
+            f"model.source = {source.name!r}: {source.folder} has no config.json; "
+            "give a folder saved by save_pretrained"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise ModelError(f"{path}: not valid JSON ({e}); the download may be broken") from None
     if not isinstance(config, dict):
-        raise ModelError(f"{path}: holds a {type(config).__name__}, not an object of settings; give a folder saved by save_pretrained")
+        raise ModelError(
+            f"{path}: holds a {type(config).__name__}, not an object of settings; "
+            "give a folder saved by save_pretrained"
+        )
     if "auto_map" in config:
-        raise ModelError(f"model.source = {source.name!r}: needs code of its own (auto_map in config.json), which fedtune never runs; use a base that transformers knows")
+        raise ModelError(
+            f"model.source = {source.name!r}: needs code of its own (auto_map in config.json), "
+            "which fedtune never runs; use a base that transformers knows"
+        )
     return config
 
 
@@ -85,7 +104,11 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
     except HFValidationError as e:
-        raise ModelError(f"model.source = 'hf:{name}': neither a folder here nor a hub name ({str(e).splitlines()[0]})") from None
+        raise ModelError(
+            f"model.source = 'hf:{name}': neither a folder here nor a hub name ({str(e).splitlines()[0]})"
+        ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
         raise EnvironmentProblem(
-            f"model.source = 'hf:{name}': not a folder here, not in the local cache, and the hub did not answer ({type(e).__name__}); give a folder instead") from None
+            f"model.source = 'hf:{name}': not a folder here, not in the local cache, "
+            f"and the hub did not answer ({type(e).__name__}); give a folder instead"
+        ) from None

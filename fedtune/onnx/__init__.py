@@ -1,1 +1,4 @@
-"""Inference graphs: export (torch), quantise, verify and predict. The last two need onnxruntime and numpy, never torch."""
+"""Inference graphs: export (torch), quantise, verify and predict.
+
+The last two need onnxruntime and numpy, never torch.
+"""

@@ -6,10 +6,11 @@ from onnx import GraphProto, ModelProto
 
 
 def cut(proto: ModelProto, outputs: Container[str]) -> ModelProto:
-    """The graph with these of its outputs alone, and the nodes and initializers that they need, in the order they had; `proto` stays as it is.
+    """The graph with these of its outputs alone, and the nodes and initializers that they need, in the order
+    they had; `proto` stays as it is.
 
-    It takes the inputs that the whole graph takes, needed or not. Made of a graph that `shared.write_graphs` wrote, it reads its weights where
-    that does. Nodes inside of nodes are not looked into.
+    It takes the inputs that the whole graph takes, needed or not. Made of a graph that `shared.write_graphs`
+    wrote, it reads its weights where that does. Nodes inside of nodes are not looked into.
     """
     graph = proto.graph
     kept = [x for x in graph.output if x.name in outputs]
@@ -19,7 +20,14 @@ def cut(proto: ModelProto, outputs: Container[str]) -> ModelProto:
             nodes.append(node)
             needed.update(node.input)
     made = ModelProto(ir_version=proto.ir_version, opset_import=proto.opset_import, functions=proto.functions)
-    made.graph.CopyFrom(GraphProto(
-        name=graph.name, input=graph.input, output=kept, node=reversed(nodes), initializer=[x for x in graph.initializer if x.name in needed],
-        value_info=[x for x in graph.value_info if x.name in needed]))
+    made.graph.CopyFrom(
+        GraphProto(
+            name=graph.name,
+            input=graph.input,
+            output=kept,
+            node=reversed(nodes),
+            initializer=[x for x in graph.initializer if x.name in needed],
+            value_info=[x for x in graph.value_info if x.name in needed],
+        )
+    )
     return made

@@ -21,27 +21,36 @@ OUTPUT = "logits"
 REMEDY = "leave it out with export.onnx = false"
 
 
-def export_graph(model: TunableModel, example: Arrays, path: Path, opset: int, facts: Mapping[str, Any]) -> None:
+def export_graph(
+    model: TunableModel, example: Arrays, path: Path, opset: int, facts: Mapping[str, Any]
+) -> None:
     """Writes `model` as one ONNX file whose inputs are the keys of `example` and whose output is "logits".
 
-    The number of examples is free, and for texts their length; images keep their size. The graph is not checked against
-    torch here: see `fedtune.onnx.verify`. Source lines and paths that the exporter notes in a graph are taken out of it.
+    The number of examples is free, and for texts their length; images keep their size. The graph is not
+    checked against torch here: see `fedtune.onnx.verify`. Source lines and paths that the exporter notes in a
+    graph are taken out of it.
 
     Args:
         example: a batch as the encoder collates it, at least 2 examples, so that no axis looks constant.
         facts: metadata of the file; values that are not strings are written as JSON.
 
     Raises:
-        ModelError: the exporter cannot handle this architecture or opset, or the file would be larger than 2 GiB.
+        ModelError: the exporter cannot handle this architecture or opset,
+            or the file would be larger than 2 GiB.
         EnvironmentProblem: onnx or onnxscript is not installed.
     """
     size = 4 * sum(p.numel() for p in model.parameters())
     if size > LARGEST:
-        raise ModelError(f"ONNX export: {size / 2**30:.1f} GiB of float32 weights, an ONNX file holds 2 GiB; {REMEDY}")
+        raise ModelError(
+            f"ONNX export: {size / 2**30:.1f} GiB of float32 weights, an ONNX file holds 2 GiB; {REMEDY}"
+        )
     proto = _trace(model, example, opset)
     made = next(o.version for o in proto.opset_import if o.domain == "")
     if made != opset:
-        raise ModelError(f"export.opset = {opset}: the exporter could only make opset {made} of this model; set export.opset = {made}")
+        raise ModelError(
+            f"export.opset = {opset}: the exporter could only make opset {made} of this model; "
+            f"set export.opset = {made}"
+        )
     strip(proto)
     write_proto(proto, path, facts)
 
@@ -72,15 +81,26 @@ def _trace(model: TunableModel, example: Arrays, opset: int) -> Any:
     try:
         with quiet():
             program = torch.onnx.export(
-                _Positional(model, names).eval(), inputs, dynamo=True, opset_version=opset, verbose=False,
-                input_names=list(names), output_names=[OUTPUT], dynamic_shapes=(tuple(free for _ in names),),
+                _Positional(model, names).eval(),
+                inputs,
+                dynamo=True,
+                opset_version=opset,
+                verbose=False,
+                input_names=list(names),
+                output_names=[OUTPUT],
+                dynamic_shapes=(tuple(free for _ in names),),
             )
         assert program is not None, "without a file name, the exporter returns its program"
         return program.model_proto
     except ModuleNotFoundError as e:
-        raise EnvironmentProblem(f"ONNX export needs the package {e.name}; install fedtune[sim], or {REMEDY}") from None
-    except Exception as e:  # whatever an architecture does that torch.export cannot follow; the last cause says what
-        raise ModelError(f"ONNX export: torch cannot export {type(model.body).__name__} ({cause(e)}); {REMEDY}") from e
+        raise EnvironmentProblem(
+            f"ONNX export needs the package {e.name}; install fedtune[sim], or {REMEDY}"
+        ) from None
+    # whatever an architecture does that torch.export cannot follow; the last cause says what
+    except Exception as e:
+        raise ModelError(
+            f"ONNX export: torch cannot export {type(model.body).__name__} ({cause(e)}); {REMEDY}"
+        ) from e
 
 
 def cause(error: BaseException) -> str:
@@ -90,7 +110,8 @@ def cause(error: BaseException) -> str:
 
 
 def strip(proto: Any) -> None:
-    """Takes out notes for debugging (stack traces with this machine's paths among them) and shapes of inner values.
+    """Takes out notes for debugging (stack traces with this machine's paths among them)
+    and shapes of inner values.
 
     The inner shapes would contradict the ones that quantising changes.
     """

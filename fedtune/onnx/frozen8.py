@@ -1,8 +1,11 @@
-"""Frozen weights of training graphs as 8-bit integers: a quarter of their size on disk and in memory. Needs torch and onnx.
+"""Frozen weights of training graphs as 8-bit integers: a quarter of their size on disk and in memory.
 
-Weights of linears, convolutions and embeddings that are not trained become round(w / s), one scale s = max |w| / 127 for each output (for each
-row of an embedding). A graph turns them back to float32 where they are used, so its arithmetic stays in float32 and its gradients are exact
-for the rounded base: the rounding of weight-only int8, as LLM.int8() has it without its outliers (Dettmers et al. 2022, section 2.1).
+Needs torch and onnx.
+
+Weights of linears, convolutions and embeddings that are not trained become round(w / s), one scale s = max
+|w| / 127 for each output (for each row of an embedding). A graph turns them back to float32 where they are
+used, so its arithmetic stays in float32 and its gradients are exact for the rounded base: the rounding of
+weight-only int8, as LLM.int8() has it without its outliers (Dettmers et al. 2022, section 2.1).
 """
 
 from collections.abc import Container, Mapping
@@ -18,8 +21,10 @@ LEAST = 1024
 
 AXIS = "last_axis"
 Rounded = dict[bytes, tuple[np.ndarray, np.ndarray, int]]
-"""By the bytes of a rounded weight in float32: the integers, int8, the scales, float32 [outputs], and the axis of the outputs. A linear's
-stands there twice, as it is and transposed, because exporters do that to small ones."""
+"""By the bytes of a rounded weight in float32: the integers, int8, the scales, float32 [outputs],
+and the axis of the outputs. A linear's stands there twice, as it is and transposed, because
+exporters do that to small ones.
+"""
 
 
 def round_frozen(model: nn.Module, trained: Container[int]) -> Rounded:
@@ -34,7 +39,8 @@ def round_frozen(model: nn.Module, trained: Container[int]) -> Rounded:
         scale = (np.abs(flat).max(1) / STEPS).astype(np.float32)
         scale[scale == 0] = 1.0
         whole = np.rint(flat / scale[:, None]).astype(np.int8)
-        back = (whole.astype(np.float32) * scale[:, None]).reshape(values.shape)  # as DequantizeLinear computes it
+        # as DequantizeLinear computes it
+        back = (whole.astype(np.float32) * scale[:, None]).reshape(values.shape)
         with torch.no_grad():
             weight.copy_(torch.from_numpy(back))
         found[back.tobytes()] = (whole.reshape(values.shape), scale, 0)
@@ -44,8 +50,9 @@ def round_frozen(model: nn.Module, trained: Container[int]) -> Rounded:
 
 
 def as_integers(proto: ModelProto, rounded: Mapping[bytes, tuple[np.ndarray, np.ndarray, int]]) -> None:
-    """Replaces initializers that hold rounded weights, and puts what turns them back before each node that uses one, so that none stays in
-    memory as floats from a forward pass to the backward one."""
+    """Replaces initializers that hold rounded weights, and puts what turns them back before each node that
+    uses one, so that none stays in memory as floats from a forward pass to the backward one.
+    """
     graph, kept, lengths = proto.graph, [], {len(data) for data in rounded}
     weights: dict[str, tuple[np.ndarray, np.ndarray, int]] = {}
     for tensor in graph.initializer:
@@ -63,17 +70,27 @@ def as_integers(proto: ModelProto, rounded: Mapping[bytes, tuple[np.ndarray, np.
         for place, name in enumerate(node.input):
             if name not in weights:
                 continue
-            if node.op_type == "Gather" and place == 0 and not any(a.name == "axis" and a.i for a in node.attribute):
+            if (
+                node.op_type == "Gather"
+                and place == 0
+                and not any(a.name == "axis" and a.i for a in node.attribute)
+            ):
                 nodes += _gathered(node, name)
                 break
             made = f"{name}.{len(nodes)}"
-            nodes.append(helper.make_node("DequantizeLinear", [f"{name}.int8", f"{name}.scale"], [made], axis=weights[name][2]))
+            nodes.append(
+                helper.make_node(
+                    "DequantizeLinear", [f"{name}.int8", f"{name}.scale"], [made], axis=weights[name][2]
+                )
+            )
             node.input[place] = made
         else:
             nodes.append(node)
     del graph.node[:]
     graph.node.extend(nodes)
-    assert not any(name in weights for node in nodes for name in node.input), "a weight that nobody turned back"
+    assert not any(name in weights for node in nodes for name in node.input), (
+        "a weight that nobody turned back"
+    )
     if any(AXIS in node.input for node in nodes):
         graph.initializer.append(numpy_helper.from_array(np.array([-1], np.int64), AXIS))
 

@@ -1,4 +1,6 @@
-"""Answers from an exported folder, with onnxruntime, numpy, tokenizers and Pillow: all that a device needs."""
+"""Answers from an exported folder, with onnxruntime, numpy, tokenizers and Pillow:
+all that a device needs.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -30,7 +32,8 @@ OPTIONS = {FLOAT32: "", INT8: "--int8", STATIC: "--static", ADAPTERS: "--adapter
 
 @dataclass(frozen=True)
 class ModelCard:
-    """model.json: what the graphs beside it do. `max_length` is for texts; `left_out` says why a graph is missing, by file name.
+    """model.json: what the graphs beside it do. `max_length` is for texts;
+    `left_out` says why a graph is missing, by file name.
 
     `spec`, `frame_sha256`: of the adapters that ADAPTERS takes.
     """
@@ -53,7 +56,9 @@ CARD_FILE = TypeAdapter(ModelCard)
 
 @dataclass(frozen=True)
 class Predictor:
-    """An opened folder: the card, the encoder of its inputs, the graph, and what it takes beside them (an adapter's values)."""
+    """An opened folder: the card, the encoder of its inputs, the graph,
+    and what it takes beside them (an adapter's values).
+    """
 
     card: ModelCard | EdgeCard
     encoder: Encoder
@@ -61,15 +66,19 @@ class Predictor:
     values: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, place: Path, name: str = FLOAT32, threads: int = 0, adapter: Path | None = None) -> "Predictor":
+    def open(
+        cls, place: Path, name: str = FLOAT32, threads: int = 0, adapter: Path | None = None
+    ) -> "Predictor":
         """Opens an onnx folder, or that of a run folder.
 
         Args:
             name: of the graph there. adapter: for ADAPTERS.
 
         Raises:
-            RunError: nothing exported there, not by this format, no such graph, or an adapter that cannot be read.
-            ModelError, DataError: a broken graph, tokenizer or image encoder; an adapter of other tensors than the graph takes.
+            RunError: nothing exported there, not by this format, no such graph,
+                or an adapter that cannot be read.
+            ModelError, DataError: a broken graph, tokenizer or image encoder;
+                an adapter of other tensors than the graph takes.
         """
         folder = _find(place)
         card: ModelCard = read_card(folder / CARD, CARD_FILE, "export the run again")
@@ -78,10 +87,16 @@ class Predictor:
             reason = card.left_out.get(name, "")
             remedy = f"leave {OPTIONS[name]} away" if OPTIONS[name] else "export the run again"
             if name in (STATIC, ADAPTERS) and not reason:
-                remedy += f", or export the run with --set export.{'static' if name == STATIC else 'adapters'}=true"
+                remedy += (
+                    f", or export the run with --set export.{'static' if name == STATIC else 'adapters'}=true"
+                )
             raise RunError(f"{folder}: has no {name}{f' ({reason})' if reason else ''}; {remedy}")
         encoder = open_encoder(folder, card.task, card.max_length)
-        values = {} if adapter is None or card.spec is None else _read_adapter(adapter, card.spec, card.frame_sha256)
+        values = (
+            {}
+            if adapter is None or card.spec is None
+            else _read_adapter(adapter, card.spec, card.frame_sha256)
+        )
         return cls(card, encoder, open_graph(path, threads), values)
 
     @classmethod
@@ -94,7 +109,12 @@ class Predictor:
         """
         card = open_card(folder)
         encoder = open_encoder(folder, card.task, card.max_length)
-        return cls(card, encoder, open_lean(folder / FORWARD, card.weights, threads), _read_adapter(adapter, card.spec, card.frame_sha256))
+        return cls(
+            card,
+            encoder,
+            open_lean(folder / FORWARD, card.weights, threads),
+            _read_adapter(adapter, card.spec, card.frame_sha256),
+        )
 
     @property
     def reads_images(self) -> bool:
@@ -110,7 +130,9 @@ class Predictor:
             DataError: an image file that cannot be read.
         """
         if not inputs:
-            raise UserError(f"nothing to predict; give at least one {'image file' if self.reads_images else 'text'}")
+            raise UserError(
+                f"nothing to predict; give at least one {'image file' if self.reads_images else 'text'}"
+            )
         for place, text in enumerate(inputs, 1):
             if not text.strip():
                 raise UserError(f"input {place} is empty; remove or fill it")
@@ -125,7 +147,10 @@ class Predictor:
         if self.card.task == "causal-lm":
             logits = logits[np.arange(len(logits)), batch["attention_mask"].sum(1) - 1]
         elif logits.shape[1] != len(self.card.labels):
-            raise RunError(f"{CARD}: names {len(self.card.labels)} labels, the graph has {logits.shape[1]}; export the run again")
+            raise RunError(
+                f"{CARD}: names {len(self.card.labels)} labels, the graph has "
+                f"{logits.shape[1]}; export the run again"
+            )
         raised = np.exp(logits - logits.max(1, keepdims=True))
         return raised / raised.sum(1, keepdims=True)
 
@@ -136,20 +161,32 @@ class Predictor:
 
 
 def _read_adapter(path: Path, spec: AdapterSpec, frame_sha256: str) -> Arrays:
-    """The trained values, float32. `path`: adapter.safetensors, or the folder that `fedtune export` puts it in."""
+    """The trained values, float32.
+
+    `path`: adapter.safetensors, or the folder that `fedtune export` puts it in.
+    """
     file = path / ADAPTER if path.is_dir() else path
     try:
         arrays = load_file(file)
     except (OSError, SafetensorError) as e:
-        raise RunError(f"--adapter {file}: cannot be read ({str(e).splitlines()[0][:120]}); give the adapter folder of a run") from None
+        raise RunError(
+            f"--adapter {file}: cannot be read ({str(e).splitlines()[0][:120]}); "
+            "give the adapter folder of a run"
+        ) from None
     found, wanted = {name: a.shape for name, a in arrays.items()}, {t.name: t.shape for t in spec.trainable}
     if found != wanted:
         other = next(iter(sorted({*found.items()} ^ {*wanted.items()})))
-        raise ModelError(f"--adapter {file}: holds {len(found)} tensors, the graph takes {len(wanted)}, and {other[0]} differs; give an adapter trained with these graphs")
+        raise ModelError(
+            f"--adapter {file}: holds {len(found)} tensors, the graph takes {len(wanted)}, "
+            f"and {other[0]} differs; give an adapter trained with these graphs"
+        )
     if (description := file.with_name(DESCRIPTION)).is_file():
         frame = json.loads(description.read_bytes()).get("frame_sha256", frame_sha256)
         if frame != frame_sha256:
-            raise ModelError(f"--adapter {file}: trained with the frame {frame[:12]}…, the graphs hold {frame_sha256[:12]}…; give an adapter trained with these graphs")
+            raise ModelError(
+                f"--adapter {file}: trained with the frame {frame[:12]}…, the graphs hold "
+                f"{frame_sha256[:12]}…; give an adapter trained with these graphs"
+            )
     return {name: a.astype(np.float32) for name, a in arrays.items()}
 
 
@@ -160,5 +197,8 @@ def _find(place: Path) -> Path:
     if not place.exists():
         raise RunError(f"{place}: does not exist; give a run folder, or a copy of its onnx folder")
     if (place / "run.json").is_file():
-        raise RunError(f"{place}: this run has no onnx folder; make it with `fedtune export {place} --set export.onnx=true`")
+        raise RunError(
+            f"{place}: this run has no onnx folder; make it with `fedtune export "
+            f"{place} --set export.onnx=true`"
+        )
     raise RunError(f"{place}: no {CARD} in it; give a run folder, or a copy of its onnx folder")

@@ -17,8 +17,9 @@ ALIGN = 4096
 
 
 def write_graphs(folder: Path, graphs: Mapping[str, Any]) -> None:
-    """Writes onnx.ModelProtos under their file names into `folder`, with what is large in WEIGHTS. The protos are changed: they say
-    where in WEIGHTS it lies, as what `cut` makes of them does."""
+    """Writes onnx.ModelProtos under their file names into `folder`, with what is large in WEIGHTS. The protos
+    are changed: they say where in WEIGHTS it lies, as what `cut` makes of them does.
+    """
     places: dict[bytes, tuple[int, int]] = {}
     weights = bytearray()
     for proto in graphs.values():

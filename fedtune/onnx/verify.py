@@ -1,4 +1,6 @@
-"""Runs graphs beside the model they come from and says how far apart they are. numpy and onnxruntime, no torch."""
+"""Runs graphs beside the model they come from and says how far apart they are.
+numpy and onnxruntime, no torch.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +22,8 @@ class Check:
 
     Attributes:
         inputs: what the graph takes.
-        rows: bool over the leading axes of its logits, [n] or [n, length]: the k predictions that count (padding does not).
+        rows: bool over the leading axes of its logits, [n] or [n, length]:
+            the k predictions that count (padding does not).
         reference: float32 [k, classes], the right logits.
         targets: int64 [k], the true class, or UNLABELLED.
     """
@@ -33,7 +36,8 @@ class Check:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How a graph compares with its reference: largest absolute difference of logits, share of equal labels, accuracy.
+    """How a graph compares with its reference: largest absolute difference of logits,
+    share of equal labels, accuracy.
 
     `label_agreement` is NaN without predictions, `accuracy` without targets.
     """
@@ -44,22 +48,33 @@ class Agreement:
 
 
 def open_graph(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
-    """A session on the CPU; `threads` 0 leaves their number to onnxruntime. Raises ModelError for a file that is no graph."""
+    """A session on the CPU; `threads` 0 leaves their number to onnxruntime.
+
+    Raises ModelError for a file that is no graph.
+    """
     return open_session(path, onnxruntime.SessionOptions(), threads, "export the run again")
 
 
-def open_session(path: Path, options: onnxruntime.SessionOptions, threads: int, remedy: str, without: Sequence[str] = ()) -> onnxruntime.InferenceSession:
+def open_session(
+    path: Path, options: onnxruntime.SessionOptions, threads: int, remedy: str, without: Sequence[str] = ()
+) -> onnxruntime.InferenceSession:
     """As `open_graph`, with these options and without onnxruntime's optimizers of these names."""
     options.log_severity_level, options.intra_op_num_threads = _ERRORS_ONLY, threads
     try:
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"], disabled_optimizers=[*without])
+        return onnxruntime.InferenceSession(
+            path, options, providers=["CPUExecutionProvider"], disabled_optimizers=[*without]
+        )
     except Exception as e:  # onnxruntime's errors have no base of their own
         reason = (str(e).strip().splitlines() or [""])[0][:160]
         raise ModelError(f"{path}: onnxruntime cannot open it ({reason}); {remedy}") from None
 
 
-def compare(graphs: Mapping[str, Path], checks: Iterable[Check], threads: int = 0, more: Mapping[str, Arrays] = {}) -> dict[str, Agreement]:
-    """Runs every graph over the same batches, which are read once and not kept. more: what a graph takes beside them, by its name here."""
+def compare(
+    graphs: Mapping[str, Path], checks: Iterable[Check], threads: int = 0, more: Mapping[str, Arrays] = {}
+) -> dict[str, Agreement]:
+    """Runs every graph over the same batches, which are read once and not kept. more: what a graph takes
+    beside them, by its name here.
+    """
     sessions = {name: open_graph(path, threads) for name, path in graphs.items()}
     largest = dict.fromkeys(graphs, 0.0)
     sums = {name: np.zeros(4) for name in graphs}
@@ -67,25 +82,38 @@ def compare(graphs: Mapping[str, Path], checks: Iterable[Check], threads: int = 
         for name, session in sessions.items():
             logits = session.run(["logits"], {**check.inputs, **more.get(name, {})})[0][check.rows]
             # np.maximum and not max: a NaN must stay
-            largest[name] = float(np.maximum(largest[name], np.abs(logits - check.reference).max(initial=0.0)))
+            largest[name] = float(
+                np.maximum(largest[name], np.abs(logits - check.reference).max(initial=0.0))
+            )
             sums[name] += _counts(logits, check)
-    return {name: Agreement(largest[name], _share(s[0], s[1]), _share(s[2], s[3])) for name, s in sums.items()}
+    return {
+        name: Agreement(largest[name], _share(s[0], s[1]), _share(s[2], s[3])) for name, s in sums.items()
+    }
 
 
 def require_equal(found: Agreement, limit: float, name: str) -> None:
-    """Raise ModelError when the float32 graph is further from torch than the job allows. NaN is further than any limit."""
+    """Raise ModelError when the float32 graph is further from torch than the job allows.
+
+    NaN is further than any limit.
+    """
     if not found.max_difference <= limit:
         raise ModelError(
-            f"{name}: its logits differ from torch by {found.max_difference:.3g}, export.max-difference is {limit:g}; nothing was written. "
-            "Raise the limit or leave ONNX out with export.onnx = false")
+            f"{name}: its logits differ from torch by {found.max_difference:.3g}, export.max-difference "
+            f"is {limit:g}; nothing was written. Raise the limit or leave ONNX out with export.onnx = false"
+        )
 
 
 def reason_against(found: Agreement, least: float) -> str:
-    """Why an int8 graph must not be used, "" where it may: NaN logits, or too few labels as the float model has them."""
+    """Why an int8 graph must not be used, "" where it may: NaN logits,
+    or too few labels as the float model has them.
+    """
     if not np.isfinite(found.max_difference):
         return "its logits are not finite"
     if not found.label_agreement >= least:
-        return f"it agrees with the float model on {found.label_agreement:.1%} of labels, export.min-agreement asks for {least:.1%}"
+        return (
+            f"it agrees with the float model on {found.label_agreement:.1%} of labels, "
+            f"export.min-agreement asks for {least:.1%}"
+        )
     return ""
 
 

@@ -22,8 +22,10 @@ class Account:
     """Epsilon at `delta` of everything in a ledger.
 
     Attributes:
-        worst: of the unit that lost most, which is what the run promises, with the client it is of ("" for all alike).
-        spread: (epsilon, clients that have it), from the most to the least; of very many different ones, some count as the next larger.
+        worst: of the unit that lost most, which is what the run promises,
+            with the client it is of ("" for all alike).
+        spread: (epsilon, clients that have it), from the most to the least; of very many different ones, some
+            count as the next larger.
         rounds: (round, epsilon by then of the client that has lost most in the end).
         parts: epsilon of each kind of release, as if it alone had left.
         left: epsilon still unspent of what the job allows; infinite where it names no epsilon.
@@ -43,18 +45,31 @@ class Account:
 
 
 def account(
-    events: Sequence[tuple[int, Release]], clients: Sequence[str], plan: Plan, accountants: Sequence[str] = ("pld", "rdp"), others: int = 0,
+    events: Sequence[tuple[int, Release]],
+    clients: Sequence[str],
+    plan: Plan,
+    accountants: Sequence[str] = ("pld", "rdp"),
+    others: int = 0,
 ) -> Account:
     """Reads (round, release) events. An unprotected event makes every reading infinite.
 
     Args:
-        accountants: by which the worst unit is read; the others only by the one of PLD and RDP that gives it less.
+        accountants: by which the worst unit is read; the others only by the one of PLD
+            and RDP that gives it less.
         others: clients beside `clients` that no event names.
     """
     releases = [release for _, release in events]
     if not all(r.protected for r in releases):
         lost = read_epsilon(releases, plan.delta)
-        return Account(plan.delta, lost, "", ((lost.epsilon, len(clients) + others),), tuple((round, lost.epsilon) for round, _ in events), {}, 0.0)
+        return Account(
+            plan.delta,
+            lost,
+            "",
+            ((lost.epsilon, len(clients) + others),),
+            tuple((round, lost.epsilon) for round, _ in events),
+            {},
+            0.0,
+        )
     own = histories(releases, clients)
     counts = Counter(own.values())
     counts[history(r for r in releases if not r.names)] += others
@@ -75,17 +90,27 @@ def account(
     mine = [(round, r) for round, r in events if not r.names or client in r.names]
     target = plan.job.privacy.epsilon
     return Account(
-        plan.delta, worst, client if len(counts) > 1 else "", tuple(sorted(spread.items(), reverse=True)),
+        plan.delta,
+        worst,
+        client if len(counts) > 1 else "",
+        tuple(sorted(spread.items(), reverse=True)),
         tuple((mark, quick(history(r for round, r in mine if round <= mark))) for mark in _marks(events)),
-        {name: quick(history(_alone(r, name) for _, r in mine if name in r.parts)) for name in dict.fromkeys(name for r in releases for name in r.parts)},
-        max(0.0, target - worst.epsilon) if target else math.inf)
+        {
+            name: quick(history(_alone(r, name) for _, r in mine if name in r.parts))
+            for name in dict.fromkeys(name for r in releases for name in r.parts)
+        },
+        max(0.0, target - worst.epsilon) if target else math.inf,
+    )
 
 
 def spent(releases: Sequence[Release], delta: float) -> float:
     """Epsilon so far of the unit that has lost most. Readings are kept, so a new round costs one or two."""
     if not all(r.protected for r in releases):
         return math.inf
-    return max(read_epsilon(found, delta).epsilon for found in _largest(histories(releases, ()).values()) or [history(releases)])
+    return max(
+        read_epsilon(found, delta).epsilon
+        for found in _largest(histories(releases, ()).values()) or [history(releases)]
+    )
 
 
 def _largest(found: Iterable[History]) -> list[History]:
@@ -101,15 +126,22 @@ def _within(a: History, b: History) -> bool:
 
 
 def thinned(found: Iterable[History]) -> dict[History, History]:
-    """For each history one that contains it, itself where there are few, so that about SHARES different ones are left to read."""
+    """For each history one that contains it, itself where there are few,
+    so that about SHARES different ones are left to read.
+    """
     ordered = sorted(set(found), key=lambda h: -sum(count for _, count in h))
     kept = ordered[:: max(1, -(-len(ordered) // SHARES))]
-    return {h: next((larger for larger in reversed(kept) if _within(h, larger)), h) if h else h for h in ordered}
+    return {
+        h: next((larger for larger in reversed(kept) if _within(h, larger)), h) if h else h for h in ordered
+    }
 
 
 def _marks(events: Sequence[tuple[int, Release]]) -> list[int]:
     """At most POINTS rounds, evenly up to the last."""
-    first, last = min((round for round, _ in events), default=1), max((round for round, _ in events), default=0)
+    first, last = (
+        min((round for round, _ in events), default=1),
+        max((round for round, _ in events), default=0),
+    )
     return sorted({round(first + i * (last - first) / (POINTS - 1)) for i in range(POINTS)}) if events else []
 
 
@@ -126,37 +158,104 @@ def assumptions(plan: Plan) -> list[str]:
     out = [f"Unit: {one}. Two data sets are neighbours when that is {told} ({how})."]
     if plan.unit == "example":
         if privacy.secure_aggregation:
-            out.append("Secure aggregation hides single updates from a coordinator that follows the protocol. No noise is saved by it, and the figures do not rest on it.")
-        out.append("Trusted: each client's own device. Noise is added there, so the bound holds against the coordinator and everyone after it.")
-        out.append(f"Sampling: each step takes every example with chance {release.rate:.4g}, on its own, drawn on the device; a client makes {plan.steps} steps a round. "
-                   f"Both follow from privacy.examples = {privacy.examples}, which is public and not counted in the data.")
-        out.append("Clients hold different examples: the figure is that of the client that lost most. Nothing is claimed for not having been drawn in a round.")
+            out.append(
+                "Secure aggregation hides single updates from a coordinator that follows the protocol. "
+                "No noise is saved by it, and the figures do not rest on it."
+            )
+        out.append(
+            "Trusted: each client's own device. Noise is added there, so the bound holds against "
+            "the coordinator and everyone after it."
+        )
+        out.append(
+            f"Sampling: each step takes every example with chance {release.rate:.4g}, on its own, "
+            f"drawn on the device; a client makes {plan.steps} steps a round. Both follow from "
+            f"privacy.examples = {privacy.examples}, which is public and not counted in the data."
+        )
+        out.append(
+            "Clients hold different examples: the figure is that of the client that lost most. "
+            "Nothing is claimed for not having been drawn in a round."
+        )
     elif plan.distributed:
         least = fewest(plan.job)
-        out.append(f"Trusted: no single party, but {least} honest clients in each sum, with their noise, and a coordinator that follows the protocol and relays the "
-                   "clients' public keys unchanged; it may be curious. A client that colludes with it tells its own noise, which then does not count.")
-        out.append(f"Noise: each client adds discrete noise of 1 / {least} of the variance that is needed, as {least} are the fewest whose sum opens. That a client took part is "
-                   "not hidden; a client added or removed means that its numbers are there, or zeros in their place. Read as zCDP (arXiv:2102.06387).")
+        out.append(
+            f"Trusted: no single party, but {least} honest clients in each sum, with their noise, "
+            "and a coordinator that follows the protocol and relays the clients' public keys unchanged; it "
+            "may be curious. A client that colludes with it tells its own noise, which then does not count."
+        )
+        out.append(
+            f"Noise: each client adds discrete noise of 1 / {least} of the variance that is needed, "
+            f"as {least} are the fewest whose sum opens. That a client took part is not hidden; "
+            "a client added or removed means that its numbers are there, or zeros in their place. "
+            "Read as zCDP (arXiv:2102.06387)."
+        )
     else:
-        out.append("Trusted: the coordinator, which sees each client's update before it adds the noise. The bound is against all who see the model or the figures it releases.")
+        out.append(
+            "Trusted: the coordinator, which sees each client's update before it adds the noise. "
+            "The bound is against all who see the model or the figures it releases."
+        )
     if plan.unit == "client":
         if privacy.amplification:
-            drawn = f"each client with chance {release.rate:.4g}" if fed.sampling == "poisson" else f"{release.sample} of {release.population} clients"
-            out.append(f"Sampling: a round draws {drawn}, and the bound counts on it that nobody learns who was drawn; the run folder names them, so keep it with the coordinator.")
+            drawn = (
+                f"each client with chance {release.rate:.4g}"
+                if fed.sampling == "poisson"
+                else f"{release.sample} of {release.population} clients"
+            )
+            out.append(
+                f"Sampling: a round draws {drawn}, and the bound counts on it that nobody learns who was "
+                "drawn; the run folder names them, so keep it with the coordinator."
+            )
         else:
-            out.append("Sampling: none is counted on. A client is charged for the rounds it was asked in, whoever knows of them.")
+            out.append(
+                "Sampling: none is counted on. A client is charged for the rounds it was asked "
+                "in, whoever knows of them."
+            )
     share = privacy.examples if plan.unit == "example" else plan.population
-    held = f" It is below 1 / {share} = {1 / share:.2g}: giving away one of {share} {plan.unit}s whole would not count as private." if share else ""
+    held = (
+        (
+            f" It is below 1 / {share} = {1 / share:.2g}: giving away one of {share} {plan.unit}s whole "
+            "would not count as private."
+        )
+        if share
+        else ""
+    )
     out.append(f"Delta = {plan.delta:g}: with that chance epsilon may not hold.{held}")
-    out.append(f"Clip {privacy.clip:g}{', adapted with the clip bits charged' if privacy.adaptive_clip else ''}; noise multiplier {plan.parts['update']:g} in double precision from "
-               + ("the operating system's generator." if privacy.noise == "system" else "A KNOWN SEED: NOT PRIVATE, no epsilon holds."))
+    out.append(
+        (
+            "Clip "
+            f"{privacy.clip:g}{', adapted with the clip bits charged' if privacy.adaptive_clip else ''}; "
+            f"noise multiplier {plan.parts['update']:g} in double precision from "
+        )
+        + (
+            "the operating system's generator."
+            if privacy.noise == "system"
+            else "A KNOWN SEED: NOT PRIVATE, no epsilon holds."
+        )
+    )
     if plan.job.units.strategy != "all":
-        out.append("Units: which of them a client trains in a round follows from the job alone, never from its data, and anybody may know; clip and noise are over those, "
-                   "and nothing else moves.")
+        out.append(
+            "Units: which of them a client trains in a round follows from the job alone, never from its "
+            "data, and anybody may know; clip and noise are over those, and nothing else moves."
+        )
     if first := plan.gradients([]):
-        out.append(f"Frame: made from one noisy sum of gradients alone, clip {first.clip:g} and noise multiplier {plan.init_noise:g}, charged beside the rounds.")
-    out.append("Training metrics: " + (f"sent with noise of multiplier {privacy.metrics_noise:g}, charged." if privacy.metrics_noise else "not sent.")
-               + " Held-out examples are another matter: where a simulation scores them, it does so exactly, and no bound covers them.")
-    out.append("Not covered: settings and labels that were chosen by looking at the data; a simulation's baselines, and what its page and run folder say of who holds what; "
-               "and other runs on the same data, whose losses add up.")
+        out.append(
+            f"Frame: made from one noisy sum of gradients alone, clip {first.clip:g} and noise multiplier "
+            f"{plan.init_noise:g}, charged beside the rounds."
+        )
+    out.append(
+        "Training metrics: "
+        + (
+            f"sent with noise of multiplier {privacy.metrics_noise:g}, charged."
+            if privacy.metrics_noise
+            else "not sent."
+        )
+        + (
+            " Held-out examples are another matter: where a simulation scores them, "
+            "it does so exactly, and no bound covers them."
+        )
+    )
+    out.append(
+        "Not covered: settings and labels that were chosen by looking at the data; "
+        "a simulation's baselines, and what its page and run folder say of who holds what; "
+        "and other runs on the same data, whose losses add up."
+    )
     return out

@@ -1,4 +1,6 @@
-"""Epsilon of a history, by dp-accounting's PLD and RDP accountants and, where it is installed, Opacus' PRV."""
+"""Epsilon of a history, by dp-accounting's PLD and RDP accountants and,
+where it is installed, Opacus' PRV.
+"""
 
 import importlib.util
 import math
@@ -15,9 +17,15 @@ if TYPE_CHECKING:  # the accountants take a second to import, and most commands 
     from dp_accounting import DpEvent
 
 INTERVAL = 1e-3
-"""Of PLD's grid. Its estimate is pessimistic, so a coarser one is larger, never wrong; 1e-4 differs in the fourth digit and takes ten times as long."""
+"""Of PLD's grid.
+
+Its estimate is pessimistic, so a coarser one is larger, never wrong; 1e-4 differs in the fourth digit and
+takes ten times as long.
+"""
 CELLS = 4e6
-"""About the most cells of that grid: with so little noise that it would have more, it is made coarser, or memory would run out."""
+"""About the most cells of that grid: with so little noise that it would have more, it is made coarser,
+or memory would run out.
+"""
 LARGEST = 1e4
 """Above it an epsilon says nothing, and is read as infinite."""
 ACCOUNTANTS = ("pld", "rdp", "prv")
@@ -25,7 +33,9 @@ ACCOUNTANTS = ("pld", "rdp", "prv")
 
 @dataclass(frozen=True)
 class Reading:
-    """`epsilon` by each accountant that can read the history (all are upper bounds), and by the one that is quoted, the smallest."""
+    """`epsilon` by each accountant that can read the history (all are upper bounds), and by the one that
+    is quoted, the smallest.
+    """
 
     by: tuple[tuple[str, float], ...]
 
@@ -39,11 +49,15 @@ class Reading:
 
 
 def relation(steps: Sequence[Step]) -> str:
-    """How neighbouring data sets differ: "replace-one" where a fixed number was drawn, as its size stays; else "add-or-remove-one"."""
+    """How neighbouring data sets differ: "replace-one" where a fixed number was drawn, as its size stays;
+    else "add-or-remove-one".
+    """
     return "replace-one" if any(s.sampling == "fixed" for s in steps) else "add-or-remove-one"
 
 
-def read_epsilon(found: History | Sequence[Release], delta: float, accountants: Sequence[str] = ("pld", "rdp")) -> Reading:
+def read_epsilon(
+    found: History | Sequence[Release], delta: float, accountants: Sequence[str] = ("pld", "rdp")
+) -> Reading:
     """Epsilon at `delta` of all that happened; infinite where anything was not protected."""
     if found and isinstance(found[0], Release):
         if not all(r.protected for r in found):  # type: ignore[union-attr]
@@ -67,13 +81,18 @@ def _read(found: History, delta: float, accountants: tuple[str, ...]) -> Reading
 
 
 def _rdp(found: History, delta: float) -> float | None:
-    """RDP accounts for a fixed number drawn with noise over the sensitivity, which is twice the clip when one unit replaces another:
-    it is given half of the multiplier, which is over the clip."""
+    """RDP accounts for a fixed number drawn with noise over the sensitivity, which is twice the clip when one
+    unit replaces another: it is given half of the multiplier, which is over the clip.
+    """
     from dp_accounting import NeighboringRelation, SelfComposedDpEvent
     from dp_accounting.rdp import RdpAccountant
 
     replace = relation([s for s, _ in found]) == "replace-one"
-    accountant = RdpAccountant(neighboring_relation=NeighboringRelation.REPLACE_ONE if replace else NeighboringRelation.ADD_OR_REMOVE_ONE)
+    accountant = RdpAccountant(
+        neighboring_relation=NeighboringRelation.REPLACE_ONE
+        if replace
+        else NeighboringRelation.ADD_OR_REMOVE_ONE
+    )
     with _quiet():
         for step, count in found:
             event = _rdp_event(step, replace)
@@ -84,14 +103,23 @@ def _rdp(found: History, delta: float) -> float | None:
 
 
 def _rdp_event(step: Step, replace: bool) -> "DpEvent | None":
-    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SampledWithoutReplacementDpEvent, ZCDpEvent
+    from dp_accounting import (
+        GaussianDpEvent,
+        PoissonSampledDpEvent,
+        SampledWithoutReplacementDpEvent,
+        ZCDpEvent,
+    )
 
     z = step.multiplier / 2 if replace else step.multiplier
     if step.excess:
         return None if step.sampling != "none" else ZCDpEvent((1 / z + step.excess) ** 2 / 2)
     if step.sampling == "poisson":
         return None if replace else PoissonSampledDpEvent(step.rate, GaussianDpEvent(z))
-    return SampledWithoutReplacementDpEvent(step.population, step.sample, GaussianDpEvent(z)) if step.sampling == "fixed" else GaussianDpEvent(z)
+    return (
+        SampledWithoutReplacementDpEvent(step.population, step.sample, GaussianDpEvent(z))
+        if step.sampling == "fixed"
+        else GaussianDpEvent(z)
+    )
 
 
 def _pld(found: History, delta: float) -> float | None:
@@ -108,7 +136,11 @@ def _pld(found: History, delta: float) -> float | None:
     accountant = PLDAccountant(value_discretization_interval=max(INTERVAL, reach / CELLS))
     for step, count in found:
         plain = GaussianDpEvent(step.multiplier)
-        accountant.compose(SelfComposedDpEvent(PoissonSampledDpEvent(step.rate, plain) if step.sampling == "poisson" else plain, count))
+        accountant.compose(
+            SelfComposedDpEvent(
+                PoissonSampledDpEvent(step.rate, plain) if step.sampling == "poisson" else plain, count
+            )
+        )
     return float(accountant.get_epsilon(delta))
 
 
@@ -119,7 +151,9 @@ def _prv(found: History, delta: float) -> float | None:
     from opacus.accountants import PRVAccountant
 
     accountant = PRVAccountant()
-    accountant.history = [(s.multiplier, s.rate if s.sampling == "poisson" else 1.0, count) for s, count in found]
+    accountant.history = [
+        (s.multiplier, s.rate if s.sampling == "poisson" else 1.0, count) for s, count in found
+    ]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -133,7 +167,9 @@ _READERS: dict[str, Callable[[History, float], float | None]] = {"pld": _pld, "r
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences absl's warning about orders that RDP leaves out: leaving some out can only make the bound larger."""
+    """Silences absl's warning about orders that RDP leaves out:
+    leaving some out can only make the bound larger.
+    """
     from absl import logging
 
     before = logging.get_verbosity()

@@ -13,7 +13,8 @@ DIGITS = 4
 
 
 def calibrate(make: Callable[[float], History], epsilon: float, delta: float) -> float:
-    """The smallest noise multiplier, to DIGITS digits, with which the history has at most `epsilon` at `delta`.
+    """The smallest noise multiplier, to DIGITS digits, with which the history has at
+    most `epsilon` at `delta`.
 
     RDP is quick and finds a bracket; what is returned was read by all accountants that can read the history.
 
@@ -22,6 +23,7 @@ def calibrate(make: Callable[[float], History], epsilon: float, delta: float) ->
 
     Raises PrivacyRefused where even MOST is too little: other releases of the history already cost too much.
     """
+
     def over(z: float, accountants: tuple[str, ...]) -> float:
         """Logarithm of what is read over what is allowed: at most 0 where it fits."""
         found = read_epsilon(make(z), delta, accountants).epsilon
@@ -29,9 +31,18 @@ def calibrate(make: Callable[[float], History], epsilon: float, delta: float) ->
 
     both, quick = ("pld", "rdp"), ("rdp",)
     if over(MOST, both) > 0:
-        raise PrivacyRefused(f"privacy.epsilon = {epsilon:g}: no noise reaches it at delta = {delta:g}; allow a larger epsilon, or send less beside the updates")
-    above = _root(lambda z: over(z, quick), *_around(lambda z: over(z, quick)), 1e-2) if over(MOST, quick) <= 0 else MOST
-    z = rounded_up(_root(lambda z: over(z, both), max(LEAST, above / 2), above * 1.02, 10.0 ** (1 - DIGITS) / 2))
+        raise PrivacyRefused(
+            f"privacy.epsilon = {epsilon:g}: no noise reaches it at delta = {delta:g}; "
+            "allow a larger epsilon, or send less beside the updates"
+        )
+    above = (
+        _root(lambda z: over(z, quick), *_around(lambda z: over(z, quick)), 1e-2)
+        if over(MOST, quick) <= 0
+        else MOST
+    )
+    z = rounded_up(
+        _root(lambda z: over(z, both), max(LEAST, above / 2), above * 1.02, 10.0 ** (1 - DIGITS) / 2)
+    )
     while over(z, both) > 0:  # readings are not exactly monotone in their last digits
         z = rounded_up(z * (1 + 2 * 10.0 ** (1 - DIGITS)))
     return z
@@ -48,7 +59,9 @@ def rounded_up(z: float) -> float:
 
 
 def _around(over: Callable[[float], float]) -> tuple[float, float]:
-    """Two values, of which the second fits and the first does not, unless it is LEAST: found from 1, as readings at very little noise are slow."""
+    """Two values, of which the second fits and the first does not, unless it is LEAST: found from 1, as
+    readings at very little noise are slow.
+    """
     low = high = 1.0
     while high < MOST and over(high) > 0:
         low, high = high, min(2 * high, MOST)

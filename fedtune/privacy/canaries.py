@@ -1,6 +1,8 @@
-"""Canaries: who is in by the toss of a coin, in which direction each pulls, and what a release says of it. No torch.
+"""Canaries: who is in by the toss of a coin, in which direction each pulls,
+and what a release says of it. No torch.
 
-Those of client-level privacy stand here whole: clients whose update is a vector of their own. Those of examples are in `training.canaries`.
+Those of client-level privacy stand here whole: clients whose update is a vector of their own. Those of
+examples are in `training.canaries`.
 """
 
 import math
@@ -15,7 +17,9 @@ from fedtune.privacy.plan import Plan
 from fedtune.seeds import generator
 
 WIDTH = 64
-"""Numbers that a direction is spread over: enough that it lies in several tensors, and that no single number's gradient drowns it."""
+"""Numbers that a direction is spread over: enough that it lies in several tensors, and that no single
+number's gradient drowns it.
+"""
 LOUD = 10.0
 """Norm of a canary over the clip: so that it is the clipping that bounds it."""
 SCALES = (1.0, 0.7, 0.5, 0.35, 0.25)
@@ -26,9 +30,11 @@ REHEARSED, FEWEST_REHEARSED = 3 * 10**6, 200
 
 @dataclass(frozen=True)
 class Directions:
-    """`count` orthonormal vectors of `numbers` numbers: rows of Hadamard matrices over blocks of WIDTH places drawn by chance.
+    """`count` orthonormal vectors of `numbers` numbers: rows of Hadamard matrices over blocks of
+    WIDTH places drawn by chance.
 
-    What points in one of them adds nothing to what is seen in another, so that canaries do not disturb each other.
+    What points in one of them adds nothing to what is seen in another,
+    so that canaries do not disturb each other.
     """
 
     numbers: int
@@ -45,7 +51,11 @@ class Directions:
     @cached_property
     def places(self) -> np.ndarray:
         """int64 [blocks, width]."""
-        return generator(self.seed, "canary-places").permutation(self.numbers)[: self.count].reshape(-1, self.width)
+        return (
+            generator(self.seed, "canary-places")
+            .permutation(self.numbers)[: self.count]
+            .reshape(-1, self.width)
+        )
 
     @cached_property
     def rows(self) -> np.ndarray:
@@ -53,7 +63,9 @@ class Directions:
         return (hadamard(self.width) / math.sqrt(self.width)).astype(np.float32)
 
     def vectors(self, which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Places int64 [n, width] and values float32 [n, width] of the directions int64 [n]; all other numbers are 0."""
+        """Places int64 [n, width] and values float32 [n, width] of the directions int64 [n];
+        all other numbers are 0.
+        """
         return self.places[which // self.width], self.rows[which % self.width]
 
     def along(self, vector: np.ndarray) -> np.ndarray:
@@ -92,7 +104,8 @@ def coins(m: int, seed: int) -> np.ndarray:
 
 
 def evidence(seen: np.ndarray, multiplier: float, rate: float = 1.0, replaced: bool = False) -> np.ndarray:
-    """Logarithm of how much likelier a release is with a canary in than out, if the noise has this multiplier.
+    """Logarithm of how much likelier a release is with a canary in than out,
+    if the noise has this multiplier.
 
     Args:
         seen: inner products of the released sum with canaries' directions, in units of the clip.
@@ -118,7 +131,8 @@ class View:
 
 @dataclass
 class Sight:
-    """What was seen of m canaries so far, under each of SCALES times the noise that was promised: an attacker believes no promise.
+    """What was seen of m canaries so far, under each of SCALES times the noise that was promised:
+    an attacker believes no promise.
 
     ratio: as `evidence`, summed. out: logarithm of the likelihood if all are out. Both float64 [scales, m].
     """
@@ -132,7 +146,9 @@ class Sight:
         return cls(view, np.zeros((len(SCALES), m)), np.zeros((len(SCALES), m)))
 
     def add(self, which: np.ndarray | slice, seen: np.ndarray) -> None:
-        """What one use shows of these canaries: float [n], or of several uses float [uses, n]; in units of the clip."""
+        """What one use shows of these canaries: float [n], or of several uses float [uses,
+        n]; in units of the clip.
+        """
         for row, scale in enumerate(SCALES):
             z = scale * self.view.multiplier
             away = _ratio(-seen, z, self.view.rate) if self.view.replaced else np.zeros(1)
@@ -140,7 +156,9 @@ class Sight:
             self.out[row, which] += np.atleast_2d(away - seen**2 / (2 * z * z) - math.log(z)).sum(0)
 
     def evidence(self) -> np.ndarray:
-        """float64 [m], under the noise that makes most likely what was seen, whoever is in: no coin is looked at."""
+        """float64 [m], under the noise that makes most likely what was seen,
+        whoever is in: no coin is looked at.
+        """
         whole = (self.out + np.logaddexp(0.0, self.ratio)).sum(1)
         return self.ratio[int(np.argmax(whole))]
 
@@ -152,7 +170,8 @@ def _ratio(seen: np.ndarray, z: float, rate: float) -> np.ndarray:
 
 
 def rehearse(view: View, shrink: float = 1.0, count: int = 100_000) -> tuple[np.ndarray, np.ndarray]:
-    """(evidence float64 [n], coins bool [n]) of canaries that do not disturb each other, in a run that exists only here.
+    """(evidence float64 [n], coins bool [n]) of canaries that do not disturb each other,
+    in a run that exists only here.
 
     Args:
         shrink: the noise is that part of what was promised.
@@ -164,18 +183,23 @@ def rehearse(view: View, shrink: float = 1.0, count: int = 100_000) -> tuple[np.
     pull = np.where(inside, 1.0, -1.0 if view.replaced else 0.0)
     for begin in range(0, view.uses, step := max(1, 2**17 // n)):
         shape = min(step, view.uses - begin), n
-        sight.add(slice(None), pull * (rng.random(shape) < view.rate) + shrink * view.multiplier * rng.standard_normal(shape))
+        sight.add(
+            slice(None),
+            pull * (rng.random(shape) < view.rate) + shrink * view.multiplier * rng.standard_normal(shape),
+        )
     return sight.evidence(), inside
 
 
 @dataclass
 class ClientCanaries:
-    """Clients that answer with a vector LOUD times as long as the clip in a direction of their own, or not at all.
+    """Clients that answer with a vector LOUD times as long as the clip in a direction of
+    their own, or not at all.
 
-    The attacker modelled chooses those updates, knows all others, and sees the model after every round. It knows who was asked,
-    too, unless the job's promise rests on that being secret. What is out does not answer, with two exceptions. Where a fixed number is drawn,
-    neighbours are data sets with one client exchanged for another, and what is out pulls the other way. Where clients add the noise
-    themselves, what is out answers with the model it was sent, as a sum needs its share of the noise.
+    The attacker modelled chooses those updates, knows all others, and sees the model after every round. It
+    knows who was asked, too, unless the job's promise rests on that being secret. What is out does not
+    answer, with two exceptions. Where a fixed number is drawn, neighbours are data sets with one client
+    exchanged for another, and what is out pulls the other way. Where clients add the noise themselves, what
+    is out answers with the model it was sent, as a sum needs its share of the noise.
 
     Attributes:
         view: what there is to see of a canary. sight: what was.
@@ -202,22 +226,37 @@ class ClientCanaries:
 
     def silent(self, client: str) -> bool:
         """Whether it is a canary that does not answer."""
-        return client in self and not self.canaries.coins[self._place[client]] and not self.view.replaced and not self.plan.distributed
+        return (
+            client in self
+            and not self.canaries.coins[self._place[client]]
+            and not self.view.replaced
+            and not self.plan.distributed
+        )
 
     def pull(self, client: str, model: np.ndarray, clip: float) -> np.ndarray:
-        """The update, float32 [numbers], of a canary that was sent `model`, float32 [numbers]; within the job's largest norm."""
+        """The update, float32 [numbers], of a canary that was sent `model`, float32 [numbers];
+        within the job's largest norm.
+        """
         number = self._place[client]
         places, values = self.directions.vectors(self.canaries.direction[[number]])
         norm = min(LOUD * clip, 0.9 * self.plan.job.federation.max_norm)
         update = model.astype(np.float32)
-        update[places[0]] += values[0] * np.float32(norm if self.canaries.coins[number] else -norm if self.view.replaced else 0.0)
+        update[places[0]] += values[0] * np.float32(
+            norm if self.canaries.coins[number] else -norm if self.view.replaced else 0.0
+        )
         return update
 
     def released(self, change: np.ndarray, clip: float, asked: frozenset[str]) -> None:
-        """A round's new model without the one before and without what other clients added, float64 [numbers]; `asked`: these canaries were."""
-        seen = self.directions.along(change * (self.plan.job.federation.cohort / clip))[self.canaries.direction]
+        """A round's new model without the one before and without what other clients added, float64
+        [numbers]; `asked`: these canaries were.
+        """
+        seen = self.directions.along(change * (self.plan.job.federation.cohort / clip))[
+            self.canaries.direction
+        ]
         known = self.plan.release([], clip).sampling == "none"
-        which = np.array(sorted(self._place[name] for name in asked), np.int64) if known else np.arange(len(seen))
+        which = (
+            np.array(sorted(self._place[name] for name in asked), np.int64) if known else np.arange(len(seen))
+        )
         self.sight.add(which, seen[which])
         for name in asked:
             self.asked[name] = self.asked.get(name, 0) + 1

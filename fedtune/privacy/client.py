@@ -12,8 +12,10 @@ METRIC_NORM = math.sqrt(2.0)
 
 @dataclass(frozen=True)
 class ClientPrivacy:
-    """`multiplier`: of the update's noise. `quantile` 0: the clip stays. `bits`: standard deviation of the noise on the number of
-    updates within the clip. `metrics`: noise multiplier of training metrics, 0: there are none."""
+    """`multiplier`: of the update's noise. `quantile` 0: the clip stays. `bits`: standard deviation of
+    the noise on the number of updates within the clip. `metrics`: noise multiplier of training
+    metrics, 0: there are none.
+    """
 
     clip: float
     multiplier: float
@@ -31,4 +33,10 @@ def client_privacy(job: Job) -> ClientPrivacy | None:
     z = noise_multiplier(job)
     bits = (privacy.clip_noise or BITS * z / 2) if privacy.adaptive_clip else 0.0
     return ClientPrivacy(
-        privacy.clip, z, privacy.clip_quantile if privacy.adaptive_clip else 0.0, privacy.clip_rate, bits, privacy.metrics_noise)
+        privacy.clip,
+        z,
+        privacy.clip_quantile if privacy.adaptive_clip else 0.0,
+        privacy.clip_rate,
+        bits,
+        privacy.metrics_noise,
+    )

@@ -8,7 +8,9 @@ from fedtune.errors import Refused
 from fedtune.types import Arrays
 
 SHRINK = 1.0 - 1e-6
-"""Rounding to float32 moves a vector by at most 6e-8 of its length: clipped a little below the bound it stays within."""
+"""Rounding to float32 moves a vector by at most 6e-8 of its length:
+clipped a little below the bound it stays within.
+"""
 
 
 def flat_norm(arrays: Arrays) -> float:

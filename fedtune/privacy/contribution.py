@@ -1,7 +1,9 @@
-"""What one client adds to a round's secure sum, and what the sum says: the same on a device and in a simulation.
+"""What one client adds to a round's secure sum, and what the sum says:
+the same on a device and in a simulation.
 
-A client's vector is its difference from the model, clipped; behind it, where nothing is protected, its mean training loss and
-accuracy; and for each unit whether it is there (where clients are protected, 1 for all). All in whole numbers modulo 2^k (`secagg.vectors`).
+A client's vector is its difference from the model, clipped; behind it, where nothing is protected, its mean
+training loss and accuracy; and for each unit whether it is there (where clients are protected, 1 for all).
+All in whole numbers modulo 2^k (`secagg.vectors`).
 """
 
 from dataclasses import dataclass
@@ -23,7 +25,9 @@ from fedtune.types import Arrays, Metrics, TensorSpec
 from fedtune.wire import Schema
 
 SCORES = "(training metrics)"
-"""Tensor and unit of the two numbers beside the model: mean loss over METRIC_CAP, and accuracy, in units of clip."""
+"""Tensor and unit of the two numbers beside the model: mean loss over METRIC_CAP,
+and accuracy, in units of clip.
+"""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,8 @@ class Secure:
     def vector(self, update: Arrays, metrics: Metrics, model: Arrays, source: Noise) -> np.ndarray:
         """[length], one client's: `update` holds new values of the tensors it trained, of whole units.
 
-        Raises Refused for numbers that are not finite, ShapeMismatch for tensors that are not of the schema, PrivacyRefused as `Distributed.shares`.
+        Raises Refused for numbers that are not finite, ShapeMismatch for tensors that are not of the schema,
+        PrivacyRefused as `Distributed.shares`.
         """
         check_same(update, {name: model[name] for name in update.keys() & model.keys()})
         part, _ = clipped({name: a.astype(np.float64) - model[name] for name, a in update.items()}, self.clip)
@@ -64,13 +69,19 @@ class Secure:
         numbers = flat(part, self.schema, units)
         if self.noise is None:
             return counted(quantise(numbers, self.grid, source.uniform), self.schema, units)
-        # the sum is divided by `cohort` alone, so that nobody needs to know by how many a unit was trained: no noise would be on that
-        return counted(self.noise.shares(numbers * self.grid.scale, source).astype(self.grid.dtype), self.schema, self.schema.units)
+        # the sum is divided by `cohort` alone, so that nobody needs to know by how many a unit was trained:
+        # no noise would be on that
+        return counted(
+            self.noise.shares(numbers * self.grid.scale, source).astype(self.grid.dtype),
+            self.schema,
+            self.schema.units,
+        )
 
     def change(self, total: np.ndarray, clients: int) -> tuple[Arrays, Metrics]:
         """(what is added to the model, training metrics), from the sum of so many vectors, [length].
 
-        By unit the mean over those who trained it; where clients are protected the sum over `cohort`, whoever came.
+        By unit the mean over those who trained it; where clients are protected the sum
+        over `cohort`, whoever came.
 
         Raises Refused("range") for a sum that such vectors cannot have.
         """
@@ -86,7 +97,10 @@ class Secure:
 
 
 def secure_of(job: Job, schema: Schema) -> Secure | None:
-    """None where the job sums in the clear. Raises PrivacyRefused for settings that no modulus holds, or noise that was not computed."""
+    """None where the job sums in the clear.
+
+    Raises PrivacyRefused for settings that no modulus holds, or noise that was not computed.
+    """
     privacy, cohort = job.privacy, job.federation.cohort
     if not privacy.secure_aggregation:
         return None
@@ -94,7 +108,13 @@ def secure_of(job: Job, schema: Schema) -> Secure | None:
         shape, bound = design(cohort), privacy.update_clip or privacy.clip
         if privacy.unit != "client":
             both = (*schema.tensors, TensorSpec(SCORES, (2,), SCORES))
-            return Secure(Schema(both) if privacy.unit == "none" else schema, cohort, shape, headroom(bound, cohort), bound)
+            return Secure(
+                Schema(both) if privacy.unit == "none" else schema,
+                cohort,
+                shape,
+                headroom(bound, cohort),
+                bound,
+            )
         grid, noise = distributed(bound, noise_multiplier(job), schema.size, cohort, fewest(job))
         return Secure(schema, cohort, shape, grid, bound, noise)
     except ValueError as e:
@@ -102,7 +122,8 @@ def secure_of(job: Job, schema: Schema) -> Secure | None:
 
 
 def message_bytes(secure: Secure, clients: int) -> tuple[int, int]:
-    """(up, down): bytes of the messages that one of `clients` sends and gets for a round's sum beside the model packet, if all stay.
+    """(up, down): bytes of the messages that one of `clients` sends and gets for a round's sum beside the
+    model packet, if all stay.
 
     The model packet stands for the first question. Lengths as in `secagg.messages`.
     """

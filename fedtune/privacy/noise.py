@@ -1,4 +1,7 @@
-"""Randomness that privacy rests on. The operating system's, or for tests and comparisons a seed's, which protects nobody."""
+"""Randomness that privacy rests on.
+
+The operating system's, or for tests and comparisons a seed's, which protects nobody.
+"""
 
 import math
 import os
@@ -12,8 +15,10 @@ from fedtune.seeds import generator
 
 
 def as_promised(squares: float, count: int, sigma: float) -> bool:
-    """Whether `count` numbers with this sum of squares can be noise of standard deviation sigma: a mean square further from sigma^2 than this
-    comes by chance less often than 2e-12, which no delta notices (Laurent and Massart 2000, Annals of Statistics 28, Lemma 1, with x = 28)."""
+    """Whether `count` numbers with this sum of squares can be noise of standard deviation sigma: a mean
+    square further from sigma^2 than this comes by chance less often than 2e-12, which no delta notices
+    (Laurent and Massart 2000, Annals of Statistics 28, Lemma 1, with x = 28).
+    """
     n = max(1, count)
     return abs(squares / n / sigma**2 - 1) <= 2 * math.sqrt(28 / n) + 2 * 28 / n
 
@@ -36,8 +41,9 @@ class Noise(Protocol):
 class SystemNoise:
     """From the operating system's generator.
 
-    A normal number is the sum of four, halved, so that the low bits of a noisy figure do not tell which of the few floating-point
-    numbers lies under it (Holohan and Braghin 2021, arXiv:2107.10138, section 3.2; Mironov 2012 found the attack).
+    A normal number is the sum of four, halved, so that the low bits of a noisy figure do not tell which of
+    the few floating-point numbers lies under it (Holohan and Braghin 2021, arXiv:2107.10138, section 3.2;
+    Mironov 2012 found the attack).
     """
 
     private = True
@@ -51,7 +57,8 @@ class SystemNoise:
         count = int(np.prod(shape, dtype=np.int64))
         radius = np.sqrt(-2.0 * np.log1p(-self.uniform(2, count)))
         angle = 2.0 * np.pi * self.uniform(2, count)
-        return (0.5 * (radius * (np.cos(angle) + np.sin(angle))).sum(0)).reshape(shape)  # Box and Muller: both of each pair
+        # Box and Muller: both of each pair
+        return (0.5 * (radius * (np.cos(angle) + np.sin(angle))).sum(0)).reshape(shape)
 
 
 @dataclass(frozen=True)

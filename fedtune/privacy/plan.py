@@ -19,7 +19,9 @@ from fedtune.types import Metrics
 METRIC_CAP = 10.0
 """Loss of one example, or mean loss of one client, above which a metric counts it as this."""
 BITS = 10.0
-"""Multiplier of the clip bits over that of the update, unless the job says otherwise: they then add half a percent to 1 / z^2."""
+"""Multiplier of the clip bits over that of the update, unless the job says otherwise:
+they then add half a percent to 1 / z^2.
+"""
 DANGEROUS = 10.0
 """Epsilon above which a job has to say that it is meant."""
 FEW = 100
@@ -54,12 +56,15 @@ class Plan:
     def rounds(self) -> int:
         """The most rounds that one unit's data may be in."""
         if self._amplified:
-            return self.job.federation.rounds  # every client may be in every round: that is what the sampling pays for
+            # every client may be in every round: that is what the sampling pays for
+            return self.job.federation.rounds
         return min(self.job.privacy.participations or self.job.federation.rounds, self.job.federation.rounds)
 
     @property
     def budget(self) -> int:
-        """Rounds after which a client's budget is spent, and it is not asked again; 0: the run ends before."""
+        """Rounds after which a client's budget is spent, and it is not asked again;
+        0: the run ends before.
+        """
         return 0 if self._amplified or self.rounds == self.job.federation.rounds else self.rounds
 
     @property
@@ -78,25 +83,48 @@ class Plan:
         rate, sample, population = sampling_rate(self.job) if self.unit == "example" else 1.0, 0, 0
         if self._amplified:
             sampling, population = fed.sampling, self.population
-            rate, sample = (min(1.0, fed.cohort / self.population), 0) if sampling == "poisson" else (1.0, min(fed.cohort, self.population))
+            rate, sample = (
+                (min(1.0, fed.cohort / self.population), 0)
+                if sampling == "poisson"
+                else (1.0, min(fed.cohort, self.population))
+            )
             population = 0 if sampling == "poisson" else population
         return Release(
-            release="updates", mechanism="distributed" if self.distributed else "gaussian", unit=privacy.unit, clients=[] if self._amplified else list(clients), noise=privacy.noise,
-            parts=self.parts, clip=clip or privacy.clip, sampling=sampling, rate=rate, sample=sample, population=population,
-            count=self.steps, excess=excess(self.parts["update"], fewest(self.job)) if self.distributed else 0.0,
+            release="updates",
+            mechanism="distributed" if self.distributed else "gaussian",
+            unit=privacy.unit,
+            clients=[] if self._amplified else list(clients),
+            noise=privacy.noise,
+            parts=self.parts,
+            clip=clip or privacy.clip,
+            sampling=sampling,
+            rate=rate,
+            sample=sample,
+            population=population,
+            count=self.steps,
+            excess=excess(self.parts["update"], fewest(self.job)) if self.distributed else 0.0,
         )
 
     def gradients(self, clients: Sequence[str]) -> Release | None:
         """The event of the first step's gradient, from these clients; None where the frame is made without.
 
-        Example level: one step of DP-SGD that moves nothing. Client level: nothing is claimed for not having been drawn.
+        Example level: one step of DP-SGD that moves nothing. Client level:
+        nothing is claimed for not having been drawn.
         """
         if self.job.adapter.init != "gradient-dp":
             return None
         sampling: Sampling = "poisson" if self.unit == "example" else "none"
         return Release(
-            release="gradients", mechanism="gaussian", unit=self.job.privacy.unit, clients=list(clients), noise=self.job.privacy.noise,
-            parts={"init": self.init_noise}, clip=init_clip(self.job), sampling=sampling, rate=init_batch(self.job)[1] if sampling == "poisson" else 1.0)
+            release="gradients",
+            mechanism="gaussian",
+            unit=self.job.privacy.unit,
+            clients=list(clients),
+            noise=self.job.privacy.noise,
+            parts={"init": self.init_noise},
+            clip=init_clip(self.job),
+            sampling=sampling,
+            rate=init_batch(self.job)[1] if sampling == "poisson" else 1.0,
+        )
 
     @property
     def init_noise(self) -> float:
@@ -114,7 +142,9 @@ class Plan:
 
 
 def fewest(job: Job) -> int:
-    """Clients that must be in a round's mean for it to count. In a secure sum the design's threshold: with fewer it does not open.
+    """Clients that must be in a round's mean for it to count.
+
+    In a secure sum the design's threshold: with fewer it does not open.
 
     Raises PrivacyRefused for a cohort that no design holds.
     """
@@ -122,19 +152,27 @@ def fewest(job: Job) -> int:
         try:
             return design(job.federation.cohort).threshold
         except ValueError as e:
-            raise PrivacyRefused(f"federation.cohort = {job.federation.cohort}: secure aggregation of {e}") from None
-    return 0 if job.privacy.unit == "client" else job.federation.min_replies  # there a void round would tell who took part
+            raise PrivacyRefused(
+                f"federation.cohort = {job.federation.cohort}: secure aggregation of {e}"
+            ) from None
+    # there a void round would tell who took part
+    return 0 if job.privacy.unit == "client" else job.federation.min_replies
 
 
 def noise_multiplier(job: Job) -> float:
     """Of a protected job that was `resolved`. Raises PrivacyRefused for one that was not."""
     if not job.privacy.noise_multiplier:
-        raise PrivacyRefused("privacy.noise-multiplier = 0: was not computed before the rounds began, so nothing would be protected")
+        raise PrivacyRefused(
+            "privacy.noise-multiplier = 0: was not computed before the rounds began, "
+            "so nothing would be protected"
+        )
     return job.privacy.noise_multiplier
 
 
 def local_steps(job: Job) -> int:
-    """Optimizer steps of a client in a round of example-level privacy: from public numbers, not from its data."""
+    """Optimizer steps of a client in a round of example-level privacy:
+    from public numbers, not from its data.
+    """
     fed = job.federation
     epochs = fed.local_epochs * math.ceil(job.privacy.examples / fed.batch_size)
     return min(fed.local_steps, epochs) if fed.local_steps else epochs
@@ -151,7 +189,9 @@ def init_clip(job: Job) -> float:
 
 
 def init_batch(job: Job) -> tuple[float, float]:
-    """(examples of a client expected in the first step's gradient, chance of each to be in it), from public numbers."""
+    """(examples of a client expected in the first step's gradient,
+    chance of each to be in it), from public numbers.
+    """
     expected = min(job.adapter.init_examples, job.privacy.examples)
     return float(expected), expected / job.privacy.examples
 
@@ -173,7 +213,8 @@ def default_delta(count: int) -> float:
 
 
 def plan_of(job: Job, population: int) -> Plan | None:
-    """The plan of a job, its noise calibrated where the job gives an epsilon; None where the job protects nothing.
+    """The plan of a job, its noise calibrated where the job gives an epsilon;
+    None where the job protects nothing.
 
     Args:
         population: clients that may be drawn; 0 where nobody knows yet, which only client level needs.
@@ -185,11 +226,17 @@ def plan_of(job: Job, population: int) -> Plan | None:
         return None
     count = units(job, population)
     if not privacy.delta and not count:
-        raise PrivacyRefused("privacy.delta = 0: how many devices there will be is not known yet; give a delta below 1 / their number")
+        raise PrivacyRefused(
+            "privacy.delta = 0: how many devices there will be is not known yet; "
+            "give a delta below 1 / their number"
+        )
     delta = privacy.delta or default_delta(max(2, count))
     if count and delta >= 1 / count:
-        raise PrivacyRefused(f"privacy.delta = {delta:g}: with {count} {privacy.unit}s it must be below {1 / count:.2g}, or giving away one whole {privacy.unit} would count as private; "
-                             f"lower it, {default_delta(count):g} would do")
+        raise PrivacyRefused(
+            f"privacy.delta = {delta:g}: with {count} {privacy.unit}s it must be below {1 / count:.2g}, "
+            f"or giving away one whole {privacy.unit} would count as private; "
+            f"lower it, {default_delta(count):g} would do"
+        )
 
     def made(z: float) -> Plan:
         return Plan(job, population, delta, _parts(job, z))
@@ -197,15 +244,22 @@ def plan_of(job: Job, population: int) -> Plan | None:
     plan = made(privacy.noise_multiplier or calibrate(lambda z: made(z).whole(), privacy.epsilon, delta))
     epsilon = plan.reading().epsilon
     if privacy.epsilon and epsilon > privacy.epsilon:
-        raise PrivacyRefused(f"privacy.noise-multiplier = {privacy.noise_multiplier:g}: gives epsilon = {epsilon:.4g}, the job promises {privacy.epsilon:g}; "
-                             "leave out one of the two keys")
+        raise PrivacyRefused(
+            f"privacy.noise-multiplier = {privacy.noise_multiplier:g}: gives epsilon = {epsilon:.4g}, "
+            f"the job promises {privacy.epsilon:g}; leave out one of the two keys"
+        )
     if epsilon > DANGEROUS and not privacy.i_understand:
-        raise PrivacyRefused(f"privacy.epsilon: this run's is {epsilon:.3g}, above {DANGEROUS:g}, which protects little; add noise, or say that you mean it with --i-understand")
+        raise PrivacyRefused(
+            f"privacy.epsilon: this run's is {epsilon:.3g}, above {DANGEROUS:g}, which protects little; "
+            "add noise, or say that you mean it with --i-understand"
+        )
     return plan
 
 
 def kept(job: Job, population: int) -> Plan | None:
-    """The plan of a job that a run keeps, whose noise and delta were filled in when it began: nothing is worked out or refused again."""
+    """The plan of a job that a run keeps, whose noise and delta were filled in when it began: nothing is
+    worked out or refused again.
+    """
     privacy = job.privacy
     if privacy.unit == "none" or not (privacy.noise_multiplier and privacy.delta):
         return plan_of(job, population)
@@ -213,7 +267,10 @@ def kept(job: Job, population: int) -> Plan | None:
 
 
 def resolved(job: Job, population: int) -> Job:
-    """The job with what its privacy keys leave open filled in, so that all who read it hold the same numbers. Raises PrivacyRefused."""
+    """The job with what its privacy keys leave open filled in, so that all who read it hold the same numbers.
+
+    Raises PrivacyRefused.
+    """
     plan = plan_of(job, population)
     if plan is None:
         return job
@@ -224,9 +281,13 @@ def resolved(job: Job, population: int) -> Job:
 
 
 def outward(job: Job, examples: int, metrics: Metrics) -> tuple[float, Metrics]:
-    """(weight, metrics) of an update as they may leave a client. Under privacy nothing tells how many examples it holds."""
+    """(weight, metrics) of an update as they may leave a client.
+
+    Under privacy nothing tells how many examples it holds.
+    """
     if job.privacy.unit == "none":
-        return float(examples), metrics  # under secure aggregation they go no further than the device's own part that makes its vector
+        # under secure aggregation they go no further than the device's own part that makes its vector
+        return float(examples), metrics
     if job.privacy.unit == "example":
         return 1.0, metrics  # which hold noise already
     if not job.privacy.metrics_noise:
@@ -236,7 +297,9 @@ def outward(job: Job, examples: int, metrics: Metrics) -> tuple[float, Metrics]:
 
 
 def bounded_scores(metrics: Metrics) -> np.ndarray:
-    """float64 [2]: (mean loss over METRIC_CAP, accuracy), each within [0, 1]; zeros where nothing was counted."""
+    """float64 [2]: (mean loss over METRIC_CAP, accuracy), each within [0, 1];
+    zeros where nothing was counted.
+    """
     means = [value(metrics, name) for name in ("loss", "accuracy")]
     return np.clip(np.nan_to_num(means, nan=0.0) / [METRIC_CAP, 1.0], 0.0, 1.0)
 
@@ -250,13 +313,25 @@ def warnings_of(plan: Plan) -> Iterator[str]:
     """What the one who starts the job should know."""
     privacy, fed = plan.job.privacy, plan.job.federation
     if privacy.noise == "seeded":
-        yield "privacy.noise = \"seeded\": noise from a known seed protects nobody; every reading of this run is infinite"
+        yield (
+            'privacy.noise = "seeded": noise from a known seed protects nobody; '
+            "every reading of this run is infinite"
+        )
     if plan.unit == "client" and plan.population < FEW:
         more = math.sqrt(fed.cohort / fewest(plan.job)) if plan.distributed else 1.0
-        yield (f"{plan.population} clients: the noise of client-level privacy is {more * plan.parts['update'] * privacy.clip / fed.cohort:.2g} in each number of the mean of {fed.cohort} updates, "
-               f"each of L2 norm at most {privacy.clip:g}; with so few, protect examples (privacy.unit = \"example\")")
+        yield (
+            f"{plan.population} clients: the noise of client-level privacy "
+            f"is {more * plan.parts['update'] * privacy.clip / fed.cohort:.2g} in each number of the mean "
+            f"of {fed.cohort} updates, "
+            f"each of L2 norm at most {privacy.clip:g}; with so few, protect examples "
+            '(privacy.unit = "example")'
+        )
     if plan.unit == "example" and privacy.examples < 10 * fed.batch_size:
-        yield f"privacy.examples = {privacy.examples}: batches of {fed.batch_size} are {100 * sampling_rate(plan.job):.0f} % of it, so sampling hides little; smaller batches need less noise"
+        yield (
+            f"privacy.examples = {privacy.examples}: batches of {fed.batch_size} are "
+            f"{100 * sampling_rate(plan.job):.0f} % of it, so sampling hides little; "
+            "smaller batches need less noise"
+        )
 
 
 def _parts(job: Job, z: float) -> dict[str, float]:

@@ -18,8 +18,9 @@ class Step(NamedTuple):
     """One use of a mechanism, as far as its cost goes.
 
     multiplier: standard deviation of the Gaussian noise over the norm bound of one unit's contribution.
-    sampling: how the units of one use were drawn. rate: poisson, the chance of each. sample, population: fixed.
-    excess: what the noise falls short of a Gaussian's, added to 1 / multiplier (distributed discrete noise; else 0).
+    sampling: how the units of one use were drawn. rate: poisson, the chance of each. sample, population:
+    fixed. excess: what the noise falls short of a Gaussian's, added to 1 / multiplier (distributed
+    discrete noise; else 0).
     """
 
     multiplier: float
@@ -39,7 +40,10 @@ class Release(BaseModel):
     mechanism: Literal["none", "gaussian", "distributed"]
     unit: Unit
     clients: list[str] | int = Field(default_factory=list)
-    """Whose data it is of; empty: everyone's. A number, where nothing is protected and only the count was kept."""
+    """Whose data it is of; empty: everyone's.
+
+    A number, where nothing is protected and only the count was kept.
+    """
     noise: Literal["system", "seeded"] = "system"
     """Where its randomness came from: the operating system, or a seed that others may know."""
     parts: dict[str, Positive] = Field(default_factory=dict)
@@ -69,7 +73,9 @@ class Release(BaseModel):
 
     @property
     def step(self) -> Step:
-        return Step(together(self.parts.values()), self.sampling, self.rate, self.sample, self.population, self.excess)
+        return Step(
+            together(self.parts.values()), self.sampling, self.rate, self.sample, self.population, self.excess
+        )
 
     @property
     def names(self) -> list[str]:
@@ -87,11 +93,15 @@ def read(facts: Mapping[str, Any]) -> Release:
         return Release.model_validate(dict(facts))
     except ValidationError as e:
         first = e.errors(include_input=False, include_url=False)[0]
-        raise RunError(f"an event of the ledger cannot be read ({'.'.join(map(str, first['loc'])) or 'event'}: {first['msg']}); no privacy can be claimed from it") from None
+        raise RunError(
+            f"an event of the ledger cannot be read ({'.'.join(map(str, first['loc'])) or 'event'}: "
+            f"{first['msg']}); no privacy can be claimed from it"
+        ) from None
 
 
 def together(multipliers: Iterable[float]) -> float:
-    """The multiplier of Gaussian releases of one sample made at once: 1 / z^2 adds up, as they are one Gaussian of a longer vector.
+    """The multiplier of Gaussian releases of one sample made at once: 1 / z^2 adds up, as they are one
+    Gaussian of a longer vector.
 
     >>> round(together([2.0, 2.0]), 6)
     1.414214
@@ -101,7 +111,10 @@ def together(multipliers: Iterable[float]) -> float:
 
 
 History = tuple[tuple[Step, int], ...]
-"""Steps with their numbers of uses, sorted: what one unit was part of. Two with the same history have the same epsilon."""
+"""Steps with their numbers of uses, sorted: what one unit was part of.
+
+Two with the same history have the same epsilon.
+"""
 
 
 def history(releases: Iterable[Release]) -> History:

@@ -15,28 +15,39 @@ from fedtune.errors import UserError
 from fedtune.provision.files import read
 from fedtune.provision.names import as_address
 
-BACKDATED = timedelta(minutes=10)  # a device whose clock is a little behind must not find the certificate too young
+# a device whose clock is a little behind must not find the certificate too young
+BACKDATED = timedelta(minutes=10)
 ANEW = "restore it from a copy, or make everything new with --force"
 
-_SSH_KINDS = (b"ecdsa-sha2-nistp256", b"ecdsa-sha2-nistp384", b"ecdsa-sha2-nistp521")  # not the certificates and tokens named alike
+# not the certificates and tokens named alike
+_SSH_KINDS = (b"ecdsa-sha2-nistp256", b"ecdsa-sha2-nistp384", b"ecdsa-sha2-nistp521")
 
 Key = ec.EllipticCurvePrivateKey
 PublicKey = ec.EllipticCurvePublicKey
 
 
 def issue_ca(key: Key, days: int, now: datetime) -> x509.Certificate:
-    """Self-signed. The name comes from the key, so a renewed certificate bears the name that those signed before it look for."""
+    """Self-signed.
+
+    The name comes from the key, so a renewed certificate bears the name that those signed before it look for.
+    """
     name = _named(f"fedtune CA {hashlib.sha256(public_pem(key.public_key())).hexdigest()[:12]}")
     usage = _usage(digital_signature=False, signs_certificates=True)
     made = _builder(name, name, key.public_key(), key, now, now + timedelta(days=days))
-    made = made.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True).add_extension(usage, critical=True)
+    made = made.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True).add_extension(
+        usage, critical=True
+    )
     return made.sign(key, hashes.SHA256())
 
 
-def issue_server(ca_key: Key, ca: x509.Certificate, key: PublicKey, hosts: Sequence[str], days: int, now: datetime) -> x509.Certificate:
+def issue_server(
+    ca_key: Key, ca: x509.Certificate, key: PublicKey, hosts: Sequence[str], days: int, now: datetime
+) -> x509.Certificate:
     """Good for so many days, or until the CA ends."""
     until = min(now + timedelta(days=days), ca.not_valid_after_utc)
-    names = [x509.IPAddress(address) if (address := as_address(host)) else x509.DNSName(host) for host in hosts]
+    names = [
+        x509.IPAddress(address) if (address := as_address(host)) else x509.DNSName(host) for host in hosts
+    ]
     made = _builder(_named("fedtune server"), ca.subject, key, ca_key, now, until)
     made = made.add_extension(x509.SubjectAlternativeName(names), critical=False)
     made = made.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
@@ -45,12 +56,25 @@ def issue_server(ca_key: Key, ca: x509.Certificate, key: PublicKey, hosts: Seque
     return made.sign(ca_key, hashes.SHA256())
 
 
-def _builder(subject: x509.Name, issuer: x509.Name, key: PublicKey, ca_key: Key, now: datetime, until: datetime) -> x509.CertificateBuilder:
-    """What both certificates have. The authority is named by its key alone: a serial number would tie it to one issue of the CA."""
-    made = x509.CertificateBuilder().subject_name(subject).issuer_name(issuer).public_key(key).serial_number(x509.random_serial_number())
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: PublicKey, ca_key: Key, now: datetime, until: datetime
+) -> x509.CertificateBuilder:
+    """What both certificates have.
+
+    The authority is named by its key alone: a serial number would tie it to one issue of the CA.
+    """
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+    )
     made = made.not_valid_before(now - BACKDATED).not_valid_after(until)
     made = made.add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
-    return made.add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
+    return made.add_extension(
+        x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False
+    )
 
 
 def _named(text: str) -> x509.Name:
@@ -59,8 +83,16 @@ def _named(text: str) -> x509.Name:
 
 def _usage(digital_signature: bool, signs_certificates: bool) -> x509.KeyUsage:
     return x509.KeyUsage(
-        digital_signature=digital_signature, key_cert_sign=signs_certificates, crl_sign=signs_certificates, content_commitment=False,
-        key_encipherment=False, data_encipherment=False, key_agreement=False, encipher_only=False, decipher_only=False)
+        digital_signature=digital_signature,
+        key_cert_sign=signs_certificates,
+        crl_sign=signs_certificates,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
 
 
 def cert_pem(cert: x509.Certificate) -> bytes:
@@ -68,11 +100,15 @@ def cert_pem(cert: x509.Certificate) -> bytes:
 
 
 def key_pem(key: Key) -> bytes:
-    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
 
 
 def key_openssh(key: Key) -> bytes:
-    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption())
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
+    )
 
 
 def public_pem(key: PublicKey) -> bytes:
@@ -80,7 +116,10 @@ def public_pem(key: PublicKey) -> bytes:
 
 
 def pub_line(key: PublicKey, name: str) -> bytes:
-    return key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH) + f" {name}\n".encode()
+    return (
+        key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+        + f" {name}\n".encode()
+    )
 
 
 def read_cert(path: Path) -> x509.Certificate | None:
@@ -96,7 +135,11 @@ def read_cert(path: Path) -> x509.Certificate | None:
 def days_left(path: Path, now: datetime | None = None) -> float | None:
     """Days until the certificate expires, below 0 when it has; None where there is none."""
     cert = read_cert(path)
-    return None if cert is None else (cert.not_valid_after_utc - (now or datetime.now(UTC))).total_seconds() / 86_400
+    return (
+        None
+        if cert is None
+        else (cert.not_valid_after_utc - (now or datetime.now(UTC))).total_seconds() / 86_400
+    )
 
 
 def read_key(path: Path) -> Key | None:
@@ -105,7 +148,9 @@ def read_key(path: Path) -> Key | None:
 
 def read_device_key(path: Path) -> Key | None:
     mend = f"restore it, or `fedtune provision renew --device {path.parent.name}`"
-    return _read_private(path, serialization.load_ssh_private_key, f"OpenSSH form without a passphrase; {mend}")
+    return _read_private(
+        path, serialization.load_ssh_private_key, f"OpenSSH form without a passphrase; {mend}"
+    )
 
 
 def _read_private(path: Path, load: Callable[[bytes, None], object], form: str) -> Key | None:
@@ -135,7 +180,10 @@ def parse_pub(path: Path, data: bytes) -> PublicKey:
                 return key
     except (ValueError, UnsupportedAlgorithm):
         pass
-    raise UserError(f"{path}: not one EC public key in OpenSSH form (a line ecdsa-sha2-nistp384 …); `fedtune provision renew --device {path.stem}` makes it new")
+    raise UserError(
+        f"{path}: not one EC public key in OpenSSH form (a line ecdsa-sha2-nistp384 …); "
+        f"`fedtune provision renew --device {path.stem}` makes it new"
+    )
 
 
 def is_ca(cert: x509.Certificate) -> bool:

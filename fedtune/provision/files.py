@@ -1,4 +1,6 @@
-"""Private files and folders: checked before anything is written, locked, read, written whole or not at all."""
+"""Private files and folders: checked before anything is written, locked, read,
+written whole or not at all.
+"""
 
 import contextlib
 import os
@@ -21,7 +23,10 @@ class File:
 
 
 def read(path: Path) -> bytes | None:
-    """None when there is no such file. Raises UserError for what is no file or too long, EnvironmentProblem for what cannot be read."""
+    """None when there is no such file.
+
+    Raises UserError for what is no file or too long, EnvironmentProblem for what cannot be read.
+    """
     with _reading(path):
         try:
             if not stat.S_ISREG(path.stat().st_mode):
@@ -31,7 +36,10 @@ def read(path: Path) -> bytes | None:
         except (FileNotFoundError, NotADirectoryError):
             return None
     if len(data) > _LARGEST:
-        raise UserError(f"{path}: longer than {_LARGEST:,} bytes, so neither a key nor a certificate; move it away or restore it from a copy")
+        raise UserError(
+            f"{path}: longer than {_LARGEST:,} bytes, so neither a key nor a certificate; "
+            "move it away or restore it from a copy"
+        )
     return data
 
 
@@ -47,7 +55,10 @@ def is_folder(path: Path) -> bool:
 
 
 def listed(folder: Path) -> list[Path]:
-    """What is in the folder, by name; nothing when there is no such folder. Raises EnvironmentProblem when it cannot be read."""
+    """What is in the folder, by name; nothing when there is no such folder.
+
+    Raises EnvironmentProblem when it cannot be read.
+    """
     with _reading(folder):
         try:
             return sorted(folder.iterdir())
@@ -69,7 +80,9 @@ def require_no_file(path: Path) -> None:
 
 
 def require_plain(root: Path, paths: Iterable[Path]) -> None:
-    """Raises UserError for a link, or something that is no file or folder, where a file or a folder on the way to it would go."""
+    """Raises UserError for a link, or something that is no file or folder,
+    where a file or a folder on the way to it would go.
+    """
     folders: dict[Path, None] = {}
     for path in paths:
         above = path.parents
@@ -86,7 +99,9 @@ def _require_kind(path: Path, test: Callable[[int], bool], word: str) -> None:
         except (FileNotFoundError, NotADirectoryError):
             return
     if stat.S_ISLNK(mode):
-        raise UserError(f"{path}: is a link, and keys are never written through one; remove it or choose another -o")
+        raise UserError(
+            f"{path}: is a link, and keys are never written through one; remove it or choose another -o"
+        )
     if not test(mode):
         raise UserError(f"{path}: not a {word}; move it away or choose another -o")
 
@@ -121,7 +136,12 @@ def write(file: File) -> None:
 
 
 def require_unused(folders: Iterable[Path]) -> None:
-    """Raises UserError when a running coordinator or device holds one of these folders: new keys would shut all of them out."""
+    """Raises UserError when a running coordinator or device holds one of these folders:
+    new keys would shut all of them out.
+    """
     for folder in folders:
         if is_held(folder / ".lock"):
-            raise UserError(f"{folder}: is in use by a running fedtune; stop it first, new keys would shut every device out")
+            raise UserError(
+                f"{folder}: is in use by a running fedtune; stop it first, new keys "
+                "would shut every device out"
+            )

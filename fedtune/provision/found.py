@@ -21,8 +21,12 @@ class Ca:
 
 
 def read_ca(layout: Layout, with_key: bool = True) -> Ca | None:
-    """The newest certificate of the CA in its own folder or the server's, and its key if that is here; None without a certificate."""
-    certs = {path: cert for path in (layout.ca_crt, layout.server_ca) if (cert := read_cert(path)) is not None}
+    """The newest certificate of the CA in its own folder or the server's, and its key if that is here;
+    None without a certificate.
+    """
+    certs = {
+        path: cert for path in (layout.ca_crt, layout.server_ca) if (cert := read_cert(path)) is not None
+    }
     if not certs:
         return None
     key = read_key(layout.ca_key) if with_key else None
@@ -42,11 +46,24 @@ def ca_path(layout: Layout) -> Path:
 
 
 def ca_item(layout: Layout, ca: Ca) -> Item:
-    return Item("CA", ca_path(layout), "ca", ca.cert.not_valid_after_utc, has_key=ca.key is not None or exists(layout.ca_key))
+    return Item(
+        "CA",
+        ca_path(layout),
+        "ca",
+        ca.cert.not_valid_after_utc,
+        has_key=ca.key is not None or exists(layout.ca_key),
+    )
 
 
 def server_item(layout: Layout, cert: x509.Certificate, has_key: bool) -> Item:
-    return Item("server", layout.server_crt, "server", cert.not_valid_after_utc, hosts_of(layout.server_crt, cert), has_key)
+    return Item(
+        "server",
+        layout.server_crt,
+        "server",
+        cert.not_valid_after_utc,
+        hosts_of(layout.server_crt, cert),
+        has_key,
+    )
 
 
 def server_items(layout: Layout) -> list[Item]:
@@ -64,4 +81,6 @@ def require_issued(layout: Layout, cert: x509.Certificate, ca: Ca) -> None:
     try:
         cert.verify_directly_issued_by(ca.cert)
     except (ValueError, TypeError, InvalidSignature):
-        raise UserError(f"{layout.server_crt}: was not signed by the CA in {ca_path(layout)}; {ANEW}") from None
+        raise UserError(
+            f"{layout.server_crt}: was not signed by the CA in {ca_path(layout)}; {ANEW}"
+        ) from None

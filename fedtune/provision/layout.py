@@ -10,7 +10,10 @@ from fedtune.provision.files import exists, listed
 
 @dataclass(frozen=True)
 class Item:
-    """Something provisioned. `kind` is ca, server or device; device keys do not expire. `has_key`: its private key lies here too."""
+    """Something provisioned.
+
+    `kind` is ca, server or device; device keys do not expire. `has_key`: its private key lies here too.
+    """
 
     name: str
     path: Path
@@ -22,7 +25,9 @@ class Item:
 
 @dataclass(frozen=True)
 class Report:
-    """What a call did: items made new, items left as they were, devices removed, and what a person has to do now, a sentence each."""
+    """What a call did: items made new, items left as they were, devices removed, and what a person has to
+    do now, a sentence each.
+    """
 
     root: Path
     hosts: tuple[str, ...]
@@ -82,9 +87,13 @@ class Layout:
     def files(self, names: Iterable[str]) -> list[Path]:
         """Every file of the CA, the server and these devices."""
         fixed = [self.ca_key, self.ca_crt, self.server_ca, self.server_key, self.server_crt]
-        return fixed + [path for name in names for path in (self.device_key(name), self.device_ca(name), self.pub(name))]
+        return fixed + [
+            path for name in names for path in (self.device_key(name), self.device_ca(name), self.pub(name))
+        ]
 
     def known(self) -> tuple[str, ...]:
         """Names of all devices that have a public key for the coordinator, or a private one here."""
         enrolled = {path.stem for path in listed(self.pubs) if path.suffix == ".pub"}
-        return tuple(sorted(enrolled | {path.name for path in listed(self.devices) if exists(path / "device.key")}))
+        return tuple(
+            sorted(enrolled | {path.name for path in listed(self.devices) if exists(path / "device.key")})
+        )

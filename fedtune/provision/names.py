@@ -16,20 +16,32 @@ _LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
 
 
 def device_names(count: int | None, extra: Sequence[str] = ()) -> tuple[str, ...]:
-    """device-001 … for `count`, then `extra`. Raises UserError for a count out of range, no device at all, and bad or repeated names."""
+    """device-001 … for `count`, then `extra`.
+
+    Raises UserError for a count out of range, no device at all, and bad or repeated names.
+    """
     if count is not None and not 0 <= count <= MAX_DEVICES:
         raise UserError(f"--devices {count}: give 1 to {MAX_DEVICES}")
     if not count and not extra:
-        raise UserError(f"{'--devices 0' if count == 0 else 'no device'}: give --devices 1 to {MAX_DEVICES}, or --device NAME")
+        raise UserError(
+            f"{'--devices 0' if count == 0 else 'no device'}: give --devices 1 "
+            f"to {MAX_DEVICES}, or --device NAME"
+        )
     return check_names([*(f"device-{i:03d}" for i in range(1, (count or 0) + 1)), *extra])
 
 
 def check_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Device names as given. Raises UserError for one that is not a plain file name, and for two that differ in case at most."""
+    """Device names as given.
+
+    Raises UserError for one that is not a plain file name, and for two that differ in case at most.
+    """
     seen: dict[str, str] = {}
     for name in names:
         if not NAME.fullmatch(name):
-            raise UserError(f"device name {_short(name)}: give letters, digits and . _ - (at most 64, the first a letter or digit)")
+            raise UserError(
+                f"device name {_short(name)}: give letters, digits and . _ - (at most 64, "
+                "the first a letter or digit)"
+            )
         if name.casefold() in seen:
             raise _twin(name, seen[name.casefold()])
         seen[name.casefold()] = name
@@ -49,7 +61,10 @@ def require_known(names: Sequence[str], known: Sequence[str]) -> None:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
             hint = f"did you mean {close[0]}? " if close else ""
-            raise UserError(f"--device {name}: not known here; {hint}`fedtune provision show` lists all, `fedtune provision --device {name}` adds it")
+            raise UserError(
+                f"--device {name}: not known here; {hint}`fedtune provision show` lists all, "
+                f"`fedtune provision --device {name}` adds it"
+            )
 
 
 def names_in_short(names: Sequence[str]) -> str:
@@ -58,7 +73,8 @@ def names_in_short(names: Sequence[str]) -> str:
 
 
 def sans(hosts: Sequence[str]) -> tuple[str, ...]:
-    """The names a server certificate is for: `hosts` in order, then localhost and the loopback addresses; each once, in canonical form.
+    """The names a server certificate is for: `hosts` in order, then localhost and the loopback addresses;
+    each once, in canonical form.
 
     Raises UserError for what is neither a DNS name nor an IP address, and for no host at all.
     """
@@ -68,11 +84,17 @@ def sans(hosts: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_host(text: str) -> str:
-    """A DNS name in lower case, or an IP address in canonical form. Raises UserError that says what is wrong with `text`."""
+    """A DNS name in lower case, or an IP address in canonical form.
+
+    Raises UserError that says what is wrong with `text`.
+    """
     address = as_address(text)
     if address is not None:
         if "%" in text or address.is_unspecified or address.is_multicast:
-            raise UserError(f"--host {_short(text)}: not an address devices can reach; give the coordinator's own, or its DNS name")
+            raise UserError(
+                f"--host {_short(text)}: not an address devices can reach; "
+                "give the coordinator's own, or its DNS name"
+            )
         return str(address)
     trouble = _host_trouble(text)
     if trouble:
@@ -111,4 +133,6 @@ def _short(text: str) -> str:
 def _twin(name: str, other: str) -> UserError:
     if name == other:
         return UserError(f"device name {name!r}: given twice; give each once")
-    return UserError(f"device name {name!r}: differs from {other!r} in upper and lower case only; choose another name")
+    return UserError(
+        f"device name {name!r}: differs from {other!r} in upper and lower case only; choose another name"
+    )

@@ -64,7 +64,9 @@ def plan_ca(plan: Plan, layout: Layout, ca_days: int, now: datetime) -> Ca:
     ca = read_ca(layout)
     key = None if ca else read_key(layout.ca_key)
     if ca is None and key is None:
-        orphans = [path for path in (layout.server_key, layout.server_crt) if exists(path)] + [layout.pub(name) for name in layout.known()]
+        orphans = [path for path in (layout.server_key, layout.server_crt) if exists(path)] + [
+            layout.pub(name) for name in layout.known()
+        ]
         if orphans:
             raise UserError(f"{layout.ca_crt}: is missing, though {orphans[0]} is there; {ANEW}")
         return plan_new_ca(plan, layout, ca_days, now)
@@ -77,18 +79,27 @@ def plan_ca(plan: Plan, layout: Layout, ca_days: int, now: datetime) -> Ca:
     return ca
 
 
-def plan_renewed_ca(plan: Plan, layout: Layout, ca: Ca, known: Sequence[str], within: int, days: int, now: datetime) -> Ca:
-    """Also counts as renewed when only copies were behind: then the call that renewed it was interrupted before it could say so."""
+def plan_renewed_ca(
+    plan: Plan, layout: Layout, ca: Ca, known: Sequence[str], within: int, days: int, now: datetime
+) -> Ca:
+    """Also counts as renewed when only copies were behind: then the call that renewed it was
+    interrupted before it could say so.
+    """
     if _due(ca.cert, within, now):
         lifetime = (ca.cert.not_valid_after_utc - ca.cert.not_valid_before_utc).days
         ca = Ca(ca.key, issue_ca(_required_key(layout, ca, "renewing the CA"), max(lifetime, days), now))
-    _plan_copies(plan, layout, ca, [layout.device_ca(name) for name in known if exists(layout.device_key(name))])
+    _plan_copies(
+        plan, layout, ca, [layout.device_ca(name) for name in known if exists(layout.device_key(name))]
+    )
     plan.add(ca_item(layout, ca), new=plan.replaced_until is not None)
     return ca
 
 
 def _plan_copies(plan: Plan, layout: Layout, ca: Ca, others: Sequence[Path] = ()) -> None:
-    """Brings every ca.crt up to date. The one beside the CA's key only if that is there: they are kept offline together."""
+    """Brings every ca.crt up to date.
+
+    The one beside the CA's key only if that is there: they are kept offline together.
+    """
     for path in (*([layout.ca_crt] if ca.key else []), layout.server_ca, *others):
         _plan_copy(plan, layout, ca, path)
 
@@ -105,7 +116,9 @@ def _plan_copy(plan: Plan, layout: Layout, ca: Ca, path: Path) -> None:
     plan.public(path, cert_pem(ca.cert))
 
 
-def plan_server(plan: Plan, layout: Layout, ca: Ca, wanted: tuple[str, ...], days: int, anew: bool, now: datetime) -> tuple[str, ...]:
+def plan_server(
+    plan: Plan, layout: Layout, ca: Ca, wanted: tuple[str, ...], days: int, anew: bool, now: datetime
+) -> tuple[str, ...]:
     """The hosts the certificate is for."""
     cert = None if anew else read_cert(layout.server_crt)
     key = None if anew else read_key(layout.server_key)
@@ -114,18 +127,22 @@ def plan_server(plan: Plan, layout: Layout, ca: Ca, wanted: tuple[str, ...], day
         return wanted
     require_issued(layout, cert, ca)
     if key and key.public_key() != cert.public_key():
-        raise UserError(f"{layout.server_key}: does not belong to server.crt; `fedtune provision renew -o {layout.root}` makes both new")
+        raise UserError(
+            f"{layout.server_key}: does not belong to server.crt; `fedtune provision renew -o "
+            f"{layout.root}` makes both new"
+        )
     hosts = hosts_of(layout.server_crt, cert)
     if wanted and set(wanted) != set(hosts):
         raise UserError(
-            f"{layout.server_crt}: is for {', '.join(hosts)}, not {', '.join(wanted)}; change it with `fedtune provision renew -o {layout.root} --host …`, "
-            "or make everything new with --force")
+            f"{layout.server_crt}: is for {', '.join(hosts)}, not {', '.join(wanted)}; change it with "
+            f"`fedtune provision renew -o {layout.root} --host …`, or make everything new with --force"
+        )
     plan.add(server_item(layout, cert, key is not None), new=False)
     return hosts
 
 
 def plan_renewed_server(
-    plan: Plan, layout: Layout, ca: Ca, wanted: tuple[str, ...], within: int, days: int, now: datetime,
+    plan: Plan, layout: Layout, ca: Ca, wanted: tuple[str, ...], within: int, days: int, now: datetime
 ) -> tuple[str, ...]:
     """The hosts the certificate is for. A damaged one can be renewed too, when its hosts are given."""
     cert = None if wanted and damaged(layout.server_crt) else read_cert(layout.server_crt)
@@ -134,19 +151,28 @@ def plan_renewed_server(
         raise UserError(f"{layout.server_crt}: is missing; say with --host what a new one is for")
     if cert is not None:
         require_issued(layout, cert, ca)
-        if not _due(cert, within, now) and set(hosts) == set(hosts_of(layout.server_crt, cert)) and fits(layout.server_key, cert):
+        if (
+            not _due(cert, within, now)
+            and set(hosts) == set(hosts_of(layout.server_crt, cert))
+            and fits(layout.server_key, cert)
+        ):
             plan.add(server_item(layout, cert, exists(layout.server_key)), new=False)
             return hosts
     _plan_new_server(plan, layout, ca, hosts, days, None, now)
     return hosts
 
 
-def _plan_new_server(plan: Plan, layout: Layout, ca: Ca, hosts: tuple[str, ...], days: int, key: Key | None, now: datetime) -> None:
+def _plan_new_server(
+    plan: Plan, layout: Layout, ca: Ca, hosts: tuple[str, ...], days: int, key: Key | None, now: datetime
+) -> None:
     """`key`: one that an interrupted call left without a certificate."""
     ca_key = _required_key(layout, ca, "a server certificate")
     if ca.cert.not_valid_after_utc <= now:
         until = ca.cert.not_valid_after_utc
-        raise UserError(f"{ca_path(layout)}: expired on {until:%Y-%m-%d}; renew it with `fedtune provision renew -o {layout.root} --host …`")
+        raise UserError(
+            f"{ca_path(layout)}: expired on {until:%Y-%m-%d}; renew it with `fedtune provision renew "
+            f"-o {layout.root} --host …`"
+        )
     if key is None:
         key = ec.generate_private_key(ec.SECP256R1())
         plan.secret(layout.server_key, key_pem(key))
@@ -164,7 +190,9 @@ def plan_device(plan: Plan, layout: Layout, ca: Ca, name: str, anew: bool) -> No
         return
     if pub is not None and key is not None and public_pem(pub) != public_pem(key.public_key()):
         raise UserError(
-            f"{layout.device_key(name)}: does not belong to {layout.pub(name)}; `fedtune provision renew -o {layout.root} --device {name}` makes both new")
+            f"{layout.device_key(name)}: does not belong to {layout.pub(name)}; "
+            f"`fedtune provision renew -o {layout.root} --device {name}` makes both new"
+        )
     if key is None:
         key = ec.generate_private_key(ec.SECP384R1())
         plan.secret(layout.device_key(name), key_openssh(key))
@@ -183,5 +211,8 @@ def _due(cert: x509.Certificate, within: int, now: datetime) -> bool:
 
 def _required_key(layout: Layout, ca: Ca, for_what: str) -> Key:
     if ca.key is None:
-        raise UserError(f"{layout.ca_key}: is not here (kept offline?), and {for_what} needs it; bring it back for this command")
+        raise UserError(
+            f"{layout.ca_key}: is not here (kept offline?), and {for_what} needs it; "
+            "bring it back for this command"
+        )
     return ca.key

@@ -1,1 +1,3 @@
-"""What a run says about itself: a page, a terminal summary, and comparisons of runs, all from its summary.json."""
+"""What a run says about itself: a page, a terminal summary, and comparisons of runs,
+all from its summary.json.
+"""

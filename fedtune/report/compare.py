@@ -11,14 +11,28 @@ from fedtune.report.format import ABSENT, clean, count, duration, number, plural
 from fedtune.report.summary import Summary
 
 CLOCK, PERSONAL = "simulated time", "personal accuracy"
-"""Further columns where any of the runs has device classes, or clients that predict with something of their own."""
-HEADER = ("run", "accuracy", "worst tenth", "loss", "rounds", "sent in all", "one update", "numbers trained", "epsilon")
+"""Further columns where any of the runs has device classes, or clients that predict
+with something of their own.
+"""
+HEADER = (
+    "run",
+    "accuracy",
+    "worst tenth",
+    "loss",
+    "rounds",
+    "sent in all",
+    "one update",
+    "numbers trained",
+    "epsilon",
+)
 COLOURS = ("fed", "head", "local", "c3", "c1", "majority", "c4", "c5")
 DASHES = ("solid", "dashed", "dashdot", "dotted")
 
 
 def table(summaries: Sequence[Summary], console: Console) -> None:
-    """Prints the final figures of each run, what sets the jobs apart, and what makes the runs hard to compare."""
+    """Prints the final figures of each run, what sets the jobs apart,
+    and what makes the runs hard to compare.
+    """
     console.print(Text(headline(summaries), style="bold cyan"))
     for caution in cautions(summaries):
         console.print(Text(f"! {caution}", style="yellow"))
@@ -41,7 +55,12 @@ def render(summaries: Sequence[Summary]) -> str:
             f"Held-out accuracy against {against}",
             axis,
             [
-                plots.Line(f"{name}, personal" if _own(s, summaries) else name, COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)], plots.series(s, axis, "personal_accuracy" if _own(s, summaries) else "accuracy"))
+                plots.Line(
+                    f"{name}, personal" if _own(s, summaries) else name,
+                    COLOURS[i % len(COLOURS)],
+                    DASHES[i // len(COLOURS) % len(DASHES)],
+                    plots.series(s, axis, "personal_accuracy" if _own(s, summaries) else "accuracy"),
+                )
                 for i, (name, s) in enumerate(zip(names(summaries), summaries, strict=True))
             ],
             [],
@@ -53,15 +72,21 @@ def render(summaries: Sequence[Summary]) -> str:
             ("time", "simulated time", "simulated_clock", "Of the runs with classes of devices."),
         )
     ]
-    lead = f'<p class="headline">{html.text(headline(summaries))}</p>{html.bullets(cautions(summaries), "notices")}'
+    lead = (
+        f'<p class="headline">{html.text(headline(summaries))}</p>'
+        f"{html.bullets(cautions(summaries), 'notices')}"
+    )
     changed = differences(summaries)
     body = "\n".join(
         (
-            html.section("final", "Final figures", html.table("Final figures", header(summaries), rows(summaries))),
+            html.section(
+                "final", "Final figures", html.table("Final figures", header(summaries), rows(summaries))
+            ),
             html.section(
                 "learning",
                 "Learning",
-                html.grid(*(html.figure(plot) for plot in drawn)) or html.paragraph("No round has been measured yet."),
+                html.grid(*(html.figure(plot) for plot in drawn))
+                or html.paragraph("No round has been measured yet."),
             ),
             html.section(
                 "settings",
@@ -72,7 +97,9 @@ def render(summaries: Sequence[Summary]) -> str:
         )
     )
     footer = f"<p>Written by fedtune from {plural(len(summaries), 'run')}.</p>"
-    return html.document(f"Comparison of {plural(len(summaries), 'run')}", "fedtune comparison", lead, body, footer)
+    return html.document(
+        f"Comparison of {plural(len(summaries), 'run')}", "fedtune comparison", lead, body, footer
+    )
 
 
 def names(summaries: Sequence[Summary]) -> list[str]:
@@ -85,14 +112,19 @@ def headline(summaries: Sequence[Summary]) -> str:
     if not summaries:
         raise ContractError("a comparison needs at least one run")
     named = list(zip(names(summaries), summaries, strict=True))
-    figures = [(facts.leading(s, _own(s, summaries))[0], name, _over(s) if _own(s, summaries) else "") for name, s in named]
+    figures = [
+        (facts.leading(s, _own(s, summaries))[0], name, _over(s) if _own(s, summaries) else "")
+        for name, s in named
+    ]
     measured = [figure for figure in figures if facts.is_number(figure[0])]
     least = min(((_sent(s), name) for name, s in named), key=lambda pair: pair[0])
     if not measured:
         return "No run has been evaluated yet."
     best = max(measured, key=lambda pair: pair[0] or 0.0)
     if best[1] == least[1] and len(named) > 1:
-        return f"“{best[1]}” is the most accurate, {number(best[0])}{best[2]}, and sent least, {size(least[0])}."
+        return (
+            f"“{best[1]}” is the most accurate, {number(best[0])}{best[2]}, and sent least, {size(least[0])}."
+        )
     text = f"“{best[1]}” is the most accurate: {number(best[0])}{best[2]}"
     return f"{text}; “{least[1]}” sent least: {size(least[0])}." if len(named) > 1 else f"{text}."
 
@@ -126,15 +158,22 @@ def rows(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
 
 
 def _own(s: Summary, summaries: Sequence[Summary]) -> bool:
-    """Whether the figures of this run are those of what clients predict with. Beside a run whose clients keep their heads, which has no others, all that have
-    such figures are compared by them."""
+    """Whether the figures of this run are those of what clients predict with. Beside a run whose clients keep
+    their heads, which has no others, all that have such figures are compared by them.
+    """
     return facts.is_personal(s) and any(map(facts.keeps_head, summaries))
 
 
 def _over(s: Summary) -> str:
-    """Whose figure a personal one is: of fewer examples than those of the global model where not all clients took part."""
+    """Whose figure a personal one is: of fewer examples than those of the global model where
+    not all clients took part.
+    """
     found = s.get("personal")
-    return " personal" if found is None or found["clients"] == found["of"] else f" personal (of the {count(found['clients'])} of {plural(found['of'], 'client')} that took part)"
+    return (
+        " personal"
+        if found is None or found["clients"] == found["of"]
+        else f" personal (of the {count(found['clients'])} of {plural(found['of'], 'client')} that took part)"
+    )
 
 
 def _figures(s: Summary, own: bool) -> tuple[str, str, str]:
@@ -150,15 +189,24 @@ def _personal(s: Summary) -> str:
 def cautions(summaries: Sequence[Summary]) -> list[str]:
     """What keeps the figures from being like for like."""
     checks = (
-        ("The runs have different tasks or labels: their accuracies mean different things.", lambda s: (s["task"], s["labels"])),
+        (
+            "The runs have different tasks or labels: their accuracies mean different things.",
+            lambda s: (s["task"], s["labels"]),
+        ),
         (
             "The runs have different held-out data or clients: differences may come from the data.",
-            lambda s: (s.get("population"), [(c["name"], c["train"], c["held_out"], c["labels"]) for c in s["split"]]),
+            lambda s: (
+                s.get("population"),
+                [(c["name"], c["train"], c["held_out"], c["labels"]) for c in s["split"]],
+            ),
         ),
         ("The runs start from different base models.", lambda s: s["base"]["sha256"]),
         ("Not all runs are finished.", lambda s: s["complete"]),
         (
-            "Beside a run whose clients keep their heads, accuracy, worst tenth and loss are personal where clients keep something: of what each predicts with, over those that took part.",
+            (
+                "Beside a run whose clients keep their heads, accuracy, worst tenth and loss are personal "
+                "where clients keep something: of what each predicts with, over those that took part."
+            ),
             lambda s: _own(s, summaries),
         ),
     )
@@ -169,7 +217,12 @@ def cautions(summaries: Sequence[Summary]) -> list[str]:
 def differences(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
     """(section.key, its value in each run) where the jobs disagree; titles aside."""
     flat = [
-        {f"{section}.{key}": value for section, values in tables.settings(s).items() for key, value in values.items()} for s in summaries
+        {
+            f"{section}.{key}": value
+            for section, values in tables.settings(s).items()
+            for key, value in values.items()
+        }
+        for s in summaries
     ]
     keys = dict.fromkeys(key for job in flat for key in job)
     table_ = [(key, *(job.get(key, ABSENT) for job in flat)) for key in keys if key != "report.title"]

@@ -6,13 +6,23 @@ from typing import Any
 from tensorboard.summary import Writer
 
 TAGS = {
-    "loss": "held-out/loss", "accuracy": "held-out/accuracy", "train_loss": "train/loss", "train_accuracy": "train/accuracy",
-    "personal_accuracy": "personal/accuracy", "personal_loss": "personal/loss", "up": "bytes/up", "down": "bytes/down", "seconds": "round/seconds",
+    "loss": "held-out/loss",
+    "accuracy": "held-out/accuracy",
+    "train_loss": "train/loss",
+    "train_accuracy": "train/accuracy",
+    "personal_accuracy": "personal/accuracy",
+    "personal_loss": "personal/loss",
+    "up": "bytes/up",
+    "down": "bytes/down",
+    "seconds": "round/seconds",
 }
 
 
 class Events:
-    """Appends a run's rounds to event files in `folder`. A resumed run adds a file; TensorBoard reads them as one."""
+    """Appends a run's rounds to event files in `folder`.
+
+    A resumed run adds a file; TensorBoard reads them as one.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._writer = Writer(str(folder))
@@ -26,7 +36,9 @@ class Events:
         self._writer.add_scalar("round/refused", float(len(line["refused"])), line["round"])
         if "simulated_seconds" in line:
             self._writer.add_scalar("round/simulated_seconds", line["simulated_seconds"], line["round"])
-            self._writer.add_scalar("round/lost", float(len(line["dropped"]) + len(line["stragglers"])), line["round"])
+            self._writer.add_scalar(
+                "round/lost", float(len(line["dropped"]) + len(line["stragglers"])), line["round"]
+            )
         self._writer.flush()
 
     def close(self) -> None:

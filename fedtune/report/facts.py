@@ -60,13 +60,22 @@ def loss(s: Summary) -> float | None:
 
 
 def leading(s: Summary, personally: bool = False) -> tuple[float | None, float | None, float | None]:
-    """(accuracy, worst tenth, loss) that stand for the run: of the global model; `personally`, and where heads stay with the clients, of what each client predicts with,
-    over those that have something of their own. With heads of their own the global model has one that nobody trained."""
+    """(accuracy, worst tenth, loss) that stand for the run: of the global model; `personally`, and where
+    heads stay with the clients, of what each client predicts with, over those that have something of their
+    own. With heads of their own the global model has one that nobody trained.
+    """
     if not (keeps_head(s) or (personally and is_personal(s))):
         return accuracy(s), s["final"]["worst_tenth"] if "final" in s else None, loss(s)
-    own, last = s.get("personal"), next((r for r in reversed(s["rounds"]) if r.get("personal_accuracy") is not None), None)
+    own, last = (
+        s.get("personal"),
+        next((r for r in reversed(s["rounds"]) if r.get("personal_accuracy") is not None), None),
+    )
     measured = None if last is None else last.get("personal_accuracy")
-    return own["accuracy"] if own else measured, own["worst_tenth"] if own else None, None if last is None else last.get("personal_loss")
+    return (
+        own["accuracy"] if own else measured,
+        own["worst_tenth"] if own else None,
+        None if last is None else last.get("personal_loss"),
+    )
 
 
 def rounds_done(s: Summary) -> int:
@@ -88,7 +97,10 @@ def headline(s: Summary) -> str:
     if ours is None:
         return f"{'Not evaluated' if s['complete'] else 'Nothing evaluated yet'} after {done}; {cost}."
     if keeps_head(s):
-        return f"{number(ours)} personal {metric(s)}, of each client with the head that it keeps, on held-out data after {done}; {cost}."
+        return (
+            f"{number(ours)} personal {metric(s)}, of each client with the head that it keeps, "
+            f"on held-out data after {done}; {cost}."
+        )
     return f"{number(ours)} {metric(s)} on held-out data after {done}; {cost}."
 
 
@@ -97,9 +109,21 @@ def rivals(s: Summary) -> list[Rival]:
     given, ours, found = s.get("baselines", {}), accuracy(s), []
     if "majority" in given:
         what = "token" if s["task"] == "causal-lm" else "label"
-        found.append(Rival("majority", f"most common {what}", given["majority"]["accuracy"], ours, "always the same answer"))
+        found.append(
+            Rival(
+                "majority",
+                f"most common {what}",
+                given["majority"]["accuracy"],
+                ours,
+                "always the same answer",
+            )
+        )
     if "head" in given:
-        found.append(Rival("head", "base + head", given["head"]["accuracy"], ours, "frozen base, everybody's data pooled"))
+        found.append(
+            Rival(
+                "head", "base + head", given["head"]["accuracy"], ours, "frozen base, everybody's data pooled"
+            )
+        )
     if "local" in given:
         local = given["local"]
         who = f"{count(local.get('trained', len(local['clients'])))} of {plural(local['of'], 'client')}"
@@ -115,7 +139,10 @@ def verdict(s: Summary) -> str:
     parts = []
     for r in rivals(s):
         if r.key == "local":
-            parts.append(f"clients that train alone reach {number(r.accuracy)} where the federated model has {number(r.federated)}")
+            parts.append(
+                f"clients that train alone reach {number(r.accuracy)} where the federated model "
+                f"has {number(r.federated)}"
+            )
         else:
             parts.append(f"{_PLAIN[r.key].format(r.name)} {number(r.accuracy)}")
     text = "; ".join(parts)
@@ -126,17 +153,26 @@ def notices(s: Summary) -> list[str]:
     """What a reader must not miss: an unfinished run, numbers that broke, a baseline not beaten, refusals."""
     found = []
     if not s["complete"]:
-        found.append(f"This run is unfinished: {count(rounds_done(s))} of {plural(rounds_planned(s), 'round')} done.")
+        found.append(
+            f"This run is unfinished: {count(rounds_done(s))} of {plural(rounds_planned(s), 'round')} done."
+        )
     if s["privacy"]["unit"] != "none" and words.lost(s["privacy"]):
         found.append(f"NOT PRIVATE, though the job asks for it. {clean(s['privacy']['note'])}".strip())
     if keeps_head(s):
-        found.append("Heads stay with the clients: what is said of the global model, and what is exported, is with the initial head, which nobody trained.")
+        found.append(
+            "Heads stay with the clients: what is said of the global model, and what is exported, "
+            "is with the initial head, which nobody trained."
+        )
     if _unscored(s):
         found.append(words.UNSCORED)
-    told = s["privacy"]["unit"] == "none" or any(is_number(r["train_loss"]) for r in s["rounds"])  # under privacy training metrics may stay with the clients
+    # under privacy training metrics may stay with the clients
+    told = s["privacy"]["unit"] == "none" or any(is_number(r["train_loss"]) for r in s["rounds"])
     broken = next((r["round"] for r in s["rounds"] if _diverged(r, told)), None)
     if broken is not None:
-        found.append(f"The loss is not a number from round {broken} on: training diverged. A lower federation.lr may help.")
+        found.append(
+            f"The loss is not a number from round {broken} on: training diverged. "
+            "A lower federation.lr may help."
+        )
     found += [
         f"Not better than “{r.name}” ({number(r.federated)} against {number(r.accuracy)})."
         for r in rivals(s)
@@ -144,39 +180,92 @@ def notices(s: Summary) -> list[str]:
     ]
     refused = len(refusals(s))
     if refused:
-        found.append(f"{plural(refused, 'update')} refused; the rounds went on without {'it' if refused == 1 else 'them'}.")
+        found.append(
+            f"{plural(refused, 'update')} refused; the rounds went on without "
+            f"{'it' if refused == 1 else 'them'}."
+        )
     return found
 
 
 def _unscored(s: Summary) -> bool:
     """A live run whose devices may not say how well the model does."""
     private = s["job"].get("privacy", {})
-    return s["engine"] == "live" and accuracy(s) is None and (s["privacy"]["unit"] != "none" or private.get("secure-aggregation") is True)
+    return (
+        s["engine"] == "live"
+        and accuracy(s) is None
+        and (s["privacy"]["unit"] != "none" or private.get("secure-aggregation") is True)
+    )
 
 
 def _diverged(r: Round, told: bool) -> bool:
-    """A loss was measured and is not a number: null (or NaN) although examples were evaluated, or clients trained and `told` theirs."""
-    return bool((r["evaluated"] and not is_number(r["loss"])) or (told and r["clients"] and not is_number(r["train_loss"])))
+    """A loss was measured and is not a number: null (or NaN) although examples were evaluated, or clients
+    trained and `told` theirs.
+    """
+    return bool(
+        (r["evaluated"] and not is_number(r["loss"]))
+        or (told and r["clients"] and not is_number(r["train_loss"]))
+    )
 
 
 def key_figures(s: Summary) -> list[Fact]:
     """The handful of numbers that stand large on the page."""
     c, total, simulated = s["communication"], s["communication"]["up"] + s["communication"]["down"], clock(s)
     drawn = sorted({len(r["clients"]) for r in s["rounds"] if r["round"] > 0})
-    cohort = "" if not drawn else f"{drawn[0]} in each round" if len(drawn) == 1 else f"{drawn[0]} to {drawn[-1]} in a round"
+    cohort = (
+        ""
+        if not drawn
+        else f"{drawn[0]} in each round"
+        if len(drawn) == 1
+        else f"{drawn[0]} to {drawn[-1]} in a round"
+    )
     figures = [Fact(f"held-out {metric(s)}", number(accuracy(s)), _measured(s))]
     if keeps_head(s):
-        figures = [*_own_figures(s), Fact(f"shared model, held-out {metric(s)}", number(accuracy(s)), "with the initial head, which nobody trained")]
+        figures = [
+            *_own_figures(s),
+            Fact(
+                f"shared model, held-out {metric(s)}",
+                number(accuracy(s)),
+                "with the initial head, which nobody trained",
+            ),
+        ]
     elif "final" in s:
-        figures.append(Fact("worst tenth", number(s["final"]["worst_tenth"]), f"mean over clients {number(s['final']['mean'])}"))
+        figures.append(
+            Fact(
+                "worst tenth",
+                number(s["final"]["worst_tenth"]),
+                f"mean over clients {number(s['final']['mean'])}",
+            )
+        )
         figures.append(Fact("held-out loss", number(s["final"]["loss"]), "cross-entropy"))
     return [
         *figures,
         Fact("rounds", count(rounds_done(s)), f"in {duration(s['wall_seconds'])}"),
-        *([] if simulated is None else [Fact("simulated time", duration(simulated), f"on {plural(len(s.get('devices', [])), 'class', 'classes')} of devices")]),
+        *(
+            []
+            if simulated is None
+            else [
+                Fact(
+                    "simulated time",
+                    duration(simulated),
+                    f"on {plural(len(s.get('devices', [])), 'class', 'classes')} of devices",
+                )
+            ]
+        ),
         Fact("clients", count(clients(s)), cohort),
-        Fact("numbers trained", count(c["trainable_numbers"]), f"{percent(c['trainable_numbers'], s['base']['parameters'])} of the base"),
-        Fact("one update", size(c["update_bytes"]), "at most, up; what the client's rank has comes down" if s.get("ranks") else "at most, up; all that anybody trains comes down" if s.get("units") else "each way, per client and round"),
+        Fact(
+            "numbers trained",
+            count(c["trainable_numbers"]),
+            f"{percent(c['trainable_numbers'], s['base']['parameters'])} of the base",
+        ),
+        Fact(
+            "one update",
+            size(c["update_bytes"]),
+            "at most, up; what the client's rank has comes down"
+            if s.get("ranks")
+            else "at most, up; all that anybody trains comes down"
+            if s.get("units")
+            else "each way, per client and round",
+        ),
         Fact("sent in all", size(total), f"in {plural(c['messages'], 'message')}"),
         Fact("epsilon", words.shown(s["privacy"]["epsilon"]), words.short(s["privacy"])),
     ]
@@ -185,7 +274,14 @@ def key_figures(s: Summary) -> list[Fact]:
 def _own_figures(s: Summary) -> list[Fact]:
     """Where heads stay with the clients: how well they predict with these."""
     found, own = leading(s), s.get("personal")
-    where = f"own heads of {count(own['clients'])} of {plural(own['of'], 'client')}, {plural(own['examples'], 'example')}" if own else "own heads, last measured"
+    where = (
+        (
+            f"own heads of {count(own['clients'])} of {plural(own['of'], 'client')}, "
+            f"{plural(own['examples'], 'example')}"
+        )
+        if own
+        else "own heads, last measured"
+    )
     worst = [Fact("personal worst tenth", number(found[1]), "of those clients")] if own else []
     return [Fact(f"personal {metric(s)}", number(found[0]), where), *worst]
 
@@ -214,7 +310,11 @@ def model(s: Summary) -> list[Fact]:
         Fact("base sha256", clean(base["sha256"]) or ABSENT),
         Fact("base licence", clean(base["licence"]) or "not stated"),
         Fact("task", s["task"]),
-        Fact("adapter", f"{clean(a['method'])}, rank {a['rank']}" if a["modules"] else clean(a["method"]), _where(s)),
+        Fact(
+            "adapter",
+            f"{clean(a['method'])}, rank {a['rank']}" if a["modules"] else clean(a["method"]),
+            _where(s),
+        ),
         Fact("trained", plural(a["trainable"], "number") + head),
         Fact("engine", clean(s["engine"])),
     ]
@@ -225,7 +325,9 @@ def _where(s: Summary) -> str:
     a = s["adapter"]
     if not a["modules"]:
         return ""
-    return plural(a["modules"], "module") + (f", frame from {clean(a['init'])}" if s["communication"]["frame_bytes"] else "")
+    return plural(a["modules"], "module") + (
+        f", frame from {clean(a['init'])}" if s["communication"]["frame_bytes"] else ""
+    )
 
 
 def communication(s: Summary) -> list[Fact]:
@@ -235,13 +337,43 @@ def communication(s: Summary) -> list[Fact]:
     holders = c.get("took_part", sum(1 for client in c["clients"] if client["rounds"] > 0))
     beside = c.get("evaluation", 0) + c.get("offers", 0)
     return [
-        Fact("one update", size(c["update_bytes"]), f"at most, of {plural(numbers, 'number')}" if _unequal(s) else f"{plural(numbers, 'number')} and their names"),
-        *([Fact("frame", size(c["frame_bytes"]), f"frozen, sent once to each of {plural(holders, 'client')}")] if c["frame_bytes"] else []),
+        Fact(
+            "one update",
+            size(c["update_bytes"]),
+            f"at most, of {plural(numbers, 'number')}"
+            if _unequal(s)
+            else f"{plural(numbers, 'number')} and their names",
+        ),
+        *(
+            [
+                Fact(
+                    "frame",
+                    size(c["frame_bytes"]),
+                    f"frozen, sent once to each of {plural(holders, 'client')}",
+                )
+            ]
+            if c["frame_bytes"]
+            else []
+        ),
         Fact("sent by clients", size(c["up"]), f"{percent(c['up'], c['up'] + c['down'])} of all bytes"),
         Fact("received by clients", size(c["down"]), "frame included" if c["frame_bytes"] else ""),
-        *([Fact("for probes", size(c["probes"]), "of these, to ask which blocks matter")] if c.get("probes") else []),
-        *([Fact("beside the rounds", size(beside), "evaluation on the devices, job offers and bundles")] if beside else []),
-        Fact("in all", size(c["up"] + c["down"] + beside), f"{plural(c['messages'], 'message')} in the rounds" if beside else plural(c["messages"], "message")),
+        *(
+            [Fact("for probes", size(c["probes"]), "of these, to ask which blocks matter")]
+            if c.get("probes")
+            else []
+        ),
+        *(
+            [Fact("beside the rounds", size(beside), "evaluation on the devices, job offers and bundles")]
+            if beside
+            else []
+        ),
+        Fact(
+            "in all",
+            size(c["up"] + c["down"] + beside),
+            f"{plural(c['messages'], 'message')} in the rounds"
+            if beside
+            else plural(c["messages"], "message"),
+        ),
     ]
 
 
@@ -258,7 +390,10 @@ def fleet(s: Summary) -> str:
     asked, dropped, late = (sum(c[key] for c in classes) for key in ("asked", "dropped", "stragglers"))  # type: ignore[literal-required]
     deadline = s["job"].get("federation", {}).get("deadline")
     limit = f" of {duration(deadline)}" if isinstance(deadline, (int, float)) else ""
-    text = f"{duration(simulated)} of simulated time; of {plural(asked, 'answer')} asked for, {count(dropped)} never came and {count(late)} would have missed the deadline{limit}."
+    text = (
+        f"{duration(simulated)} of simulated time; of {plural(asked, 'answer')} asked for, "
+        f"{count(dropped)} never came and {count(late)} would have missed the deadline{limit}."
+    )
     unable = sum(c["clients"] - c["able"] for c in classes)
     return text + (f" {plural(unable, 'client')} had too little memory to take part." if unable else "")
 
@@ -275,40 +410,74 @@ def units(s: Summary) -> str:
     section, classes = s["job"].get("units", {}), s["job"].get("simulation", {}).get("devices", [])
     own = sorted({d.get("units", 0) for d in classes if isinstance(d, dict)} - {0})
     beside = f", of some classes of devices {', '.join(map(count, own))}" if own else ""
-    return f"Strategy {clean(section.get('strategy', ''))}: a client trains {plural(section.get('budget', 0), 'block')} in a round{beside}, and what is trained outside the blocks."
+    return (
+        f"Strategy {clean(section.get('strategy', ''))}: "
+        f"a client trains {plural(section.get('budget', 0), 'block')} in a round{beside}, "
+        "and what is trained outside the blocks."
+    )
 
 
 _KEPT = {
-    "ditto": "Each client keeps a model of its own, pulled to the global one", "head": "Each client keeps the head that it trained",
+    "ditto": "Each client keeps a model of its own, pulled to the global one",
+    "head": "Each client keeps the head that it trained",
     "select": "Each client keeps those entries of the weights that moved most with it, and shares the others",
-    "loge": "Each client keeps a head of its own beside the shared one"}
+    "loge": "Each client keeps a head of its own beside the shared one",
+}
 
 
 def ranks(s: Summary) -> str:
     """What clients of unequal ranks share, in one sentence; empty where all have the same."""
     found = [r["rank"] for r in s.get("ranks", [])]
-    return f"Clients have the ranks {', '.join(map(count, found))}: each trains the leading block of that size of every core, and a number is averaged over those that have it." if found else ""
+    return (
+        (
+            f"Clients have the ranks {', '.join(map(count, found))}: each trains the leading block of that "
+            "size of every core, and a number is averaged over those that have it."
+        )
+        if found
+        else ""
+    )
 
 
 def personal(s: Summary) -> str:
-    """What clients keep for themselves and how well they predict with it, in one sentence; empty where they keep nothing to predict with."""
+    """What clients keep for themselves and how well they predict with it, in one sentence; empty where
+    they keep nothing to predict with.
+    """
     found = s.get("personal")
     if found is None:
         return ""
-    what = _KEPT.get(str(s["job"].get("personal", {}).get("method")), "Each client keeps something of its own")
+    what = _KEPT.get(
+        str(s["job"].get("personal", {}).get("method")), "Each client keeps something of its own"
+    )
     if not found["clients"] or found["accuracy"] is None:
         return f"{what}; none has been measured."
-    text = f"{what}: {number(found['accuracy'])} {metric(s)} on {plural(found['examples'], 'held-out example')} of the {count(found['clients'])} of {plural(found['of'], 'client')} that took part"
-    return f"{text}, worst tenth {number(found['worst_tenth'])}; the global model has {number(found['federated'])} on the same examples."
+    text = (
+        f"{what}: {number(found['accuracy'])} {metric(s)} on {plural(found['examples'], 'held-out example')} "
+        f"of the {count(found['clients'])} of {plural(found['of'], 'client')} that took part"
+    )
+    return (
+        f"{text}, worst tenth {number(found['worst_tenth'])}; "
+        f"the global model has {number(found['federated'])} on the same examples."
+    )
 
 
 def labels(s: Summary) -> str:
     """What the figures of labels are shares of."""
     if not s.get("by_label"):
         return ""
-    text = "Share of the held-out examples of each label that is given it, from the most training examples to the fewest"
+    text = (
+        "Share of the held-out examples of each label that is given it, from the most "
+        "training examples to the fewest"
+    )
     own = s.get("personal")
-    return f"{text}; personal: by what clients predict with, of {plural(own['examples'], 'held-out example')} of the {count(own['clients'])} of {plural(own['of'], 'client')} that took part." if own else f"{text}."
+    return (
+        (
+            f"{text}; personal: by what clients predict with, "
+            f"of {plural(own['examples'], 'held-out example')} of the {count(own['clients'])} "
+            f"of {plural(own['of'], 'client')} that took part."
+        )
+        if own
+        else f"{text}."
+    )
 
 
 def is_personal(s: Summary) -> bool:
@@ -331,7 +500,9 @@ def privacy(s: Summary) -> str:
 
 
 def scores(s: Summary) -> list[tuple[str, float, float | None, int]]:
-    """(client, accuracy, accuracy of base + head or None, examples) of those listed, worst first; clients without a figure are left out."""
+    """(client, accuracy, accuracy of base + head or None, examples) of those listed, worst first; clients
+    without a figure are left out.
+    """
     if "final" not in s:
         return []
     head = {c["name"]: c["accuracy"] for c in s.get("baselines", {}).get("head", {}).get("clients", [])}
@@ -349,13 +520,19 @@ def spread(s: Summary) -> str:
     if not rows:
         return "No client has been evaluated."
     listed = sum(n for *_, n in rows[: tenth(len(rows))])
-    measured, few = (s["final"]["whole"]["clients"], s["final"]["whole"]["worst_examples"]) if "whole" in s["final"] else (len(rows), listed)
+    measured, few = (
+        (s["final"]["whole"]["clients"], s["final"]["whole"]["worst_examples"])
+        if "whole" in s["final"]
+        else (len(rows), listed)
+    )
     text = f"From {number(rows[0][1])} to {number(rows[-1][1])} over {plural(measured, 'client')}"
     text += f"; mean {number(s['final']['mean'])}, worst tenth {number(s['final']['worst_tenth'])} "
     text += f"({plural(tenth(measured), 'client')} with {plural(few, 'held-out example')} in all)."
     found = against(s)
     if found["clients"]:
-        text += f" Better than base + head on {count(found['better'])} of {plural(found['clients'], 'client')}"
+        text += (
+            f" Better than base + head on {count(found['better'])} of {plural(found['clients'], 'client')}"
+        )
         text += f", equal on {count(found['equal'])}" if found["equal"] else ""
         text += f"; the worst tenth of base + head is {number(found['worst_tenth'])}."
     return text
@@ -368,14 +545,24 @@ def against(s: Summary) -> Against:
         return head["whole"]
     pairs = [(ours, theirs) for _, ours, theirs, _ in scores(s) if theirs is not None]
     better, equal = (sum(test(ours, theirs) for ours, theirs in pairs) for test in (operator.gt, operator.eq))
-    return {"clients": len(pairs), "better": better, "equal": equal, "worst_tenth": worst_tenth(theirs for _, theirs in pairs)}
+    return {
+        "clients": len(pairs),
+        "better": better,
+        "equal": equal,
+        "worst_tenth": worst_tenth(theirs for _, theirs in pairs),
+    }
 
 
 def listed(s: Summary) -> str:
     """What the lists of clients leave out, in a sentence; empty where they have everybody."""
     shown = []
     if "whole" in s.get("final", {}):
-        shown.append(f"{count(len(s['final']['clients']))} of {plural(s['final']['whole']['clients'], 'client')} by their accuracy, spread evenly from worst to best")
+        shown.append(
+            f"{count(len(s['final']['clients']))} of {plural(s['final']['whole']['clients'], 'client')} "
+            "by their accuracy, spread evenly from worst to best"
+        )
     if "population" in s:
-        shown.append(f"{count(len(s['split']))} of {plural(clients(s), 'client')} by what they hold, evenly spaced")
+        shown.append(
+            f"{count(len(s['split']))} of {plural(clients(s), 'client')} by what they hold, evenly spaced"
+        )
     return f"Listed and drawn: {'; '.join(shown)}. Figures in sentences are of all." if shown else ""

@@ -95,7 +95,9 @@ def duration(seconds: float | None) -> str:
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
-    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
+    return (
+        f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
+    )
 
 
 def percent(part: float, whole: float) -> str:
@@ -119,7 +121,9 @@ def plural(n: int, word: str, several: str = "") -> str:
 
 
 def clean(value: Any) -> str:
-    """Text from outside without what a terminal or a page could obey: control and direction characters, lone surrogates."""
+    """Text from outside without what a terminal or a page could obey:
+    control and direction characters, lone surrogates.
+    """
     return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs") else c for c in str(value))
 
 

@@ -17,7 +17,9 @@ def document(title: str, eyebrow: str, lead: str, body: str, footer: str) -> str
     folder = files("fedtune.report")
     style = folder.joinpath("page.css").read_text(encoding="utf-8").rstrip()
     page = Template(folder.joinpath("page.html").read_text(encoding="utf-8"))
-    return page.substitute(title=text(title), eyebrow=text(eyebrow), style=style, lead=lead, body=body, footer=footer)
+    return page.substitute(
+        title=text(title), eyebrow=text(eyebrow), style=style, lead=lead, body=body, footer=footer
+    )
 
 
 def text(value: object) -> str:
@@ -36,7 +38,10 @@ def section(name: str, title: str, *parts: str) -> str:
     """A section with a heading; an empty string without any part."""
     inside = "\n".join(part for part in parts if part)
     return (
-        f'<section id="{name}" aria-labelledby="{name}-heading">\n<h2 id="{name}-heading">{text(title)}</h2>\n{inside}\n</section>'
+        (
+            f'<section id="{name}" aria-labelledby="{name}-heading">\n'
+            f'<h2 id="{name}-heading">{text(title)}</h2>\n{inside}\n</section>'
+        )
         if inside
         else ""
     )
@@ -72,7 +77,10 @@ def definitions(facts: Iterable[Fact]) -> str:
 
 
 def glossary(words: Mapping[str, str]) -> str:
-    return f'<dl class="glossary">{"".join(f"<div><dt>{text(k)}</dt><dd>{text(v)}</dd></div>" for k, v in words.items())}</dl>'
+    return (
+        '<dl class="glossary">'
+        f"{''.join(f'<div><dt>{text(k)}</dt><dd>{text(v)}</dd></div>' for k, v in words.items())}</dl>"
+    )
 
 
 def card(*parts: str, title: str = "", kind: str = "") -> str:
@@ -88,16 +96,23 @@ def details(title: str, *parts: str) -> str:
     return f"<details><summary>{text(title)}</summary>{''.join(parts)}</details>" if any(parts) else ""
 
 
-def table(label: str, header: Sequence[str], rows: Iterable[Sequence[object]], words: Sequence[int] = (0,)) -> str:
+def table(
+    label: str, header: Sequence[str], rows: Iterable[Sequence[object]], words: Sequence[int] = (0,)
+) -> str:
     """A table in a box that scrolls by itself; columns in `words` hold text, the others figures.
 
     A `Fact` in a cell shows its name with the note below. Empty without rows.
     """
     kinds = [("t" if i else "") if i in words else "n" for i in range(len(header))]
-    lines = ["".join(f"<td{_class(kind)}>{_cell(cell)}</td>" for kind, cell in zip(kinds, row, strict=True)) for row in rows]
+    lines = [
+        "".join(f"<td{_class(kind)}>{_cell(cell)}</td>" for kind, cell in zip(kinds, row, strict=True))
+        for row in rows
+    ]
     if not lines:
         return ""
-    head = "".join(f'<th scope="col"{_class(kind)}>{text(name)}</th>' for kind, name in zip(kinds, header, strict=True))
+    head = "".join(
+        f'<th scope="col"{_class(kind)}>{text(name)}</th>' for kind, name in zip(kinds, header, strict=True)
+    )
     body = "".join(f"<tr>{line}</tr>" for line in lines)
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{text(label)}">'
@@ -116,11 +131,18 @@ def figure(plot: Plot | None) -> str:
     if plot is None:
         return ""
     keys = "".join(
-        f"<li>{_swatch(key)}<span>{text(key.name)}{f' <b>{text(key.value)}</b>' if key.value else ''}</span></li>" for key in plot.legend
+        (
+            f"<li>{_swatch(key)}<span>"
+            f"{text(key.name)}{f' <b>{text(key.value)}</b>' if key.value else ''}</span></li>"
+        )
+        for key in plot.legend
     )
     legend = f'<ul class="legend">{keys}</ul>' if keys else ""
     caption = f"<figcaption>{text(plot.note)}</figcaption>" if plot.note else ""
-    return f'<figure id="{plot.key}"><h3>{text(plot.title)}</h3><div class="plot">{plot.svg}</div>{legend}{caption}</figure>'
+    return (
+        f'<figure id="{plot.key}"><h3>{text(plot.title)}</h3><div class="plot">{plot.svg}</div>'
+        f"{legend}{caption}</figure>"
+    )
 
 
 def _swatch(key: Key) -> str:
@@ -129,7 +151,13 @@ def _swatch(key: Key) -> str:
         "block": f'<rect x="7" y="0" width="12" height="12" rx="2" fill="{paint}"/>',
         "dot": f'<circle cx="13" cy="6" r="4.5" fill="{paint}"/>',
         "ring": f'<path d="M13 1.5 17.5 6 13 10.5 8.5 6Z" fill="none" stroke="{paint}" stroke-width="1.8"/>',
-        "shade": "".join(f'<rect x="{i * 6.5}" y="0" width="6.5" height="12" fill="{paint}" opacity="{(i + 1) / 4}"/>' for i in range(4)),
+        "shade": "".join(
+            f'<rect x="{i * 6.5}" y="0" width="6.5" height="12" fill="{paint}" opacity="{(i + 1) / 4}"/>'
+            for i in range(4)
+        ),
     }
-    line = f'<path d="M1 6H25" stroke="{paint}" stroke-width="2.4" stroke-dasharray="{_STROKES.get(key.mark) or "none"}"/>'
+    line = (
+        f'<path d="M1 6H25" stroke="{paint}" stroke-width="2.4" '
+        f'stroke-dasharray="{_STROKES.get(key.mark) or "none"}"/>'
+    )
     return f'<svg viewBox="0 0 26 12" aria-hidden="true">{shapes.get(key.mark, line)}</svg>'

@@ -13,7 +13,9 @@ from fedtune.report.summary import Population, SplitClient, Summary
 from fedtune.report.svg import Artist, Axes, MaxNLocator, Path, PathPatch, colour, drawing, figure, to_svg
 
 ROWS, COLUMNS, LABELS, SHADES = 36, 120, 8, 8
-"""Most clients drawn by name, most columns of a heat map, most labels with a colour each, steps of shading."""
+"""Most clients drawn by name, most columns of a heat map, most labels with a
+colour each, steps of shading.
+"""
 
 
 def distribution(s: Summary, prefix: str = "run") -> Plot | None:
@@ -25,28 +27,64 @@ def distribution(s: Summary, prefix: str = "run") -> Plot | None:
     has_head = any(facts.is_number(head) for _, _, head, _ in rows)
     worst, mean = worst_tenth(a for _, a, _, _ in rows), float(np.mean([a for _, a, _, _ in rows]))
     if "whole" in s["final"]:
-        worst, mean = (all_ if all_ is not None else listed for all_, listed in ((s["final"]["worst_tenth"], worst), (s["final"]["mean"], mean)))
+        worst, mean = (
+            all_ if all_ is not None else listed
+            for all_, listed in ((s["final"]["worst_tenth"], worst), (s["final"]["mean"], mean))
+        )
     marks = (("worst tenth", worst, "dotted"), ("mean over clients", mean, "solid"))
     with drawing(key):
         made, (axes,) = figure(64 + 17 * len(rows) if len(rows) <= ROWS else 270)
         (_dots if len(rows) <= ROWS else _histogram)(axes, rows)
         for name, value, dash in marks:
-            axes.axvline(value, color=colour("ink"), linestyle=DASHES[dash], linewidth=1.4, gid=f"mark-{name.split()[0]}", zorder=2)
+            axes.axvline(
+                value,
+                color=colour("ink"),
+                linestyle=DASHES[dash],
+                linewidth=1.4,
+                gid=f"mark-{name.split()[0]}",
+                zorder=2,
+            )
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         axes.set_xlabel(facts.metric(s))
         text = to_svg(made, key, title, facts.spread(s))
     mark = "dot" if len(rows) <= ROWS else "block"
-    legend = [Key("fed", mark, "federated")] + ([Key("head", "ring" if mark == "dot" else "solid", "base + head")] if has_head else [])
-    drawn = f"{count(len(rows))} of {plural(s['final']['whole']['clients'], 'client')}, evenly from worst to best." if "whole" in s["final"] else ""
-    return Plot(key, title, text, (*legend, *(Key("ink", dash, name, number(value)) for name, value, dash in reversed(marks))), drawn)
+    legend = [Key("fed", mark, "federated")] + (
+        [Key("head", "ring" if mark == "dot" else "solid", "base + head")] if has_head else []
+    )
+    drawn = (
+        (
+            f"{count(len(rows))} of {plural(s['final']['whole']['clients'], 'client')}, "
+            "evenly from worst to best."
+        )
+        if "whole" in s["final"]
+        else ""
+    )
+    return Plot(
+        key,
+        title,
+        text,
+        (*legend, *(Key("ink", dash, name, number(value)) for name, value, dash in reversed(marks))),
+        drawn,
+    )
 
 
 def _dots(axes: Axes, rows: Sequence[tuple[str, float, float | None, int]]) -> None:
     ys = np.arange(len(rows))[::-1]
-    pairs = [(head, float(y)) for y, (_, _, head, _) in zip(ys, rows, strict=True) if head is not None and facts.is_number(head)]
+    pairs = [
+        (head, float(y))
+        for y, (_, _, head, _) in zip(ys, rows, strict=True)
+        if head is not None and facts.is_number(head)
+    ]
     ends = {y: head for head, y in pairs}
     ours = [accuracy for _, accuracy, _, _ in rows]
-    axes.hlines(ys, [ends.get(y, x) for x, y in zip(ours, ys, strict=True)], ours, color=colour("grid"), linewidth=2.4, zorder=2.5)
+    axes.hlines(
+        ys,
+        [ends.get(y, x) for x, y in zip(ours, ys, strict=True)],
+        ours,
+        color=colour("grid"),
+        linewidth=2.4,
+        zorder=2.5,
+    )
     if pairs:
         axes.plot(
             *zip(*pairs, strict=True),
@@ -75,11 +113,17 @@ def _dots(axes: Axes, rows: Sequence[tuple[str, float, float | None, int]]) -> N
 
 
 def _histogram(axes: Axes, rows: Sequence[tuple[str, float, float | None, int]]) -> None:
-    ours, heads = [a for _, a, _, _ in rows], [h for _, _, h, _ in rows if h is not None and facts.is_number(h)]
+    ours, heads = (
+        [a for _, a, _, _ in rows],
+        [h for _, _, h, _ in rows if h is not None and facts.is_number(h)],
+    )
     low, high = min([*ours, *heads]), max([*ours, *heads])
     bins = np.linspace(low, high if high > low else low + 0.01, 21)
     counts, width = np.histogram(ours, bins)[0], bins[1] - bins[0]
-    _name(axes.bar(bins[:-1] + width / 2, counts, 0.9 * width, color=colour("fed"), alpha=0.75), "mark-federated")
+    _name(
+        axes.bar(bins[:-1] + width / 2, counts, 0.9 * width, color=colour("fed"), alpha=0.75),
+        "mark-federated",
+    )
     if heads:
         axes.stairs(np.histogram(heads, bins)[0], bins, color=colour("head"), linewidth=1.8, gid="mark-head")
     axes.set_ylabel("clients")
@@ -89,10 +133,15 @@ def _histogram(axes: Axes, rows: Sequence[tuple[str, float, float | None, int]])
 
 def split(s: Summary, prefix: str = "run") -> Plot | None:
     """Who holds what: a bar per client by label, or for many clients or labels, sizes above a heat map."""
-    clients = sorted(s["split"], key=lambda c: clean(c["natural"] or ""))  # stable: clients keep their order within a group
+    # stable: clients keep their order within a group
+    clients = sorted(s["split"], key=lambda c: clean(c["natural"] or ""))
     if not clients:
         return None
-    labels = [clean(label) for label in s["labels"]] if all(len(c["labels"]) == len(s["labels"]) for c in clients) else []
+    labels = (
+        [clean(label) for label in s["labels"]]
+        if all(len(c["labels"]) == len(s["labels"]) for c in clients)
+        else []
+    )
     drawn = _bars if len(clients) <= ROWS and len(labels) <= LABELS else _map
     key, title = f"{prefix}-split", "Who holds how much of what" if labels else "Who holds how much"
     with drawing(key):
@@ -102,13 +151,21 @@ def split(s: Summary, prefix: str = "run") -> Plot | None:
 def _parts(clients: Sequence[SplitClient], labels: Sequence[str]) -> tuple[np.ndarray, list[Key]]:
     """Examples per client and part, and the legend: by label, or without labels by training and held-out."""
     if labels:
-        return np.array([c["labels"] for c in clients]), [Key(f"c{i}", "block", label) for i, label in enumerate(labels[:LABELS])]
-    return np.array([[c["train"], c["held_out"]] for c in clients]), [Key("c0", "block", "training"), Key("c1", "block", "held-out")]
+        return np.array([c["labels"] for c in clients]), [
+            Key(f"c{i}", "block", label) for i, label in enumerate(labels[:LABELS])
+        ]
+    return np.array([[c["train"], c["held_out"]] for c in clients]), [
+        Key("c0", "block", "training"),
+        Key("c1", "block", "held-out"),
+    ]
 
 
 def _groups(clients: Sequence[SplitClient]) -> list[tuple[str, int]]:
     """(natural value, clients) in order; empty when there is nothing to group by."""
-    groups = [(clean(name), len(list(members))) for name, members in groupby(clients, key=lambda c: c["natural"] or "")]
+    groups = [
+        (clean(name), len(list(members)))
+        for name, members in groupby(clients, key=lambda c: c["natural"] or "")
+    ]
     return groups if any(name for name, _ in groups) and len(groups) < len(clients) else []
 
 
@@ -117,7 +174,10 @@ def describe(s: Summary, clients: Sequence[SplitClient], labels: Sequence[str]) 
     if "population" in s:
         return _describe_many(s["population"], len(clients), labels)
     sizes = [c["train"] + c["held_out"] for c in clients]
-    text = f"{plural(sum(sizes), 'example')} over {plural(len(clients), 'client')}, from {count(min(sizes))} to {count(max(sizes))} each"
+    text = (
+        f"{plural(sum(sizes), 'example')} over {plural(len(clients), 'client')}, from {count(min(sizes))} "
+        f"to {count(max(sizes))} each"
+    )
     groups = _groups(clients)
     if groups:
         text += f"; {plural(len(groups), 'group')}: {', '.join(f'{name} ({n})' for name, n in groups[:8])}"
@@ -127,7 +187,10 @@ def describe(s: Summary, clients: Sequence[SplitClient], labels: Sequence[str]) 
 
 def _describe_many(all_: Population, listed: int, labels: Sequence[str]) -> str:
     least, *_, most = all_["train_quantiles"]
-    text = f"{plural(all_['train'] + all_['held_out'], 'example')} over {plural(all_['clients'], 'client')}, from {count(least)} to {count(most)} to train on"
+    text = (
+        f"{plural(all_['train'] + all_['held_out'], 'example')} over {plural(all_['clients'], 'client')}, "
+        f"from {count(least)} to {count(most)} to train on"
+    )
     text += f"; {plural(len(labels), 'label')}" if labels else ""
     return f"{text}. Drawn: {count(listed)} of the clients, evenly spaced."
 
@@ -139,13 +202,28 @@ def _bars(key: str, title: str, clients: Sequence[SplitClient], labels: Sequence
     left, ys = np.zeros(len(clients)), []
     for slot, (index, name) in enumerate(heights):
         if index is None:
-            axes.text(0, -slot, short(name, 40), va="center", ha="left", fontsize=11, fontweight="bold", color=colour("ink"))
+            axes.text(
+                0,
+                -slot,
+                short(name, 40),
+                va="center",
+                ha="left",
+                fontsize=11,
+                fontweight="bold",
+                color=colour("ink"),
+            )
         else:
             ys.append(-slot)
             ticks.append((-slot, short(name, 18)))
     for part in range(values.shape[1]):
         bars = axes.barh(
-            ys, values[:, part], left=left, height=0.78, color=colour(legend[part].variable), edgecolor=colour("card"), linewidth=0.9
+            ys,
+            values[:, part],
+            left=left,
+            height=0.78,
+            color=colour(legend[part].variable),
+            edgecolor=colour("card"),
+            linewidth=0.9,
         )
         _name(bars, f"mark-part-{part}")
         left += values[:, part]
@@ -184,7 +262,12 @@ def _map(key: str, title: str, clients: Sequence[SplitClient], labels: Sequence[
     rows, names = _rows(pooled, labels)
     tall, most = max(17 * len(names), 100), float(rows.max(initial=0)) or 1.0
     made, axes = figure(140 + tall, (90, tall)) if names else figure(200)
-    _name(axes[0].bar(np.arange(len(pooled)) + 0.5, pooled.sum(axis=1), width=0.86, color=colour("fed"), linewidth=0), "mark-size")
+    _name(
+        axes[0].bar(
+            np.arange(len(pooled)) + 0.5, pooled.sum(axis=1), width=0.86, color=colour("fed"), linewidth=0
+        ),
+        "mark-size",
+    )
     axes[0].set_ylabel("examples")
     axes[0].yaxis.set_major_locator(MaxNLocator(3, integer=True))
     axes[0].grid(axis="x", visible=False)
@@ -192,7 +275,9 @@ def _map(key: str, title: str, clients: Sequence[SplitClient], labels: Sequence[
         _heat(axes[1], rows / most, names)
     _group_axis(axes[-1], clients, 1 / each)
     per = "" if each == 1 else f" Each column is {each} clients, averaged."
-    legend = (Key("fed", "shade", "share of a client's examples", f"0 to {percent(most, 1)}"),) if names else ()
+    legend = (
+        (Key("fed", "shade", "share of a client's examples", f"0 to {percent(most, 1)}"),) if names else ()
+    )
     return Plot(key, title, to_svg(made, key, title, words), legend, words + per)
 
 
@@ -205,17 +290,27 @@ def _rows(pooled: np.ndarray, labels: Sequence[str]) -> tuple[np.ndarray, list[s
         return shares, [short(label, 16) for label in labels]
     largest = np.sort(np.argsort(-pooled.sum(axis=0), kind="stable")[:12])
     others = np.delete(shares, largest, axis=0).sum(axis=0, keepdims=True)
-    return np.concatenate([shares[largest], others]), [*(short(labels[i], 16) for i in largest), f"{len(labels) - 12} others"]
+    return np.concatenate([shares[largest], others]), [
+        *(short(labels[i], 16) for i in largest),
+        f"{len(labels) - 12} others",
+    ]
 
 
 def _heat(axes: Axes, shares: np.ndarray, names: Sequence[str]) -> None:
     steps = np.ceil(shares * SHADES - 1e-9).astype(int)
     for step in range(1, SHADES + 1):
-        cells = [Path([(x, y), (x + 1, y), (x + 1, y + 0.9), (x, y + 0.9), (x, y)], closed=True) for y, x in np.argwhere(steps == step)]
+        cells = [
+            Path([(x, y), (x + 1, y), (x + 1, y + 0.9), (x, y + 0.9), (x, y)], closed=True)
+            for y, x in np.argwhere(steps == step)
+        ]
         if cells:  # one path per shade: thousands of cells stay a few kilobytes
             axes.add_patch(
                 PathPatch(
-                    Path.make_compound_path(*cells), facecolor=colour("fed"), alpha=step / SHADES, linewidth=0, gid=f"mark-heat-{step}"
+                    Path.make_compound_path(*cells),
+                    facecolor=colour("fed"),
+                    alpha=step / SHADES,
+                    linewidth=0,
+                    gid=f"mark-heat-{step}",
                 )
             )
     axes.set_ylim(len(names), -0.1)

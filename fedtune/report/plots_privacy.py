@@ -14,14 +14,19 @@ BINS = 20
 
 
 def spending(p: Privacy, prefix: str = "run") -> Plot | None:
-    """Epsilon against rounds, with what the job allows as a level. None where it is infinite or nothing has left."""
+    """Epsilon against rounds, with what the job allows as a level.
+
+    None where it is infinite or nothing has left.
+    """
     points = [(float(row["round"]), privacy.value(row["epsilon"])) for row in p.get("rounds", [])]
     if not points or not all(math.isfinite(y) for _, y in points):
         return None
     whose = f"Of {p['client']}, which lost most." if p.get("client") else ""
     line = Line("spent", "fed", "solid", [(0.0, 0.0), *points] if points[0][0] > 0 else points)
     allowed = [Level("allowed", "head", "dashed", p["target"])] if p.get("target") else []
-    return curves(f"{prefix}-epsilon-rounds", "Epsilon against rounds", "round", [line], allowed, whose, bound)
+    return curves(
+        f"{prefix}-epsilon-rounds", "Epsilon against rounds", "round", [line], allowed, whose, bound
+    )
 
 
 def distribution(p: Privacy, prefix: str = "run") -> Plot | None:
@@ -33,15 +38,27 @@ def distribution(p: Privacy, prefix: str = "run") -> Plot | None:
     with drawing(key):
         made, (axes,) = figure(250)
         bins = np.linspace(min(x for x, _ in rows), worst, BINS + 1)
-        counts, width = np.histogram([x for x, _ in rows], bins, weights=[n for _, n in rows])[0], bins[1] - bins[0]
-        for i, bar in enumerate(axes.bar(bins[:-1] + width / 2, counts, 0.9 * width, color=colour("fed"), alpha=0.75)):
+        counts, width = (
+            np.histogram([x for x, _ in rows], bins, weights=[n for _, n in rows])[0],
+            bins[1] - bins[0],
+        )
+        for i, bar in enumerate(
+            axes.bar(bins[:-1] + width / 2, counts, 0.9 * width, color=colour("fed"), alpha=0.75)
+        ):
             if counts[i]:
                 bar.set_gid(f"mark-clients-{i}")
-        axes.axvline(worst, color=colour("ink"), linestyle=DASHES["dotted"], linewidth=1.4, gid="mark-worst", zorder=2)
+        axes.axvline(
+            worst, color=colour("ink"), linestyle=DASHES["dotted"], linewidth=1.4, gid="mark-worst", zorder=2
+        )
         axes.set_xlabel("epsilon")
         axes.set_ylabel("clients")
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.grid(axis="x", visible=False)
         text = to_svg(made, key, title, privacy.spread(p))
-    return Plot(key, title, text, (Key("fed", "block", "clients"), Key("ink", "dotted", "most, the run's", privacy.shown(worst))))
+    return Plot(
+        key,
+        title,
+        text,
+        (Key("fed", "block", "clients"), Key("ink", "dotted", "most, the run's", privacy.shown(worst))),
+    )

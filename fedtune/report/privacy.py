@@ -1,4 +1,7 @@
-"""The privacy of a run: its shape in a summary, and what it says in words and rows. The page and the terminal both show these."""
+"""The privacy of a run: its shape in a summary, and what it says in words and rows.
+
+The page and the terminal both show these.
+"""
 
 import math
 from collections.abc import Sequence
@@ -26,11 +29,14 @@ class SpentBy(TypedDict):
 
 
 class Privacy(TypedDict):
-    """What the ledger says was spent. Runs without privacy, and those of older versions, have the first three alone.
+    """What the ledger says was spent.
 
-    `epsilon` at `delta` is that of the unit that lost most, of the `client` ("": of all alike), and the smallest of `readings`,
-    by the accountant named. `target` is what the job allows (0: it names none) and `left` what of it is unspent. `spread` goes
-    from the most to the least; `parts` is what each kind of release would have cost alone.
+    Runs without privacy, and those of older versions, have the first three alone.
+
+    `epsilon` at `delta` is that of the unit that lost most, of the `client` ("": of all alike), and the
+    smallest of `readings`, by the accountant named. `target` is what the job allows (0: it names none) and
+    `left` what of it is unspent. `spread` goes from the most to the least; `parts` is what each kind of
+    release would have cost alone.
     """
 
     unit: str
@@ -50,19 +56,31 @@ class Privacy(TypedDict):
     assumptions: NotRequired[list[str]]
 
 
-ACCOUNTANTS = {"pld": ("PLD", "dp-accounting, privacy loss distributions"), "rdp": ("RDP", "dp-accounting, Rényi divergences"), "prv": ("PRV", "Opacus, privacy random variables")}
+ACCOUNTANTS = {
+    "pld": ("PLD", "dp-accounting, privacy loss distributions"),
+    "rdp": ("RDP", "dp-accounting, Rényi divergences"),
+    "prv": ("PRV", "Opacus, privacy random variables"),
+}
 PARTS = {
-    "update": "what was trained", "clip-bits": "number of updates within the clip, for the clip that adapts", "metrics": "training loss and accuracy",
+    "update": "what was trained",
+    "clip-bits": "number of updates within the clip, for the clip that adapts",
+    "metrics": "training loss and accuracy",
     "init": "the gradient that the frame was made from",
 }
 """Kinds of releases; one that stands not here keeps its name."""
-UNSCORED = ("No accuracy: devices score nothing in this job, as the scores of a single one have no noise. To measure the model, have labelled examples of your own where "
-            "the job's data.source says, and run `fedtune export RUN`, which says how many it gets right; `fedtune predict RUN` then labels others.")
+UNSCORED = (
+    "No accuracy: devices score nothing in this job, as the scores of a single one have no noise. "
+    "To measure the model, have labelled examples of your own where the job's data.source says, and run "
+    "`fedtune export RUN`, which says how many it gets right; `fedtune predict RUN` then labels others."
+)
 """Of a live run that hides its clients."""
 GLOSSARY = {
     "delta": "the chance with which epsilon may not hold",
     "noise multiplier": "standard deviation of the noise over the clip, the most that one unit can add",
-    "accountant": "a way to bound epsilon from the noise and the rounds; several are valid at once, and the smallest counts",
+    "accountant": (
+        "a way to bound epsilon from the noise and the rounds; "
+        "several are valid at once, and the smallest counts"
+    ),
 }
 
 
@@ -105,7 +123,11 @@ def claim(p: Privacy) -> str:
 def _budget(p: Privacy) -> str:
     if not p.get("target"):
         return ""
-    return f"; {_down(p['left'])} is left of the {p['target']:g} allowed" if p.get("left") else f"; of the {p['target']:g} allowed nothing is left"
+    return (
+        f"; {_down(p['left'])} is left of the {p['target']:g} allowed"
+        if p.get("left")
+        else f"; of the {p['target']:g} allowed nothing is left"
+    )
 
 
 def _down(left: float) -> str:
@@ -132,7 +154,13 @@ def accountant_rows(p: Privacy) -> list[tuple[str, str, str]]:
         return []
     rows = []
     for key, (name, words) in ACCOUNTANTS.items():
-        note = f"{words}; quoted, the smallest" if key == p.get("accountant") else words if key in found else f"{words}; not installed here, or not for this sampling"
+        note = (
+            f"{words}; quoted, the smallest"
+            if key == p.get("accountant")
+            else words
+            if key in found
+            else f"{words}; not installed here, or not for this sampling"
+        )
         rows.append((name, shown(found[key]) if key in found else ABSENT, note))
     return rows
 
@@ -160,7 +188,10 @@ def spread(p: Privacy) -> str:
     if len(rows) == 1:
         return f"All {plural(clients, 'client')} have lost the same: {shown(rows[0]['epsilon'])}."
     most, least = rows[0], rows[-1]
-    return f"Over {plural(clients, 'client')}, epsilon goes from {shown(least['epsilon'])} ({count(least['clients'])}) to {shown(most['epsilon'])} ({count(most['clients'])})."
+    return (
+        f"Over {plural(clients, 'client')}, epsilon goes from {shown(least['epsilon'])} "
+        f"({count(least['clients'])}) to {shown(most['epsilon'])} ({count(most['clients'])})."
+    )
 
 
 ROUND_HEADER = ("round", "epsilon")

@@ -1,7 +1,8 @@
 """The shape of summary.json, which a run writes and the reports read.
 
-Numbers that were not measured are null, and so is a loss that is not a number (then `evaluated` or `clients` says that it
-was measured). Bytes are those of serialised messages. Accuracies lie between 0 and 1; for a causal-lm, accuracy is that of the next token.
+Numbers that were not measured are null, and so is a loss that is not a number (then `evaluated` or `clients`
+says that it was measured). Bytes are those of serialised messages. Accuracies lie between 0 and 1; for a
+causal-lm, accuracy is that of the next token.
 """
 
 import json
@@ -16,7 +17,10 @@ from fedtune.report.privacy import Privacy
 
 FILE = "summary.json"
 LISTED = 1000
-"""Most clients that one list of a summary names. Of more it names so many, chosen evenly, beside figures of all."""
+"""Most clients that one list of a summary names.
+
+Of more it names so many, chosen evenly, beside figures of all.
+"""
 
 
 class Base(TypedDict):
@@ -40,7 +44,9 @@ class Adapter(TypedDict):
 
 
 class SplitClient(TypedDict):
-    """What one client holds; `natural` is the value of the dividing column ("" without one), `labels` examples per label."""
+    """What one client holds; `natural` is the value of the dividing column ("" without one),
+    `labels` examples per label.
+    """
 
     name: str
     natural: str | None
@@ -50,7 +56,8 @@ class SplitClient(TypedDict):
 
 
 class Population(TypedDict):
-    """All clients, where `split` lists only some: examples of each side and per label, and at `quantiles` a client's examples.
+    """All clients, where `split` lists only some: examples of each side and per label,
+    and at `quantiles` a client's examples.
 
     `sha256` is that of who holds what.
     """
@@ -66,13 +73,18 @@ class Population(TypedDict):
 
 
 class Round(TypedDict):
-    """One round; round 0 is the model before training. `up` and `down` are of this round, `total_bytes` runs on.
+    """One round; round 0 is the model before training.
 
-    With device classes there are the simulated seconds of the round, and those up to its end (`simulated_clock`), the clients
-    that never answered (`dropped`) and those that would have needed longer than the deadline (`stragglers`). Where not all clients
-    train all, `units` says how many of `clients` trained each and `ranks` how many had each rank, and `scores`, of a round that began with a probe, what it said of
-    each block: means of shares that sum to 1; `unprobed` are the clients whose answer is missing or was not taken, and why. Where clients
-    keep a part of the model or a model of their own, `personal_accuracy` and `personal_loss` are of those that have one, `personal_clients`, with what each has, on `personal_evaluated` examples of theirs.
+    `up` and `down` are of this round, `total_bytes` runs on.
+
+    With device classes there are the simulated seconds of the round, and those up to its end
+    (`simulated_clock`), the clients that never answered (`dropped`) and those that would have needed longer
+    than the deadline (`stragglers`). Where not all clients train all, `units` says how many of `clients`
+    trained each and `ranks` how many had each rank, and `scores`, of a round that began with a probe, what it
+    said of each block: means of shares that sum to 1; `unprobed` are the clients whose answer is missing or
+    was not taken, and why. Where clients keep a part of the model or a model of their own,
+    `personal_accuracy` and `personal_loss` are of those that have one, `personal_clients`, with what each
+    has, on `personal_evaluated` examples of theirs.
     """
 
     round: int
@@ -110,8 +122,9 @@ class ClientScore(TypedDict):
 
 
 class Measured(TypedDict):
-    """All clients with a result, where `clients` lists only some, evenly from worst to best: how many, their held-out examples,
-    and those of the worst tenth."""
+    """All clients with a result, where `clients` lists only some, evenly from worst to best: how many, their
+    held-out examples, and those of the worst tenth.
+    """
 
     clients: int
     examples: int
@@ -130,8 +143,9 @@ class Final(TypedDict):
 
 
 class Personal(TypedDict):
-    """What clients predict with on their own at the end: over the held-out `examples` of the `clients`, of all `of`, that have such a model.
-    `federated`: accuracy of the global model on the same examples."""
+    """What clients predict with on their own at the end: over the held-out `examples` of the `clients`, of
+    all `of`, that have such a model. `federated`: accuracy of the global model on the same examples.
+    """
 
     accuracy: float | None
     loss: float | None
@@ -143,7 +157,9 @@ class Personal(TypedDict):
 
 
 class LabelScore(TypedDict):
-    """One label: training examples of all clients, held-out ones, the share of these that is given it; `personal`: by what clients predict with, over those that keep something."""
+    """One label: training examples of all clients, held-out ones, the share of these that is given it;
+    `personal`: by what clients predict with, over those that keep something.
+    """
 
     label: str
     train: int
@@ -159,8 +175,9 @@ class Majority(TypedDict):
 
 
 class Against(TypedDict):
-    """All clients, where `clients` lists only some: on how many of `clients` the federated model is better or equal, and the
-    baseline's worst tenth."""
+    """All clients, where `clients` lists only some: on how many of `clients` the federated model is better or
+    equal, and the baseline's worst tenth.
+    """
 
     clients: int
     better: int
@@ -187,7 +204,9 @@ class LocalClient(TypedDict):
 
 
 class Local(TypedDict):
-    """Clients that trained alone: `trained` (without it, all in `clients`) of the `of` in the run; both accuracies are over them."""
+    """Clients that trained alone: `trained` (without it, all in `clients`) of the `of` in the run; both
+    accuracies are over them.
+    """
 
     clients: list[LocalClient]
     accuracy: float
@@ -212,10 +231,15 @@ class ClientTraffic(TypedDict):
 
 
 class Communication(TypedDict):
-    """All that was sent. `sent_numbers`: of an update of all that is trained, where they are not those. `update_bytes` is the largest update that a client sends. `frame_bytes` is the frozen frame, which each client receives once; it is part of `down`.
+    """All that was sent.
 
-    `evaluation` and `offers` come on top in live runs: evaluation both ways, and job offers and bundles without the frame.
-    `probes` is what of `up` and `down` probes took. `took_part` counts the clients of all rounds where `clients` lists only some, evenly from least to most bytes.
+    `sent_numbers`: of an update of all that is trained, where they are not those. `update_bytes` is the
+    largest update that a client sends. `frame_bytes` is the frozen frame, which each client receives
+    once; it is part of `down`.
+
+    `evaluation` and `offers` come on top in live runs: evaluation both ways, and job offers and bundles
+    without the frame. `probes` is what of `up` and `down` probes took. `took_part` counts the clients of all
+    rounds where `clients` lists only some, evenly from least to most bytes.
     """
 
     trainable_numbers: int
@@ -235,9 +259,10 @@ class Communication(TypedDict):
 class DeviceClass(TypedDict):
     """One class of simulated devices over the whole run.
 
-    `clients` belong to it, of which `able` have the memory to train; `available` adds up those that could be drawn, over the
-    rounds. Of the clients `asked`, some `dropped` out, some were `stragglers` past the deadline; the answers of the others took
-    `seconds` together, and those `used` were averaged. `up` and `down` are bytes.
+    `clients` belong to it, of which `able` have the memory to train; `available` adds up those that
+    could be drawn, over the rounds. Of the clients `asked`, some `dropped` out, some were `stragglers`
+    past the deadline; the answers of the others took `seconds` together, and those `used` were averaged.
+    `up` and `down` are bytes.
     """
 
     name: str
@@ -254,7 +279,9 @@ class DeviceClass(TypedDict):
 
 
 class Trained(TypedDict):
-    """How often a unit was trained: rounds in which any client did whose update was used, and those updates together; and its score at the last probe."""
+    """How often a unit was trained: rounds in which any client did whose update was used, and those
+    updates together; and its score at the last probe.
+    """
 
     name: str
     rounds: int
@@ -263,7 +290,9 @@ class Trained(TypedDict):
 
 
 class Ranked(TypedDict):
-    """How often clients of a rank trained, as of `Trained`; `numbers` is how many trained numbers they have."""
+    """How often clients of a rank trained, as of `Trained`; `numbers` is how many
+    trained numbers they have.
+    """
 
     rank: int
     numbers: int
@@ -272,7 +301,8 @@ class Ranked(TypedDict):
 
 
 class Exported(TypedDict, total=False):
-    """One exported file and how it compares with the trained model on `examples` of the `of` held-out examples.
+    """One exported file and how it compares with the trained model on `examples` of
+    the `of` held-out examples.
 
     `note` alone says why a file was left out.
     """
@@ -318,7 +348,9 @@ class Summary(TypedDict):
 
 
 def few(count: int, most: int = LISTED) -> list[int]:
-    """Places of those of `count` that are listed: all, or `most` of them, evenly spaced, the first and the last among them."""
+    """Places of those of `count` that are listed: all, or `most` of them, evenly spaced,
+    the first and the last among them.
+    """
     return list(range(count)) if count <= most else [round(i * (count - 1) / (most - 1)) for i in range(most)]
 
 
@@ -332,7 +364,11 @@ def load_summary(path: Path) -> Summary:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        remedy = "the run has not come that far, or this is not a run folder" if path.is_dir() else "give a run folder or its summary.json"
+        remedy = (
+            "the run has not come that far, or this is not a run folder"
+            if path.is_dir()
+            else "give a run folder or its summary.json"
+        )
         raise RunError(f"{file}: does not exist; {remedy}") from None
     except OSError as e:
         raise RunError(f"{file}: cannot be read: {e.strerror}") from None
@@ -342,14 +378,20 @@ def load_summary(path: Path) -> Summary:
 
 
 def check(raw: Any, source: str = FILE) -> Summary:
-    """Checks parsed JSON against `Summary`; keys that this version does not know are left out. Raises RunError."""
+    """Checks parsed JSON against `Summary`; keys that this version does not know are left out.
+
+    Raises RunError.
+    """
     try:
         return _ADAPTER.validate_python(raw)
     except ValidationError as e:
         first, more = e.errors()[0], e.error_count() - 1
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         others = f" (and {more} more)" if more else ""
-        raise RunError(f"{source}: {where}: {first['msg'].lower()}{others}; was it written by another version of fedtune?") from None
+        raise RunError(
+            f"{source}: {where}: {first['msg'].lower()}{others}; "
+            "was it written by another version of fedtune?"
+        ) from None
 
 
 _ADAPTER: TypeAdapter[Summary] = TypeAdapter(Summary)

@@ -1,7 +1,8 @@
 """Matplotlib figures as inline SVG that follows the page's colours.
 
-Figures are drawn in sentinel colours which become CSS variables here, so one drawing serves light, dark and print.
-Nothing of a figure points outside it: no fonts, no metadata, ids prefixed so that several figures share a page.
+Figures are drawn in sentinel colours which become CSS variables here, so one drawing serves light,
+dark and print. Nothing of a figure points outside it: no fonts, no metadata, ids prefixed so that
+several figures share a page.
 """
 
 import io
@@ -24,9 +25,23 @@ try:
     from matplotlib.path import Path
     from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator
 except ModuleNotFoundError as e:
-    raise EnvironmentProblem(f"the page needs {e.name}, which is not installed; pip install 'fedtune[sim]' brings it") from None
+    raise EnvironmentProblem(
+        f"the page needs {e.name}, which is not installed; pip install 'fedtune[sim]' brings it"
+    ) from None
 
-__all__ = ["Artist", "Axes", "FuncFormatter", "MaxNLocator", "MultipleLocator", "Path", "PathPatch", "colour", "drawing", "figure", "to_svg"]
+__all__ = [
+    "Artist",
+    "Axes",
+    "FuncFormatter",
+    "MaxNLocator",
+    "MultipleLocator",
+    "Path",
+    "PathPatch",
+    "colour",
+    "drawing",
+    "figure",
+    "to_svg",
+]
 # The plots take matplotlib's names from here, so that its absence is met, and explained, in one place.
 
 WIDTH = 380
@@ -84,14 +99,23 @@ def drawing(prefix: str) -> Iterator[None]:
 
 
 def figure(height: float, ratios: Sequence[float] = (1,)) -> tuple[Figure, list[Axes]]:
-    """An empty figure of the common width, and axes under each other with these relative heights and one x axis."""
-    made = Figure(figsize=(WIDTH / 72, height / 72), layout=ConstrainedLayoutEngine(w_pad=3 / 72, h_pad=3 / 72))
+    """An empty figure of the common width, and axes under each other with these
+    relative heights and one x axis.
+    """
+    made = Figure(
+        figsize=(WIDTH / 72, height / 72), layout=ConstrainedLayoutEngine(w_pad=3 / 72, h_pad=3 / 72)
+    )
     FigureCanvasSVG(made)
-    return made, list(made.subplots(len(ratios), 1, squeeze=False, sharex=True, height_ratios=list(ratios))[:, 0])
+    return made, list(
+        made.subplots(len(ratios), 1, squeeze=False, sharex=True, height_ratios=list(ratios))[:, 0]
+    )
 
 
 def to_svg(made: Figure, prefix: str, title: str, description: str) -> str:
-    """One inline `<svg>` element. Give matplotlib artists that carry data the gid "mark…" so that checks can find them."""
+    """One inline `<svg>` element.
+
+    Give matplotlib artists that carry data the gid "mark…" so that checks can find them.
+    """
     buffer = io.StringIO()
     made.savefig(buffer, format="svg", metadata={"Date": None})
     root = ET.fromstring(buffer.getvalue())
@@ -100,7 +124,11 @@ def to_svg(made: Figure, prefix: str, title: str, description: str) -> str:
             parent.remove(child)
     for node in root.iter():
         _rewrite(node, prefix)
-    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-labelledby": f"{prefix}-title {prefix}-desc"}
+    root.attrib = {
+        "viewBox": root.attrib["viewBox"],
+        "role": "img",
+        "aria-labelledby": f"{prefix}-title {prefix}-desc",
+    }
     for tag, text in (("desc", description), ("title", title)):
         label = ET.Element(tag, {"id": f"{prefix}-{tag}"})
         label.text = text
@@ -137,4 +165,6 @@ def _style(style: str) -> str:
 
 def _shorter(numbers: str) -> str:
     """Coordinates to a hundredth of a point: a third of the bytes, no visible change."""
-    return " ".join(re.sub(r"-?\d+\.\d+", lambda m: f"{float(m[0]):.2f}".rstrip("0").rstrip("."), numbers).split())
+    return " ".join(
+        re.sub(r"-?\d+\.\d+", lambda m: f"{float(m[0]):.2f}".rstrip("0").rstrip("."), numbers).split()
+    )

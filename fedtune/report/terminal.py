@@ -16,13 +16,17 @@ from fedtune.report.summary import Summary
 
 MOST_ROUNDS = MOST_LABELS = 12
 ROUND_HEADER = ("round", "train", "loss", "accuracy", "on", "clients", "refused", "total", "time")
-"""As tables.ROUND_HEADER without the bytes of the round, short enough for 80 columns; `personal` is the accuracy of what clients keep."""
+"""As tables.ROUND_HEADER without the bytes of the round, short enough for 80 columns; `personal` is the
+accuracy of what clients keep.
+"""
 DEVICE_HEADER = ("class", "clients", "able", "asked", "used", "dropped", "late", "mean", "sent", "received")
 """As tables.DEVICE_HEADER in one word each."""
 
 
 def show(summary: Summary, console: Console) -> None:
-    """Prints the result, key figures, baselines, rounds, clients, bytes, refusals, files and the privacy line."""
+    """Prints the result, key figures, baselines, rounds, clients, bytes, refusals,
+    files and the privacy line.
+    """
     s = summary
     console.print(Text(clean(s["title"]), style="bold"))
     console.print(Text(facts.headline(s), style="bold cyan"))
@@ -38,8 +42,22 @@ def show(summary: Summary, console: Console) -> None:
         console.print(Padding(Text(facts.personal(s)), (0, 0, 0, 2)))
     timed = facts.clock(s) is not None
     own = bool(s.get("personal"))
-    short = [(*row[:4], *(row[-2:-1] if own else ()), *row[4:7], *row[9:11], *(row[12:13] if timed else ())) for row in tables.round_rows(s, MOST_ROUNDS)]
-    _rows(console, "Rounds", (*ROUND_HEADER[:4], *(("personal",) if own else ()), *ROUND_HEADER[4:], *(("clock",) if timed else ())), short, words=())
+    short = [
+        (*row[:4], *(row[-2:-1] if own else ()), *row[4:7], *row[9:11], *(row[12:13] if timed else ()))
+        for row in tables.round_rows(s, MOST_ROUNDS)
+    ]
+    _rows(
+        console,
+        "Rounds",
+        (
+            *ROUND_HEADER[:4],
+            *(("personal",) if own else ()),
+            *ROUND_HEADER[4:],
+            *(("clock",) if timed else ()),
+        ),
+        short,
+        words=(),
+    )
     _clients(console, s)
     if facts.labels(s):
         _heading(console, "Labels")
@@ -49,7 +67,13 @@ def show(summary: Summary, console: Console) -> None:
     _rows(console, "Trained units", tables.unit_header(s), tables.unit_rows(s))
     _rows(console, "Ranks", tables.RANK_HEADER, tables.rank_rows(s))
     _facts(console, "Communication", facts.communication(s))
-    _rows(console, "Refused updates", ("round", "client", "reason"), [(str(r), c, why) for r, c, why in facts.refusals(s)], words=(1, 2))
+    _rows(
+        console,
+        "Refused updates",
+        ("round", "client", "reason"),
+        [(str(r), c, why) for r, c, why in facts.refusals(s)],
+        words=(1, 2),
+    )
     _rows(console, "Exported files", tables.EXPORT_HEADER, tables.exports(s), words=(0, 1))
     _heading(console, "Privacy")
     console.print(Padding(Text(facts.privacy(s)), (0, 0, 0, 2), expand=False))
@@ -90,7 +114,9 @@ def _devices(console: Console, s: Summary) -> None:
 def _clients(console: Console, s: Summary) -> None:
     _heading(console, "The clients")
     console.print(Padding(Text(facts.spread(s)), (0, 0, 0, 2), expand=False))
-    worst = [(clean(name), number(ours), number(head), count(n)) for name, ours, head, n in facts.scores(s)[:5]]
+    worst = [
+        (clean(name), number(ours), number(head), count(n)) for name, ours, head, n in facts.scores(s)[:5]
+    ]
     _rows(console, "Served worst", ("client", "federated", "base + head", "held-out"), worst)
 
 
@@ -104,11 +130,19 @@ def _facts(console: Console, title: str, facts_: Iterable[Fact]) -> None:
     _heading(console, title)
     grid = Table.grid(padding=(0, 2))
     for fact in facts_:
-        grid.add_row(Text(fact.name, style="dim"), Text(fact.value, overflow="fold"), Text(fact.note, style="dim"))
+        grid.add_row(
+            Text(fact.name, style="dim"), Text(fact.value, overflow="fold"), Text(fact.note, style="dim")
+        )
     console.print(Padding(grid, (0, 0, 0, 2), expand=False))
 
 
-def _rows(console: Console, title: str, header: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[int] = (0,)) -> None:
+def _rows(
+    console: Console,
+    title: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    words: Sequence[int] = (0,),
+) -> None:
     if rows:
         _heading(console, title)
         console.print(table(header, rows, words))

@@ -46,7 +46,10 @@ def _pair(private: X25519PrivateKey) -> Pair:
 
 
 def agree(mine: Pair, public: bytes) -> bytes:
-    """The 32 bytes both sides get; derive from them, do not use them. Raises Refused("key") for a public key on which all would agree alike."""
+    """The 32 bytes both sides get; derive from them, do not use them.
+
+    Raises Refused("key") for a public key on which all would agree alike.
+    """
     try:
         return mine.private.exchange(X25519PublicKey.from_public_bytes(public))
     except ValueError:
@@ -54,7 +57,9 @@ def agree(mine: Pair, public: bytes) -> bytes:
 
 
 def require_usable(public: bytes) -> None:
-    """Raises Refused("key") for a public key that every other client would refuse, so that one bad key costs one client."""
+    """Raises Refused("key") for a public key that every other client would refuse,
+    so that one bad key costs one client.
+    """
     agree(new_pair(), public)
 
 
@@ -69,11 +74,16 @@ def seal(secret: bytes, label: bytes, plain: bytes) -> bytes:
 
 
 def unseal(secret: bytes, label: bytes, sealed: bytes) -> bytes:
-    """What was sealed. Raises Refused("share") when it was sealed with another secret, for another label, or changed since."""
+    """What was sealed.
+
+    Raises Refused("share") when it was sealed with another secret, for another label, or changed since.
+    """
     try:
         return ChaCha20Poly1305(derive(secret, label)).decrypt(_NONCE, sealed, label)
     except InvalidTag:
-        raise Refused("share", "a sealed share was not made for this client, pair, round and session, or was changed") from None
+        raise Refused(
+            "share", "a sealed share was not made for this client, pair, round and session, or was changed"
+        ) from None
 
 
 def own_mask(seed: bytes, terms: Terms, index: int) -> bytes:
@@ -82,7 +92,9 @@ def own_mask(seed: bytes, terms: Terms, index: int) -> bytes:
 
 
 def own_check(seed: bytes, terms: Terms, index: int) -> bytes:
-    """32 bytes by which a rebuilt secret is known to be the right one; they say nothing about it or the mask (HKDF as a PRF)."""
+    """32 bytes by which a rebuilt secret is known to be the right one;
+    they say nothing about it or the mask (HKDF as a PRF).
+    """
     return derive(seed, terms.label("own check", index))
 
 
@@ -97,4 +109,6 @@ def share_label(terms: Terms, sender: int, sender_key: bytes, receiver: int, rec
     return terms.label("share", sender, receiver, keys=(sender_key, receiver_key))
 
 
-_NONCE = bytes(12)  # a label holds round, direction and both fresh public keys, and a client seals once a round: no key seals twice
+# a label holds round, direction and both fresh public keys, and a client seals once a
+# round: no key seals twice
+_NONCE = bytes(12)

@@ -14,8 +14,9 @@ _ZEROS = bytes(_STRETCH)
 def add_mask(total: np.ndarray, seed: bytes, *, minus: bool = False) -> None:
     """Adds PRG(seed), or takes it away, in place, modulo 2^k.
 
-    total: [n] uint32 or uint64. PRG(seed): the keystream of ChaCha20 (RFC 8439) with the seed as its key, nonce and counter 0, read as
-    little-endian numbers. A seed serves one mask, so the nonce need not vary. In stretches that fit a core's cache.
+    total: [n] uint32 or uint64. PRG(seed): the keystream of ChaCha20 (RFC 8439) with the seed as its key,
+    nonce and counter 0, read as little-endian numbers. A seed serves one mask, so the nonce need not vary. In
+    stretches that fit a core's cache.
     """
     stream, buffer = Cipher(algorithms.ChaCha20(seed, bytes(16)), None).encryptor(), bytearray(_STRETCH)
     mask = np.frombuffer(buffer, total.dtype.newbyteorder("<"))
@@ -27,7 +28,9 @@ def add_mask(total: np.ndarray, seed: bytes, *, minus: bool = False) -> None:
 
 
 def sum_plainly(vectors: Iterable[np.ndarray], terms: Terms) -> np.ndarray:
-    """[length], the sum modulo 2^bits, without masks: the twin that a round of the protocol must equal bit for bit, for simulations."""
+    """[length], the sum modulo 2^bits, without masks: the twin that a round of the protocol must equal bit
+    for bit, for simulations.
+    """
     total = np.zeros(terms.length, terms.dtype)
     for vector in vectors:
         require_vector(vector, terms)
@@ -38,4 +41,6 @@ def sum_plainly(vectors: Iterable[np.ndarray], terms: Terms) -> np.ndarray:
 def require_vector(vector: np.ndarray, terms: Terms) -> None:
     """Raises ValueError unless it is [length] of unsigned numbers of so many bits."""
     if vector.dtype != terms.dtype or vector.shape != (terms.length,):
-        raise ValueError(f"a vector {vector.dtype} {list(vector.shape)}: must be {terms.dtype} [{terms.length}]")
+        raise ValueError(
+            f"a vector {vector.dtype} {list(vector.shape)}: must be {terms.dtype} [{terms.length}]"
+        )

@@ -15,10 +15,12 @@
     INBOX       table of 82: from each neighbour, shares, sealed
     MASKED      the vector, bits / 8 bytes a number
     SURVIVORS   table of 0: holders that sent a vector; table of 0: holders that did not
-    OPENED      table of 33: shares of the seeds of the first; table of 33: shares of the mask keys of the second
+    OPENED      table of 33: shares of the seeds of the first; table of 33:
+                shares of the mask keys of the second
 
-A table is a count (2 bytes) and so many entries: a client's index (2 bytes), strictly rising, and the value. All numbers are
-unsigned and little-endian. Every length follows from the kind and the counts, and is checked before anything is read.
+A table is a count (2 bytes) and so many entries: a client's index (2 bytes), strictly rising, and the value.
+All numbers are unsigned and little-endian. Every length follows from the kind and the counts, and is checked
+before anything is read.
 """
 
 import struct
@@ -55,7 +57,9 @@ class Keys:
 
 @dataclass(frozen=True)
 class Place:
-    """A client's index in the round, how many holders open a secret, and the keys of its neighbours by index."""
+    """A client's index in the round, how many holders open a secret,
+    and the keys of its neighbours by index.
+    """
 
     index: int
     threshold: int
@@ -63,7 +67,10 @@ class Place:
 
 
 def kind_of(data: bytes) -> Kind:
-    """The kind a message claims, for a transport that has to choose who reads it. Raises Refused when it is not one of ours."""
+    """The kind a message claims, for a transport that has to choose who reads it.
+
+    Raises Refused when it is not one of ours.
+    """
     _require(len(data) >= _HEADER.size, "size", f"{len(data)} bytes, a message has at least {_HEADER.size}")
     magic, version, kind = struct.unpack_from("<4sBB", data)
     _require(magic == MAGIC, "magic", f"starts with {magic!r}, not {MAGIC!r}")
@@ -92,7 +99,13 @@ def read_keys(data: bytes, terms: Terms) -> Keys:
 
 def place(terms: Terms, found: Place) -> bytes:
     facts = _PLACE.pack(found.index, found.threshold, terms.bits, terms.length)
-    return _message(Kind.NEIGHBOURS, terms, NOBODY, facts, _table({i: k.sealing + k.masking for i, k in found.keys.items()}))
+    return _message(
+        Kind.NEIGHBOURS,
+        terms,
+        NOBODY,
+        facts,
+        _table({i: k.sealing + k.masking for i, k in found.keys.items()}),
+    )
 
 
 def read_place(data: bytes, terms: Terms) -> Place:
@@ -100,7 +113,11 @@ def read_place(data: bytes, terms: Terms) -> Place:
     _require(len(body) >= _PLACE.size, "size", f"{len(body)} bytes, too few for a client's place")
     index, threshold, bits, length = _PLACE.unpack_from(body)
     _require(index < MAX_CLIENTS, "neighbours", f"index {index}, must be below {MAX_CLIENTS}")
-    _require((bits, length) == (terms.bits, terms.length), "terms", f"{length} numbers of {bits} bits, this client has {terms.length} of {terms.bits}")
+    _require(
+        (bits, length) == (terms.bits, terms.length),
+        "terms",
+        f"{length} numbers of {bits} bits, this client has {terms.length} of {terms.bits}",
+    )
     table, rest = _read_table(body[_PLACE.size :], 2 * KEY)
     _end(rest)
     return Place(index, threshold, {i: Keys(k[:KEY], k[KEY:]) for i, k in table.items()})
@@ -142,7 +159,9 @@ def read_masked(data: bytes, terms: Terms, sender: int) -> np.ndarray:
 
 
 def survivors(terms: Terms, there: Sequence[int], gone: Sequence[int]) -> bytes:
-    return _message(Kind.SURVIVORS, terms, NOBODY, *(_table(dict.fromkeys(indices, b"")) for indices in (there, gone)))
+    return _message(
+        Kind.SURVIVORS, terms, NOBODY, *(_table(dict.fromkeys(indices, b"")) for indices in (there, gone))
+    )
 
 
 def read_survivors(data: bytes, terms: Terms) -> tuple[frozenset[int], frozenset[int]]:
@@ -191,12 +210,18 @@ def _read_table(body: memoryview, width: int) -> tuple[dict[int, bytes], memoryv
     _require(len(body) >= 2, "size", "ends before a table does")
     count, step = int.from_bytes(body[:2], "little"), 2 + width
     end = 2 + count * step
-    _require(count <= MAX_NEIGHBOURS + 1, "size", f"a table of {count}, at most {MAX_NEIGHBOURS + 1} are taken")
+    _require(
+        count <= MAX_NEIGHBOURS + 1, "size", f"a table of {count}, at most {MAX_NEIGHBOURS + 1} are taken"
+    )
     _require(len(body) >= end, "size", f"ends before a table of {count} does")
     rows = [bytes(body[i : i + step]) for i in range(2, end, step)]
     indices = [int.from_bytes(row[:2], "little") for row in rows]
     _require(all(a < b for a, b in pairwise(indices)), "duplicate", "indices repeat or are out of order")
-    _require(not indices or indices[-1] < MAX_CLIENTS, "client", f"index {indices[-1] if indices else 0}, must be below {MAX_CLIENTS}")
+    _require(
+        not indices or indices[-1] < MAX_CLIENTS,
+        "client",
+        f"index {indices[-1] if indices else 0}, must be below {MAX_CLIENTS}",
+    )
     return {index: row[2:] for index, row in zip(indices, rows)}, body[end:]
 
 

@@ -1,4 +1,6 @@
-"""The last step at the coordinator: from the shares that came back to the secrets, and from the masked sum to the sum."""
+"""The last step at the coordinator: from the shares that came back to the secrets,
+and from the masked sum to the sum.
+"""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -31,7 +33,9 @@ class Circle:
 
 @dataclass(frozen=True)
 class Masked:
-    """total: [length], the sum of the masked vectors. there: who sent one. checks: of everyone who shared a seed, what to know it by."""
+    """total: [length], the sum of the masked vectors. there: who sent one. checks: of everyone who shared
+    a seed, what to know it by.
+    """
 
     total: np.ndarray
     there: frozenset[int]
@@ -52,19 +56,23 @@ def short(circle: Circle, whose: Iterable[int], there: frozenset[int]) -> tuple[
 
 
 def reveal(circle: Circle, masked: Masked, opened: Opened) -> np.ndarray:
-    """The sum of the vectors, [length]: the masked total without the survivors' own masks and their masks with those who are gone.
+    """The sum of the vectors, [length]: the masked total without the survivors' own masks and their masks
+    with those who are gone.
 
-    Every secret is checked against what its owner sent before it was needed: a seed by its check, a mask key by the public key.
+    Every secret is checked against what its owner sent before it was needed: a seed by its check,
+    a mask key by the public key.
 
-    Raises SecAggFailed, naming the client whose secret does not come out right. Fails closed: no other choice of shares is tried.
-    Source: Bonawitz et al. 2017, Fig. 4, round 4.
+    Raises SecAggFailed, naming the client whose secret does not come out right. Fails closed: no other choice
+    of shares is tried. Source: Bonawitz et al. 2017, Fig. 4, round 4.
     """
     total, weights = masked.total.copy(), _Weights()
     for i in masked.checks:
         holders = [j for j in sorted((i, *circle.neighbours[i])) if j in opened][: circle.threshold]
         which = 0 if i in masked.there else 1
         try:
-            secret = combine([(j + 1, opened[j][which][i]) for j in holders], circle.threshold, weights.of(holders))
+            secret = combine(
+                [(j + 1, opened[j][which][i]) for j in holders], circle.threshold, weights.of(holders)
+            )
         except Refused as e:
             raise _wrong(circle, i, str(e)) from None
         if which == 0:
@@ -97,4 +105,7 @@ class _Weights(dict[tuple[int, ...], dict[int, int]]):
 
 
 def _wrong(circle: Circle, index: int, why: str) -> SecAggFailed:
-    return SecAggFailed(f"shares of client {circle.names[index]!r} do not open its secret: {why}; the round is void and nothing is released")
+    return SecAggFailed(
+        f"shares of client {circle.names[index]!r} do not open its secret: {why}; "
+        "the round is void and nothing is released"
+    )

@@ -20,7 +20,9 @@ Ask = Callable[[str, Mapping[str, bytes]], Iterable[tuple[str, bytes | None]]]
 
 @dataclass(frozen=True)
 class Sum:
-    """vector: [length], the sum modulo 2^bits. clients: those in it, in the order they were given. refused: why the others are not, where known."""
+    """vector: [length], the sum modulo 2^bits. clients: those in it, in the order they were given.
+    refused: why the others are not, where known.
+    """
 
     vector: np.ndarray
     clients: tuple[str, ...]
@@ -28,7 +30,10 @@ class Sum:
 
 
 def run_round(server: "ServerRound", ask: Ask) -> Sum:
-    """All four stages. An answer that is refused counts as none. Raises SecAggFailed when too few are left at any stage."""
+    """All four stages.
+
+    An answer that is refused counts as none. Raises SecAggFailed when too few are left at any stage.
+    """
     for stage in STAGES:
         for client, answer in ask(stage, server.ask()):
             if answer is None:
@@ -44,19 +49,26 @@ class ServerRound:
     """One round at the coordinator: `ask`, `take` what comes back, and again, four times; then `finish`."""
 
     def __init__(self, terms: Terms, clients: Sequence[str], design: Design) -> None:
-        """clients: names of those to ask. design: the graph's; in a smaller cohort than it was made for the threshold stays.
+        """clients: names of those to ask. design: the graph's; in a smaller cohort than it was made
+        for the threshold stays.
 
         Raises ValueError when names repeat, are too many, or are fewer than the threshold.
         """
         if len(set(clients)) != len(clients) or not design.threshold <= len(clients) <= MAX_CLIENTS:
-            raise ValueError(f"{len(clients)} clients: their names must differ, and be {design.threshold} (the threshold) to {MAX_CLIENTS}")
+            raise ValueError(
+                f"{len(clients)} clients: their names must differ, and be {design.threshold} "
+                f"(the threshold) to {MAX_CLIENTS}"
+            )
         self.terms, self.clients = terms, tuple(clients)
         self.refused: dict[str, str] = {}
         self._stage: _Stage | None = _KeysStage(terms, self.clients, design)
         self._started, self._waiting = False, set[str]()
 
     def ask(self) -> dict[str, bytes]:
-        """Ends the stage that runs and gives the next one's question by client. Raises SecAggFailed, for good, when too few answered."""
+        """Ends the stage that runs and gives the next one's question by client.
+
+        Raises SecAggFailed, for good, when too few answered.
+        """
         stage = self._end()
         if self._started:
             stage = stage.next()
@@ -69,12 +81,18 @@ class ServerRound:
         """One client's answer to the question that is open. Raises Refused, and is then as it was before."""
         if self._stage is None or client not in self._waiting:
             known = client in self.clients
-            raise Refused("duplicate" if known else "client", "was not asked at this stage, or has answered" if known else "was not asked")
+            raise Refused(
+                "duplicate" if known else "client",
+                "was not asked at this stage, or has answered" if known else "was not asked",
+            )
         self._stage.take(client, answer)
         self._waiting.remove(client)
 
     def finish(self) -> Sum:
-        """The sum, after the last stage. Raises SecAggFailed, for good, when too few answered or a secret is not what was promised."""
+        """The sum, after the last stage.
+
+        Raises SecAggFailed, for good, when too few answered or a secret is not what was promised.
+        """
         stage = self._end()
         if not isinstance(stage, _UnmaskStage):
             raise SecAggFailed("the round is not at its last stage")
@@ -111,9 +129,15 @@ class _KeysStage:
 
     def next(self) -> "_SharesStage":
         _enough(len(self.keys), self.design.threshold, "sent keys")
-        names = secrets.SystemRandom().sample(sorted(self.keys), len(self.keys))  # a client's index is its place on the ring
+        # a client's index is its place on the ring
+        names = secrets.SystemRandom().sample(sorted(self.keys), len(self.keys))
         circle = Circle(
-            self.terms, self.design.threshold, tuple(names), tuple(self.keys[n] for n in names), neighbours(len(names), self.design.degree))
+            self.terms,
+            self.design.threshold,
+            tuple(names),
+            tuple(self.keys[n] for n in names),
+            neighbours(len(names), self.design.degree),
+        )
         return _SharesStage(circle)
 
 
@@ -125,7 +149,10 @@ class _SharesStage:
 
     def questions(self) -> dict[str, bytes]:
         c = self.circle
-        return {name: messages.place(c.terms, Place(i, c.threshold, {j: c.keys[j] for j in c.neighbours[i]})) for i, name in enumerate(c.names)}
+        return {
+            name: messages.place(c.terms, Place(i, c.threshold, {j: c.keys[j] for j in c.neighbours[i]}))
+            for i, name in enumerate(c.names)
+        }
 
     def take(self, client: str, answer: bytes) -> None:
         index = self.circle.index[client]
@@ -140,14 +167,21 @@ class _SharesStage:
 
 
 class _MaskedStage:
-    def __init__(self, circle: Circle, checks: Mapping[int, bytes], sealed: Mapping[int, Mapping[int, bytes]]) -> None:
+    def __init__(
+        self, circle: Circle, checks: Mapping[int, bytes], sealed: Mapping[int, Mapping[int, bytes]]
+    ) -> None:
         self.circle, self.checks, self.sealed = circle, checks, sealed
         self.total = np.zeros(circle.terms.length, circle.terms.dtype)
         self.there: set[int] = set()
 
     def questions(self) -> dict[str, bytes]:
         c = self.circle
-        return {c.names[i]: messages.inbox(c.terms, {j: self.sealed[j][i] for j in c.neighbours[i] if j in self.sealed}) for i in self.sealed}
+        return {
+            c.names[i]: messages.inbox(
+                c.terms, {j: self.sealed[j][i] for j in c.neighbours[i] if j in self.sealed}
+            )
+            for i in self.sealed
+        }
 
     def take(self, client: str, answer: bytes) -> None:
         index = self.circle.index[client]
@@ -165,7 +199,10 @@ class _UnmaskStage:
         self.opened: dict[int, tuple[dict[int, bytes], dict[int, bytes]]] = {}
 
     def questions(self) -> dict[str, bytes]:
-        return {self.circle.names[i]: messages.survivors(self.circle.terms, *self._lists(i)) for i in self.masked.there}
+        return {
+            self.circle.names[i]: messages.survivors(self.circle.terms, *self._lists(i))
+            for i in self.masked.there
+        }
 
     def take(self, client: str, answer: bytes) -> None:
         index = self.circle.index[client]
@@ -185,7 +222,9 @@ class _UnmaskStage:
     def _lists(self, index: int) -> tuple[list[int], list[int]]:
         """The holders of a client's circle that shared: who sent a vector, who did not."""
         holders = sorted(i for i in (index, *self.circle.neighbours[index]) if i in self.masked.checks)
-        return [i for i in holders if i in self.masked.there], [i for i in holders if i not in self.masked.there]
+        return [i for i in holders if i in self.masked.there], [
+            i for i in holders if i not in self.masked.there
+        ]
 
 
 _Stage = _KeysStage | _SharesStage | _MaskedStage | _UnmaskStage
@@ -193,7 +232,9 @@ _Stage = _KeysStage | _SharesStage | _MaskedStage | _UnmaskStage
 
 def _enough(count: int, threshold: int, what: str) -> None:
     if count < threshold:
-        raise SecAggFailed(f"{count} clients {what}, {threshold} are needed: the round is void and nothing is released")
+        raise SecAggFailed(
+            f"{count} clients {what}, {threshold} are needed: the round is void and nothing is released"
+        )
 
 
 def _enough_everywhere(circle: Circle, whose: Iterable[int], there: Iterable[int], what: str) -> None:
@@ -203,4 +244,7 @@ def _enough_everywhere(circle: Circle, whose: Iterable[int], there: Iterable[int
     found = short(circle, whose, found_there)
     if found:
         name, count = found
-        raise SecAggFailed(f"around client {name!r} {count} of the holders of its shares {what}, {circle.threshold} are needed: the round is void and nothing is released")
+        raise SecAggFailed(
+            f"around client {name!r} {count} of the holders of its shares {what}, {circle.threshold} are "
+            "needed: the round is void and nothing is released"
+        )

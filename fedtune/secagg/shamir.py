@@ -1,10 +1,12 @@
 """Shamir's secret sharing of 32 bytes over a prime field.
 
-Shamir 1979, CACM 22(11), "How to share a secret". Fewer than t shares say nothing about the secret, whatever the computing power.
+Shamir 1979, CACM 22(11), "How to share a secret". Fewer than t shares say nothing about the secret,
+whatever the computing power.
 
-Why not `Crypto.Protocol.SecretSharing` of pycryptodome: it shares 16 bytes in GF(2^128), so a key needs two runs and the check that
-halves belong together; it takes share number 0, which is the secret itself; and its Python loop over bits makes the shares of a
-hundred clients a matter of seconds. Neither it nor this detects a wrong share by itself: `reveal` checks what comes out.
+Why not `Crypto.Protocol.SecretSharing` of pycryptodome: it shares 16 bytes in GF(2^128), so a key needs two
+runs and the check that halves belong together; it takes share number 0, which is the secret itself; and its
+Python loop over bits makes the shares of a hundred clients a matter of seconds. Neither it nor this detects a
+wrong share by itself: `reveal` checks what comes out.
 """
 
 import secrets
@@ -21,8 +23,8 @@ SECRET, SHARE = 32, 33
 def split(secret: bytes, threshold: int, points: Sequence[int]) -> dict[int, bytes]:
     """One share (33 bytes, little-endian) by point; any `threshold` of them give the secret back.
 
-    Raises ValueError for a secret that is not 32 bytes, for points that repeat or are not 1 to 2^32, and unless
-    1 <= threshold <= number of points.
+    Raises ValueError for a secret that is not 32 bytes, for points that repeat or are not 1 to 2^32, and
+    unless 1 <= threshold <= number of points.
     """
     if len(secret) != SECRET:
         raise ValueError(f"a secret of {len(secret)} bytes, must be {SECRET}")
@@ -34,13 +36,16 @@ def split(secret: bytes, threshold: int, points: Sequence[int]) -> dict[int, byt
     return {x: _at(polynomial, x).to_bytes(SHARE, "little") for x in points}
 
 
-def combine(shares: Iterable[tuple[int, bytes]], threshold: int, weights: Mapping[int, int] | None = None) -> bytes:
+def combine(
+    shares: Iterable[tuple[int, bytes]], threshold: int, weights: Mapping[int, int] | None = None
+) -> bytes:
     """The secret (32 bytes) from exactly `threshold` (point, share) pairs.
 
-    weights: `weights_at_zero` of the points, when the caller has them from another secret with the same points.
+    weights: `weights_at_zero` of the points, when the caller has them from another
+    secret with the same points.
 
-    Raises Refused("share") when there are fewer or more, a point repeats, a share is out of bounds, or what comes out
-    cannot be a secret. Wrong shares within the bounds give a wrong secret.
+    Raises Refused("share") when there are fewer or more, a point repeats, a share is out of bounds, or what
+    comes out cannot be a secret. Wrong shares within the bounds give a wrong secret.
     """
     pairs = list(shares)
     found = {x: value(share) for x, share in pairs}

@@ -1,8 +1,9 @@
 """Tensors to the one vector of a round, and from its sum to means.
 
-A vector is the numbers of all tensors in schema order, zeros where the client did not train, then one whole number for each unit of
-the schema: 1 if the client trained it, else 0. Their sums say by how many a tensor's sum is to be divided. So all clients count alike; and
-the coordinator learns how many trained each unit, not who.
+A vector is the numbers of all tensors in schema order, zeros where the client did not train, then one
+whole number for each unit of the schema: 1 if the client trained it, else 0. Their sums say by how
+many a tensor's sum is to be divided. So all clients count alike; and the coordinator learns how many
+trained each unit, not who.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,9 @@ from fedtune.wire import Pieces, Schema
 
 @dataclass(frozen=True)
 class Totals:
-    """sums: of the clients' tensors, float64, all of the schema. counts: by unit, of clients that trained it."""
+    """sums: of the clients' tensors, float64, all of the schema. counts: by unit,
+    of clients that trained it.
+    """
 
     sums: Arrays
     counts: dict[str, int]
@@ -33,8 +36,8 @@ def length(schema: Schema) -> int:
 def pack(arrays: Arrays, schema: Schema, units: Sequence[str], grid: Grid, uniform: Uniform) -> np.ndarray:
     """[length(schema)] unsigned integers.
 
-    arrays: the tensors of `units` and no others, numbers within the grid's clip (ValueError). Raises ShapeMismatch where they differ
-    from the schema.
+    arrays: the tensors of `units` and no others, numbers within the grid's clip (ValueError). Raises
+    ShapeMismatch where they differ from the schema.
     """
     return counted(quantise(flat(arrays, schema, units), grid, uniform), schema, units)
 
@@ -46,7 +49,9 @@ def flat(arrays: Arrays, schema: Schema, units: Sequence[str]) -> np.ndarray:
     unknown = set(units) - set(schema.units)
     if unknown:
         raise ShapeMismatch(f"unit {min(unknown)!r} is not in the schema")
-    return np.concatenate([arrays[t.name].ravel() if t.name in arrays else np.zeros(t.size) for t in schema.tensors])
+    return np.concatenate(
+        [arrays[t.name].ravel() if t.name in arrays else np.zeros(t.size) for t in schema.tensors]
+    )
 
 
 def counted(integers: np.ndarray, schema: Schema, units: Sequence[str]) -> np.ndarray:
@@ -55,7 +60,10 @@ def counted(integers: np.ndarray, schema: Schema, units: Sequence[str]) -> np.nd
 
 
 def unpack(total: np.ndarray, schema: Schema, grid: Grid, clients: int) -> Totals:
-    """The sums behind the sum of `clients` packed vectors. Raises Refused("range") when no such vectors have this sum."""
+    """The sums behind the sum of `clients` packed vectors.
+
+    Raises Refused("range") when no such vectors have this sum.
+    """
     if total.shape != (length(schema),):
         raise ShapeMismatch(f"a sum {list(total.shape)}, the schema has [{length(schema)}]")
     counts = {unit: int(count) for unit, count in zip(schema.units, total[schema.size :])}
@@ -65,7 +73,8 @@ def unpack(total: np.ndarray, schema: Schema, grid: Grid, clients: int) -> Total
 
 
 def means(totals: Totals, schema: Schema, reference: Arrays) -> Arrays:
-    """Each tensor's mean over those who trained it, in the dtype of `reference`, whose tensor stays where no one did.
+    """Each tensor's mean over those who trained it, in the dtype of `reference`,
+    whose tensor stays where no one did.
 
     Source: per tensor as in arXiv:2408.15600, section 3, with equal weights.
     """

@@ -21,7 +21,9 @@ Ask = Callable[..., Iterator[Reply]]
 
 
 def round_robin(grid: Grid, clients: Sequence[str]) -> list[int]:
-    """Simulated nodes are interchangeable, so clients go round them; the message names the client it is for."""
+    """Simulated nodes are interchangeable, so clients go round them;
+    the message names the client it is for.
+    """
     nodes = sorted(grid.get_node_ids())
     if clients and not nodes:
         raise EnvironmentProblem("no node is connected, so nobody can be asked to train")
@@ -64,18 +66,34 @@ class Exchange:
                 self.idle()
                 time.sleep(min(self.poll, max(0.0, end - time.monotonic())))
         self._forget()
-        self._late |= {number: (client, time.monotonic() + LATE_SECONDS) for number, client in waiting.items()}
+        self._late |= {
+            number: (client, time.monotonic() + LATE_SECONDS) for number, client in waiting.items()
+        }
 
     def _send(self, pairs: Pairs, kind: str, round: int) -> dict[str, str]:
-        """Client by message id. Who is not there, and a message that Flower would not store, is answered by nobody and not waited for.
+        """Client by message id.
 
-        Flower names what it stores by its hash; the salt keeps a device from announcing something else by the name of another's message.
+        Who is not there, and a message that Flower would not store, is answered by nobody and not waited for.
+
+        Flower names what it stores by its hash; the salt keeps a device from announcing something else by the
+        name of another's message.
         """
         nodes = self.route(self.grid, [client for client, _ in pairs])
         here = [(client, packet, node) for (client, packet), node in zip(pairs, nodes) if node is not None]
         messages = [
-            Message(RecordDict({RECORD: ConfigRecord({"packet": packet, "client": client, "salt": secrets.token_hex(16), **self.facts})}), node, kind,
-                    ttl=self.deadline + LATE_SECONDS, group_id=str(round))
+            Message(
+                RecordDict(
+                    {
+                        RECORD: ConfigRecord(
+                            {"packet": packet, "client": client, "salt": secrets.token_hex(16), **self.facts}
+                        )
+                    }
+                ),
+                node,
+                kind,
+                ttl=self.deadline + LATE_SECONDS,
+                group_id=str(round),
+            )
             for client, packet, node in here
         ]
         numbers = self.grid.push_messages(messages) if messages else []
@@ -87,7 +105,10 @@ class Exchange:
 
 
 def to_reply(message: Message, client: str, late: bool = False) -> Reply:
-    """A Flower reply as ours: its payload, or why there is none. The client is the one the question went to."""
+    """A Flower reply as ours: its payload, or why there is none.
+
+    The client is the one the question went to.
+    """
     if message.has_error():
         return Reply(client, None, short(message.error.reason) or f"error code {message.error.code}", late)
     record = message.content.get(RECORD)
@@ -104,11 +125,14 @@ def short(text: str | None) -> str:
 
 
 def run_rounds(
-    coordinator: Coordinator, exchange: Ask, gather: Callable[[Coordinator], None] = lambda coordinator: None,
+    coordinator: Coordinator,
+    exchange: Ask,
+    gather: Callable[[Coordinator], None] = lambda coordinator: None,
     through: Callable[[Coordinator, Pairs], object] | None = None,
 ) -> None:
-    """Runs what is left of the run. `gather` is called before each round and may change whom the coordinator can draw; `through` takes it
-    from the planned pairs to its end where one exchange is not enough."""
+    """Runs what is left of the run. `gather` is called before each round and may change whom the coordinator
+    can draw; `through` takes it from the planned pairs to its end where one exchange is not enough.
+    """
     gather(coordinator)
     coordinator.begin()
     while not coordinator.done:
@@ -131,4 +155,3 @@ def make_server_app(run: Callable[[Ask], None], deadline: float) -> ServerApp:
         run(Exchange(grid, deadline))
 
     return app
-

@@ -1,4 +1,6 @@
-"""Who is here: devices are offered the job when they come, and may be drawn once they have said that they are ready."""
+"""Who is here: devices are offered the job when they come, and may be drawn once they have
+said that they are ready.
+"""
 
 import secrets
 import time
@@ -41,11 +43,19 @@ class Guest:
 class Lobby:
     """The devices of one job.
 
-    `names` gives the devices that are let in, by node id; None lets all in, under the name that they give themselves.
+    `names` gives the devices that are let in, by node id; None lets all in,
+    under the name that they give themselves.
     """
 
-    def __init__(self, link: SuperLink, grid: Grid, bundle: Bundle, names: Callable[[], Mapping[int, str]] | None, changed: Callable[[Guest], None],
-                 sent: Callable[[int], None] = lambda size: None) -> None:
+    def __init__(
+        self,
+        link: SuperLink,
+        grid: Grid,
+        bundle: Bundle,
+        names: Callable[[], Mapping[int, str]] | None,
+        changed: Callable[[Guest], None],
+        sent: Callable[[int], None] = lambda size: None,
+    ) -> None:
         self._link, self._grid, self._bundle, self._names, self._changed = link, grid, bundle, names, changed
         self._sent = sent
         self.guests: dict[int, Guest] = {}
@@ -65,11 +75,15 @@ class Lobby:
 
     def ready(self) -> tuple[ClientInfo, ...]:
         """The devices that can be drawn now, by name."""
-        found = [ClientInfo(g.name, g.examples) for g in self.guests.values() if g.online and g.state == "ready"]
+        found = [
+            ClientInfo(g.name, g.examples) for g in self.guests.values() if g.online and g.state == "ready"
+        ]
         return tuple(sorted(found, key=lambda info: info.name))
 
     def nodes(self, names: list[str]) -> list[int | None]:
-        """The node of each device; None for one that is not ready any more, as devices come and go while a probe is answered."""
+        """The node of each device; None for one that is not ready any more,
+        as devices come and go while a probe is answered.
+        """
         known = self._by_name()
         return [known[name].node if name in known else None for name in names]
 
@@ -79,7 +93,11 @@ class Lobby:
         return class_of(self._bundle.job, "" if guest is None else guest.kind)
 
     def _by_name(self) -> dict[str, Guest]:
-        """Those that are ready. A device without a key comes back as another node under its old name: then the one that is online counts."""
+        """Those that are ready.
+
+        A device without a key comes back as another node under its old name:
+        then the one that is online counts.
+        """
         return {g.name: g for g in sorted(self.guests.values(), key=lambda g: g.online) if g.state == "ready"}
 
     def _greet(self, node: int, joined: str, name: str) -> None:
@@ -88,15 +106,26 @@ class Lobby:
             guest = self.guests[node] = Guest(node, name if guest is None else guest.name, joined)
             self._offer(guest, {})
             self._changed(guest)
-        elif guest.state != "ready" and time.monotonic() - guest.asked_at > (OFFER_SECONDS if guest.question else ASK_AGAIN_SECONDS):
+        elif guest.state != "ready" and time.monotonic() - guest.asked_at > (
+            OFFER_SECONDS if guest.question else ASK_AGAIN_SECONDS
+        ):
             self._offer(guest, {})
 
     def _offer(self, guest: Guest, files: Mapping[str, bytes]) -> None:
-        """Flower stores equal offers once, under their hash; the salt is another when a device has spoilt that name."""
-        content = RecordDict({RECORD: ConfigRecord({**Offer(self._bundle.digest, files).dump(), "salt": self._salt})})
-        sent = list(self._grid.push_messages([Message(content, guest.node, "query", ttl=OFFER_SECONDS, group_id="offer")]))
+        """Flower stores equal offers once, under their hash; the salt is another when a
+        device has spoilt that name.
+        """
+        content = RecordDict(
+            {RECORD: ConfigRecord({**Offer(self._bundle.digest, files).dump(), "salt": self._salt})}
+        )
+        sent = list(
+            self._grid.push_messages(
+                [Message(content, guest.node, "query", ttl=OFFER_SECONDS, group_id="offer")]
+            )
+        )
         guest.shipped = bool(files)
-        self._sent(64 + sum(map(len, files.values())) - (self._bundle.frame_bytes if files else 0))  # the frame counts in its first round
+        # the frame counts in its first round
+        self._sent(64 + sum(map(len, files.values())) - (self._bundle.frame_bytes if files else 0))
         guest.question, guest.asked_at = (sent[0] or "") if sent else "", time.monotonic()
         if not guest.question:
             self._salt = secrets.token_hex(16)
@@ -106,7 +135,8 @@ class Lobby:
         for message in self._grid.pull_messages(list(asked)) if asked else ():
             guest = asked[message.metadata.reply_to_message_id]
             guest.question = ""
-            if message.has_error() and message.error.code == ErrorCode.NODE_UNAVAILABLE:  # it left before it answered
+            # it left before it answered
+            if message.has_error() and message.error.code == ErrorCode.NODE_UNAVAILABLE:
                 guest.reason = short(message.error.reason)
                 continue
             answer = _answer(message)
@@ -119,7 +149,13 @@ class Lobby:
                 class_of(self._bundle.job, answer.kind)
             except Refused as e:
                 answer = Answer("refused", str(e), answer.name)
-            guest.state, guest.reason, guest.examples, guest.held_out, guest.kind = answer.state, answer.reason, answer.examples, answer.held_out, answer.kind
+            guest.state, guest.reason, guest.examples, guest.held_out, guest.kind = (
+                answer.state,
+                answer.reason,
+                answer.examples,
+                answer.held_out,
+                answer.kind,
+            )
             if self._names is None and answer.name:
                 guest.name = self._unique(answer.name, guest)
             self._changed(guest)

@@ -1,4 +1,6 @@
-"""Rounds under secure aggregation over the transport: the four questions of the protocol, of which the model packet is the first."""
+"""Rounds under secure aggregation over the transport: the four questions of the protocol, of which the
+model packet is the first.
+"""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -34,10 +36,17 @@ class SecureRounds:
         round, need = coordinator.state.round + 1, self.secure.design.threshold
         if len(pairs) < need:
             raise SecAggFailed(f"{len(pairs)} devices could be asked, {need} are needed")
-        server = ServerRound(self.secure.terms(self.session, round), [client for client, _ in pairs], self.secure.design)
+        server = ServerRound(
+            self.secure.terms(self.session, round), [client for client, _ in pairs], self.secure.design
+        )
 
         def ask(stage: str, questions: Mapping[str, bytes]) -> Iterator[tuple[str, bytes | None]]:
-            return self._stage(coordinator, stage, pairs if stage == "keys" else self._reachable(coordinator, questions), refused)
+            return self._stage(
+                coordinator,
+                stage,
+                pairs if stage == "keys" else self._reachable(coordinator, questions),
+                refused,
+            )
 
         try:
             found = run_round(server, ask)
@@ -48,14 +57,19 @@ class SecureRounds:
         return found
 
     def _reachable(self, coordinator: Coordinator, questions: Mapping[str, bytes]) -> Pairs:
-        """The questions to those that are still there, counted as sent. The model packets are counted when they are planned."""
+        """The questions to those that are still there, counted as sent.
+
+        The model packets are counted when they are planned.
+        """
         here = self.here()
         pairs = [(client, question) for client, question in questions.items() if client in here]
         for client, question in pairs:
             coordinator.traffic.sent(client, len(question))
         return pairs
 
-    def _stage(self, coordinator: Coordinator, stage: str, pairs: Pairs, refused: dict[str, str]) -> Iterator[tuple[str, bytes | None]]:
+    def _stage(
+        self, coordinator: Coordinator, stage: str, pairs: Pairs, refused: dict[str, str]
+    ) -> Iterator[tuple[str, bytes | None]]:
         traffic, ask = coordinator.traffic, self.train if stage == "keys" else self.later
         for reply in ask(pairs, round=coordinator.state.round + 1):
             if stage == "keys":

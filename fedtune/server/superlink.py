@@ -1,8 +1,10 @@
-"""Flower's SuperLink inside this process, with only its Fleet API open to the network. All that leans on Flower's internals here.
+"""Flower's SuperLink inside this process, with only its Fleet API open to the network.
 
-Flower 1.41 serves three APIs on one port: Fleet (devices), Control (start and stop runs, register devices; open to anyone
-in the free version) and Runtime (run apps). Behind a door that lets only Fleet through, the other two cannot be reached from
-outside; what a coordinator needs of them is called in this process.
+All that leans on Flower's internals here.
+
+Flower 1.41 serves three APIs on one port: Fleet (devices), Control (start and stop runs, register devices;
+open to anyone in the free version) and Runtime (run apps). Behind a door that lets only Fleet through, the
+other two cannot be reached from outside; what a coordinator needs of them is called in this process.
 """
 
 import base64
@@ -52,7 +54,10 @@ from fedtune.waits import LATE_SECONDS, SUPERLINK_POLL, SUPERLINK_START, SUPERLI
 
 log = logging.getLogger(__name__)
 DOOR = "/v1/fleet/"
-UNKNOWN = 412, b'{"code": %d, "detail": "Failed to activate SuperNode."}' % ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED
+UNKNOWN = (
+    412,
+    b'{"code": %d, "detail": "Failed to activate SuperNode."}' % ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED,
+)
 """As Flower tells a SuperNode whose key it does not know; at a 401 it would end without a word."""
 MAX_OBJECTS = 8  # that a reply consists of; ours are three: message, records, and the record with the packet
 
@@ -67,7 +72,11 @@ class Tls:
 
 @dataclass
 class SuperLink:
-    """A running SuperLink. `body_limit` is the largest request a device may send, in bytes; `keys` are those let in, None: anybody is."""
+    """A running SuperLink.
+
+    `body_limit` is the largest request a device may send, in bytes;
+    `keys` are those let in, None: anybody is.
+    """
 
     state: LinkState
     body_limit: int
@@ -78,7 +87,11 @@ class SuperLink:
         if self.keys is not None:
             self.keys.add(public_key)
         known = self.state.get_node_id_by_public_key(public_key)
-        return known if known is not None else self.state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, public_key, 0, name=name)
+        return (
+            known
+            if known is not None
+            else self.state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, public_key, 0, name=name)
+        )
 
     def unregister(self, node: int) -> None:
         if self.keys is not None:
@@ -92,19 +105,35 @@ class SuperLink:
 
     def online(self) -> dict[int, str]:
         """Devices whose heartbeat is fresh: node id -> when it last joined."""
-        return {node.node_id: node.last_activated_at for node in self.state.get_node_info(statuses=["online"])}
+        return {
+            node.node_id: node.last_activated_at for node in self.state.get_node_info(statuses=["online"])
+        }
 
     @contextmanager
     def run(self) -> Iterator["LinkGrid"]:
-        """Opens a Flower run and its grid; ends it, with all its messages, on the way out. Runs a crash left open are ended first."""
+        """Opens a Flower run and its grid; ends it, with all its messages, on the way out.
+
+        Runs a crash left open are ended first.
+        """
         self._end_all()
         fab = _empty_app()
         self.state.store_fab(fab)
-        number = self.state.create_run("fedtune/coordinator", "1.0.0", fab.hash_str, {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP)
+        number = self.state.create_run(
+            "fedtune/coordinator",
+            "1.0.0",
+            fab.hash_str,
+            {},
+            NOOP_FEDERATION_ID,
+            None,
+            NOOP_FLWR_AID,
+            TaskType.SERVER_APP,
+        )
         run = self.state.get_run_info(run_ids=[number])[0]
         task = int(run.primary_task_id or 0)
         if not number or not self.state.claim_task(task) or not self.state.activate_task(task):
-            raise EnvironmentProblem("Flower would not open a run; its state file may be damaged, move it away and start again")
+            raise EnvironmentProblem(
+                "Flower would not open a run; its state file may be damaged, move it away and start again"
+            )
         heartbeat = HeartbeatSender(lambda: self.state.acknowledge_task_heartbeat(task))
         heartbeat.start()
         TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = number, task, SUPERLINK_NODE_ID
@@ -143,7 +172,9 @@ class LinkGrid(HttpGrid):
         self.set_run(run)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """As Flower's; "" for messages that were not sent, because a device has announced other parts by the names of theirs."""
+        """As Flower's; "" for messages that were not sent, because a device has announced other
+        parts by the names of theirs.
+        """
         messages = list(messages)
         try:
             return super().push_messages(messages)
@@ -152,20 +183,26 @@ class LinkGrid(HttpGrid):
             return [""] * len(messages)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """The replies that are whole by now. One that is none, or did not arrive in LATE_SECONDS, becomes an error."""
+        """The replies that are whole by now.
+
+        One that is none, or did not arrive in LATE_SECONDS, becomes an error.
+        """
         asked = set(message_ids)
         if new := asked - self._arriving.keys():
             found = self._client.PullMessages(PullAppMessagesRequest(message_ids=new))  # type: ignore[union-attr]
             for reply, tree in zip(found.messages_list, found.message_object_trees, strict=True):
                 parts = tuple(part.object_id for part in iterate_object_tree(tree))
-                self._arriving[reply.metadata.reply_to_message_id] = _Arriving(reply.metadata.message_id, parts, time.monotonic())
+                self._arriving[reply.metadata.reply_to_message_id] = _Arriving(
+                    reply.metadata.message_id, parts, time.monotonic()
+                )
         arrived: list[Message] = []
         for question in list(self._arriving):
             late = time.monotonic() - self._arriving[question].since > LATE_SECONDS
             message = self._arrived(question, late) if question in asked else None
             if message is not None or late:
                 reply = self._arriving.pop(question)
-                self._client.ConfirmMessageReceived(ConfirmMessageReceivedRequest(message_object_id=reply.number))  # type: ignore[union-attr]
+                confirmed = ConfirmMessageReceivedRequest(message_object_id=reply.number)
+                self._client.ConfirmMessageReceived(confirmed)  # type: ignore[union-attr]
             if message is not None:
                 arrived.append(message)
         return arrived
@@ -182,11 +219,14 @@ class LinkGrid(HttpGrid):
             contents[part] = content
         try:
             message = inflate_object_from_contents(reply.number, contents)
-            if not isinstance(message, Message) or not (message.has_error() or isinstance(message.content, RecordDict)):
+            if not isinstance(message, Message) or not (
+                message.has_error() or isinstance(message.content, RecordDict)
+            ):
                 raise ValueError(f"is a {type(message).__name__}")
         except Exception as e:  # whatever Flower's readers make of bytes from outside
             return _no_reply(question, f"its reply is not a message ({type(e).__name__})")
-        message.metadata.__dict__.update(_message_id=reply.number, _reply_to_message_id=question)  # not what it says itself
+        # not what it says itself
+        message.metadata.__dict__.update(_message_id=reply.number, _reply_to_message_id=question)
         return message
 
 
@@ -234,19 +274,35 @@ def superlink(host: str, port: int, state: Path, tls: Tls | None, body_limit: in
     app = create_app(_config(host, port, state, tls), _NothingElse)  # type: ignore[arg-type]
     link = SuperLink(app.state.linkstate_factory.state(), body_limit, None if tls is None else set())
     app.dependency_overrides[get_linkstate] = lambda: _ForDevices(link.state)
-    files: dict[str, Any] = {} if tls is None else {"ssl_certfile": str(tls.certificate), "ssl_keyfile": str(tls.key)}
-    config = uvicorn.Config(_Door(app, link), host=host, port=port, log_config=None, access_log=False, lifespan="on",
-                            timeout_graceful_shutdown=int(SUPERLINK_STOP), **files)
+    files: dict[str, Any] = (
+        {} if tls is None else {"ssl_certfile": str(tls.certificate), "ssl_keyfile": str(tls.key)}
+    )
+    config = uvicorn.Config(
+        _Door(app, link),
+        host=host,
+        port=port,
+        log_config=None,
+        access_log=False,
+        lifespan="on",
+        timeout_graceful_shutdown=int(SUPERLINK_STOP),
+        **files,
+    )
     try:
         config.load()
     except (OSError, ValueError) as e:
-        raise UserError(f"{tls.certificate if tls else host}: cannot be used for TLS ({e}); make it again with `fedtune provision`") from None
+        raise UserError(
+            f"{tls.certificate if tls else host}: cannot be used for TLS ({e}); "
+            "make it again with `fedtune provision`"
+        ) from None
     with _serving(uvicorn.Server(config), host, port):
         try:
             yield link
         except SQLAlchemyError as e:
             reason = " ".join(str(getattr(e, "orig", None) or e).split())[:200]
-            raise EnvironmentProblem(f"{state}: Flower's state cannot be kept ({reason}); free space, check permissions; the same command continues") from None
+            raise EnvironmentProblem(
+                f"{state}: Flower's state cannot be kept ({reason}); free space, check permissions; "
+                "the same command continues"
+            ) from None
 
 
 @contextmanager
@@ -262,7 +318,10 @@ def _serving(server: uvicorn.Server, host: str, port: int) -> Iterator[None]:
             break
         time.sleep(SUPERLINK_POLL)
     if not server.started:
-        raise EnvironmentProblem(f"cannot listen on {host}:{port}; is another service there, or is the address not this machine's? give another --address")
+        raise EnvironmentProblem(
+            f"cannot listen on {host}:{port}; is another service there, or is the address not this "
+            "machine's? give another --address"
+        )
     try:
         yield
     finally:
@@ -273,9 +332,9 @@ def _serving(server: uvicorn.Server, host: str, port: int) -> Iterator[None]:
 class _ForDevices:
     """The state as requests of devices see it.
 
-    What they may store are replies of few parts; Flower would also take questions that say they come from the coordinator.
-    A device that comes again before its last heartbeat has run out (it was killed and started) is let in at once; Flower
-    would turn it away until then.
+    What they may store are replies of few parts; Flower would also take questions that say they come from the
+    coordinator. A device that comes again before its last heartbeat has run out (it was killed and started)
+    is let in at once; Flower would turn it away until then.
     """
 
     def __init__(self, state: LinkState) -> None:
@@ -288,14 +347,20 @@ class _ForDevices:
         self._state.deactivate_node(node_id)
         return self._state.activate_node(node_id, heartbeat_interval)
 
-    def store_message_and_object_tree(self, message: Message, tree: ObjectTree, session: str) -> tuple[bool, list[str]]:
-        if not message.metadata.reply_to_message_id or sum(1 for _ in iterate_object_tree(tree)) > MAX_OBJECTS:
+    def store_message_and_object_tree(
+        self, message: Message, tree: ObjectTree, session: str
+    ) -> tuple[bool, list[str]]:
+        if (
+            not message.metadata.reply_to_message_id
+            or sum(1 for _ in iterate_object_tree(tree)) > MAX_OBJECTS
+        ):
             return False, []
         return self._state.store_message_and_object_tree(message, tree, session)
 
 
 class _Door:
-    """ASGI: lets requests of the Fleet API through that name a key which is let in, up to the body limit; all else is answered here.
+    """ASGI: lets requests of the Fleet API through that name a key which is let in, up to the body limit;
+    all else is answered here.
 
     Flower reads a request whole before it looks at the key. Whether the key's owner signed it, Flower checks.
     """
@@ -311,14 +376,18 @@ class _Door:
         elif not scope["path"].startswith(DOOR):
             await _answer(send, 404, b"not found")
         elif self._link.keys is not None and _key(scope) not in self._link.keys:
-            await _answer(send, *(UNKNOWN if scope["path"] == DOOR + "activate-node" else (401, b"unknown key")))
+            await _answer(
+                send, *(UNKNOWN if scope["path"] == DOOR + "activate-node" else (401, b"unknown key"))
+            )
         elif _length(scope) > self._link.body_limit:
             await _answer(send, 413, b"too large")
         else:
             await self._app(scope, *self._limited(receive, send))
 
     def _limited(self, receive: Any, send: Any) -> tuple[Any, Any]:
-        """Both, for senders that give no or a wrong length: past the limit the request ends as if they had hung up, and they are hung up on."""
+        """Both, for senders that give no or a wrong length: past the limit the request ends as if they had
+        hung up, and they are hung up on.
+        """
         left = self._link.body_limit
 
         async def counted() -> dict[str, Any]:
@@ -343,13 +412,21 @@ def _length(scope: dict[str, Any]) -> int:
 def _key(scope: dict[str, Any]) -> bytes:
     """The public key (PEM) that a request names; empty for none."""
     try:
-        return base64.b64decode(dict(scope["headers"]).get(FLEET_HTTP_PUBLIC_KEY_HEADER.lower().encode(), b""), validate=True)
+        return base64.b64decode(
+            dict(scope["headers"]).get(FLEET_HTTP_PUBLIC_KEY_HEADER.lower().encode(), b""), validate=True
+        )
     except ValueError:
         return b""
 
 
 async def _answer(send: Any, status: int, text: bytes) -> None:
-    await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain"), (b"connection", b"close")]})
+    await send(
+        {
+            "type": "http.response.start",
+            "status": status,
+            "headers": [(b"content-type", b"text/plain"), (b"connection", b"close")],
+        }
+    )
     await send({"type": "http.response.body", "body": text})
 
 
@@ -368,21 +445,44 @@ class _NothingElse:
 
 def _config(host: str, port: int, state: Path, tls: Tls | None) -> SuperLinkLifespanConfig:
     return SuperLinkLifespanConfig(
-        control_address="", health_server_address=None, host=host, port=port, insecure=tls is None, certificates=None,
-        superexec_auth_secret=None, authn_plugin=NoOpControlAuthnPlugin(), event_log_plugin=None, fleet_event_log_plugin=None,
-        enable_event_log=False, artifact_provider=None, enable_supernode_auth=tls is not None, fleet_api_type="grpc-rere",
-        fleet_api_address=None, simulation=False, ssl_ca_certfile=None, ssl_certfile=None, ssl_keyfile=None,
-        database=str(state), isolation="process", runtime_dependency_install=False,
+        control_address="",
+        health_server_address=None,
+        host=host,
+        port=port,
+        insecure=tls is None,
+        certificates=None,
+        superexec_auth_secret=None,
+        authn_plugin=NoOpControlAuthnPlugin(),
+        event_log_plugin=None,
+        fleet_event_log_plugin=None,
+        enable_event_log=False,
+        artifact_provider=None,
+        enable_supernode_auth=tls is not None,
+        fleet_api_type="grpc-rere",
+        fleet_api_address=None,
+        simulation=False,
+        ssl_ca_certfile=None,
+        ssl_certfile=None,
+        ssl_keyfile=None,
+        database=str(state),
+        isolation="process",
+        runtime_dependency_install=False,
     )
 
 
 def _empty_app() -> Fab:
-    """Flower wants an app bundle with each run. Ours names nothing that could be run: devices run what they have installed."""
-    text = ('[project]\nname = "coordinator"\nversion = "1.0.0"\n[tool.flwr.app]\npublisher = "fedtune"\n'
-            '[tool.flwr.app.components]\nserverapp = "none:app"\nclientapp = "none:app"\n[tool.flwr.app.config]\n')
+    """Flower wants an app bundle with each run.
+
+    Ours names nothing that could be run: devices run what they have installed.
+    """
+    text = (
+        '[project]\nname = "coordinator"\nversion = "1.0.0"\n[tool.flwr.app]\npublisher = "fedtune"\n'
+        '[tool.flwr.app.components]\nserverapp = "none:app"\nclientapp = "none:app"\n[tool.flwr.app.config]\n'
+    )
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as z:
-        z.writestr(zipfile.ZipInfo("pyproject.toml"), text)  # ZipInfo: a fixed date, so that the hash is always the same
+        # ZipInfo: a fixed date, so that the hash is always the same
+        z.writestr(zipfile.ZipInfo("pyproject.toml"), text)
     return Fab(hashlib.sha256(packed.getvalue()).hexdigest(), packed.getvalue(), {})
 
 

@@ -1,4 +1,7 @@
-"""Two ways to run a ServerApp and a ClientApp in a simulation. What leans on Flower's internals stands here, with a guard."""
+"""Two ways to run a ServerApp and a ClientApp in a simulation.
+
+What leans on Flower's internals stands here, with a guard.
+"""
 
 import logging
 import os
@@ -25,7 +28,8 @@ RUN_ID = 1
 
 
 class SerialGrid(Grid):
-    """A Flower Grid in this process: a pushed message waits until it is pulled, then its client runs, one at a time.
+    """A Flower Grid in this process: a pushed message waits until it is pulled,
+    then its client runs, one at a time.
 
     So a strategy that pulls sees replies as a stream, and only one update is in memory.
     """
@@ -43,7 +47,14 @@ class SerialGrid(Grid):
     def run(self) -> Run:
         return self._run
 
-    def create_message(self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None) -> Message:
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
@@ -69,15 +80,24 @@ class SerialGrid(Grid):
             self._waiting.append(message)
         return []
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
         ids = list(self.push_messages(messages))
         return [reply for _ in ids for reply in self.pull_messages(ids)]
 
     def _answer(self, message: Message) -> Message:
-        context = Context(run_id=RUN_ID, node_id=message.metadata.dst_node_id, node_config={}, state=RecordDict(), run_config={})
+        context = Context(
+            run_id=RUN_ID,
+            node_id=message.metadata.dst_node_id,
+            node_config={},
+            state=RecordDict(),
+            run_config={},
+        )
         try:
             return self._app(message, context)
-        except Exception as e:  # as in every Flower engine, a client that fails costs its reply and not the run
+        # as in every Flower engine, a client that fails costs its reply and not the run
+        except Exception as e:
             return Message(Error(code=0, reason=f"{type(e).__name__}: {e}"), reply_to=message)
 
 
@@ -85,7 +105,10 @@ def run_serial(server: ServerApp, client: ClientApp) -> None:
     """One after another in this process: the slow obvious twin of the other engines."""
     check_version()
     TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = RUN_ID, RUN_ID, RUN_ID
-    server(SerialGrid(client, 1), Context(run_id=RUN_ID, node_id=0, node_config={}, state=RecordDict(), run_config={}))
+    server(
+        SerialGrid(client, 1),
+        Context(run_id=RUN_ID, node_id=0, node_config={}, state=RecordDict(), run_config={}),
+    )
 
 
 def run_ray(server: ServerApp, client: ClientApp, workers: int) -> None:
@@ -95,12 +118,20 @@ def run_ray(server: ServerApp, client: ClientApp, workers: int) -> None:
         import ray  # noqa: F401
         from flwr.simulation import run_simulation
     except ModuleNotFoundError:
-        raise EnvironmentProblem('simulation.engine = "ray" needs the package ray; install "flwr[simulation]==1.41.0" or use engine = "serial"') from None
+        raise EnvironmentProblem(
+            'simulation.engine = "ray" needs the package ray; '
+            'install "flwr[simulation]==1.41.0" or use engine = "serial"'
+        ) from None
     workers = workers or os.cpu_count() or 1
     with _interruptible() as stopped, _errors_only("flwr"):
         run_simulation(
-            _stopping(server, stopped), client, num_supernodes=workers,
-            backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}, "init_args": {"num_cpus": workers, "logging_level": "ERROR", "log_to_driver": False}},
+            _stopping(server, stopped),
+            client,
+            num_supernodes=workers,
+            backend_config={
+                "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+                "init_args": {"num_cpus": workers, "logging_level": "ERROR", "log_to_driver": False},
+            },
         )
 
 
@@ -123,8 +154,10 @@ def _interruptible() -> Iterator[threading.Event]:
 
 
 def _stopping(server: ServerApp, stopped: threading.Event) -> ServerApp:
-    """The same app, ended by `stopped`. Flower runs it in a thread that outlives the interrupted simulation: there it would
-    take the dying workers' errors for replies and record a void round, then wait for the deadline."""
+    """The same app, ended by `stopped`. Flower runs it in a thread that outlives the interrupted
+    simulation: there it would take the dying workers' errors for replies and record a void round,
+    then wait for the deadline.
+    """
     app = ServerApp()
 
     @app.main()
@@ -154,7 +187,9 @@ def _require_no_failure(message: Message) -> None:
 
 @contextmanager
 def _errors_only(logger: str) -> Iterator[None]:
-    """Hides a library's notices and warnings, such as Flower's that run_simulation will be replaced by its own command."""
+    """Hides a library's notices and warnings, such as Flower's that run_simulation will be
+    replaced by its own command.
+    """
     found = logging.getLogger(logger)
     level = found.level
     found.setLevel(logging.ERROR)

@@ -1,7 +1,7 @@
 """What a stateful method is given and gives back. Values are Arrays of float32; nothing given is changed.
 
-A method is two pure functions: asks(client, …) -> the trainings it wants, and answer(client, what they gave, …) -> Answer. So an engine may train one
-client after another, or many together.
+A method is two pure functions: asks(client, …) -> the trainings it wants, and answer(client, what they gave,
+…) -> Answer. So an engine may train one client after another, or many together.
 """
 
 from dataclasses import dataclass, field
@@ -15,8 +15,9 @@ from fedtune.types import Arrays, Metrics
 class Pull:
     """What is added to the gradient g of each local step at w: strength (w - towards) + offset.
 
-    `towards`: None is where the training begins. `ascent`: g is taken at w + ascent g'/|g'|, with g' the gradient at w; 0: at w.
-    `moving`: 1 for the entries that the steps move, 0 for those that stay where the training begins, whatever the optimizer; None: all move.
+    `towards`: None is where the training begins. `ascent`: g is taken at w + ascent g'/|g'|, with g' the
+    gradient at w; 0: at w. `moving`: 1 for the entries that the steps move, 0 for those that stay where the
+    training begins, whatever the optimizer; None: all move.
     """
 
     strength: float = 0.0
@@ -28,7 +29,9 @@ class Pull:
 
 @dataclass(frozen=True)
 class Ask:
-    """A training that a method asks for: from `start`, for a round, on the client's own data. `purpose` names the draw of its batches.
+    """A training that a method asks for: from `start`, for a round, on the client's own data.
+
+    `purpose` names the draw of its batches.
 
     `start`: what is not in it is as the training before it left it, which then has to be over.
     """
@@ -49,7 +52,8 @@ class Client:
     Attributes:
         model: the trained tensors at the round's start, with what else travelled beside them.
         kept: what it kept of the last round it took part in; None in its first.
-        steps: optimizer steps that a training makes. rates: learning rate of each trained tensor in this round.
+        steps: optimizer steps that a training makes. rates: learning rate of each
+            trained tensor in this round.
         labels: of its examples, int64 [n].
     """
 

@@ -1,9 +1,11 @@
-"""Ditto (Li et al. 2021, arXiv:2012.04221, Algorithm 1): beside the global model w, each client k trains a model v of its own that is pulled towards w.
+"""Ditto (Li et al. 2021, arXiv:2012.04221, Algorithm 1): beside the global model w, each client k trains a
+model v of its own that is pulled towards w.
 
-    w by federated averaging, as without                            v <- v - lr (grad F_k(v) + lambda (v - w^t))
+    w by federated averaging, as without          v <- v - lr (grad F_k(v) + lambda (v - w^t))
 
-v takes as many steps as w and with the same optimizer, on batches of its own draw. It never leaves the client, so nothing more is sent, and the
-global model is that of a run without. The paper leaves the start of v open: here it is the model of the first round that the client takes part in.
+v takes as many steps as w and with the same optimizer, on batches of its own draw. It never leaves the
+client, so nothing more is sent, and the global model is that of a run without. The paper leaves the start of
+v open: here it is the model of the first round that the client takes part in.
 """
 
 from collections.abc import Sequence
@@ -14,7 +16,9 @@ from fedtune.types import Arrays
 
 def asks(client: Client, strength: float, proximal: float = 0.0) -> tuple[Ask, ...]:
     """Trainings of w and v. strength: lambda. proximal: mu of FedProx, for w alone."""
-    return Ask(client.model, Pull(proximal)), Ask(client.kept or client.model, Pull(strength, client.model), "personal")
+    return Ask(client.model, Pull(proximal)), Ask(
+        client.kept or client.model, Pull(strength, client.model), "personal"
+    )
 
 
 def answer(trained: Sequence[Trained]) -> Answer:

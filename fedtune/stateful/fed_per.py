@@ -1,4 +1,5 @@
-"""FedPer (Arivazhagan et al. 2019, arXiv:1912.00818, Algorithms 1 and 2): the head is trained with the rest and stays on the client; the rest is averaged.
+"""FedPer (Arivazhagan et al. 2019, arXiv:1912.00818, Algorithms 1 and 2): the head is trained with the rest
+and stays on the client; the rest is averaged.
 
     client k: (w, h_k) <- steps from (w^t, h_k), sends w            server: w^{t+1} = sum p_k w_k
 
@@ -33,7 +34,11 @@ def asks(client: Client, proximal: float = 0.0) -> tuple[Ask, ...]:
 def answer(trained: Sequence[Trained], schema: Schema) -> Answer:
     """schema: of all trained tensors."""
     ((values, metrics),) = trained
-    return Answer({t.name: values[t.name] for t in shared(schema).tensors}, metrics, {t.name: values[t.name] for t in own(schema).tensors})
+    return Answer(
+        {t.name: values[t.name] for t in shared(schema).tensors},
+        metrics,
+        {t.name: values[t.name] for t in own(schema).tensors},
+    )
 
 
 def personal(model: Arrays, kept: Arrays) -> Arrays:

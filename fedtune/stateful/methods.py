@@ -11,7 +11,9 @@ from fedtune.wire import Schema
 
 
 def method_of(job: Job) -> str:
-    """ "ditto", "head", "select", "loge", "scaffold" or "fedspeed"; "" where clients keep nothing from round to round."""
+    """ "ditto", "head", "select", "loge", "scaffold" or "fedspeed";
+    "" where clients keep nothing from round to round.
+    """
     names = [name for name in (job.personal.method, job.federation.drift) if name != "none"]
     return names[0] if names else ""
 
@@ -24,7 +26,13 @@ def is_personal(job: Job) -> bool:
 def travelling(job: Job, schema: Schema) -> Schema:
     """What models and updates hold, of the trained tensors in `schema`."""
     method = method_of(job)
-    return fed_per.shared(schema) if method == "head" else scaffold.with_controls(schema) if method == "scaffold" else schema
+    return (
+        fed_per.shared(schema)
+        if method == "head"
+        else scaffold.with_controls(schema)
+        if method == "scaffold"
+        else schema
+    )
 
 
 def kept(job: Job, schema: Schema) -> Schema:
@@ -33,7 +41,9 @@ def kept(job: Job, schema: Schema) -> Schema:
 
 
 def gradients(job: Job) -> int:
-    """Gradients that a client computes for each example that it trains on: 1, or more where a method asks for more than one training."""
+    """Gradients that a client computes for each example that it trains on: 1, or more where a method asks
+    for more than one training.
+    """
     return {"ditto": 2, "select": 2, "fedspeed": 2, "loge": 3}.get(method_of(job), 1)
 
 
@@ -81,7 +91,12 @@ def answer(job: Job, schema: Schema, client: Client, trained: Sequence[Trained])
 
 def personal(job: Job, model: Arrays, kept: Arrays) -> Arrays:
     """The trained tensors with which a client predicts, from those of the global model and what it keeps."""
-    return {"ditto": ditto.personal, "head": fed_per.personal, "select": select.personal, "loge": loge.personal}[job.personal.method](model, kept)
+    return {
+        "ditto": ditto.personal,
+        "head": fed_per.personal,
+        "select": select.personal,
+        "loge": loge.personal,
+    }[job.personal.method](model, kept)
 
 
 def shared(job: Job, model: Arrays) -> Arrays:

@@ -1,9 +1,12 @@
-"""What clients keep from round to round, on their own disk: a file for each client and round, and only of clients that took part.
+"""What clients keep from round to round, on their own disk: a file for each client and round,
+and only of clients that took part.
 
-    FOLDER/ab/0123…/00003.safetensors      what one client keeps since round 3; the folder's name is the sha256 of the client's
+    FOLDER/ab/0123…/00003.safetensors      what one client keeps since round 3; the folder's name is
+                                           the sha256 of the client's
 
-A file is written once and whole, and says whose it is and of which round. What a client knows after round r is in its newest file of a round up to
-r, so a run that goes back to a checkpoint finds what was true then. Files that no kept checkpoint needs any more are removed.
+A file is written once and whole, and says whose it is and of which round. What a client knows after round r
+is in its newest file of a round up to r, so a run that goes back to a checkpoint finds what was true then.
+Files that no kept checkpoint needs any more are removed.
 """
 
 import hashlib
@@ -23,7 +26,9 @@ from fedtune.wire import Schema
 
 FORMAT, KEY = "1", "fedtune"
 BACK = 2
-"""A run may be continued from so many rounds before the last: the checkpoints that it keeps (`fedtune.run`)."""
+"""A run may be continued from so many rounds before the last: the checkpoints that
+it keeps (`fedtune.run`).
+"""
 _FLOAT32 = np.dtype(np.float32)
 VERSIONS = BACK + 1
 """Files that a client has at most."""
@@ -37,7 +42,8 @@ class Kept:
 
     Attributes:
         schema: the tensors that a client keeps.
-        owner: the one client whose they all are, by whatever name a message calls it; "" where there are many.
+        owner: the one client whose they all are, by whatever name a message calls it;
+            "" where there are many.
     """
 
     folder: Path
@@ -45,17 +51,27 @@ class Kept:
     owner: str = ""
 
     def load(self, client: str, round: int) -> Arrays | None:
-        """What the client kept after round `round`, float32; None before it first took part. Raises RunError for a file that is not whole or another's."""
+        """What the client kept after round `round`, float32; None before it first took part.
+
+        Raises RunError for a file that is not whole or another's.
+        """
         path = self._newest(self._place(client), round)
         return None if path is None else self._read(path)
 
     def save(self, client: str, round: int, arrays: Arrays) -> None:
-        """What the client keeps since this round. Of later rounds, which a run that went back has not had yet, and of those long past nothing stays."""
+        """What the client keeps since this round.
+
+        Of later rounds, which a run that went back has not had yet, and of those long past nothing stays.
+        """
         place = self._place(client)
         private_folder(self.folder)
         private_folder(place.parent)
         private_folder(place)
-        write_atomic(place / f"{round:05d}.safetensors", _content(self.schema, self.owner or client, round, arrays), 0o600)
+        write_atomic(
+            place / f"{round:05d}.safetensors",
+            _content(self.schema, self.owner or client, round, arrays),
+            0o600,
+        )
         for unfinished in place.glob(".*.part"):  # of a write that was cut off
             unfinished.unlink(missing_ok=True)
         needed = self._newest(place, round - BACK)
@@ -64,16 +80,26 @@ class Kept:
                 path.unlink(missing_ok=True)
 
     def clients(self, names: Iterable[str], round: int) -> Iterator[str]:
-        """Those of these clients that keep something after round `round`, in their order; by names of files, of which none is opened."""
+        """Those of these clients that keep something after round `round`, in their order; by names of
+        files, of which none is opened.
+        """
         there = {place.parent.name + place.name for place in self.folder.glob("[0-9a-f][0-9a-f]/*")}
-        return (name for name in names if _name(self.owner or name) in there and self._newest(self._place(name), round) is not None)
+        return (
+            name
+            for name in names
+            if _name(self.owner or name) in there and self._newest(self._place(name), round) is not None
+        )
 
     def _place(self, client: str) -> Path:
         name = _name(self.owner or client)
         return self.folder / name[:2] / name[2:]
 
     def _newest(self, place: Path, round: int) -> Path | None:
-        return max(((path, its) for path, its in _versions(place) if its <= round), key=lambda found: found[1], default=(None, 0))[0]
+        return max(
+            ((path, its) for path, its in _versions(place) if its <= round),
+            key=lambda found: found[1],
+            default=(None, 0),
+        )[0]
 
     def _read(self, path: Path) -> Arrays:
         limit = HEADER + sum(4 * t.size + HEADER for t in self.schema.tensors)
@@ -85,13 +111,18 @@ class Kept:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             if facts["format"] != FORMAT:
                 raise ValueError(f"format {facts['format']!r}, this fedtune reads {FORMAT}")
-            if _name(facts["client"]) != path.parent.parent.name + path.parent.name or facts["round"] != _round(path):
+            if _name(facts["client"]) != path.parent.parent.name + path.parent.name or facts[
+                "round"
+            ] != _round(path):
                 raise ValueError("it is of another client or round")
             _require(tensors, self.schema)
             return {t.name: tensors[t.name] for t in self.schema.tensors}
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as e:
             why = " ".join(str(e).split())[:150]
-            raise RunError(f"{path}: not what a client of this job keeps ({why}); restore it, or remove its folder {path.parent}, and the client begins anew") from None
+            raise RunError(
+                f"{path}: not what a client of this job keeps ({why}); restore it, or remove its folder "
+                f"{path.parent}, and the client begins anew"
+            ) from None
 
 
 def file_bytes(schema: Schema, client: str = "device") -> int:

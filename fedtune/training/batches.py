@@ -13,8 +13,8 @@ POOL = 8
 def epoch_batches(lengths: Sequence[int], batch_size: int, rng: np.random.Generator) -> list[np.ndarray]:
     """One epoch of index arrays: each example once, batches of about equal length, in random order.
 
-    Examples are shuffled, then sorted by length within pools of POOL batches, so that short texts are not padded to the
-    longest of the epoch, while batches stay random. The last batch of a pool may be smaller.
+    Examples are shuffled, then sorted by length within pools of POOL batches, so that short texts are not
+    padded to the longest of the epoch, while batches stay random. The last batch of a pool may be smaller.
     """
     order = rng.permutation(len(lengths))
     size = np.asarray(lengths)
@@ -26,7 +26,9 @@ def epoch_batches(lengths: Sequence[int], batch_size: int, rng: np.random.Genera
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def local_batches(lengths: Sequence[int], batch_size: int, epochs: int, steps: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+def local_batches(
+    lengths: Sequence[int], batch_size: int, epochs: int, steps: int, rng: np.random.Generator
+) -> Iterator[np.ndarray]:
     """The batches of one client's round: `epochs` epochs, cut after `steps` batches when steps > 0."""
     count = 0
     for _ in range(epochs):
@@ -38,13 +40,20 @@ def local_batches(lengths: Sequence[int], batch_size: int, epochs: int, steps: i
 
 
 def by_length(lengths: Sequence[int], batch_size: int) -> list[np.ndarray]:
-    """Every example once, longest first, for evaluation: the order of the answer is the caller's to restore."""
+    """Every example once, longest first, for evaluation: the order of the answer is
+    the caller's to restore.
+    """
     order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
-def probed_batches(lengths: Sequence[int], units: UnitsSection, settings: FederationSection, round: int, client: str) -> Iterator[np.ndarray]:
-    """The batches of a client's probe: some of a local epoch's, other ones in each round. For fisher, of one example each."""
+def probed_batches(
+    lengths: Sequence[int], units: UnitsSection, settings: FederationSection, round: int, client: str
+) -> Iterator[np.ndarray]:
+    """The batches of a client's probe: some of a local epoch's, other ones in each round.
+
+    For fisher, of one example each.
+    """
     rng = generator(settings.seed, "probe", round, client)
     for batch in local_batches(lengths, settings.batch_size, 1, units.probe_batches, rng):
         yield from np.split(batch, len(batch)) if units.strategy == "fisher" else (batch,)

@@ -15,7 +15,9 @@ UNEVEN = 4
 
 @dataclass(frozen=True)
 class Task:
-    """One client's local round: its data, which examples form which step, and the tensors it trains (None: all)."""
+    """One client's local round: its data, which examples form which step,
+    and the tensors it trains (None: all).
+    """
 
     client: str
     data: ClientData
@@ -27,7 +29,11 @@ class Task:
 
 @dataclass(frozen=True)
 class Picked:
-    """n examples. `lengths` int64 [n]: tokens, 1 for an image. `row` int64 [n]: the model that each trains. `scale` float32 [n]: weight of its summed loss."""
+    """n examples.
+
+    `lengths` int64 [n]: tokens, 1 for an image. `row` int64 [n]: the model that each trains. `scale` float32
+    [n]: weight of its summed loss.
+    """
 
     keys: Sequence[tuple[str, int]]
     encoded: Sequence[Mapping[str, np.ndarray]]
@@ -41,11 +47,21 @@ class Picked:
 
     def take(self, index: np.ndarray) -> "Picked":
         places = index.tolist()
-        return Picked([self.keys[i] for i in places], [self.encoded[i] for i in places], self.labels[index], self.lengths[index], self.row[index], self.scale[index])
+        return Picked(
+            [self.keys[i] for i in places],
+            [self.encoded[i] for i in places],
+            self.labels[index],
+            self.lengths[index],
+            self.row[index],
+            self.scale[index],
+        )
 
 
 def pick(tasks: Sequence[Task], step: int, kind: str) -> Picked:
-    """What all tasks see in a step; task i trains model i. A model's loss is the mean over the predictions of its batch."""
+    """What all tasks see in a step; task i trains model i.
+
+    A model's loss is the mean over the predictions of its batch.
+    """
     return join([(row, task, task.batches[step]) for row, task in enumerate(tasks)], kind)
 
 
@@ -54,21 +70,34 @@ def join(parts: Sequence[tuple[int, Task, np.ndarray]], kind: str) -> Picked:
     places = [index.tolist() for _, _, index in parts]
     keys = [(task.client, i) for (_, task, _), index in zip(parts, places) for i in index]
     encoded = [task.data.encoded[i] for (_, task, _), index in zip(parts, places) for i in index]
-    lengths = np.ones(len(encoded), np.int64) if kind == "image-classification" else np.array([len(next(iter(e.values()))) for e in encoded], np.int64)
+    lengths = (
+        np.ones(len(encoded), np.int64)
+        if kind == "image-classification"
+        else np.array([len(next(iter(e.values()))) for e in encoded], np.int64)
+    )
     counts = [len(index) for index in places]
     part = np.repeat(np.arange(len(parts)), counts)
     made = np.bincount(part, predictions(lengths, kind), len(parts))
     return Picked(
-        keys, encoded, np.concatenate([task.data.labels[index] for _, task, index in parts]), lengths,
-        np.repeat(np.array([row for row, _, _ in parts], np.int64), counts), (1.0 / np.maximum(made, 1.0)).astype(np.float32)[part])
+        keys,
+        encoded,
+        np.concatenate([task.data.labels[index] for _, task, index in parts]),
+        lengths,
+        np.repeat(np.array([row for row, _, _ in parts], np.int64), counts),
+        (1.0 / np.maximum(made, 1.0)).astype(np.float32)[part],
+    )
 
 
 def predictions(lengths: np.ndarray, kind: str) -> np.ndarray:
-    """Predictions that each example gives: one, or for a causal language model one per token after the first."""
+    """Predictions that each example gives: one, or for a causal language model one
+    per token after the first.
+    """
     return np.maximum(lengths - 1, 0) if kind == "causal-lm" else np.ones_like(lengths)
 
 
-def trainable_batches(data: ClientData | Stream, batches: Sequence[np.ndarray], kind: str) -> list[np.ndarray]:
+def trainable_batches(
+    data: ClientData | Stream, batches: Sequence[np.ndarray], kind: str
+) -> list[np.ndarray]:
     """Without those that predict nothing (one-token texts): they make no step."""
     if kind != "causal-lm":
         return list(batches)
@@ -77,11 +106,13 @@ def trainable_batches(data: ClientData | Stream, batches: Sequence[np.ndarray], 
 
 
 def stretches(lengths: np.ndarray, rows: int, padded: bool) -> list[np.ndarray]:
-    """Places of `lengths` in stretches of about equal sums, at most `rows` each but never less than one example.
+    """Places of `lengths` in stretches of about equal sums, at most `rows` each but
+    never less than one example.
 
     Args:
         lengths: rows of each example, ascending.
-        padded: every example costs as much as the longest of its stretch; a stretch then ends where that would waste a tenth.
+        padded: every example costs as much as the longest of its stretch;
+            a stretch then ends where that would waste a tenth.
     """
     if not len(lengths):
         return []
@@ -98,8 +129,9 @@ def stretches(lengths: np.ndarray, rows: int, padded: bool) -> list[np.ndarray]:
 
 
 def balanced(part: Picked) -> list[Picked]:
-    """The same examples in parts in which no model has far more rows than the mean: layers bring rows together by model, and make room for
-    the most that any has."""
+    """The same examples in parts in which no model has far more rows than the mean: layers bring rows
+    together by model, and make room for the most that any has.
+    """
     rows = np.bincount(part.row, part.lengths)
     present = rows[rows > 0]
     if len(present) * present.max() <= UNEVEN * present.sum():

@@ -1,4 +1,7 @@
-"""Simulated clients: which examples each holds, encoded when needed. What is kept in memory is bounded in bytes, not by their number."""
+"""Simulated clients: which examples each holds, encoded when needed.
+
+What is kept in memory is bounded in bytes, not by their number.
+"""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -67,7 +70,11 @@ class Stream:
         """The examples at these places, encoded, in this order."""
         rows = self.rows[index].tolist()
         fresh = [row for row in rows if row not in self._kept]
-        found = dict(zip(fresh, self.encoder.encode([self.examples.inputs[row] for row in fresh]))) if fresh else {}
+        found = (
+            dict(zip(fresh, self.encoder.encode([self.examples.inputs[row] for row in fresh])))
+            if fresh
+            else {}
+        )
         encoded = [found.get(row) or self._kept[row] for row in rows]
         for row, example in found.items():
             size = memory(example)
@@ -78,7 +85,10 @@ class Stream:
 
 @dataclass
 class ClientStore:
-    """The split data of a simulation. The encoded examples of the clients that trained last are kept, up to `limit` bytes."""
+    """The split data of a simulation.
+
+    The encoded examples of the clients that trained last are kept, up to `limit` bytes.
+    """
 
     dataset: Dataset
     split: Split
@@ -118,7 +128,9 @@ class ClientStore:
 
     def _encode(self, index: np.ndarray) -> ClientData:
         examples = self.dataset.examples
-        return ClientData(self.encoder.encode([examples.inputs[row] for row in index.tolist()]), examples.labels[index])
+        return ClientData(
+            self.encoder.encode([examples.inputs[row] for row in index.tolist()]), examples.labels[index]
+        )
 
 
 def memory(example: Mapping[str, np.ndarray]) -> int:

@@ -1,7 +1,8 @@
-"""Local training of many clients together over one frozen base: the fast twin of `train_locally`, client by client the same result.
+"""Local training of many clients together over one frozen base: the fast twin of `train_locally`,
+client by client the same result.
 
-All clients take step t together. Their examples go through the base in chunks, sorted by length whatever client they are of, and the
-trained layers apply to each example its own client's values (`training.stacked`).
+All clients take step t together. Their examples go through the base in chunks, sorted by length whatever
+client they are of, and the trained layers apply to each example its own client's values (`training.stacked`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +31,9 @@ from fedtune.wire import Schema
 
 @dataclass(frozen=True)
 class Pulls:
-    """A `fedtune.stateful.base.Pull` for each of K models, [K, 1] and [K, P]; one ascent for all. moving: bool."""
+    """A `fedtune.stateful.base.Pull` for each of K models, [K, 1] and [K, P];
+    one ascent for all. moving: bool.
+    """
 
     strength: Tensor
     towards: Tensor
@@ -69,8 +72,14 @@ class CohortTrainer:
     """
 
     def __init__(
-        self, model: TunableModel, parameters: Parameters, trainable: Sequence[TensorSpec], settings: FederationSection, through: Pass,
-        features: FeatureStore, chunk: int,
+        self,
+        model: TunableModel,
+        parameters: Parameters,
+        trainable: Sequence[TensorSpec],
+        settings: FederationSection,
+        through: Pass,
+        features: FeatureStore,
+        chunk: int,
     ) -> None:
         self.model, self.schema, self.settings = model, Schema(tuple(trainable)), settings
         self.through, self.features, self.chunk = through, features, chunk
@@ -83,7 +92,12 @@ class CohortTrainer:
         self._spans = [(t.name, t.shape, end - t.size, end) for t, end in zip(trainable, ends)]
 
     def train(
-        self, start: np.ndarray, tasks: Sequence[Task], round: int, private: ExamplePrivacy | None = None, pulls: Pulls | None = None,
+        self,
+        start: np.ndarray,
+        tasks: Sequence[Task],
+        round: int,
+        private: ExamplePrivacy | None = None,
+        pulls: Pulls | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """All tasks, from one model or each from its own.
 
@@ -91,13 +105,15 @@ class CohortTrainer:
             start: float32 [P], or [len(tasks), P].
             pulls: of each task; None is that of federation.proximal.
             round: from 1; sets the learning rate.
-            private: as `train_privately` for each task, which then has its noise and all batches of the round, also empty ones.
+            private: as `train_privately` for each task, which then has its noise and all batches of
+                the round, also empty ones.
 
         Returns:
-            Trained models, float32 [len(tasks), P], and of each float64 [summed loss, right predictions, predictions], as seen before each step
-            (with `private`: of means by example, capped).
+            Trained models, float32 [len(tasks), P], and of each float64 [summed loss, right predictions,
+            predictions], as seen before each step (with `private`: of means by example, capped).
         """
-        ranked = sorted(range(len(tasks)), key=lambda i: -len(tasks[i].batches))  # who still trains is then always a first stretch
+        # who still trains is then always a first stretch
+        ranked = sorted(range(len(tasks)), key=lambda i: -len(tasks[i].batches))
         ordered = [tasks[i] for i in ranked]
         begin = torch.from_numpy(start if start.ndim == 1 else start[ranked]).to(self.device)
         models = begin.repeat(len(tasks), 1) if begin.ndim == 1 else begin.clone()
@@ -116,7 +132,11 @@ class CohortTrainer:
                     gradients = self._step(models[:active], picked, totals)
                     if pulled is not None and pulled.ascent:
                         length = torch.linalg.vector_norm(gradients, dim=1, keepdim=True)
-                        gradients = self._step(models[:active] + pulled.ascent / (length + TINY) * gradients, picked, np.zeros_like(totals))
+                        gradients = self._step(
+                            models[:active] + pulled.ascent / (length + TINY) * gradients,
+                            picked,
+                            np.zeros_like(totals),
+                        )
                 else:
                     gradients = self._private_step(models, picked, totals, check, ordered)
                 if pulled is not None:
@@ -125,7 +145,12 @@ class CohortTrainer:
                     gradients = gradients + self.settings.proximal * (models[:active] - begin)
                 optimizers.update(models[:active], gradients, moments, rates, step + 1, self.settings)
                 if mask is not None:
-                    torch.where(mask[:active], models[:active], begin if begin.ndim == 1 else begin[:active], out=models[:active])
+                    torch.where(
+                        mask[:active],
+                        models[:active],
+                        begin if begin.ndim == 1 else begin[:active],
+                        out=models[:active],
+                    )
         back, trained = np.argsort(ranked), models.cpu().numpy()
         if check is not None:
             for model in trained:
@@ -156,8 +181,13 @@ class CohortTrainer:
             np.add.at(totals, part.row, scores)
         return gradients
 
-    def _private_step(self, models: Tensor, picked: Picked, totals: np.ndarray, check: SelfCheck, tasks: Sequence[Task]) -> Tensor:
-        """The same with example-level privacy. Every example has a model of its own in the stack, whose gradients are then the examples'."""
+    def _private_step(
+        self, models: Tensor, picked: Picked, totals: np.ndarray, check: SelfCheck, tasks: Sequence[Task]
+    ) -> Tensor:
+        """The same with example-level privacy.
+
+        Every example has a model of its own in the stack, whose gradients are then the examples'.
+        """
         private, gradients = check.settings, torch.zeros_like(models)
         made = predictions(picked.lengths, self.model.task).astype(np.float32)
         means = replace(picked, scale=1 / np.maximum(made, 1))
@@ -165,11 +195,15 @@ class CohortTrainer:
             for begin in range(0, len(chunk), most := max(1, NUMBERS // models.shape[1])):
                 part = chunk.take(np.arange(begin, min(begin + most, len(chunk))))
                 flat, scores = self._singly(models, part)
-                gradients.index_add_(0, torch.from_numpy(part.row).to(self.device), clipped(flat, private.clip, check))
+                gradients.index_add_(
+                    0, torch.from_numpy(part.row).to(self.device), clipped(flat, private.clip, check)
+                )
                 np.add.at(totals, part.row, capped(scores / np.maximum(scores[:, 2:], 1)))
         noises = [task.noise for task in tasks if task.noise is not None]
         assert len(noises) == len(tasks), "a client without noise"
-        drawn = np.stack([private.multiplier * private.clip * noise.normal(models.shape[1]) for noise in noises]).astype(np.float32)
+        drawn = np.stack(
+            [private.multiplier * private.clip * noise.normal(models.shape[1]) for noise in noises]
+        ).astype(np.float32)
         noisy = gradients + torch.from_numpy(drawn).to(self.device)
         check.noise((noisy - gradients).cpu().numpy())
         released = noisy / private.batch
@@ -179,10 +213,14 @@ class CohortTrainer:
         return released
 
     def _singly(self, models: Tensor, part: Picked) -> tuple[Tensor, np.ndarray]:
-        """Gradient of each example's scale * loss by the model of its row, [n, P], and its scores, float64 [n, 3]."""
+        """Gradient of each example's scale * loss by the model of its row, [n, P],
+        and its scores, float64 [n, 3].
+        """
 
         def computed(examples: Picked) -> tuple[Tensor, np.ndarray]:
-            return self.gradients(models[torch.from_numpy(examples.row).to(self.device)], examples, np.arange(len(examples)))
+            return self.gradients(
+                models[torch.from_numpy(examples.row).to(self.device)], examples, np.arange(len(examples))
+            )
 
         if self.audit is None:
             return computed(part)
@@ -197,13 +235,19 @@ class CohortTrainer:
             owner: int64 [n], the model of each example.
 
         Returns:
-            [K, P] (0 for a tensor without a part in the loss), and float64 [n, 3]: loss, right predictions, predictions.
+            [K, P] (0 for a tensor without a part in the loss), and float64 [n, 3]: loss,
+            right predictions, predictions.
         """
-        values = {name: models[:, a:b].view(len(models), *shape).detach().requires_grad_() for name, shape, a, b in self._spans}
+        values = {
+            name: models[:, a:b].view(len(models), *shape).detach().requires_grad_()
+            for name, shape, a, b in self._spans
+        }
         self.stack.set(values, Examples(owner, len(models), self.through.rows(part.lengths), self.device))
         loss, correct, count = self.through.loss(part.encoded, part.labels, self._features(part))
         weighted = (loss * torch.from_numpy(part.scale).to(self.device)).sum()
-        found = torch.autograd.grad(weighted, list(values.values()), allow_unused=True, materialize_grads=True)
+        found = torch.autograd.grad(
+            weighted, list(values.values()), allow_unused=True, materialize_grads=True
+        )
         flat = torch.empty_like(models)
         for g, (_, shape, a, b) in zip(found, self._spans):
             flat[:, a:b].view(len(models), *shape).copy_(g)
@@ -226,22 +270,50 @@ class CohortTrainer:
         return found  # type: ignore[return-value]
 
     def _keep_features(self, tasks: Sequence[Task]) -> None:
-        """Makes what is not kept yet of the examples these tasks will see; nothing where there is no room for all, as some would push out others."""
+        """Makes what is not kept yet of the examples these tasks will see; nothing where there is no room
+        for all, as some would push out others.
+        """
         if self.through.unit is None:
             return
-        seen = [(row, task, np.unique(np.concatenate(task.batches))) for row, task in enumerate(tasks) if task.batches]
-        missing = [(row, task, np.array([i for i in index.tolist() if self.features.get((task.client, i)) is None], np.int64)) for row, task, index in seen]
-        parts = iter(self._chunks(join(missing, self.model.task)) if any(len(index) for _, _, index in missing) else ())
+        seen = [
+            (row, task, np.unique(np.concatenate(task.batches)))
+            for row, task in enumerate(tasks)
+            if task.batches
+        ]
+        missing = [
+            (
+                row,
+                task,
+                np.array(
+                    [i for i in index.tolist() if self.features.get((task.client, i)) is None], np.int64
+                ),
+            )
+            for row, task, index in seen
+        ]
+        parts = iter(
+            self._chunks(join(missing, self.model.task)) if any(len(index) for _, _, index in missing) else ()
+        )
         for number, part in enumerate(parts):
             values = self.through.below(part.encoded)
-            if number == 0 and not self.features.fits(int(sum(v.nbytes for v in values) / self._rows([part.lengths]) * self._rows([_lengths(task, index) for _, task, index in seen]))):
+            if number == 0 and not self.features.fits(
+                int(
+                    sum(v.nbytes for v in values)
+                    / self._rows([part.lengths])
+                    * self._rows([_lengths(task, index) for _, task, index in seen])
+                )
+            ):
                 return
             for key, value in zip(part.keys, values):
                 self.features.put(key, value)
 
     def _rows(self, lengths: Sequence[np.ndarray]) -> int:
         """What the features' size goes with: tokens, or examples below the head and for images."""
-        return sum(len(n) if self.through.unit == "head" or self.model.task == "image-classification" else int(n.sum()) for n in lengths)
+        return sum(
+            len(n)
+            if self.through.unit == "head" or self.model.task == "image-classification"
+            else int(n.sum())
+            for n in lengths
+        )
 
     def _rates(self, round: int) -> Tensor | float:
         """Learning rates of this round, float32 [P]; a number where all are the same."""

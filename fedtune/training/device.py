@@ -1,4 +1,7 @@
-"""A device with torch: its own data, the base that its bundle names, and a worker. What the trainer process holds in memory."""
+"""A device with torch: its own data, the base that its bundle names, and a worker.
+
+What the trainer process holds in memory.
+"""
 
 from pathlib import Path
 
@@ -15,7 +18,8 @@ from fedtune.training.worker import Worker
 
 
 def open_device(bundle: Bundle, data: Path, base: Path | None = None, kept: Path | None = None) -> Device:
-    """Reads and checks the data, finds the base and checks its hash, and only then loads it, which takes the longest.
+    """Reads and checks the data, finds the base and checks its hash, and only then loads it,
+    which takes the longest.
 
     Args:
         data: what `--data` named: a file of texts or a folder of images, as the bundle's job has it.
@@ -47,12 +51,18 @@ def find_base(manifest: Manifest, base: Path | None) -> Source:
     found = source.sha256()
     if found != manifest.sha256:
         place = f"{manifest.source} in {source.folder}" if base is None else f"--base {source.folder}"
-        raise ModelError(f"{place}: the weights have sha256 {found[:12]}…, the coordinator's base has {manifest.sha256[:12] or 'none'}…; give that base with --base FOLDER")
+        raise ModelError(
+            f"{place}: the weights have sha256 {found[:12]}…, the coordinator's base has "
+            f"{manifest.sha256[:12] or 'none'}…; give that base with --base FOLDER"
+        )
     return source
 
 
 def _named(manifest: Manifest) -> Source:
-    """The source that the bundle names. A folder of the coordinator's need not be here, nor a hub within reach."""
+    """The source that the bundle names.
+
+    A folder of the coordinator's need not be here, nor a hub within reach.
+    """
     hint = f"; this is the coordinator's base {manifest.source!r}, give a copy of it with --base FOLDER"
     if manifest.source.startswith("package:"):  # says already how it is fetched
         hint = ""
@@ -75,7 +85,9 @@ def _given(folder: Path, manifest: Manifest) -> Source:
         wanted += f", or leave --base out and run `fedtune fetch {name}`"
     try:
         if not folder.is_dir():
-            raise ModelError(f"--base {folder}: {'is a file' if folder.exists() else 'does not exist'}; {wanted}")
+            raise ModelError(
+                f"--base {folder}: {'is a file' if folder.exists() else 'does not exist'}; {wanted}"
+            )
         if not any(folder.glob("*.safetensors")):
             raise ModelError(f"--base {folder}: holds no .safetensors weights; {wanted}")
     except OSError as e:
@@ -84,7 +96,12 @@ def _given(folder: Path, manifest: Manifest) -> Source:
 
 
 def _require_spec(bundle: Bundle, model: TunableModel, source: Source) -> None:
-    """Raises ModelError when what the bundle trains is not what its job makes of this base, so that no message can name other tensors."""
+    """Raises ModelError when what the bundle trains is not what its job makes of this base, so that no
+    message can name other tensors.
+    """
     if spec_of(layout(model), bundle.job) != bundle.manifest.spec:
-        raise ModelError(f"{source.folder}: its layers as opened here are not those that the bundle names; use the coordinator's versions "
-                         f"(fedtune {bundle.manifest.versions.get('fedtune', 'unknown')}, transformers {bundle.manifest.versions.get('transformers', 'unknown')})")
+        raise ModelError(
+            f"{source.folder}: its layers as opened here are not those that the bundle names; "
+            f"use the coordinator's versions (fedtune {bundle.manifest.versions.get('fedtune', 'unknown')}, "
+            f"transformers {bundle.manifest.versions.get('transformers', 'unknown')})"
+        )

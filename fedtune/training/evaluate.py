@@ -26,12 +26,17 @@ class Scores:
 
     def metrics(self, index: np.ndarray | slice = slice(None)) -> Metrics:
         weight = float(self.count[index].sum())
-        return {"loss": (float(self.loss[index].sum()), weight), "accuracy": (float(self.correct[index].sum()), weight)}
+        return {
+            "loss": (float(self.loss[index].sum()), weight),
+            "accuracy": (float(self.correct[index].sum()), weight),
+        }
 
 
 @dataclass(frozen=True)
 class ClientScores:
-    """The k clients that have examples: their places, mean accuracy and loss (NaN where nothing was predicted), and examples. Each [k]."""
+    """The k clients that have examples: their places, mean accuracy and loss (NaN where nothing was
+    predicted), and examples. Each [k].
+    """
 
     places: np.ndarray
     accuracy: np.ndarray
@@ -51,23 +56,43 @@ def by_client(scores: Scores, clients: Slices) -> ClientScores:
     """Scores per example, in the order of `clients.rows`, as means of each client."""
     places = np.flatnonzero(clients.sizes)
     ends = list(zip(clients.offsets[places].tolist(), clients.offsets[places + 1].tolist()))
-    loss, correct, count = (np.array([of[start:end].sum() for start, end in ends]) for of in (scores.loss, scores.correct, scores.count))
+    loss, correct, count = (
+        np.array([of[start:end].sum() for start, end in ends])
+        for of in (scores.loss, scores.correct, scores.count)
+    )
     count[count == 0] = np.nan
     return ClientScores(places, correct / count, loss / count, clients.sizes[places])
 
 
-def score(model: TunableModel, data: ClientData | Stream, encoder: Encoder, batch_size: int, progress: Callable[[int], None] | None = None) -> Scores:
-    """Runs the model over all examples; order is that of `data`. `progress` is told how many examples each batch had."""
+def score(
+    model: TunableModel,
+    data: ClientData | Stream,
+    encoder: Encoder,
+    batch_size: int,
+    progress: Callable[[int], None] | None = None,
+) -> Scores:
+    """Runs the model over all examples; order is that of `data`.
+
+    `progress` is told how many examples each batch had.
+    """
     out = np.zeros((3, len(data)))
     with torch.inference_mode():
         for index, batch, labels in _batches(model, data, encoder, batch_size):
-            out[:, index] = torch.stack(summed_loss(model(**batch), batch, labels, model.task)).double().cpu().numpy()
+            out[:, index] = (
+                torch.stack(summed_loss(model(**batch), batch, labels, model.task)).double().cpu().numpy()
+            )
             if progress:
                 progress(len(index))
     return Scores(*out)
 
 
-def features(model: TunableModel, data: ClientData | Stream, encoder: Encoder, batch_size: int, progress: Callable[[int], None] | None = None) -> np.ndarray:
+def features(
+    model: TunableModel,
+    data: ClientData | Stream,
+    encoder: Encoder,
+    batch_size: int,
+    progress: Callable[[int], None] | None = None,
+) -> np.ndarray:
     """What the head sees, float32 [n, width], from the model as it is."""
     parts: list[tuple[np.ndarray, np.ndarray]] = []
     with torch.inference_mode():
@@ -82,9 +107,12 @@ def features(model: TunableModel, data: ClientData | Stream, encoder: Encoder, b
 
 
 def _batches(
-    model: TunableModel, data: ClientData | Stream, encoder: Encoder, batch_size: int,
+    model: TunableModel, data: ClientData | Stream, encoder: Encoder, batch_size: int
 ) -> Iterator[tuple[np.ndarray, dict[str, Tensor], Tensor]]:
-    """Places, inputs and labels, batch by batch. The lengths of all decide the batches, so a stream has those of the data it streams."""
+    """Places, inputs and labels, batch by batch.
+
+    The lengths of all decide the batches, so a stream has those of the data it streams.
+    """
     device = device_of(model)
     for index in by_length(data.lengths, batch_size) if len(data) else ():
         yield index, *to_batch(data.take(index), np.arange(len(index)), encoder, device)

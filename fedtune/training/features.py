@@ -1,4 +1,6 @@
-"""What the frozen part below the lowest trained unit gives for an example, kept from round to round within a limit of bytes."""
+"""What the frozen part below the lowest trained unit gives for an example,
+kept from round to round within a limit of bytes.
+"""
 
 import errno
 import os
@@ -15,7 +17,9 @@ Key = tuple[str, int]
 
 
 class FeatureStore:
-    """float32 arrays by example. In memory, the least recently used go first; on disk, what no longer fits is not kept.
+    """float32 arrays by example.
+
+    In memory, the least recently used go first; on disk, what no longer fits is not kept.
 
     Args:
         limit: bytes; 0 keeps nothing.

@@ -1,4 +1,7 @@
-"""Local training with forward passes alone; see `fedtune.subspace`. No torch: `passes` is whatever runs the model."""
+"""Local training with forward passes alone; see `fedtune.subspace`.
+
+No torch: `passes` is whatever runs the model.
+"""
 
 from collections.abc import Callable
 
@@ -18,8 +21,17 @@ Passes = Callable[[Arrays, ClientData], np.ndarray]
 """(trained tensors, examples) -> float64 [3]: summed loss, right predictions, predictions."""
 
 
-def train_forward(space: Subspace, numbers: np.ndarray, data: ClientData | Stream, job: Job, round: int, client: str, passes: Passes) -> Metrics:
-    """Moves `numbers`, float32 [K], in place, by a round's steps: for each batch, with the mean loss L and the next direction z_j,
+def train_forward(
+    space: Subspace,
+    numbers: np.ndarray,
+    data: ClientData | Stream,
+    job: Job,
+    round: int,
+    client: str,
+    passes: Passes,
+) -> Metrics:
+    """Moves `numbers`, float32 [K], in place, by a round's steps: for each batch,
+    with the mean loss L and the next direction z_j,
 
         slope = (L(theta + eps z_j) - L(theta - eps z_j)) / (2 eps)        a_j -= lr * slope
 
@@ -28,7 +40,13 @@ def train_forward(space: Subspace, numbers: np.ndarray, data: ClientData | Strea
     fed, eps, lr = job.federation, np.float32(job.edge.perturbation), learning_rate(job.federation, "", round)
     theta, totals = space.expand(numbers).vector, np.zeros(3)
     steps = order(space, generator(fed.seed, "directions", round, client))
-    for index in local_batches(data.lengths, fed.batch_size, fed.local_epochs, fed.local_steps, generator(fed.seed, "local", round, client)):
+    for index in local_batches(
+        data.lengths,
+        fed.batch_size,
+        fed.local_epochs,
+        fed.local_steps,
+        generator(fed.seed, "local", round, client),
+    ):
         taken, j = data.take(index), next(steps)
         z = space.direction(j)
         above, below = (passes(Pieces(theta + side * z, space.schema.layout), taken) for side in (eps, -eps))

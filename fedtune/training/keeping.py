@@ -1,4 +1,6 @@
-"""A round of a client that keeps something: what it kept is read, the job's method run, and what it keeps now written before the update leaves. No torch."""
+"""A round of a client that keeps something: what it kept is read, the job's method run, and what it keeps
+now written before the update leaves. No torch.
+"""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -29,8 +31,13 @@ log = logging.getLogger(__name__)
 Local = Callable[[Ask], Trained]
 
 
-def train_keeping(bundle: Bundle, kept: Kept | None, packet: Packet, client: str, data: ClientData | Stream, local: Local) -> Trained:
-    """(update, metrics) of one client. Raises Refused where training diverged, RunError for what it kept and cannot be read; nothing is written then.
+def train_keeping(
+    bundle: Bundle, kept: Kept | None, packet: Packet, client: str, data: ClientData | Stream, local: Local
+) -> Trained:
+    """(update, metrics) of one client.
+
+    Raises Refused where training diverged, RunError for what it kept and cannot be read;
+    nothing is written then.
 
     What it kept is that of the rounds before this one, so a round that is asked for again gives the same.
     """
@@ -41,21 +48,37 @@ def train_keeping(bundle: Bundle, kept: Kept | None, packet: Packet, client: str
     return end(bundle, kept, packet, client, found, trained)
 
 
-def begin(bundle: Bundle, kept: Kept | None, packet: Packet, client: str, data: ClientData | Stream) -> Client:
+def begin(
+    bundle: Bundle, kept: Kept | None, packet: Packet, client: str, data: ClientData | Stream
+) -> Client:
     """A client as its method sees it, before its trainings. Raises RunError as `Kept.load`."""
     job, round = bundle.job, packet.header.round
     rates = {t.name: learning_rate(job.federation, t.name, round) for t in bundle.manifest.spec.trainable}
     model = packet.arrays | bundle.trained(packet.arrays)
-    return Client(model, _place(kept).load(client, round - 1), len(batches_of(bundle, client, data, round)), rates, data.labels)
+    return Client(
+        model,
+        _place(kept).load(client, round - 1),
+        len(batches_of(bundle, client, data, round)),
+        rates,
+        data.labels,
+    )
 
 
-def end(bundle: Bundle, kept: Kept | None, packet: Packet, client: str, found: Client, trained: Sequence[Trained]) -> Trained:
+def end(
+    bundle: Bundle, kept: Kept | None, packet: Packet, client: str, found: Client, trained: Sequence[Trained]
+) -> Trained:
     """(update, metrics) after its trainings; what it keeps is written. Raises Refused as `train_keeping`."""
     answer = methods.answer(bundle.job, bundle.manifest.spec.schema, found, trained)
     require_converged(answer.metrics)
     if not all(np.isfinite(a).all() for a in answer.kept.values()):
-        pull = {"ditto": " or personal.strength", "fedspeed": " or federation.proximal"}.get(methods.method_of(bundle.job), "")
-        raise Refused("not-finite", f"what this client keeps diverged: a number of it is not finite; a lower federation.lr{pull} may help")
+        pull = {"ditto": " or personal.strength", "fedspeed": " or federation.proximal"}.get(
+            methods.method_of(bundle.job), ""
+        )
+        raise Refused(
+            "not-finite",
+            "what this client keeps diverged: a number of it is not finite; "
+            f"a lower federation.lr{pull} may help",
+        )
     _place(kept).save(client, packet.header.round, answer.kept)
     return answer.update, answer.metrics
 
@@ -67,33 +90,63 @@ def _place(kept: Kept | None) -> Kept:
 
 
 def personal_model(bundle: Bundle, kept: Kept, model: Arrays, client: str, round: int) -> Arrays | None:
-    """The trained tensors with which a client predicts after this round; None where it has nothing of its own to predict with."""
+    """The trained tensors with which a client predicts after this round;
+    None where it has nothing of its own to predict with.
+    """
     own = kept.load(client, round) if methods.is_personal(bundle.job) else None
     return None if own is None else methods.personal(bundle.job, bundle.trained(model), own)
 
 
 def own_model(bundle: Bundle, kept: Kept | None, model: Arrays, client: str, round: int) -> Arrays | None:
-    """As `personal_model`; of a device, which is one client, it also lies afterwards in the folder of what it keeps, as an adapter that `fedtune predict` takes."""
+    """As `personal_model`; of a device, which is one client, it also lies afterwards in the folder of what
+    it keeps, as an adapter that `fedtune predict` takes.
+    """
     found = None if kept is None else personal_model(bundle, kept, model, client, round)
     if kept is not None and kept.owner and found is not None:
         try:
-            write_atomic(kept.folder / ADAPTER, save({name: np.ascontiguousarray(a) for name, a in found.items()}), 0o600)
-            write_json(kept.folder / DESCRIPTION, {"method": bundle.manifest.spec.method, "round": round, "frame_sha256": bundle.manifest.frame_sha256})
+            write_atomic(
+                kept.folder / ADAPTER,
+                save({name: np.ascontiguousarray(a) for name, a in found.items()}),
+                0o600,
+            )
+            write_json(
+                kept.folder / DESCRIPTION,
+                {
+                    "method": bundle.manifest.spec.method,
+                    "round": round,
+                    "frame_sha256": bundle.manifest.frame_sha256,
+                },
+            )
         except OSError as e:  # the scores do not depend on it
-            log.warning("%s: this device's own adapter of round %d was not written (%s)", kept.folder, round, e.strerror or e)
+            log.warning(
+                "%s: this device's own adapter of round %d was not written (%s)",
+                kept.folder,
+                round,
+                e.strerror or e,
+            )
     return found
 
 
 def own_state(bundle: Bundle, folder: Path | None) -> Kept | None:
-    """Where a device, which is one client, keeps its own; None for a job whose clients keep nothing, or without a folder."""
+    """Where a device, which is one client, keeps its own; None for a job whose clients keep
+    nothing, or without a folder.
+    """
     job = bundle.job
     if folder is None or not methods.method_of(job):
         return None
     return Kept(folder, methods.kept(job, bundle.manifest.spec.schema), owner="device")
 
 
-def batches_of(bundle: Bundle, client: str, data: ClientData | Stream, round: int, purpose: str = "local") -> list[np.ndarray]:
+def batches_of(
+    bundle: Bundle, client: str, data: ClientData | Stream, round: int, purpose: str = "local"
+) -> list[np.ndarray]:
     """The examples of each optimizer step of a training, from the same draw as the steps themselves."""
     fed = bundle.job.federation
-    drawn = local_batches(data.lengths, fed.batch_size, fed.local_epochs, fed.local_steps, generator(fed.seed, purpose, round, client))
+    drawn = local_batches(
+        data.lengths,
+        fed.batch_size,
+        fed.local_epochs,
+        fed.local_steps,
+        generator(fed.seed, purpose, round, client),
+    )
     return trainable_batches(data, list(drawn), bundle.job.model.task)

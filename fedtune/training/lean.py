@@ -1,22 +1,25 @@
-"""A training step that keeps as little for its backward pass as the maths allows (TinyTL, Cai et al. 2020, arXiv:2007.11622, section 3.1).
+"""A training step that keeps as little for its backward pass as the maths allows (TinyTL, Cai et al. 2020,
+arXiv:2007.11622, section 3.1).
 
-Stock autograd keeps the input of a convolution, a norm or a pooling even where nothing in it is trained. While `Lean.running`, calls of
-the functions in `lean_functions.ALL` go to twins that keep less; which module calls them, and how it is written, makes no difference:
+Stock autograd keeps the input of a convolution, a norm or a pooling even where nothing in it is trained.
+While `Lean.running`, calls of the functions in `lean_functions.ALL` go to twins that keep less; which module
+calls them, and how it is written, makes no difference:
 
-    what                            stock keeps              here                       gradients against stock
-    convolution, frozen kernel      its input                nothing                    equal, bit for bit
-    norm with frozen statistics     its input                nothing                    equal, bit for bit
-    ReLU, ReLU6                     a float32 per value      one bit per value          equal, bit for bit
-    average pooling                 its input                its shape                  equal, bit for bit
-    layer norm, frozen scale        its input                its output, which the      float32 rounding
-                                                             attention needs as well
-    GELU, SiLU, hard-swish          a float32 per value      the slope in 16 bits       slope within SLOPE_ERROR
-    self-attention                  q, k, v and the result   its input                  float32 rounding (made again in backward)
+    what                         stock keeps             here                     gradients against stock
+    convolution, frozen kernel   its input               nothing                  equal, bit for bit
+    norm with frozen statistics  its input               nothing                  equal, bit for bit
+    ReLU, ReLU6                  a float32 per value     one bit per value        equal, bit for bit
+    average pooling              its input               its shape                equal, bit for bit
+    layer norm, frozen scale     its input               its output, which the    float32 rounding
+                                                         attention needs as well
+    GELU, SiLU, hard-swish       a float32 per value     the slope in 16 bits     slope within SLOPE_ERROR
+    self-attention               q, k, v and the result  its input                float32 rounding
+                                                                                  (made again in backward)
 
-Frozen linears, sums, biases and bilinear scaling keep nothing in stock torch either. Slopes have 16 bits and not 8: 8 make
-gradients wrong by 1e-3, which shows after a round of Adam, and save only a byte more. Making the middle of an MLP again instead
-would save both bytes and cost a linear of its size; what is made again here are only the three linears of an attention.
-`exact` leaves out the last three rows.
+Frozen linears, sums, biases and bilinear scaling keep nothing in stock torch either. Slopes have 16 bits and
+not 8: 8 make gradients wrong by 1e-3, which shows after a round of Adam, and save only a byte more. Making
+the middle of an MLP again instead would save both bytes and cost a linear of its size; what is made again
+here are only the three linears of an attention. `exact` leaves out the last three rows.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -36,17 +39,28 @@ Forward = Callable[..., Any]
 
 
 class Lean:
-    """Runs steps of a model leanly. Made once for a model with its adapter on it; the model is changed only while it runs."""
+    """Runs steps of a model leanly.
+
+    Made once for a model with its adapter on it; the model is changed only while it runs.
+    """
 
     def __init__(self, model: nn.Module, exact: bool = False) -> None:
-        """`exact`: only that of the table whose gradients are equal bit for bit, so that a run is the same with it and without."""
+        """`exact`: only that of the table whose gradients are equal bit for bit,
+        so that a run is the same with it and without.
+        """
         self.twins = EXACT if exact else ALL
         self.unread = False
         """Whether an attention is being made again whose result nobody reads."""
         self.attended: Tensor | None = None
         """The result of the attention that ran last."""
-        cores: dict[nn.Module, Forward] = {m: partial(_core_forward, m) for m in model.modules() if isinstance(m, SBLinear) and not exact}
-        attentions: dict[nn.Module, Forward] = {m: partial(_made_again, self, m, m.forward) for m in model.modules() if is_self_attention(m) and not exact}
+        cores: dict[nn.Module, Forward] = {
+            m: partial(_core_forward, m) for m in model.modules() if isinstance(m, SBLinear) and not exact
+        }
+        attentions: dict[nn.Module, Forward] = {
+            m: partial(_made_again, self, m, m.forward)
+            for m in model.modules()
+            if is_self_attention(m) and not exact
+        }
         self._forwards = cores | attentions
         self._inside = {m: {c: cores[c] for c in m.modules() if c in cores} for m in attentions}
 
@@ -58,7 +72,10 @@ class Lean:
 
     @contextmanager
     def making_again(self, module: nn.Module, unread: bool) -> Iterator[None]:
-        """Around the second run of an attention. `unread`: nothing behind the attention's products reads their result."""
+        """Around the second run of an attention.
+
+        `unread`: nothing behind the attention's products reads their result.
+        """
         with self._swapped(self._inside[module]):
             self.unread = unread
             try:
@@ -82,7 +99,9 @@ class Lean:
 
 
 def is_self_attention(module: nn.Module) -> bool:
-    """By structure: at least three linear maps of the same input among its children, and no more than one other."""
+    """By structure: at least three linear maps of the same input among its children,
+    and no more than one other.
+    """
     widths = [_inputs(child) for child in module.children()]
     known = [w for w in widths if w is not None]
     return any(known.count(w) >= 3 for w in set(known)) and len(known) <= 4
@@ -135,13 +154,16 @@ class _MadeAgain(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, lean: Lean, module: nn.Module, run: Forward, whole: list[Any], inputs: int, *values: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, lean: Lean, module: nn.Module, run: Forward, whole: list[Any], inputs: int, *values: Tensor
+    ) -> Tensor:
         out = run(*values[:inputs])
         whole.append(out)
         ctx.save_for_backward(*values)
         ctx.lean, ctx.module, ctx.run, ctx.inputs = lean, module, run, inputs
         first = _first(out)
-        ctx.unread = lean.attended is not None and _same_memory(first, lean.attended)  # else a linear, or something else, reads it
+        # else a linear, or something else, reads it
+        ctx.unread = lean.attended is not None and _same_memory(first, lean.attended)
         lean.attended = None
         return first
 
@@ -153,7 +175,11 @@ class _MadeAgain(torch.autograd.Function):
         with torch.enable_grad(), ctx.lean.making_again(ctx.module, ctx.unread):
             first = _first(ctx.run(*fresh))
         ctx.lean.attended = None
-        found = iter(torch.autograd.grad(first, [v for v in all_values if v.requires_grad], grads[0], allow_unused=True))
+        found = iter(
+            torch.autograd.grad(
+                first, [v for v in all_values if v.requires_grad], grads[0], allow_unused=True
+            )
+        )
         return *([None] * 5), *(next(found) if v.requires_grad else None for v in all_values)
 
 
@@ -169,4 +195,6 @@ def _core_forward(layer: SBLinear, x: Tensor) -> Tensor:
     if not layer.core.weight.requires_grad:  # this round: then stock torch keeps nothing either
         return type(layer).forward(layer, x)
     flat = x.reshape(-1, x.shape[-1])
-    return SBProduct.apply(flat, layer.base.weight, layer.base.bias, layer.a, layer.b, layer.core.weight).view(*x.shape[:-1], -1)
+    return SBProduct.apply(
+        flat, layer.base.weight, layer.base.bias, layer.a, layer.b, layer.core.weight
+    ).view(*x.shape[:-1], -1)

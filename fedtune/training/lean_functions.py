@@ -1,4 +1,6 @@
-"""The functions of torch that have a lean twin, and the twins: what `training.lean` keeps instead of what stock autograd keeps."""
+"""The functions of torch that have a lean twin, and the twins: what `training.lean` keeps instead of
+what stock autograd keeps.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -18,16 +20,31 @@ SLOPE_ERROR = 0.6 / _STEPS
 """Largest error of a kept slope: half a step, and rounding."""
 _STRETCH = 2**18
 _THIN_SCALE = 1e-3
-"""A layer norm whose smallest |scale| is below this share of its largest cannot be turned back safely; it keeps what stock torch keeps."""
+"""A layer norm whose smallest |scale| is below this share of its largest cannot be turned back safely; it
+keeps what stock torch keeps.
+"""
 
 
 class _Conv2d(torch.autograd.Function):
     """With a frozen kernel the gradient to the input needs the kernel, and of the input only its shape."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int], dilation: list[int], groups: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+        groups: int,
+    ) -> Tensor:
         ctx.save_for_backward(weight)
-        ctx.how, ctx.shape, ctx.bias = (stride, padding, dilation), x.shape, None if bias is None else list(bias.shape)
+        ctx.how, ctx.shape, ctx.bias = (
+            (stride, padding, dilation),
+            x.shape,
+            None if bias is None else list(bias.shape),
+        )
         ctx.groups = groups
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
@@ -37,15 +54,28 @@ class _Conv2d(torch.autograd.Function):
         wanted = [ctx.needs_input_grad[0], False, ctx.needs_input_grad[2]]
         # the empty stand-in for the input is never read, so its memory is never touched
         dx, _, db = aten.convolution_backward(
-            dy, dy.new_empty(ctx.shape), *ctx.saved_tensors, ctx.bias, *ctx.how, False, [0, 0], ctx.groups, wanted)
+            dy,
+            dy.new_empty(ctx.shape),
+            *ctx.saved_tensors,
+            ctx.bias,
+            *ctx.how,
+            False,
+            [0, 0],
+            ctx.groups,
+            wanted,
+        )
         return dx, None, db, None, None, None, None
 
 
 class _BatchNorm(torch.autograd.Function):
-    """With frozen statistics and scale a norm is y = scale * x + shift: its gradients are scale * dy and sum(dy)."""
+    """With frozen statistics and scale a norm is y = scale * x + shift:
+    its gradients are scale * dy and sum(dy).
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
         ctx.save_for_backward(mean, var, weight)
         ctx.eps = eps
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
@@ -56,7 +86,9 @@ class _BatchNorm(torch.autograd.Function):
         mean, var, weight = ctx.saved_tensors
         wanted, none = [ctx.needs_input_grad[0], False, ctx.needs_input_grad[4]], dy.new_empty(0)
         # dy stands in for the input, which torch's kernel uses for the gradient of the scale alone
-        dx, _, db = aten.native_batch_norm_backward(dy, dy, weight, mean, var, none, none, False, ctx.eps, wanted)
+        dx, _, db = aten.native_batch_norm_backward(
+            dy, dy, weight, mean, var, none, none, False, ctx.eps, wanted
+        )
         return dx, None, None, None, db, None
 
 
@@ -76,7 +108,10 @@ class _Clamp(torch.autograd.Function):
 
 
 def pack_between(x: Tensor, low: float, high: float) -> Tensor:
-    """uint8 [ceil(n / 8)]: a bit for each of n values, 1 where low < x < high. NumPy packs many times faster than torch can."""
+    """uint8 [ceil(n / 8)]: a bit for each of n values, 1 where low < x < high.
+
+    NumPy packs many times faster than torch can.
+    """
     if not _plain(x):
         return pack_slowly((x > low) & (x < high))
     values = x.detach().numpy()
@@ -90,13 +125,17 @@ def unpack(bits: Tensor, shape: Sequence[int]) -> Tensor:
     """Zeros and ones of this shape, to multiply by."""
     if not _plain(bits):
         return unpack_slowly(bits, shape)
-    return torch.from_numpy(np.unpackbits(bits.numpy(), count=int(np.prod(shape)))).view(torch.int8).view(*shape)
+    return (
+        torch.from_numpy(np.unpackbits(bits.numpy(), count=int(np.prod(shape)))).view(torch.int8).view(*shape)
+    )
 
 
 def pack_slowly(mask: Tensor) -> Tensor:
     """The same in torch alone: for tensors that hold no values, and as a check."""
     flat = F.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % 8))
-    return (flat.view(-1, 8) << torch.arange(7, -1, -1, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
+    return (flat.view(-1, 8) << torch.arange(7, -1, -1, dtype=torch.uint8, device=mask.device)).sum(
+        1, dtype=torch.uint8
+    )
 
 
 def unpack_slowly(bits: Tensor, shape: Sequence[int]) -> Tensor:
@@ -134,11 +173,15 @@ class _AdaptiveAvgPool2d(torch.autograd.Function):
 
 
 class _LayerNorm(torch.autograd.Function):
-    """Keeps y and turns it back: (y - bias) / weight is the normalised input, of which the gradient is made. y is the next layers' input as
-    well, so it is often kept already (the same is done in NVIDIA's Apex, where it is called memory_efficient)."""
+    """Keeps y and turns it back: (y - bias) / weight is the normalised input, of which the gradient is made.
+    y is the next layers' input as well, so it is often kept already (the same is done in NVIDIA's Apex, where
+    it is called memory_efficient).
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, shape: list[int], weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, shape: list[int], weight: Tensor, bias: Tensor | None, eps: float
+    ) -> Tensor:
         y, _, rstd = aten.native_layer_norm(x, shape, weight, bias, eps)
         ctx.save_for_backward(y, rstd, weight, bias)
         ctx.normalized = shape
@@ -150,15 +193,28 @@ class _LayerNorm(torch.autograd.Function):
         normal = y / weight if bias is None else (y - bias).div_(weight)
         wanted = [ctx.needs_input_grad[0], False, ctx.needs_input_grad[3]]
         dx, _, db = aten.native_layer_norm_backward(
-            grads[0], normal, ctx.normalized, torch.zeros_like(rstd), torch.ones_like(rstd), weight, bias, wanted)
+            grads[0],
+            normal,
+            ctx.normalized,
+            torch.zeros_like(rstd),
+            torch.ones_like(rstd),
+            weight,
+            bias,
+            wanted,
+        )
         return None if dx is None else dx.mul_(rstd), None, None, db, None
 
 
 class _Smooth(torch.autograd.Function):
-    """An activation by value, with its slope at each value in 16 bits. `backward`: torch's own, into `grad_input`."""
+    """An activation by value, with its slope at each value in 16 bits.
+
+    `backward`: torch's own, into `grad_input`.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, call: Callable[[Tensor], Tensor], backward: Callable[..., Tensor]) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, call: Callable[[Tensor], Tensor], backward: Callable[..., Tensor]
+    ) -> Tensor:
         ctx.save_for_backward(keep_slopes(x, backward))
         return call(x)
 
@@ -169,7 +225,10 @@ class _Smooth(torch.autograd.Function):
 
 
 def keep_slopes(x: Tensor, backward: Callable[..., Tensor]) -> Tensor:
-    """int16 of x's shape: round(32767 * (slope - 0.5)), for slopes in (-0.5, 1.5). In stretches, so that the slopes in float32 never stand whole."""
+    """int16 of x's shape: round(32767 * (slope - 0.5)), for slopes in (-0.5, 1.5).
+
+    In stretches, so that the slopes in float32 never stand whole.
+    """
     flat, kept = x.reshape(-1), torch.empty(x.shape, dtype=torch.int16, device=x.device)
     slope, out = x.new_empty(min(_STRETCH, len(flat))), kept.view(-1)
     for begin in range(0, len(flat), _STRETCH):
@@ -181,10 +240,12 @@ def keep_slopes(x: Tensor, backward: Callable[..., Tensor]) -> Tensor:
 
 
 class _Attention(torch.autograd.Function):
-    """Stands for softmax(scale * Q K' + mask) V where it is made again and nobody reads it: it notes q, k and v, and computes nothing.
+    """Stands for softmax(scale * Q K' + mask) V where it is made again and nobody reads it: it notes q, k and
+    v, and computes nothing.
 
-    q, k, v [examples, heads, tokens, width]. The backward pass is written out as batched products, which on short texts is faster
-    than torch's own kernel, and needs neither the result nor what that kernel keeps beside it.
+    q, k, v [examples, heads, tokens, width]. The backward pass is written out as batched products,
+    which on short texts is faster than torch's own kernel, and needs neither the result nor what
+    that kernel keeps beside it.
     """
 
     @staticmethod
@@ -199,14 +260,22 @@ class _Attention(torch.autograd.Function):
         flat = [x.reshape(-1, *x.shape[2:]) for x in (q, k, v, grads[0])]
         p, (qs, ks, vs, do) = _probabilities(flat[0], flat[1], mask, ctx.scale, q.shape[:2]), flat
         ds = aten._softmax_backward_data(do @ vs.transpose(1, 2), p, -1, p.dtype)
-        dq, dk, dv = (ds @ ks).mul_(ctx.scale), (ds.transpose(1, 2) @ qs).mul_(ctx.scale), p.transpose(1, 2) @ do
+        dq, dk, dv = (
+            (ds @ ks).mul_(ctx.scale),
+            (ds.transpose(1, 2) @ qs).mul_(ctx.scale),
+            p.transpose(1, 2) @ do,
+        )
         return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape), None, None
 
 
 def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, lead: Sequence[int]) -> Tensor:
     scores = torch.baddbmm(q.new_zeros(1), q, k.transpose(1, 2), beta=0, alpha=scale)
     if mask is not None:  # true where a token may look, or what is added
-        added = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else mask
+        added = (
+            torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
+            if mask.dtype == torch.bool
+            else mask
+        )
         scores.view(*lead, *scores.shape[1:]).add_(added)
     return scores.softmax(-1)
 
@@ -215,14 +284,29 @@ def _pair(value: Any) -> list[int]:
     return [value, value] if isinstance(value, int) else list(value)
 
 
-def _conv2d(input: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1) -> Tensor | None:
+def _conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor | None:
     if weight.requires_grad or isinstance(padding, str) or input.dim() != 4:
         return None
     return _Conv2d.apply(input, weight, bias, _pair(stride), _pair(padding), _pair(dilation), groups)
 
 
 def _batch_norm(
-    input: Tensor, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
+    input: Tensor,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
 ) -> Tensor | None:
     if training or running_mean is None or (weight is not None and weight.requires_grad):
         return None
@@ -242,18 +326,35 @@ def _relu(input: Tensor, inplace: bool = False) -> Tensor:
 
 
 def _avg_pool2d(
-    input: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False, count_include_pad: bool = True, divisor_override: int | None = None,
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
 ) -> Tensor:
     kernel = _pair(kernel_size)
-    return _AvgPool2d.apply(input, kernel, kernel if stride is None else _pair(stride), _pair(padding), ceil_mode, count_include_pad, divisor_override)
+    return _AvgPool2d.apply(
+        input,
+        kernel,
+        kernel if stride is None else _pair(stride),
+        _pair(padding),
+        ceil_mode,
+        count_include_pad,
+        divisor_override,
+    )
 
 
 def _adaptive_avg_pool2d(input: Tensor, output_size: Any) -> Tensor | None:
     size = _pair(output_size)
-    return None if None in size or size == [1, 1] else _AdaptiveAvgPool2d.apply(input, size)  # to one value is a mean, which keeps nothing
+    # to one value is a mean, which keeps nothing
+    return None if None in size or size == [1, 1] else _AdaptiveAvgPool2d.apply(input, size)
 
 
-def _layer_norm(input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor | None:
+def _layer_norm(
+    input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> Tensor | None:
     if weight is None or weight.requires_grad or not input.requires_grad:
         return None
     if _plain(weight) and weight.abs().min() < _THIN_SCALE * weight.abs().max():
@@ -261,7 +362,9 @@ def _layer_norm(input: Tensor, normalized_shape: Any, weight: Any = None, bias: 
     return _LayerNorm.apply(input, list(normalized_shape), weight, bias, eps)
 
 
-def _smooth(backward: Callable[..., Tensor], call: Callable[[Tensor], Tensor], input: Tensor, inplace: bool = False) -> Tensor | None:
+def _smooth(
+    backward: Callable[..., Tensor], call: Callable[[Tensor], Tensor], input: Tensor, inplace: bool = False
+) -> Tensor | None:
     return _Smooth.apply(input, call, backward) if input.requires_grad else None
 
 
@@ -270,16 +373,35 @@ def _hardswish_backward(dy: Tensor, x: Tensor, grad_input: Tensor) -> Tensor:
 
 
 def _gelu(input: Tensor, approximate: str = "none") -> Tensor | None:
-    return _smooth(partial(aten.gelu_backward.grad_input, approximate=approximate), partial(F.gelu, approximate=approximate), input)
+    return _smooth(
+        partial(aten.gelu_backward.grad_input, approximate=approximate),
+        partial(F.gelu, approximate=approximate),
+        input,
+    )
 
 
 def _attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False, scale: Any = None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: Any = None,
     enable_gqa: bool = False,
 ) -> Tensor | None:
-    """Where a result is read or texts are long, torch's kernel is right: it keeps q, k, v and the result, for as long as one layer's backward takes."""
+    """Where a result is read or texts are long, torch's kernel is right: it keeps q, k, v and the result,
+    for as long as one layer's backward takes.
+    """
     scores = query.shape[:-1].numel() * key.shape[-2]
-    if dropout_p or enable_gqa or query.dim() != 4 or scores > SCORES or value.shape != query.shape or (attn_mask is not None and attn_mask.requires_grad):
+    if (
+        dropout_p
+        or enable_gqa
+        or query.dim() != 4
+        or scores > SCORES
+        or value.shape != query.shape
+        or (attn_mask is not None and attn_mask.requires_grad)
+    ):
         return None
     if is_causal:
         attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
@@ -287,13 +409,26 @@ def _attention(
 
 
 EXACT: Mapping[Any, Callable[..., Tensor | None]] = {
-    torch.conv2d: _conv2d, F.batch_norm: _batch_norm, F.hardtanh: _hardtanh, F.relu6: _relu6, F.relu: _relu, torch.relu: _relu,
-    F.avg_pool2d: _avg_pool2d, F.adaptive_avg_pool2d: _adaptive_avg_pool2d,
+    torch.conv2d: _conv2d,
+    F.batch_norm: _batch_norm,
+    F.hardtanh: _hardtanh,
+    F.relu6: _relu6,
+    F.relu: _relu,
+    torch.relu: _relu,
+    F.avg_pool2d: _avg_pool2d,
+    F.adaptive_avg_pool2d: _adaptive_avg_pool2d,
 }
-"""Twins by torch function, called like it; None where the twin does not apply, and torch's own is used. Gradients are stock autograd's, bit for bit."""
+"""Twins by torch function, called like it; None where the twin does not apply, and torch's own is used.
+
+Gradients are stock autograd's, bit for bit.
+"""
 
 ALL: Mapping[Any, Callable[..., Tensor | None]] = {
-    **EXACT, F.layer_norm: _layer_norm, F.gelu: _gelu, F.silu: partial(_smooth, aten.silu_backward.grad_input, F.silu),
-    F.hardswish: partial(_smooth, _hardswish_backward, F.hardswish), F.scaled_dot_product_attention: _attention,
+    **EXACT,
+    F.layer_norm: _layer_norm,
+    F.gelu: _gelu,
+    F.silu: partial(_smooth, aten.silu_backward.grad_input, F.silu),
+    F.hardswish: partial(_smooth, _hardswish_backward, F.hardswish),
+    F.scaled_dot_product_attention: _attention,
 }
 """With those whose gradients differ by rounding."""

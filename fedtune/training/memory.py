@@ -1,4 +1,6 @@
-"""How much memory a training step needs, from shapes alone: the step is run on fake tensors, which hold no values."""
+"""How much memory a training step needs, from shapes alone: the step is run on fake
+tensors, which hold no values.
+"""
 
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,7 +27,22 @@ NUMBER = 4
 """Bytes of a float32."""
 
 
-_CURVED = frozenset({F.silu, F.gelu, F.hardswish, F.hardsigmoid, F.mish, F.elu, F.sigmoid, torch.sigmoid, Tensor.sigmoid, torch.tanh, Tensor.tanh, F.tanh})
+_CURVED = frozenset(
+    {
+        F.silu,
+        F.gelu,
+        F.hardswish,
+        F.hardsigmoid,
+        F.mish,
+        F.elu,
+        F.sigmoid,
+        torch.sigmoid,
+        Tensor.sigmoid,
+        torch.tanh,
+        Tensor.tanh,
+        F.tanh,
+    }
+)
 _PRODUCTS = frozenset({torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__})
 
 
@@ -33,50 +50,74 @@ _PRODUCTS = frozenset({torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__})
 class Saved:
     """Bytes that autograd keeps between forward and backward of one step on a CPU, weights not counted.
 
-    `curved`: those of them that activations other than ReLU and its like keep (swish, h-swish, sigmoid), and the products with gates
-    (squeeze-and-excitation).
+    `curved`: those of them that activations other than ReLU and its like keep (swish, h-swish, sigmoid), and
+    the products with gates (squeeze-and-excitation).
     """
 
     bytes: int
     curved: int
 
 
-def step_memory(job: Job, spec: AdapterSpec, sketch: TunableModel, limits: Limits = AS_THE_JOB) -> dict[str, int | None]:
-    """Bytes that one training client needs, part by part and in all: computed from shapes; libraries and data come on top.
+def step_memory(
+    job: Job, spec: AdapterSpec, sketch: TunableModel, limits: Limits = AS_THE_JOB
+) -> dict[str, int | None]:
+    """Bytes that one training client needs, part by part and in all: computed from shapes;
+    libraries and data come on top.
 
     Args:
         sketch: the base on the meta device and without an adapter; it cannot be used afterwards.
         spec: at the job's rank.
-        limits: of the client. Of blocks that differ from round to round, the most that any need; one that may not choose among all is not probed.
+        limits: of the client. Of blocks that differ from round to round, the most that any need; one that may
+            not choose among all is not probed.
 
     Returns:
-        "activations" and "total" are None for a base whose code looks at values. "curved" and "activations_without_lean" are no
-        parts of the total: what of the activations ReLU6 would not keep (`Saved`), and what stock torch would keep.
+        "activations" and "total" are None for a base whose code looks at values. "curved" and
+        "activations_without_lean" are no parts of the total: what of the activations ReLU6 would not keep
+        (`Saved`), and what stock torch would keep.
     """
     parameters, spec = layout(sketch).size, at_rank(spec, limits.rank)
     states = {"adamw": 2, "adam": 2, "sgd": 1 if job.federation.momentum else 0}[job.federation.optimizer]
     side = job.model.image_size if job.model.task == "image-classification" else job.model.max_length
     trained = {t.name for t in spec.schema.of_units(lowest(job, spec.schema, limits))}
     with torch.device("meta"):
-        for name, p in attach(sketch, spec, {t.name: np.zeros(t.shape, np.float32) for t in spec.frame}).items():
+        for name, p in attach(
+            sketch, spec, {t.name: np.zeros(t.shape, np.float32) for t in spec.frame}
+        ).items():
             p.requires_grad_(name in trained)
     backward = job.edge.mode == "backward"
-    found, stock = (saved_bytes(sketch, job.federation.batch_size, side, lean) if backward else Saved(0, 0) for lean in (lean_of(job), "off"))
+    found, stock = (
+        saved_bytes(sketch, job.federation.batch_size, side, lean) if backward else Saved(0, 0)
+        for lean in (lean_of(job), "off")
+    )
     parts: dict[str, int | None] = {
         "base": NUMBER * (parameters + spec.head_size),
         "frame": NUMBER * sum(t.size for t in spec.frame),
-        "adapter_gradients_optimizer": NUMBER * ((1 + copies(job)) * spec.size + max((1 + states) * most_numbers(job, spec.schema, limits), _probe_numbers(job, spec, limits.depth))),
+        "adapter_gradients_optimizer": NUMBER
+        * (
+            (1 + copies(job)) * spec.size
+            + max(
+                (1 + states) * most_numbers(job, spec.schema, limits), _probe_numbers(job, spec, limits.depth)
+            )
+        ),
         "activations": None if found is None else found.bytes,
     }
     known = [v for v in parts.values() if v is not None]
     return parts | {
         "total": sum(known) if len(known) == len(parts) else None,
-        "activations_without_lean": None if stock is None else stock.bytes, "curved": None if found is None else found.curved}
+        "activations_without_lean": None if stock is None else stock.bytes,
+        "curved": None if found is None else found.curved,
+    }
 
 
 def _probe_numbers(job: Job, spec: AdapterSpec, depth: int) -> int:
-    """What a probe needs beside the trained numbers themselves: gradients of all blocks, and what it keeps of them."""
-    found = sum(t.size for t in spec.schema.of_units(spec.schema.blocks)) if job.units.probes and unlimited(spec.schema, depth) else 0
+    """What a probe needs beside the trained numbers themselves: gradients of all blocks,
+    and what it keeps of them.
+    """
+    found = (
+        sum(t.size for t in spec.schema.of_units(spec.schema.blocks))
+        if job.units.probes and unlimited(spec.schema, depth)
+        else 0
+    )
     return (1 + kept_numbers(job.units.strategy)) * found
 
 
@@ -89,7 +130,8 @@ def saved_bytes(model: TunableModel, batch: int, side: int, lean: str) -> Saved 
     """From shapes alone.
 
     Args:
-        model: on the meta device and with its adapter; what it holds is replaced, and it is good for nothing else afterwards.
+        model: on the meta device and with its adapter; what it holds is replaced,
+            and it is good for nothing else afterwards.
         batch: examples in the step.
         side: tokens of each text, or pixels of an image's side.
         lean: as federation.lean.
@@ -100,7 +142,8 @@ def saved_bytes(model: TunableModel, batch: int, side: int, lean: str) -> Saved 
     with FakeTensorMode():
         _fake(model)
         held = {_key(t) for t in [*model.parameters(), *model.buffers()]}
-        seen: dict[int, tuple[int, Tensor, bool]] = {}  # the tensor is kept so that no later storage takes its address
+        # the tensor is kept so that no later storage takes its address
+        seen: dict[int, tuple[int, Tensor, bool]] = {}
         calls = _Calls()
 
         def pack(t: Tensor) -> Tensor:
@@ -116,16 +159,23 @@ def saved_bytes(model: TunableModel, batch: int, side: int, lean: str) -> Saved 
                 _loss(model, batch, side)
         except (RuntimeError, NotImplementedError, ValueError, TypeError):
             return None
-    return Saved(sum(size for size, _, _ in seen.values()), sum(size for size, _, curved in seen.values() if curved))
+    return Saved(
+        sum(size for size, _, _ in seen.values()), sum(size for size, _, curved in seen.values() if curved)
+    )
 
 
 class _Calls(TorchFunctionMode):
-    """Watches which function runs: `curved` is whether it is an activation that is not made of straight pieces, or a product of two results."""
+    """Watches which function runs: `curved` is whether it is an activation that is not made of straight
+    pieces, or a product of two results.
+    """
 
     curved = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before, gate = self.curved, func in _PRODUCTS and all(isinstance(x, Tensor) and x.requires_grad for x in args[:2])
+        before, gate = (
+            self.curved,
+            func in _PRODUCTS and all(isinstance(x, Tensor) and x.requires_grad for x in args[:2]),
+        )
         self.curved = func in _CURVED or gate
         try:
             return func(*args, **(kwargs or {}))
@@ -134,18 +184,24 @@ class _Calls(TorchFunctionMode):
 
 
 def _fake(model: nn.Module) -> None:
-    """Every tensor of the model as a fake one on the CPU: kernels are then chosen as a CPU would, which meta does not."""
+    """Every tensor of the model as a fake one on the CPU: kernels are then chosen as a CPU
+    would, which meta does not.
+    """
     for module in model.modules():
         for name, p in module._parameters.items():
             if p is not None:
-                module._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
+                module._parameters[name] = nn.Parameter(
+                    torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad
+                )
         for name, b in module._buffers.items():
             if b is not None:
                 module._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
 
 
 def _loss(model: TunableModel, batch: int, side: int) -> Tensor:
-    """Without an attention mask: code that looks into the mask cannot run so, and a full mask keeps the same tensors."""
+    """Without an attention mask: code that looks into the mask cannot run so,
+    and a full mask keeps the same tensors.
+    """
     if model.task == "image-classification":
         logits = model(pixels=torch.empty(batch, 3, side, side))
     elif model.head is None:

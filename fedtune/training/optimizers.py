@@ -1,7 +1,9 @@
-"""Optimizers over many models at once: row k of every [K, P] array is one model. Plain functions on plain tensors, in place.
+"""Optimizers over many models at once: row k of every [K, P] array is one model.
 
-The formulas and their order of operations are those of torch.optim (tests compare), so that a cohort trained together ends where
-clients trained one by one end.
+Plain functions on plain tensors, in place.
+
+The formulas and their order of operations are those of torch.optim (tests compare), so that a cohort trained
+together ends where clients trained one by one end.
 """
 
 import math
@@ -30,7 +32,14 @@ def start(models: Tensor, settings: FederationSection) -> Moments:
     return Moments(torch.zeros_like(models), torch.zeros_like(models))
 
 
-def update(models: Tensor, gradients: Tensor, moments: Moments, rates: Tensor | float, count: int, settings: FederationSection) -> None:
+def update(
+    models: Tensor,
+    gradients: Tensor,
+    moments: Moments,
+    rates: Tensor | float,
+    count: int,
+    settings: FederationSection,
+) -> None:
     """Step `count` (from 1) of the first len(models) rows. `gradients` is overwritten.
 
     Args:
@@ -49,7 +58,14 @@ def update(models: Tensor, gradients: Tensor, moments: Moments, rates: Tensor | 
             _adamw(models, gradients, first, second, rates, count, settings)
 
 
-def _sgd(models: Tensor, g: Tensor, momentum: Tensor | None, rates: Tensor | float, count: int, settings: FederationSection) -> None:
+def _sgd(
+    models: Tensor,
+    g: Tensor,
+    momentum: Tensor | None,
+    rates: Tensor | float,
+    count: int,
+    settings: FederationSection,
+) -> None:
     if settings.weight_decay:
         g.add_(models, alpha=settings.weight_decay)
     if momentum is not None:
@@ -60,7 +76,15 @@ def _sgd(models: Tensor, g: Tensor, momentum: Tensor | None, rates: Tensor | flo
         models.addcmul_(g, rates.expand_as(g), value=-1)
 
 
-def _adamw(models: Tensor, g: Tensor, first: Tensor, second: Tensor, rates: Tensor, count: int, settings: FederationSection) -> None:
+def _adamw(
+    models: Tensor,
+    g: Tensor,
+    first: Tensor,
+    second: Tensor,
+    rates: Tensor,
+    count: int,
+    settings: FederationSection,
+) -> None:
     """Loshchilov and Hutter 2019, arXiv:1711.05101, Algorithm 2, with a schedule of 1."""
     if settings.weight_decay:
         models.mul_(1 - rates * settings.weight_decay)
@@ -70,8 +94,30 @@ def _adamw(models: Tensor, g: Tensor, first: Tensor, second: Tensor, rates: Tens
     models.addcdiv_((first * rates), denominator, value=-1 / (1 - BETA1**count))
 
 
-def _adamw_in_one_pass(models: Tensor, g: Tensor, first: Tensor, second: Tensor, rate: float, count: int, settings: FederationSection) -> None:
+def _adamw_in_one_pass(
+    models: Tensor,
+    g: Tensor,
+    first: Tensor,
+    second: Tensor,
+    rate: float,
+    count: int,
+    settings: FederationSection,
+) -> None:
     """The same with one learning rate for all numbers: each is read once."""
     step = torch.full((), count - 1.0, device=models.device)
-    adamw([models], [g], [first], [second], [], [step], fused=True, amsgrad=False, beta1=BETA1, beta2=BETA2, lr=rate,
-          weight_decay=settings.weight_decay, eps=EPS, maximize=False)
+    adamw(
+        [models],
+        [g],
+        [first],
+        [second],
+        [],
+        [step],
+        fused=True,
+        amsgrad=False,
+        beta1=BETA1,
+        beta2=BETA2,
+        lr=rate,
+        weight_decay=settings.weight_decay,
+        eps=EPS,
+        maximize=False,
+    )

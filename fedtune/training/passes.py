@@ -1,4 +1,7 @@
-"""How a chunk of examples goes through the base: packed (texts without padding) or padded. Both give the same numbers."""
+"""How a chunk of examples goes through the base: packed (texts without padding) or padded.
+
+Both give the same numbers.
+"""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,7 +24,8 @@ Loss = tuple[Tensor, Tensor, Tensor]
 class Pass(Protocol):
     """`unit`: where features are kept: the lowest trained block, "head", or None.
 
-    `features`: what came to the cut for each example: [length, width], [channels, height, width], or [width] below the head.
+    `features`: what came to the cut for each example: [length, width], [channels, height, width],
+    or [width] below the head.
     """
 
     unit: str | None
@@ -40,7 +44,9 @@ class Pass(Protocol):
         ...
 
     def rows(self, lengths: np.ndarray) -> np.ndarray | None:
-        """Rows that each example has in the layers of one long row; None where examples stand in rows of their own."""
+        """Rows that each example has in the layers of one long row;
+        None where examples stand in rows of their own.
+        """
         ...
 
 
@@ -67,7 +73,9 @@ class Padded:
         if features is None or self._cut is None:
             return summed_loss(self.model(**batch), batch, wanted, self.model.task)
         hidden = torch.from_numpy(_stack(features)).to(self.device)
-        return summed_loss(self._cut.above(hidden, lambda: self.model(**batch)), batch, wanted, self.model.task)
+        return summed_loss(
+            self._cut.above(hidden, lambda: self.model(**batch)), batch, wanted, self.model.task
+        )
 
     def below(self, encoded: Encoded) -> list[np.ndarray]:
         batch = self._batch(encoded)
@@ -80,7 +88,8 @@ class Padded:
         return [h[: len(e["input_ids"])].copy() for h, e in zip(hidden, encoded)]
 
     def _batch(self, encoded: Encoded) -> dict[str, Tensor]:
-        return {k: torch.from_numpy(v).to(self.device) for k, v in self.encoder.collate(list(encoded)).items()}  # type: ignore[arg-type]
+        batch = self.encoder.collate(list(encoded))  # type: ignore[arg-type]
+        return {k: torch.from_numpy(v).to(self.device) for k, v in batch.items()}
 
 
 class Packed:
@@ -123,10 +132,14 @@ class Packed:
 
     def _packed(self, encoded: Encoded) -> tuple[Packing, dict[str, Tensor]]:
         packing = Packing([len(e["input_ids"]) for e in encoded], self.device)
-        return packing, {k: torch.from_numpy(np.concatenate([e[k] for e in encoded])).to(self.device) for k in encoded[0]}
+        return packing, {
+            k: torch.from_numpy(np.concatenate([e[k] for e in encoded])).to(self.device) for k in encoded[0]
+        }
 
 
-def _head_loss(model: TunableModel, features: Sequence[np.ndarray], labels: Tensor, device: torch.device) -> Loss:
+def _head_loss(
+    model: TunableModel, features: Sequence[np.ndarray], labels: Tensor, device: torch.device
+) -> Loss:
     assert model.head is not None
     return summed_loss(model.head(torch.from_numpy(np.stack(features)).to(device)), {}, labels, model.task)
 
@@ -143,10 +156,13 @@ def _stack(features: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _causal_loss(logits: Tensor, ids: Tensor, packing: Packing) -> Loss:
-    """`summed_loss` of a causal language model for one long row. logits [tokens, vocabulary], ids [tokens]."""
+    """`summed_loss` of a causal language model for one long row. logits [tokens,
+    vocabulary], ids [tokens].
+    """
     targets = torch.roll(ids, -1)
     lengths = torch.from_numpy(packing.lengths).to(logits.device)
-    keep = torch.ones(len(ids), device=logits.device).index_fill_(0, packing.starts + lengths - 1, 0.0)  # the last token of a text predicts nothing
+    # the last token of a text predicts nothing
+    keep = torch.ones(len(ids), device=logits.device).index_fill_(0, packing.starts + lengths - 1, 0.0)
     text = torch.repeat_interleave(torch.arange(len(lengths), device=logits.device), lengths)
 
     def by_text(x: Tensor) -> Tensor:

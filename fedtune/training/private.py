@@ -1,7 +1,7 @@
 """Local training with example-level privacy: what one client does in one round. The truth for every engine.
 
-Gradients of single examples come from Opacus where it can give them, which is tried before it is believed; else from one backward
-pass for each example, the slow and obvious way.
+Gradients of single examples come from Opacus where it can give them, which is tried before it is believed;
+else from one backward pass for each example, the slow and obvious way.
 """
 
 import warnings
@@ -19,30 +19,48 @@ from fedtune.data.encoded import ClientData, Encoder
 from fedtune.job import FederationSection
 from fedtune.models.base import TunableModel, summed_loss
 from fedtune.privacy.clipping import SHRINK
-from fedtune.privacy.example import ExamplePrivacy, SelfCheck, capped, drawn_noise, noisy_metrics, poisson_batches
+from fedtune.privacy.example import (
+    ExamplePrivacy,
+    SelfCheck,
+    capped,
+    drawn_noise,
+    noisy_metrics,
+    poisson_batches,
+)
 from fedtune.privacy.noise import Noise
 from fedtune.training.local import base_weights, device_of, make_optimizer, to_batch
 from fedtune.types import Metrics
 
 PHYSICAL, NUMBERS = 32, 2**26
-"""Most examples that go through the base at once, and most numbers of their gradients, which are held side by side, however large the
-batch of a step is."""
+"""Most examples that go through the base at once, and most numbers of their gradients, which are held side by
+side, however large the batch of a step is.
+"""
 TRIED = 3
 """Examples of a first batch whose gradients are computed both ways."""
 _SAMPLED = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.Conv1d, nn.Conv2d)
-"""Layers whose gradient by example Opacus knows, and which compute the same in training mode, in which alone it watches them."""
+"""Layers whose gradient by example Opacus knows, and which compute the same in training mode,
+in which alone it watches them.
+"""
 
 
 class Audit(Protocol):
-    """Tries the mechanism from inside, for `fedtune privacy audit` alone; where there is none nothing differs."""
+    """Tries the mechanism from inside, for `fedtune privacy audit` alone;
+    where there is none nothing differs.
+    """
 
-    def insert(self, rows: np.ndarray, labels: np.ndarray, real: Callable[[np.ndarray], tuple[Tensor, Any]]) -> tuple[Tensor, Tensor]:
-        """Gradients [n, P], before they are clipped, and scores [n, 3] of examples of the clients int64 [n] of this step and with labels [n],
-        an audit's own among them; `real` gives those of the examples at some of these places."""
+    def insert(
+        self, rows: np.ndarray, labels: np.ndarray, real: Callable[[np.ndarray], tuple[Tensor, Any]]
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients [n, P], before they are clipped, and scores [n, 3] of examples of the clients int64
+        [n] of this step and with labels [n], an audit's own among them; `real` gives those of the examples
+        at some of these places.
+        """
         ...
 
     def released(self, row: int, client: str, gradient: Tensor) -> None:
-        """What the optimizer of a client gets in the step: the noisy sum over the public number of examples, [P]."""
+        """What the optimizer of a client gets in the step: the noisy sum over the public
+        number of examples, [P].
+        """
         ...
 
 
@@ -61,11 +79,17 @@ class PerExample:
     audit: Audit | None = None
 
     def __call__(self, batch: Mapping[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradient of each example's mean loss over its predictions, [n, P], and its [loss, right, 1], [n, 3], means too."""
+        """Gradient of each example's mean loss over its predictions, [n, P], and its [loss,
+        right, 1], [n, 3], means too.
+        """
         if self.audit is None:
             return self._computed(batch, labels)
         rows = np.zeros(len(labels), np.int64)
-        return self.audit.insert(rows, labels.cpu().numpy(), lambda places: self._computed({k: v[places] for k, v in batch.items()}, labels[places]))
+        return self.audit.insert(
+            rows,
+            labels.cpu().numpy(),
+            lambda places: self._computed({k: v[places] for k, v in batch.items()}, labels[places]),
+        )
 
     def _computed(self, batch: Mapping[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
         if self.by_hooks is None:
@@ -77,7 +101,9 @@ class PerExample:
         rows, scores = [], []
         for i in range(len(labels)):
             loss, score = self._losses({k: v[i : i + 1] for k, v in batch.items()}, labels[i : i + 1])
-            found = torch.autograd.grad(loss.sum(), list(self.parameters.values()), allow_unused=True, materialize_grads=True)
+            found = torch.autograd.grad(
+                loss.sum(), list(self.parameters.values()), allow_unused=True, materialize_grads=True
+            )
             rows.append(torch.cat([g.flatten() for g in found]))
             scores.append(score)
         return torch.stack(rows), torch.cat(scores)
@@ -91,7 +117,13 @@ class PerExample:
             found = [getattr(p, "grad_sample", None) for p in self.parameters.values()]
         if any(g is not None and (not isinstance(g, Tensor) or len(g) != n) for g in found):
             raise ValueError("a layer mixes examples")
-        return torch.cat([torch.zeros(n, p.numel(), device=p.device) if g is None else g.reshape(n, -1) for g, p in zip(found, self.parameters.values())], 1), scores
+        return torch.cat(
+            [
+                torch.zeros(n, p.numel(), device=p.device) if g is None else g.reshape(n, -1)
+                for g, p in zip(found, self.parameters.values())
+            ],
+            1,
+        ), scores
 
     def _losses(self, batch: Mapping[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
         loss, correct, count = summed_loss(self.model(**batch), batch, labels, self.model.task)
@@ -102,14 +134,19 @@ class PerExample:
     def _watched(self) -> Iterator[None]:
         from opacus.grad_sample import GradSampleHooks
 
-        owners = {m: m.training for m in self.model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))}
+        owners = {
+            m: m.training
+            for m in self.model.modules()
+            if any(p.requires_grad for p in m.parameters(recurse=False))
+        }
         if not all(isinstance(m, _SAMPLED) for m in owners):
             raise TypeError("a trained layer without a known gradient by example")
         hooks = GradSampleHooks(self.model, loss_reduction="sum", strict=False)
         try:
             for m in owners:
                 m.training = True
-            with warnings.catch_warnings():  # the lowest trained layer's input needs no gradient, which torch finds worth a word
+            # the lowest trained layer's input needs no gradient, which torch finds worth a word
+            with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Full backward hook is firing")
                 yield
         finally:
@@ -126,17 +163,33 @@ class PerExample:
         """Whether Opacus gives what one pass for each example gives."""
         try:
             fast = self.with_opacus(batch, labels)[0]
-        except (ImportError, TypeError, ValueError, RuntimeError, LookupError, AttributeError, NotImplementedError, AssertionError):
+        except (
+            ImportError,
+            TypeError,
+            ValueError,
+            RuntimeError,
+            LookupError,
+            AttributeError,
+            NotImplementedError,
+            AssertionError,
+        ):
             return False
         slow = self.one_by_one(batch, labels)[0]
         return bool((fast - slow).norm() <= 1e-3 * slow.norm() + 1e-7)
 
 
 def train_privately(
-    gradients: PerExample, data: ClientData, encoder: Encoder, settings: FederationSection, privacy: ExamplePrivacy, round: int, noise: Noise,
+    gradients: PerExample,
+    data: ClientData,
+    encoder: Encoder,
+    settings: FederationSection,
+    privacy: ExamplePrivacy,
+    round: int,
+    noise: Noise,
     client: str = "",
 ) -> Metrics:
-    """DP-SGD on `gradients.parameters`, in place, with a fresh optimizer; empty batches make a step of noise alone.
+    """DP-SGD on `gradients.parameters`, in place, with a fresh optimizer;
+    empty batches make a step of noise alone.
 
     Args:
         client: whose data it is, as an audit knows it.
@@ -155,7 +208,9 @@ def train_privately(
         if gradients.audit is not None:
             gradients.audit.released(0, client, released)
         if settings.proximal:  # it looks at no example, so it is added to what is released
-            released = released + settings.proximal * torch.from_numpy(_flat(parameters) - start).to(released.device)
+            released = released + settings.proximal * torch.from_numpy(_flat(parameters) - start).to(
+                released.device
+            )
         _put(parameters, released)
         optimizer.step()
     check.require(start, _flat(parameters))
@@ -163,9 +218,15 @@ def train_privately(
 
 
 def private_gradients(
-    model: TunableModel, names: Sequence[str], data: ClientData, encoder: Encoder, privacy: ExamplePrivacy, noise: Noise,
+    model: TunableModel,
+    names: Sequence[str],
+    data: ClientData,
+    encoder: Encoder,
+    privacy: ExamplePrivacy,
+    noise: Noise,
 ) -> dict[str, np.ndarray]:
-    """As `local.weight_gradients` of a batch that is drawn here, with noise: one step of DP-SGD that moves nothing, [outputs, inputs] by name.
+    """As `local.weight_gradients` of a batch that is drawn here, with noise: one step of DP-SGD that moves
+    nothing, [outputs, inputs] by name.
 
     One clip holds over all weights together. Raises Refused as `train_privately`.
     """
@@ -174,12 +235,28 @@ def private_gradients(
         (index,) = poisson_batches(len(data), privacy, noise)
         mean = _noisy_mean(PerExample(model, weights), data, encoder, index, check, noise)[0].cpu()
     check.require(np.zeros(len(mean), np.float32), mean.numpy())
-    return {name: part.view_as(weights[name]).numpy() for name, part in zip(names, mean.split([weights[name].numel() for name in names]))}
+    return {
+        name: part.view_as(weights[name]).numpy()
+        for name, part in zip(names, mean.split([weights[name].numel() for name in names]))
+    }
 
 
-def _noisy_mean(gradients: PerExample, data: ClientData, encoder: Encoder, index: np.ndarray, check: SelfCheck, noise: Noise) -> tuple[Tensor, np.ndarray]:
-    """(sum of the clipped gradients of the examples at `index`, with noise, over the public number of examples [P]; sum of their capped scores, float64 [3])."""
-    privacy, device, sizes = check.settings, device_of(gradients.model), [p.numel() for p in gradients.parameters.values()]
+def _noisy_mean(
+    gradients: PerExample,
+    data: ClientData,
+    encoder: Encoder,
+    index: np.ndarray,
+    check: SelfCheck,
+    noise: Noise,
+) -> tuple[Tensor, np.ndarray]:
+    """(sum of the clipped gradients of the examples at `index`, with noise, over the public number of
+    examples [P]; sum of their capped scores, float64 [3]).
+    """
+    privacy, device, sizes = (
+        check.settings,
+        device_of(gradients.model),
+        [p.numel() for p in gradients.parameters.values()],
+    )
     total, scores = torch.zeros(sum(sizes), device=device), np.zeros(3)
     physical = max(1, min(PHYSICAL, NUMBERS // len(total)))
     for begin in range(0, len(index), physical):
@@ -192,8 +269,12 @@ def _noisy_mean(gradients: PerExample, data: ClientData, encoder: Encoder, index
 
 
 def clipped(flat: Tensor, bound: float, check: SelfCheck) -> Tensor:
-    """Gradients [n, P] cut to an L2 norm of at most `bound`, one by one; one that is not finite becomes 0. Overwrites `flat`."""
-    norms = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64)  # over millions of numbers, float32 finds too little
+    """Gradients [n, P] cut to an L2 norm of at most `bound`, one by one; one that is not finite becomes 0.
+
+    Overwrites `flat`.
+    """
+    # over millions of numbers, float32 finds too little
+    norms = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64)
     flat[~torch.isfinite(norms)] = 0.0
     flat *= (bound * SHRINK / norms.clamp(min=1e-30)).clamp(max=1.0).nan_to_num(0.0).to(flat.dtype)[:, None]
     check.clipped(torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64).cpu().numpy())

@@ -1,6 +1,6 @@
 """The trainer process with torch; see `fedtune.trainer_service`.
 
-    python -m fedtune.training.service CONFIG.json
+python -m fedtune.training.service CONFIG.json
 """
 
 import sys
@@ -23,7 +23,9 @@ def ready(config: Config) -> "Callable[[], Device]":
     if config.threads:
         torch.set_num_threads(config.threads)
     kept = Path(config.kept) if config.kept else None
-    return lambda: open_device(open_bundle(Path(config.bundle)), Path(config.data), Path(config.base) if config.base else None, kept)
+    return lambda: open_device(
+        open_bundle(Path(config.bundle)), Path(config.data), Path(config.base) if config.base else None, kept
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Layers that hold the weights of many models at once: row k of a stack [K, ...] is applied to the examples of model k alone.
+"""Layers that hold the weights of many models at once: row k of a stack [K,
+...] is applied to the examples of model k alone.
 
-Each stands in for a plain layer while many clients are trained over one frozen base (`Stack.installed`). What is frozen is applied to
-all rows together; only the small trained part is applied model by model, over rows brought together by model. Since no two models
-share a trained number, one backward pass gives every model its own gradient. With one model per example the stack's gradients are the
-per-example gradients of DP-SGD.
+Each stands in for a plain layer while many clients are trained over one frozen base (`Stack.installed`). What
+is frozen is applied to all rows together; only the small trained part is applied model by model, over rows
+brought together by model. Since no two models share a trained number, one backward pass gives every model its
+own gradient. With one model per example the stack's gradients are the per-example gradients of DP-SGD.
 """
 
 import math
@@ -37,7 +38,9 @@ class Rows:
         self._slot = torch.from_numpy(slot).to(device)
 
     def gather(self, x: Tensor) -> Tensor:
-        """[n, ...] -> [models, width, ...], the rows of each model together; zeros where a model has fewer."""
+        """[n, ...] -> [models, width, ...], the rows of each model together;
+        zeros where a model has fewer.
+        """
         if self._dense:
             return x.reshape(self.models, self.width, *x.shape[1:])
         out = x.new_zeros(self.models * self.width, *x.shape[1:])
@@ -60,7 +63,9 @@ class Rows:
 
 @dataclass
 class Examples:
-    """The examples that run now: `owner` [n] is the model of each, `lengths` [n] the rows each has in the layers of a packed row."""
+    """The examples that run now: `owner` [n] is the model of each, `lengths` [n] the rows each has in
+    the layers of a packed row.
+    """
 
     owner: np.ndarray
     models: int
@@ -69,7 +74,9 @@ class Examples:
     _rows: dict[tuple[int, ...], Rows] = field(default_factory=dict)
 
     def rows(self, *shape: int) -> Rows:
-        """For a layer whose input has these dimensions before the features': [n], [n, ...] (padded), or packed tokens ([1, tokens])."""
+        """For a layer whose input has these dimensions before the features': [n], [n, ...] (padded), or
+        packed tokens ([1, tokens]).
+        """
         if shape not in self._rows:
             self._rows[shape] = Rows(self._owners(shape), self.models, self.device)
         return self._rows[shape]
@@ -91,7 +98,9 @@ class NotStackable(Exception):
 
 
 class _Stacked(nn.Module):
-    """Keeps the plain layer it stands for, the values of all models by local name ([K, *shape]), and the examples that run now."""
+    """Keeps the plain layer it stands for, the values of all models by local name ([K, *shape]),
+    and the examples that run now.
+    """
 
     def __init__(self, plain: nn.Module) -> None:
         super().__init__()
@@ -116,7 +125,15 @@ class _StackedSB(_Stacked):
     def forward(self, x: Tensor) -> Tensor:
         plain: SBLinear = self.plain
         flat = x.reshape(-1, x.shape[-1])
-        y = SBProduct.apply(flat, plain.base.weight, plain.base.bias, plain.a, plain.b, self.values["core.weight"], self.rows(*x.shape[:-1]))
+        y = SBProduct.apply(
+            flat,
+            plain.base.weight,
+            plain.base.bias,
+            plain.a,
+            plain.b,
+            self.values["core.weight"],
+            self.rows(*x.shape[:-1]),
+        )
         return y.view(*x.shape[:-1], -1)
 
 
@@ -126,7 +143,11 @@ class _StackedLoRA(_Stacked):
         flat = x.reshape(-1, x.shape[-1])
         rows = self.rows(*x.shape[:-1])
         up, down = self.values["up.weight"], self.get("down.weight")
-        thin = rows.gather(flat @ plain.down.weight.T) if down is None else rows.gather(flat) @ down.transpose(1, 2)
+        thin = (
+            rows.gather(flat @ plain.down.weight.T)
+            if down is None
+            else rows.gather(flat) @ down.transpose(1, 2)
+        )
         delta = rows.scatter(thin @ up.transpose(1, 2))
         return plain.base(x) + plain.scale * delta.view(*x.shape[:-1], -1)
 
@@ -152,7 +173,9 @@ class _StackedLayerNorm(_Stacked):
         plain: nn.LayerNorm = self.plain
         weight, bias = self.get("weight"), self.get("bias")
         frozen_bias = plain.bias if weight is None and bias is None else None
-        y = F.layer_norm(x, plain.normalized_shape, plain.weight if weight is None else None, frozen_bias, plain.eps)
+        y = F.layer_norm(
+            x, plain.normalized_shape, plain.weight if weight is None else None, frozen_bias, plain.eps
+        )
         flat = y.reshape(-1, y.shape[-1])
         rows = self.rows(*x.shape[:-1])
         if weight is not None:
@@ -164,7 +187,10 @@ class _StackedLayerNorm(_Stacked):
 
 
 class _StackedConv2d(_Stacked):
-    """x [n, channels, height, width]. A trained kernel becomes one convolution with a group for each model."""
+    """x [n, channels, height, width].
+
+    A trained kernel becomes one convolution with a group for each model.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         plain: nn.Conv2d = self.plain
@@ -173,8 +199,18 @@ class _StackedConv2d(_Stacked):
             y = plain._conv_forward(x, plain.weight, None)
         else:
             many = rows.gather(x).transpose(0, 1).flatten(1, 2)  # [width, models * channels, ...]
-            out = F.conv2d(many, weight.flatten(0, 1), None, plain.stride, plain.padding, plain.dilation, plain.groups * rows.models)
-            y = rows.scatter(out.view(rows.width, rows.models, plain.out_channels, *out.shape[2:]).transpose(0, 1))
+            out = F.conv2d(
+                many,
+                weight.flatten(0, 1),
+                None,
+                plain.stride,
+                plain.padding,
+                plain.dilation,
+                plain.groups * rows.models,
+            )
+            y = rows.scatter(
+                out.view(rows.width, rows.models, plain.out_channels, *out.shape[2:]).transpose(0, 1)
+            )
         if bias is not None:
             return y + (rows.belongs @ bias)[:, :, None, None]
         return y if plain.bias is None else y + plain.bias[:, None, None]
@@ -199,7 +235,9 @@ class _StackedBatchNorm2d(_StackedNorm2d):
     """In eval mode: running statistics, which are never trained here."""
 
     def normal(self, x: Tensor, weight: Tensor | None) -> Tensor:
-        return F.batch_norm(x, self.plain.running_mean, self.plain.running_var, weight, None, False, 0.0, self.plain.eps)
+        return F.batch_norm(
+            x, self.plain.running_mean, self.plain.running_var, weight, None, False, 0.0, self.plain.eps
+        )
 
 
 class _StackedGroupNorm(_StackedNorm2d):
@@ -248,7 +286,11 @@ class Stack:
     def _collect(self, parent: nn.Module, places: dict[int, str]) -> None:
         for child_name, child in parent.named_children():
             own = _STACKED.get(type(child))
-            found = {} if own is None else {local: places[id(p)] for local, p in child.named_parameters() if id(p) in places}
+            found = (
+                {}
+                if own is None
+                else {local: places[id(p)] for local, p in child.named_parameters() if id(p) in places}
+            )
             if own is None or not found:
                 self._collect(child, places)
             elif found.keys() <= own[1]:
@@ -275,4 +317,3 @@ class Stack:
             stacked.values[local] = value
         for _, _, _, stacked in self._places:
             stacked.now = now
-

@@ -62,16 +62,22 @@ class Worker:
     _leading: dict[int, Leading] = field(default_factory=dict)
 
     def handle(self, payload: bytes, client: str, data: ClientData) -> bytes:
-        """Answers a "model" packet with an "update", a "probe" with "block-scores", a "gradient-request" with a "gradient".
+        """Answers a "model" packet with an "update", a "probe" with "block-scores",
+        a "gradient-request" with a "gradient".
 
-        Raises Refused when the packet is not for this bundle: another schema, another frame, another kind, or not the whole model.
+        Raises Refused when the packet is not for this bundle: another schema, another frame,
+        another kind, or not the whole model.
         """
         if kind_of(payload) == "gradient-request":
             return self._gradient(decode(payload, Schema(()), kinds=["gradient-request"]), client, data)
         bundle = self.open()
         packet = decode(payload, bundle.schema, kinds=["model", "probe"], frame=bundle.frame_digest)
         work = asked(bundle, packet)
-        return self._probe(bundle, packet, work, client, data) if packet.header.kind == "probe" else self._train(bundle, packet, work, client, data)
+        return (
+            self._probe(bundle, packet, work, client, data)
+            if packet.header.kind == "probe"
+            else self._train(bundle, packet, work, client, data)
+        )
 
     def metrics(self, arrays: Arrays, data: ClientData | Stream) -> Metrics:
         """Loss and accuracy of a model, summed over the predictions on `data`."""
@@ -107,29 +113,46 @@ class Worker:
         return None if found is None else self.metrics(found, data)
 
     def train(
-        self, arrays: Arrays, client: str, data: ClientData, round: int, names: tuple[str, ...] | None = None, pull: Pull | None = None, purpose: str = "local",
+        self,
+        arrays: Arrays,
+        client: str,
+        data: ClientData,
+        round: int,
+        names: tuple[str, ...] | None = None,
+        pull: Pull | None = None,
+        purpose: str = "local",
         rank: int = 0,
     ) -> tuple[Arrays, Metrics]:
-        """A round's local training of these tensors of a model (None: all), without privacy: (what they became, metrics).
+        """A round's local training of these tensors of a model (None: all), without privacy:
+        (what they became, metrics).
 
-        pull: None is that of federation.proximal. purpose: names the draw of batches. rank: of the client, and so of the model's cores (0: adapter.rank).
+        pull: None is that of federation.proximal. purpose: names the draw of batches. rank: of the client,
+        and so of the model's cores (0: adapter.rank).
         """
         bundle, fed = self.open(), self.job.federation
         if bundle.subspace is not None:
             numbers = arrays[NAME].copy()
-            return {NAME: numbers}, train_forward(bundle.subspace, numbers, data, self.job, round, client, self._passes)
+            return {NAME: numbers}, train_forward(
+                bundle.subspace, numbers, data, self.job, round, client, self._passes
+            )
         rng = generator(fed.seed, purpose, round, client)
         with self.at(rank) as parameters, only(parameters, names) as chosen:
             write(parameters, arrays)
             metrics = train_locally(self.model, chosen, data, self.encoder, fed, round, rng, pull)
             return read(chosen), metrics
 
-    def _train_privately(self, work: Asked, client: str, data: ClientData, round: int, private: ExamplePrivacy) -> tuple[Arrays, Metrics]:
+    def _train_privately(
+        self, work: Asked, client: str, data: ClientData, round: int, private: ExamplePrivacy
+    ) -> tuple[Arrays, Metrics]:
         fed = self.job.federation
         with self.at(work.rank) as parameters, only(parameters, work.names) as chosen:
             write(parameters, work.model)
-            gradients = self._gradients.setdefault((work.rank, tuple(chosen)), PerExample(self.model, chosen, audit=self.audit))
-            metrics = train_privately(gradients, data, self.encoder, fed, private, round, noise_of(self.job, round, client), client)
+            gradients = self._gradients.setdefault(
+                (work.rank, tuple(chosen)), PerExample(self.model, chosen, audit=self.audit)
+            )
+            metrics = train_privately(
+                gradients, data, self.encoder, fed, private, round, noise_of(self.job, round, client), client
+            )
             return read(chosen), metrics
 
     def _passes(self, values: Arrays, data: ClientData) -> np.ndarray:
@@ -141,30 +164,61 @@ class Worker:
         round, private = packet.header.round, example_privacy(self.job)
         if method_of(self.job):
             arrays, metrics = train_keeping(
-                bundle, self.kept, packet, client, data, lambda ask: self.train(ask.start, client, data, round, None, ask.pull, ask.purpose))
+                bundle,
+                self.kept,
+                packet,
+                client,
+                data,
+                lambda ask: self.train(ask.start, client, data, round, None, ask.pull, ask.purpose),
+            )
         elif private is None:
             arrays, metrics = self.train(work.model, client, data, round, work.names, rank=work.rank)
             require_converged(metrics)
         else:
             arrays, metrics = self._train_privately(work, client, data, round, private)
         weight, metrics = outward(self.job, len(data), metrics)
-        return encode("update", bundle.schema, answered(bundle, arrays), round=round, frame=bundle.frame_digest, weight=weight, metrics=metrics)
+        return encode(
+            "update",
+            bundle.schema,
+            answered(bundle, arrays),
+            round=round,
+            frame=bundle.frame_digest,
+            weight=weight,
+            metrics=metrics,
+        )
 
     def _probe(self, bundle: Bundle, packet: Packet, work: Asked, client: str, data: ClientData) -> bytes:
-        units, fed, round, schema = require_probing(self.job), self.job.federation, packet.header.round, at_rank(self.spec, work.rank).schema
-        with self.at(work.rank) as parameters, only(parameters, [t.name for t in schema.of_units(schema.blocks)]) as chosen:
+        units, fed, round, schema = (
+            require_probing(self.job),
+            self.job.federation,
+            packet.header.round,
+            at_rank(self.spec, work.rank).schema,
+        )
+        with (
+            self.at(work.rank) as parameters,
+            only(parameters, [t.name for t in schema.of_units(schema.blocks)]) as chosen,
+        ):
             write(parameters, work.model)
             batches = probed_batches(data.lengths, units, fed, round, client)
-            scores = block_scores(units.strategy, schema, batch_gradients(self.model, chosen, data, self.encoder, fed, batches), bundle.manifest.weights)
+            scores = block_scores(
+                units.strategy,
+                schema,
+                batch_gradients(self.model, chosen, data, self.encoder, fed, batches),
+                bundle.manifest.weights,
+            )
         of = answers(schema)
         return encode("block-scores", of, scores, round=round, frame=bundle.frame_digest)
 
     def _gradient(self, packet: Packet, client: str, data: ClientData) -> bytes:
         if self.opened is not None:
-            raise Refused("kind", "a gradient of the plain base is asked for, but the adapter is on it already")
+            raise Refused(
+                "kind", "a gradient of the plain base is asked for, but the adapter is on it already"
+            )
         fed, adapter, names = self.job.federation, self.job.adapter, [x.name for x in self.spec.linears]
         if private := first_gradient(self.job):
-            gradients = private_gradients(self.model, names, data, self.encoder, private, noise_of(self.job, 0, client, "init"))
+            gradients = private_gradients(
+                self.model, names, data, self.encoder, private, noise_of(self.job, 0, client, "init")
+            )
             return encode("gradient", gradient_schema(self.spec), gradients, round=0, weight=1.0)
         rng = generator(fed.seed, "init", 0, client)
         index = rng.permutation(len(data))[: adapter.init_examples]

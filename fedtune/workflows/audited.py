@@ -1,6 +1,8 @@
-"""A simulation with canaries in it: the job's own engine, workers, coordinator and mechanism; only who answers, or what is in the data, differs.
+"""A simulation with canaries in it: the job's own engine, workers, coordinator and mechanism; only who
+answers, or what is in the data, differs.
 
-`Room` says how many canaries a job has room for, and puts them with the clients that it asks most often, as far as that is known before.
+`Room` says how many canaries a job has room for, and puts them with the clients that it asks most often, as
+far as that is known before.
 """
 
 from collections import Counter
@@ -32,7 +34,9 @@ from fedtune.workflows.setup import Setup
 from fedtune.workflows.simulate import Simulation
 
 MOST = 10_000
-"""Canaries unless told otherwise, or fewer where they show more: with so many, noise of half its size shows at an epsilon of about 2."""
+"""Canaries unless told otherwise, or fewer where they show more: with so many, noise of half its size
+shows at an epsilon of about 2.
+"""
 MOST_TEXTS = 1000
 """The same of input canaries, each of which is trained on."""
 CLAIMED = 5.0
@@ -49,16 +53,24 @@ class Room:
 
     @cached_property
     def asked(self) -> Counter[str]:
-        """Rounds in which each client is asked, by the seed; of an amplified job all rounds, as nobody may know in which."""
+        """Rounds in which each client is asked, by the seed; of an amplified job all rounds,
+        as nobody may know in which.
+        """
         if self.plan.job.privacy.amplification:
             return Counter(dict.fromkeys(self.setup.split.clients, self.plan.rounds))
         algorithm, clients = make_algorithm(self.setup.job, self.setup.schema), self.setup.store.clients
-        drawn = Counter(a.client for round in range(self.setup.job.federation.rounds) for a in algorithm.plan(State(round, {}), clients))
+        drawn = Counter(
+            a.client
+            for round in range(self.setup.job.federation.rounds)
+            for a in algorithm.plan(State(round, {}), clients)
+        )
         return Counter({name: min(count, self.plan.budget or count) for name, count in drawn.items()})
 
     @cached_property
     def most_asked(self) -> list[str]:
-        """All clients that are asked, those asked most first, and of those asked as often in an order drawn by chance."""
+        """All clients that are asked, those asked most first, and of those asked as often in
+        an order drawn by chance.
+        """
         names = list(self.asked)
         order = generator(self.seed, "canary-clients").permutation(len(names))
         return sorted((names[i] for i in order), key=lambda name: -self.asked[name])
@@ -86,23 +98,43 @@ class Room:
     def client_room(self) -> tuple[int, int, str]:
         """(canaries that are of use, the most there can be, why no more)."""
         most = min(len(self.most_asked), self.directions.count)
-        return min(MOST, most), most, f"{len(self.most_asked):,} clients are asked, and an update has {self.directions.count:,} directions"
+        return (
+            min(MOST, most),
+            most,
+            (
+                f"{len(self.most_asked):,} clients are asked, and an update has "
+                f"{self.directions.count:,} directions"
+            ),
+        )
 
     def examples(self, count: int) -> Canaries:
-        """Examples with a gradient of their own, spread over as many clients as are asked most, or as are needed."""
+        """Examples with a gradient of their own, spread over as many clients as are
+        asked most, or as are needed.
+        """
         names = self.most_asked[: max(len(self.often), -(-count // self.directions.count))]
-        return Canaries(names, np.arange(count) % len(names), np.arange(count) // len(names), coins(count, self.seed))
+        return Canaries(
+            names, np.arange(count) % len(names), np.arange(count) // len(names), coins(count, self.seed)
+        )
 
     def example_room(self) -> tuple[int, int, str]:
         """As `client_room`."""
         each = self.directions.count
-        return min(MOST, len(self.often) * each), len(self.most_asked) * each, f"{len(self.most_asked):,} clients are asked, of whose gradients each has {each:,} directions"
+        return (
+            min(MOST, len(self.often) * each),
+            len(self.most_asked) * each,
+            f"{len(self.most_asked):,} clients are asked, of whose gradients each has {each:,} directions",
+        )
 
     def texts(self, count: int) -> tuple[Canaries, ClientData]:
         """Examples of the clients asked most, once more with a wrong label."""
         parts = [self.setup.store.train(name) for name in self.often]
-        whole = ClientData([e for part in parts for e in part.encoded], np.concatenate([part.labels for part in parts]))
-        owner, rng = np.repeat(np.arange(len(parts)), [len(part) for part in parts]), generator(self.seed, "canary-texts")
+        whole = ClientData(
+            [e for part in parts for e in part.encoded], np.concatenate([part.labels for part in parts])
+        )
+        owner, rng = (
+            np.repeat(np.arange(len(parts)), [len(part) for part in parts]),
+            generator(self.seed, "canary-texts"),
+        )
         places = rng.permutation(len(whole))[:count]
         data = mislabelled(whole.take(places), len(self.setup.labels), rng)
         return Canaries(self.often, owner[places], np.zeros(count, np.int64), coins(count, self.seed)), data
@@ -110,8 +142,13 @@ class Room:
     def text_room(self) -> tuple[int, int, str]:
         """As `client_room`. Raises UserError for a task without two labels."""
         if len(self.setup.labels) < 2:
-            raise UserError(f"--kind input: mislabels examples, but a {self.setup.job.model.task} job has no labels to choose from; use --kind gradient")
-        most = sum(self.setup.store.clients[self.setup.split.clients.place(name)].examples for name in self.often)
+            raise UserError(
+                f"--kind input: mislabels examples, but a {self.setup.job.model.task} job has no labels "
+                "to choose from; use --kind gradient"
+            )
+        most = sum(
+            self.setup.store.clients[self.setup.split.clients.place(name)].examples for name in self.often
+        )
         return min(MOST_TEXTS, most), most, f"the clients that are asked most hold {most:,} examples"
 
 
@@ -170,7 +207,9 @@ class Audited(Simulation):
             reply_shown(reply)
 
         def on_round(line: dict[str, Any]) -> None:
-            self.refused |= {client: why for client, why in line["refused"].items() if not self.silent(client)}
+            self.refused |= {
+                client: why for client, why in line["refused"].items() if not self.silent(client)
+            }
             line_shown(line)
 
         found.on_reply, found.on_round = on_reply, on_round
@@ -199,7 +238,9 @@ class AuditedSteps(Audited):
 
 @dataclass(kw_only=True)
 class AuditedTexts(Audited):
-    """Example level, from outside: input canaries, which the setup's store hides; the model is asked at the start and at the end."""
+    """Example level, from outside: input canaries, which the setup's store hides; the model is asked at
+    the start and at the end.
+    """
 
     audit: InputCanaries
 
@@ -207,7 +248,9 @@ class AuditedTexts(Audited):
         if round in (0, self.setup.job.federation.rounds):
             self.worker.open()
             methods.write(self.worker.parameters, arrays)
-            found = score(self.model, self.audit.data, self.setup.encoder, self.setup.job.evaluation.batch_size)
+            found = score(
+                self.model, self.audit.data, self.setup.encoder, self.setup.job.evaluation.batch_size
+            )
             self.audit.scored(found.loss / np.maximum(found.count, 1))
         return None
 
@@ -220,7 +263,9 @@ class AuditedClients(Audited):
     _model: np.ndarray = field(default_factory=lambda: np.zeros(0))
     """Of the round before, float64 [numbers]."""
     _known: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    """In the round that is under way: the sum of the other clients' clipped updates, which the attacker knows."""
+    """In the round that is under way: the sum of the other clients' clipped updates,
+    which the attacker knows.
+    """
     _asked: tuple[float, frozenset[str]] = (1.0, frozenset())
     """In the round that is under way: the clip, and the canaries asked."""
 
@@ -238,7 +283,10 @@ class AuditedClients(Audited):
         clip = float(self._live.state.slots.get(CLIP, self.setup.job.privacy.clip))
         mine = [(client, packet) for client, packet in pairs if client in self.audit]
         self._asked, self._known = (clip, frozenset(client for client, _ in mine)), np.zeros_like(self._model)
-        sent = {packet: decode(packet, self.setup.schema, kinds=["model"], frame=self._live.frame_digest) for packet in {packet for _, packet in mine}}
+        sent = {
+            packet: decode(packet, self.setup.schema, kinds=["model"], frame=self._live.frame_digest)
+            for packet in {packet for _, packet in mine}
+        }
         for client, packet in mine:
             yield Reply(client, None if self.audit.silent(client) else self._pull(client, sent[packet], clip))
         for reply in ask([pair for pair in pairs if pair[0] not in self.audit], kind=kind, round=round):
@@ -246,7 +294,9 @@ class AuditedClients(Audited):
             yield reply
 
     def _other(self, reply: Reply, clip: float) -> np.ndarray:
-        """What another client adds to the sum, as the attacker knows it; 0 for one that does not answer or is not taken."""
+        """What another client adds to the sum, as the attacker knows it;
+        0 for one that does not answer or is not taken.
+        """
         try:
             packet = reply.packet or decode(reply.payload or b"", self.setup.schema, kinds=["update"])
             change = {"": self._vector(packet.arrays) - self._model}
@@ -255,10 +305,26 @@ class AuditedClients(Audited):
             return np.zeros_like(self._model)
 
     def _pull(self, client: str, packet: Packet, clip: float) -> bytes:
-        schema, told, trained = self.setup.schema, self.setup.job.privacy.metrics_noise > 0, Schema(trained_of(self.setup))
-        update = Pieces(self.audit.pull(client, self._vector(packet.arrays).astype(np.float32), clip), trained.layout)
-        metrics: Metrics = {"loss": (METRIC_CAP * CLAIMED, CLAIMED), "accuracy": (CLAIMED, CLAIMED)} if told else {}
-        return encode("update", schema, update, round=packet.header.round, frame=self._live.frame_digest, weight=CLAIMED, metrics=metrics)
+        schema, told, trained = (
+            self.setup.schema,
+            self.setup.job.privacy.metrics_noise > 0,
+            Schema(trained_of(self.setup)),
+        )
+        update = Pieces(
+            self.audit.pull(client, self._vector(packet.arrays).astype(np.float32), clip), trained.layout
+        )
+        metrics: Metrics = (
+            {"loss": (METRIC_CAP * CLAIMED, CLAIMED), "accuracy": (CLAIMED, CLAIMED)} if told else {}
+        )
+        return encode(
+            "update",
+            schema,
+            update,
+            round=packet.header.round,
+            frame=self._live.frame_digest,
+            weight=CLAIMED,
+            metrics=metrics,
+        )
 
     def _vector(self, arrays: Arrays) -> np.ndarray:
         """What clients train of a model or an update, float64 [numbers]."""
@@ -267,6 +333,8 @@ class AuditedClients(Audited):
     def evaluate(self, round: int, arrays: Arrays) -> Metrics | None:
         vector = self._vector(arrays)
         if round:
-            self.audit.released(vector - self._model - self._known / self.setup.job.federation.cohort, *self._asked)
+            self.audit.released(
+                vector - self._model - self._known / self.setup.job.federation.cohort, *self._asked
+            )
         self._model = vector
         return None

@@ -1,4 +1,6 @@
-"""How many blocks each class of devices trains, and how deep they may lie, where its memory and the time of a round say it."""
+"""How many blocks each class of devices trains, and how deep they may lie,
+where its memory and the time of a round say it.
+"""
 
 from collections.abc import Callable
 
@@ -16,22 +18,33 @@ StepMemory = Callable[[Limits], int | None]
 
 
 def fitted(job: Job, schema: Schema, memory: StepMemory, examples: float) -> Job:
-    """The job with `units` of each class set to the most blocks that fit, at least one; the same job without units.fit.
+    """The job with `units` of each class set to the most blocks that fit, at least one;
+    the same job without units.fit.
 
-    The cost of blocks is that of all they need: activations and backward pass from the lowest of them to the output. Where they are drawn (lisa), that is
-    the first of all. Where they are chosen by scores, the class also gets a `depth` (methods.md, section 3.4 a): first as many blocks as fit were they the last
-    ones, then the greatest depth at which so many fit, wherever they lie; and only a class that can go down to the first block is probed. So without a
-    budget a class takes all that it can reach, and has nothing to choose; a small budget leaves it more.
+    The cost of blocks is that of all they need: activations and backward pass from the lowest of them to the
+    output. Where they are drawn (lisa), that is the first of all. Where they are chosen by scores, the class
+    also gets a `depth` (methods.md, section 3.4 a): first as many blocks as fit were they the last ones, then
+    the greatest depth at which so many fit, wherever they lie; and only a class that can go down to the first
+    block is probed. So without a budget a class takes all that it can reach, and has nothing to choose; a
+    small budget leaves it more.
 
-    More than the class's own `units`, or else units.budget, and its own `depth` are never taken. examples: that a client runs in a round, in the mean.
-    Raises JobError where memory is not known, and where clients are to be probed and no class can be.
+    More than the class's own `units`, or else units.budget, and its own `depth` are never taken. examples:
+    that a client runs in a round, in the mean. Raises JobError where memory is not known, and where clients
+    are to be probed and no class can be.
     """
     if not job.units.fit:
         return job
     require_budgets(job, schema)
-    devices = tuple(device.model_copy(update=_fit(job, schema, device, memory, examples)) for device in job.simulation.devices)
-    units = job.units.model_copy(update={"budget": job.units.budget or max(device.units for device in devices)})
-    made = job.model_copy(update={"units": units, "simulation": job.simulation.model_copy(update={"devices": devices})})
+    devices = tuple(
+        device.model_copy(update=_fit(job, schema, device, memory, examples))
+        for device in job.simulation.devices
+    )
+    units = job.units.model_copy(
+        update={"budget": job.units.budget or max(device.units for device in devices)}
+    )
+    made = job.model_copy(
+        update={"units": units, "simulation": job.simulation.model_copy(update={"devices": devices})}
+    )
     require_budgets(made, schema)
     return made
 
@@ -39,10 +52,14 @@ def fitted(job: Job, schema: Schema, memory: StepMemory, examples: float) -> Job
 def mean_examples(parts: Split, settings: FederationSection) -> float:
     """How many examples a client runs in a round, in the mean over all clients."""
     run = np.array([len(place) for place in parts.train]) * settings.local_epochs
-    return float((np.minimum(run, settings.local_steps * settings.batch_size) if settings.local_steps else run).mean())
+    return float(
+        (np.minimum(run, settings.local_steps * settings.batch_size) if settings.local_steps else run).mean()
+    )
 
 
-def _fit(job: Job, schema: Schema, device: DeviceClass, memory: StepMemory, examples: float) -> dict[str, int]:
+def _fit(
+    job: Job, schema: Schema, device: DeviceClass, memory: StepMemory, examples: float
+) -> dict[str, int]:
     blocks = len(schema.blocks)
     limit, deepest = device.units or job.units.budget or blocks, device.depth or blocks
 
@@ -64,7 +81,9 @@ def _most(fits: Callable[[int], bool], low: int, high: int) -> int:
     return low
 
 
-def _fits(job: Job, schema: Schema, device: DeviceClass, limits: Limits, memory: StepMemory, examples: float) -> bool:
+def _fits(
+    job: Job, schema: Schema, device: DeviceClass, limits: Limits, memory: StepMemory, examples: float
+) -> bool:
     run = examples * step_share(schema, lowest(job, schema, limits))
     if job.units.seconds and span(device, 0, run, 0).train > job.units.seconds:
         return False
@@ -72,5 +91,12 @@ def _fits(job: Job, schema: Schema, device: DeviceClass, limits: Limits, memory:
         return True
     step = memory(limits)
     if step is None:
-        raise JobError(["units.fit = true: what a step of this base needs cannot be computed from shapes; set it to false and give each class of devices its units"])
+        raise JobError(
+            [
+                (
+                    "units.fit = true: what a step of this base needs cannot be computed from shapes; "
+                    "set it to false and give each class of devices its units"
+                )
+            ]
+        )
     return step <= device.memory_mb * MB

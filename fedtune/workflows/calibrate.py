@@ -1,13 +1,16 @@
-"""fedtune privacy calibrate: which noise an epsilon needs, which epsilon a noise gives, and what is left of the signal. Nothing is run.
+"""fedtune privacy calibrate: which noise an epsilon needs, which epsilon a noise gives, and what is left of
+the signal. Nothing is run.
 
-Signal to noise, per part of the adapter with n numbers and a noise multiplier z: the clip, which is the most that the mean of clipped
-contributions can measure (all of them equal, and all of it in that part), over the L2 norm of the noise in that part,
+Signal to noise, per part of the adapter with n numbers and a noise multiplier z: the clip, which is the most
+that the mean of clipped contributions can measure (all of them equal, and all of it in that part), over the
+L2 norm of the noise in that part,
 
-    example level, one optimizer step of one client:  C / (z C sqrt(n) / batch-size) = batch-size / (z sqrt(n))
-    client level, one round:                          C / (z C sqrt(n) / cohort)     = cohort / (z sqrt(n))
+    example level, one optimizer step of a client:  C / (z C sqrt(n) / batch-size) = batch-size / (z sqrt(n))
+    client level, one round:                        C / (z C sqrt(n) / cohort)     = cohort / (z sqrt(n))
 
-so the clip C cancels. Above 1 a step can point somewhere; below, it is noise that only many steps average away. It is a ceiling
-of the signal and no prediction of accuracy: real contributions differ, and spread over all parts.
+so the clip C cancels. Above 1 a step can point somewhere; below, it is noise that only many steps
+average away. It is a ceiling of the signal and no prediction of accuracy: real contributions differ,
+and spread over all parts.
 """
 
 import math
@@ -27,10 +30,12 @@ from fedtune.workflows.privacy import figure
 EPSILONS = (1.0, 3.0, 10.0)
 """Answered when nothing is asked, beside the job's own."""
 DEFINITION = {
-    "example": "signal to noise: at most what one step's mean clipped gradient can measure (the clip) over the L2 norm of its noise in that part "
-               "(z x clip x sqrt(numbers) / batch-size). A ceiling of the signal, no prediction of accuracy.",
-    "client": "signal to noise: at most what one round's mean clipped update can measure (the clip) over the L2 norm of its noise in that part "
-              "(z x clip x sqrt(numbers) / cohort). A ceiling of the signal, no prediction of accuracy.",
+    "example": "signal to noise: at most what one step's mean clipped gradient can measure (the clip) "
+    "over the L2 norm of its noise in that part (z x clip x sqrt(numbers) / batch-size). "
+    "A ceiling of the signal, no prediction of accuracy.",
+    "client": "signal to noise: at most what one round's mean clipped update can measure (the clip) "
+    "over the L2 norm of its noise in that part (z x clip x sqrt(numbers) / cohort). "
+    "A ceiling of the signal, no prediction of accuracy.",
 }
 
 
@@ -45,10 +50,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Row:
-    """What one noise multiplier gives; `asked` is what it answers. `readings`: epsilon by accountant, `epsilon` the smallest.
+    """What one noise multiplier gives; `asked` is what it answers.
 
-    `rounds` a unit may be in, with `steps` uses of the noise in all, each of which takes a unit with chance `rate`.
-    `signal_to_noise` is by part, as at the head of this module.
+    `readings`: epsilon by accountant, `epsilon` the smallest.
+
+    `rounds` a unit may be in, with `steps` uses of the noise in all, each of which takes a unit with chance
+    `rate`. `signal_to_noise` is by part, as at the head of this module.
     """
 
     asked: str
@@ -81,12 +88,17 @@ class Calibration:
 
 
 def read_job(path: Path | None, overrides: Sequence[str] = ()) -> Job:
-    """A job for `calibrate`, which needs neither a clip nor an epsilon yet: those the job lacks are filled in. Raises UserErrors."""
+    """A job for `calibrate`, which needs neither a clip nor an epsilon yet:
+    those the job lacks are filled in. Raises UserErrors.
+    """
     raw, source = load_raw(path, overrides)
     privacy = raw.get("privacy", {})
     if not isinstance(privacy, dict) or privacy.get("unit", "none") == "none":
         job_from(raw, source)
-        raise UserError('privacy.unit = "none": there is nothing to calibrate; say what to protect: --set privacy.unit=example --set privacy.examples=N, or --set privacy.unit=client')
+        raise UserError(
+            'privacy.unit = "none": there is nothing to calibrate; say what to protect: '
+            "--set privacy.unit=example --set privacy.examples=N, or --set privacy.unit=client"
+        )
     federation = raw.setdefault("federation", {})
     if isinstance(federation, dict):
         federation.setdefault("weighting", "equal")
@@ -99,18 +111,23 @@ def read_job(path: Path | None, overrides: Sequence[str] = ()) -> Job:
 def make_calibration(job: Job, epsilons: Sequence[float] = (), noises: Sequence[float] = ()) -> Calibration:
     """Answers for these epsilons and noise multipliers; for none, those of the job and EPSILONS.
 
-    Client level without secure aggregation is answered with and without amplification; the job's own way is checked as a run would be.
+    Client level without secure aggregation is answered with and without amplification; the job's own way is
+    checked as a run would be.
 
-    Raises PrivacyRefused for a delta that is too large, and for an epsilon above 10 unless the job says that it is meant.
+    Raises PrivacyRefused for a delta that is too large, and for an epsilon above 10 unless the
+    job says that it is meant.
     """
     if job.privacy.unit == "client" and not job.data.clients:
-        raise UserError("data.clients = 0: how many clients there are decides about delta and sampling; give --clients N")
+        raise UserError(
+            "data.clients = 0: how many clients there are decides about delta and sampling; give --clients N"
+        )
     spec, notes = _shapes(job)
     parts = adapter_parts(job, spec)
     jobs = list(_asked(job, epsilons, noises))
     plans = [(text, _plan(one)) for text, one in jobs]
     rows, other = [_row(text, plan, parts) for text, plan in plans], []
-    if job.privacy.unit == "client" and not job.privacy.secure_aggregation:  # no accountant reads distributed noise with amplification
+    # no accountant reads distributed noise with amplification
+    if job.privacy.unit == "client" and not job.privacy.secure_aggregation:
         for text, one in jobs:
             try:
                 other.append(_row(text, _plan(_turned(one)), parts))
@@ -118,8 +135,15 @@ def make_calibration(job: Job, epsilons: Sequence[float] = (), noises: Sequence[
                 notes.append(f"{'without' if job.privacy.amplification else 'with'} amplification: {e}")
     gentlest = min((plan for _, plan in plans), key=lambda plan: plan.parts["update"])
     count = job.privacy.examples if job.privacy.unit == "example" else job.data.clients
-    return Calibration(job.privacy.unit, count, (*rows, *other), parts, DEFINITION[job.privacy.unit],
-        (*warnings_of(gentlest), *(init_warnings(spec, gentlest) if spec else ())), tuple(notes))
+    return Calibration(
+        job.privacy.unit,
+        count,
+        (*rows, *other),
+        parts,
+        DEFINITION[job.privacy.unit],
+        (*warnings_of(gentlest), *(init_warnings(spec, gentlest) if spec else ())),
+        tuple(notes),
+    )
 
 
 def _asked(job: Job, epsilons: Sequence[float], noises: Sequence[float]) -> Iterator[tuple[str, Job]]:
@@ -143,7 +167,9 @@ def _with(job: Job, **changes: Any) -> Job:
 
 
 def _turned(job: Job) -> Job:
-    """The same with amplification where it had none, and the other way round; for comparison, so nothing of it is refused."""
+    """The same with amplification where it had none, and the other way round; for comparison,
+    so nothing of it is refused.
+    """
     return _with(job, amplification=not job.privacy.amplification, participations=0, i_understand=True)
 
 
@@ -155,12 +181,25 @@ def _plan(job: Job) -> Plan:
 
 def _row(asked: str, plan: Plan, parts: Sequence[Part]) -> Row:
     release, reading, job = plan.release(["one"]), plan.reading(), plan.job
-    z, many = plan.parts["update"], job.federation.batch_size if plan.unit == "example" else job.federation.cohort
+    z, many = (
+        plan.parts["update"],
+        job.federation.batch_size if plan.unit == "example" else job.federation.cohort,
+    )
     seeded = job.privacy.noise == "seeded"
     rate = release.sample / release.population if release.sampling == "fixed" else release.rate
     return Row(
-        asked, job.privacy.amplification, z, "inf" if seeded else figure(reading.epsilon), {name: "inf" if seeded else figure(value) for name, value in reading.by},
-        plan.delta, plan.rounds, plan.rounds * plan.steps, release.sampling, rate, {part.name: many / (z * math.sqrt(part.numbers)) for part in parts})
+        asked,
+        job.privacy.amplification,
+        z,
+        "inf" if seeded else figure(reading.epsilon),
+        {name: "inf" if seeded else figure(value) for name, value in reading.by},
+        plan.delta,
+        plan.rounds,
+        plan.rounds * plan.steps,
+        release.sampling,
+        rate,
+        {part.name: many / (z * math.sqrt(part.numbers)) for part in parts},
+    )
 
 
 def _shapes(job: Job) -> tuple[AdapterSpec | None, list[str]]:
@@ -173,7 +212,9 @@ def _shapes(job: Job) -> tuple[AdapterSpec | None, list[str]]:
 
 
 def adapter_parts(job: Job, spec: AdapterSpec | None) -> tuple[Part, ...]:
-    """The adapter as a whole, its units and its cores; without a spec, one core where its rank says its size."""
+    """The adapter as a whole, its units and its cores; without a spec,
+    one core where its rank says its size.
+    """
     if spec is None:
         return (Part("each core", 1, job.adapter.rank**2),) if job.adapter.method == "fed-sb" else ()
     if not spec.size:
@@ -208,7 +249,9 @@ def _spec(job: Job) -> tuple[AdapterSpec, list[str]]:
         try:
             classes = len(load_dataset(job.data, job.model, job.federation.seed).label_names)
         except (UserError, EnvironmentProblem) as e:
-            notes.append(f"the head is left out, as the labels are not known ({e}); name data.labels in the job")
+            notes.append(
+                f"the head is left out, as the labels are not known ({e}); name data.labels in the job"
+            )
     spec = spec_of(layout(sketch_model(job.model, source, max(1, classes))), job)
     return (spec, notes) if classes else (without_head(spec), notes)
 

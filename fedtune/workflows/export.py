@@ -1,9 +1,11 @@
 """What a run leaves for others: the native adapter, a folder that PEFT opens, ONNX graphs, and a model card.
 
-    adapter/    adapter.safetensors, frame.safetensors (Fed-SB), adapter.json: everything trained, without the base
-    peft/       adapter_model.safetensors, adapter_config.json, head.safetensors: fed-sb and lora as a plain LoRA
-    onnx/       model.onnx, model.int8.onnx, if asked for model.static.onnx and model.adapters.onnx; model.json, verify.json and the
-                encoder's files: all a device needs
+    adapter/    adapter.safetensors, frame.safetensors (Fed-SB), adapter.json:
+                everything trained, without the base
+    peft/       adapter_model.safetensors, adapter_config.json, head.safetensors:
+                fed-sb and lora as a plain LoRA
+    onnx/       model.onnx, model.int8.onnx, if asked for model.static.onnx and model.adapters.onnx;
+                model.json, verify.json and the encoder's files: all a device needs
     README.md   the model card
 
 Of what one client predicts with, in a folder of its own, the first three.
@@ -61,7 +63,9 @@ _CHUNK = 256  # examples encoded at once, so that images do not fill the memory
 
 @dataclass(frozen=True)
 class _Trained:
-    """A run at its newest checkpoint: the opened job, the bundle, the trained values after `round` rounds, the held-out rows that graphs are compared on, and the model as it travels."""
+    """A run at its newest checkpoint: the opened job, the bundle, the trained values after `round` rounds,
+    the held-out rows that graphs are compared on, and the model as it travels.
+    """
 
     setup: Setup
     bundle: Bundle
@@ -93,46 +97,66 @@ class _Trained:
         return model
 
 
-def export_run(run: RunFolder, setup: Setup | None = None, stage: Stage = lambda text: None, examples: int = EXAMPLES) -> Exports:
-    """Writes the exports of a run at its newest checkpoint, as its `[export]` section asks, in place of earlier ones.
+def export_run(
+    run: RunFolder, setup: Setup | None = None, stage: Stage = lambda text: None, examples: int = EXAMPLES
+) -> Exports:
+    """Writes the exports of a run at its newest checkpoint, as its `[export]` section asks,
+    in place of earlier ones.
 
-    Everything is made and checked in a folder of its own and moved into the run at the end, so that a failure leaves the
-    earlier exports whole. Between two moves a crash can leave a part missing; exporting again mends it.
+    Everything is made and checked in a folder of its own and moved into the run at the end, so that a
+    failure leaves the earlier exports whole. Between two moves a crash can leave a part missing;
+    exporting again mends it.
 
     Args:
         setup: the opened job, where the caller has it; its `[export]` section counts.
         examples: held-out examples of all clients, drawn by the seed, that each graph is compared on at most.
 
     Returns:
-        What each export is, by "adapter", "peft", "float32" and "int8": file, bytes, and for graphs their agreement with
-        the trained model; or a `note` alone that says why it was left out.
+        What each export is, by "adapter", "peft", "float32" and "int8": file, bytes, and for graphs their
+        agreement with the trained model; or a `note` alone that says why it was left out.
 
     Raises:
         RunError: no checkpoint yet, or base or labels are no longer those of the run.
-        ModelError: the architecture cannot be exported, or the float32 graph differs by more than export.max-difference.
+        ModelError: the architecture cannot be exported, or the float32 graph differs by more
+            than export.max-difference.
     """
     trained = _open(run, setup)
     with failing_clearly(run.path), tempfile.TemporaryDirectory(prefix=".export-", dir=run.path) as scratch:
         made = Path(scratch) / "new"
         exports = _make(trained, made, stage, examples)
-        write_atomic(made / "README.md", model_card(run, trained.setup, trained.bundle, trained.round, exports).encode())
+        write_atomic(
+            made / "README.md",
+            model_card(run, trained.setup, trained.bundle, trained.round, exports).encode(),
+        )
         _publish(made, Path(scratch) / "old", run.path)
     return exports
 
 
-def export_client(run: RunFolder, client: str, folder: Path, setup: Setup | None = None, stage: Stage = lambda text: None, examples: int = EXAMPLES) -> Exports:
-    """As `export_run`, of what one client of a simulation predicts with, into `folder`, which must be new or empty. No model card: it is not everybody's.
+def export_client(
+    run: RunFolder,
+    client: str,
+    folder: Path,
+    setup: Setup | None = None,
+    stage: Stage = lambda text: None,
+    examples: int = EXAMPLES,
+) -> Exports:
+    """As `export_run`, of what one client of a simulation predicts with, into `folder`, which must be new or
+    empty. No model card: it is not everybody's.
 
     Graphs are compared on the client's own held-out examples, where it has any.
 
-    Raises UserError for a job whose clients predict with the global model, a client that the run does not have, one that keeps nothing yet, and a folder that holds something.
+    Raises UserError for a job whose clients predict with the global model, a client that the run does not
+    have, one that keeps nothing yet, and a folder that holds something.
     """
     with failing_clearly(folder):
         target = folder.expanduser().resolve()
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise UserError(f"--out {folder}: already exists and is not empty; choose another")
         if target.is_relative_to(run.path.resolve()):
-            raise UserError(f"--out {folder}: lies in the run folder, whose own exports would take its place; choose another")
+            raise UserError(
+                f"--out {folder}: lies in the run folder, whose own exports would "
+                "take its place; choose another"
+            )
         if above := next((p for p in target.parents if p.exists() and not p.is_dir()), None):
             raise UserError(f"--out {folder}: {above.name} is a file; choose another")
         trained = _of_client(_open(run, setup), run, client)
@@ -161,15 +185,30 @@ def _make(trained: _Trained, made: Path, stage: Stage, examples: int) -> Exports
 def _of_client(trained: _Trained, run: RunFolder, client: str) -> _Trained:
     job, split, bundle = trained.setup.job, trained.setup.split, trained.bundle
     if not is_personal(job):
-        raise UserError(f'--client {client}: personal.method = "none", so all clients predict with the global model; export it without --client')
+        raise UserError(
+            f'--client {client}: personal.method = "none", so all clients predict with the global model; '
+            "export it without --client"
+        )
     try:
         place = split.clients.place(client)
     except KeyError:
-        raise UserError(f"--client {client}: the run has no such client; its {len(split.clients)} are called {split.clients[0]}, …, {split.clients[-1]}") from None
+        raise UserError(
+            f"--client {client}: the run has no such client; its {len(split.clients)} are called "
+            f"{split.clients[0]}, …, {split.clients[-1]}"
+        ) from None
     run.require_kept()
-    own = personal_model(bundle, Kept(run.clients, kept(job, bundle.manifest.spec.schema)), trained.shared, client, trained.round)
+    own = personal_model(
+        bundle,
+        Kept(run.clients, kept(job, bundle.manifest.spec.schema)),
+        trained.shared,
+        client,
+        trained.round,
+    )
     if own is None:
-        raise UserError(f"--client {client}: took part in none of the {trained.round} rounds, so it has nothing of its own; name one that did")
+        raise UserError(
+            f"--client {client}: took part in none of the {trained.round} rounds, so it has nothing "
+            "of its own; name one that did"
+        )
     rows = split.held_out[place]
     return replace(trained, arrays=own, held_out=rows if len(rows) else trained.held_out)
 
@@ -177,7 +216,9 @@ def _of_client(trained: _Trained, run: RunFolder, client: str) -> _Trained:
 def _open(run: RunFolder, setup: Setup | None) -> _Trained:
     checkpoint = run.newest()
     if checkpoint is None:
-        raise RunError(f"{run.path}: has no checkpoint yet; continue it with `fedtune simulate --resume {run.path}`")
+        raise RunError(
+            f"{run.path}: has no checkpoint yet; continue it with `fedtune simulate --resume {run.path}`"
+        )
     setup = setup or open_setup(run.job())
     bundle = open_bundle(run.bundle)
     if setup.sha256 != bundle.manifest.sha256:
@@ -185,12 +226,23 @@ def _open(run: RunFolder, setup: Setup | None) -> _Trained:
         raise RunError(f"{run.path}: was trained on a base with sha256 {wanted}…, {now}; restore that base")
     if setup.dataset.label_names != bundle.manifest.labels:
         now = f"the data now has {list(setup.dataset.label_names)}"
-        raise RunError(f"{run.path}: was trained on labels {list(bundle.manifest.labels)}, {now}; restore that data")
-    return _Trained(setup, bundle, bundle.trained(shared(bundle.job, checkpoint.state.arrays)), checkpoint.state.round, np.sort(setup.split.held_out.rows), checkpoint.state.arrays)
+        raise RunError(
+            f"{run.path}: was trained on labels {list(bundle.manifest.labels)}, {now}; restore that data"
+        )
+    return _Trained(
+        setup,
+        bundle,
+        bundle.trained(shared(bundle.job, checkpoint.state.arrays)),
+        checkpoint.state.round,
+        np.sort(setup.split.held_out.rows),
+        checkpoint.state.arrays,
+    )
 
 
 def _publish(made: Path, old: Path, run: Path) -> None:
-    """Moves every part into the run; what this export did not make is taken away, so that no stale file stands beside it."""
+    """Moves every part into the run; what this export did not make is taken away,
+    so that no stale file stands beside it.
+    """
     old.mkdir()
     for name in PARTS:
         if (run / name).exists():
@@ -205,13 +257,31 @@ def _write_adapter(trained: _Trained, folder: Path) -> dict[str, Any]:
     write_atomic(folder / ADAPTER, save(trained.arrays))
     if trained.bundle.frame:
         write_atomic(folder / "frame.safetensors", save(trained.bundle.frame))
-    base = {"name": public_name(manifest.source), "sha256": manifest.sha256, "licence": manifest.licence, "parameters": manifest.parameters}
-    write_json(folder / DESCRIPTION, {
-        "format": FORMAT, "task": manifest.task, "labels": list(manifest.labels), "base": base, "method": spec.method, "rank": spec.rank,
-        "scale": spec.scale, "linears": [x.name for x in spec.linears], "frame_sha256": manifest.frame_sha256,
-        "pooling": job.model.pooling, "encoder": trained.setup.encoder.to_config(), "round": trained.round, "seed": job.federation.seed,
-        "versions": manifest.versions,
-    })
+    base = {
+        "name": public_name(manifest.source),
+        "sha256": manifest.sha256,
+        "licence": manifest.licence,
+        "parameters": manifest.parameters,
+    }
+    write_json(
+        folder / DESCRIPTION,
+        {
+            "format": FORMAT,
+            "task": manifest.task,
+            "labels": list(manifest.labels),
+            "base": base,
+            "method": spec.method,
+            "rank": spec.rank,
+            "scale": spec.scale,
+            "linears": [x.name for x in spec.linears],
+            "frame_sha256": manifest.frame_sha256,
+            "pooling": job.model.pooling,
+            "encoder": trained.setup.encoder.to_config(),
+            "round": trained.round,
+            "seed": job.federation.seed,
+            "versions": manifest.versions,
+        },
+    )
     return _entry(folder)
 
 
@@ -229,13 +299,22 @@ def _write_peft(trained: _Trained, folder: Path) -> dict[str, Any]:
     write_atomic(folder / "adapter_model.safetensors", save(tensors, {"format": "pt"}))
     task = "CAUSAL_LM" if trained.setup.job.model.task == "causal-lm" else "FEATURE_EXTRACTION"
     alpha = spec.scale * spec.rank
-    write_json(folder / "adapter_config.json", {
-        "peft_type": "LORA", "task_type": task, "base_model_name_or_path": public_name(source),
-        "r": spec.rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        # PEFT matches endings: names from the top of the model match nothing else
-        "target_modules": [x.name for x in spec.linears],
-        "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
-    })
+    write_json(
+        folder / "adapter_config.json",
+        {
+            "peft_type": "LORA",
+            "task_type": task,
+            "base_model_name_or_path": public_name(source),
+            "r": spec.rank,
+            "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+            # PEFT matches endings: names from the top of the model match nothing else
+            "target_modules": [x.name for x in spec.linears],
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "inference_mode": True,
+        },
+    )
     head = _head(trained)
     if head:
         write_atomic(folder / "head.safetensors", save(head, {"format": "pt"}))
@@ -243,7 +322,9 @@ def _write_peft(trained: _Trained, folder: Path) -> dict[str, Any]:
 
 
 def _head(trained: _Trained) -> Arrays:
-    """head.weight [classes, width] and head.bias [classes], also when the run left them as the seed drew them; {} for causal-lm."""
+    """head.weight [classes, width] and head.bias [classes], also when the run left them as the seed
+    drew them; {} for causal-lm.
+    """
     head = trained.merged.head
     return {} if head is None else {f"head.{name}": p.detach().numpy() for name, p in head.named_parameters()}
 
@@ -273,20 +354,35 @@ def _write_onnx(trained: _Trained, folder: Path, stage: Stage, examples: int) ->
     graphs = {kind: folder / name for kind, name in kinds.items() if kind not in left_out}
     index = _drawn(held_out, examples, setup.job.federation.seed)
     stage(f"checking ONNX against torch on {len(index):,} of {len(held_out):,} held-out examples")
-    found = verify.compare(graphs, _checks(trained.adapted(), setup, index), setup.job.simulation.threads, {"adapters": trained.arrays})
+    found = verify.compare(
+        graphs,
+        _checks(trained.adapted(), setup, index),
+        setup.job.simulation.threads,
+        {"adapters": trained.arrays},
+    )
     for kind in found:
         if kind in ("float32", "adapters"):
             verify.require_equal(found[kind], settings.max_difference, f"ONNX {kind}")
         elif reason := verify.reason_against(found[kind], settings.min_agreement):
             left_out[kind] = reason
             graphs.pop(kind).unlink()
-    exports = {kind: _entry(path) | _figures(found[kind]) | {"examples": len(index), "of": len(held_out)} for kind, path in graphs.items()}
+    exports = {
+        kind: _entry(path) | _figures(found[kind]) | {"examples": len(index), "of": len(held_out)}
+        for kind, path in graphs.items()
+    }
     exports |= {kind: {"note": reason} for kind, reason in left_out.items()}
     card = ModelCard(
-        format=FORMAT, task=setup.job.model.task, labels=manifest.labels, max_length=setup.job.model.max_length, opset=settings.opset,
-        fedtune=fedtune, base=public_name(manifest.source), base_sha256=manifest.sha256,
+        format=FORMAT,
+        task=setup.job.model.task,
+        labels=manifest.labels,
+        max_length=setup.job.model.max_length,
+        opset=settings.opset,
+        fedtune=fedtune,
+        base=public_name(manifest.source),
+        base_sha256=manifest.sha256,
         left_out={kinds[kind]: reason for kind, reason in left_out.items()},
-        spec=trained.spec if settings.adapters else None, frame_sha256=manifest.frame_sha256 if settings.adapters else "",
+        spec=trained.spec if settings.adapters else None,
+        frame_sha256=manifest.frame_sha256 if settings.adapters else "",
     )
     setup.encoder.save(folder)
     write_json(folder / CARD, CARD_FILE.dump_python(card, mode="json"))
@@ -305,14 +401,25 @@ def _quantise_static(setup: Setup, folder: Path) -> str:
     """Why there is no such graph; "" for one that was written."""
     if setup.job.privacy.hides_clients:
         return "its ranges would be of training examples, and privacy protects these"
-    rows = generator(setup.job.federation.seed, "calibration").permutation(setup.split.train.rows)[:CALIBRATION]
+    rows = generator(setup.job.federation.seed, "calibration").permutation(setup.split.train.rows)[
+        :CALIBRATION
+    ]
     data = setup.store.stream(np.sort(rows))
-    quantise_static(folder / FLOAT32, folder / STATIC, (setup.encoder.collate(data.take(places).encoded) for places in by_length(data.lengths, CALIBRATED)))  # type: ignore[arg-type]
+    quantise_static(
+        folder / FLOAT32,
+        folder / STATIC,
+        (
+            setup.encoder.collate(data.take(places).encoded)  # type: ignore[arg-type]
+            for places in by_length(data.lengths, CALIBRATED)
+        ),
+    )
     return ""
 
 
 def _example(encoder: Encoder) -> Arrays:
-    """A batch of 2 to trace with; its sides differ, so that the exporter does not take two free axes for one."""
+    """A batch of 2 to trace with; its sides differ, so that the exporter does not
+    take two free axes for one.
+    """
     return encoder.collate(made_up(encoder, (4, 3), generator(0, "export-example")))
 
 
@@ -335,7 +442,9 @@ def _checks(model: TunableModel, setup: Setup, index: np.ndarray) -> Iterator[ve
 
 
 def _check(inputs: Arrays, logits: np.ndarray, labels: np.ndarray, task: str) -> verify.Check:
-    """A causal language model predicts at every token; the target is the token after, which the last one has not."""
+    """A causal language model predicts at every token; the target is the token after,
+    which the last one has not.
+    """
     if task != "causal-lm":
         return verify.Check(inputs, np.ones(len(labels), bool), logits, labels)
     ids, rows = inputs["input_ids"], inputs["attention_mask"].astype(bool)

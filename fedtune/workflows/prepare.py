@@ -1,4 +1,7 @@
-"""fedtune prepare: from a job to the bundle that a coordinator serves. Needs torch and the base, and no client's data."""
+"""fedtune prepare: from a job to the bundle that a coordinator serves.
+
+Needs torch and the base, and no client's data.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +14,15 @@ from fedtune.storage import failing_clearly
 from fedtune.workflows.setup import data_free_frame, make_bundle, open_base, require_trainable
 
 
-def prepare(job: Job, folder: Path, edge: Path | None = None, stage: Callable[[str], None] = lambda text: None, int8: bool = False) -> Bundle:
-    """Makes the bundle in `folder`, which must be new or empty, and in `edge`, which must not exist, what devices without torch train with;
-    with `int8`, on frozen weights of 8 bits.
+def prepare(
+    job: Job,
+    folder: Path,
+    edge: Path | None = None,
+    stage: Callable[[str], None] = lambda text: None,
+    int8: bool = False,
+) -> Bundle:
+    """Makes the bundle in `folder`, which must be new or empty, and in `edge`, which must not exist, what
+    devices without torch train with; with `int8`, on frozen weights of 8 bits.
 
     Raises UserErrors: a base that is not here or that no graph can be made of, a folder that holds something.
     """
@@ -21,7 +30,10 @@ def prepare(job: Job, folder: Path, edge: Path | None = None, stage: Callable[[s
         if edge.exists():
             raise RunError(f"{edge} already exists; choose another --edge")
         if job.adapter.asks_gradients:
-            raise RunError(f'adapter.init = "{job.adapter.init}": devices make the frame, so there is none yet for --edge; use init = "weights"')
+            raise RunError(
+                f'adapter.init = "{job.adapter.init}": devices make the frame, so there is none yet for '
+                '--edge; use init = "weights"'
+            )
     with failing_clearly(folder):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise RunError(f"{folder} already exists and is not empty; choose another -o")

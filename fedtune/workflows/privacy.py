@@ -1,4 +1,7 @@
-"""What a run spent of its privacy, read from its folder alone: job, run.json and ledger. No torch, no data, no base."""
+"""What a run spent of its privacy, read from its folder alone: job, run.json and ledger.
+
+No torch, no data, no base.
+"""
 
 import math
 from collections.abc import Sequence
@@ -33,13 +36,20 @@ def privacy_of(run: RunFolder, accountants: Sequence[str] = ACCOUNTANTS) -> Priv
         return {"unit": "none", "epsilon": "inf", "note": AS_TRAINED}
     found = account(events, names, plan, accountants, others)
     said: Privacy = {
-        "unit": plan.unit, "epsilon": figure(found.epsilon), "note": _note(job, events, len(names) + others, found),
-        "delta": found.delta, "noise_multiplier": plan.parts["update"], "clip": job.privacy.clip,
-        "accountant": found.worst.best, "readings": {name: figure(value) for name, value in found.worst.by},
-        "target": job.privacy.epsilon, "client": found.client,
+        "unit": plan.unit,
+        "epsilon": figure(found.epsilon),
+        "note": _note(job, events, len(names) + others, found),
+        "delta": found.delta,
+        "noise_multiplier": plan.parts["update"],
+        "clip": job.privacy.clip,
+        "accountant": found.worst.best,
+        "readings": {name: figure(value) for name, value in found.worst.by},
+        "target": job.privacy.epsilon,
+        "client": found.client,
         "spread": [{"epsilon": figure(value), "clients": count} for value, count in found.spread],
         "rounds": [{"round": round, "epsilon": figure(value)} for round, value in found.rounds],
-        "parts": {name: figure(value) for name, value in found.parts.items()}, "assumptions": assumptions(plan),
+        "parts": {name: figure(value) for name, value in found.parts.items()},
+        "assumptions": assumptions(plan),
     }
     return said if math.isinf(found.left) else {**said, "left": found.left}
 
@@ -53,12 +63,18 @@ def write_privacy_page(run: RunFolder, found: Privacy) -> Path:
     from fedtune.report.privacy_page import render  # here, because drawing needs matplotlib
 
     began = run.facts()
-    write_atomic(run.path / "privacy.html", render(found, title_of(run), began["created"], began["versions"].get("fedtune", "")).encode())
+    write_atomic(
+        run.path / "privacy.html",
+        render(found, title_of(run), began["created"], began["versions"].get("fedtune", "")).encode(),
+    )
     return run.path / "privacy.html"
 
 
 def releases(run: RunFolder) -> list[tuple[int, Release]]:
-    """(round, release) of the ledger's events. Raises RunError unless it is whole, as far as the rounds have come."""
+    """(round, release) of the ledger's events.
+
+    Raises RunError unless it is whole, as far as the rounds have come.
+    """
     lines = run.metrics()
     rounds = lines[-1]["round"] if lines else 0
     if not rounds and not run.ledger.exists():
@@ -68,18 +84,29 @@ def releases(run: RunFolder) -> list[tuple[int, Release]]:
 
 
 def _events(run: RunFolder) -> list[tuple[int, Release]]:
-    return [(event.round, read(event.facts)) for event in Ledger(run.ledger).events()] if run.ledger.exists() else []
+    return (
+        [(event.round, read(event.facts)) for event in Ledger(run.ledger).events()]
+        if run.ledger.exists()
+        else []
+    )
 
 
 def holders(run: RunFolder, events: Sequence[tuple[int, Release]]) -> tuple[list[str], int]:
-    """(names of the clients, how many there are beside these). Of a live run only those that were asked are known."""
+    """(names of the clients, how many there are beside these).
+
+    Of a live run only those that were asked are known.
+    """
     began = run.facts()
-    names = dict.fromkeys([row["name"] for row in began["split"]] + [name for _, release in events for name in release.names])
+    names = dict.fromkeys(
+        [row["name"] for row in began["split"]] + [name for _, release in events for name in release.names]
+    )
     return list(names), max(0, began.get("population", {}).get("clients", 0) - len(names))
 
 
 def spent_so_far(run: RunFolder, plan: Plan | None) -> Epsilon:
-    """Epsilon by now of the client that has lost most, in the JSON of a status: "inf" once anything left without protection."""
+    """Epsilon by now of the client that has lost most, in the JSON of a status:
+    "inf" once anything left without protection.
+    """
     left = [release for _, release in _events(run)]
     if plan is None:
         return "inf" if left else 0.0

@@ -1,9 +1,10 @@
 """fedtune server: the coordinator service, its queue of jobs and the runs they become. Imports no torch.
 
-    HOME/ca.crt server.crt server.key devices/NAME.pub    from `fedtune provision`
-    HOME/jobs/001-METHOD-HASH/                            bundles, in the order they are run
-    HOME/runs/001-METHOD-HASH/                            their run folders
-    HOME/superlink.sqlite service.json                    Flower's state; what the service does now (`fedtune status`)
+HOME/ca.crt server.crt server.key devices/NAME.pub  from `fedtune provision`
+HOME/jobs/001-METHOD-HASH/                          bundles, in the order they are run
+HOME/runs/001-METHOD-HASH/                          their run folders
+HOME/superlink.sqlite                               Flower's state
+HOME/service.json                                   what the service does now (`fedtune status`)
 """
 
 import contextlib
@@ -30,7 +31,16 @@ from fedtune.metrics import merge, plausible, split_personal, value, with_person
 from fedtune.privacy.contribution import message_bytes, secure_of
 from fedtune.privacy.plan import Plan, fewest, plan_of
 from fedtune.provision import days_left, load_devices
-from fedtune.rounds import Coordinator, Reply, Traffic, Watch, evaluated, make_algorithm, most_predictions, start
+from fedtune.rounds import (
+    Coordinator,
+    Reply,
+    Traffic,
+    Watch,
+    evaluated,
+    make_algorithm,
+    most_predictions,
+    start,
+)
 from fedtune.run import RunFolder, create_run, open_run, versions
 from fedtune.secagg.terms import session_of
 from fedtune.server.app import Exchange, Pairs, run_rounds
@@ -92,11 +102,18 @@ class Home:
         """Raises UserError when a file that TLS or device keys need is missing."""
         for part in (self.tls.certificate, self.tls.key, self.devices):
             if not part.exists():
-                raise UserError(f"{part}: is missing; give --dir the server folder that `fedtune provision` made, or --insecure on 127.0.0.1")
+                raise UserError(
+                    f"{part}: is missing; give --dir the server folder that `fedtune provision` made, "
+                    "or --insecure on 127.0.0.1"
+                )
 
     def entries(self) -> list[Entry]:
         jobs = self.path / "jobs"
-        names = [p.name for p in jobs.iterdir() if _NAMED.match(p.name) and (p / "manifest.json").exists()] if jobs.exists() else []
+        names = (
+            [p.name for p in jobs.iterdir() if _NAMED.match(p.name) and (p / "manifest.json").exists()]
+            if jobs.exists()
+            else []
+        )
         return [Entry(name, jobs / name, self.path / "runs" / name) for name in sorted(names, key=_number)]
 
     def find(self, job_sha256: str) -> Entry | None:
@@ -126,7 +143,9 @@ class Home:
 
 
 class Roster:
-    """The devices that are let in: those whose .pub lies in the folder, looked at again whenever it changes."""
+    """The devices that are let in: those whose .pub lies in the folder,
+    looked at again whenever it changes.
+    """
 
     def __init__(self, link: SuperLink, folder: Path) -> None:
         self._link, self._folder, self._trouble, self._looked = link, folder, "", -ROSTER_POLL
@@ -134,7 +153,9 @@ class Roster:
         self._names: dict[int, str] = {}
 
     def __call__(self) -> Mapping[int, str]:
-        """Raises UserError for a folder that cannot be read the first time; later the devices stay as they were."""
+        """Raises UserError for a folder that cannot be read the first time;
+        later the devices stay as they were.
+        """
         if time.monotonic() - self._looked < ROSTER_POLL:
             return self._names
         self._looked = time.monotonic()
@@ -155,7 +176,11 @@ class Roster:
             for key, node in self._link.registered().items():
                 if key not in allowed:
                     self._link.unregister(node)
-                    log.warning("device %s is no longer let in: its key is not in %s", before.get(node, f"node {node}"), self._folder)
+                    log.warning(
+                        "device %s is no longer let in: its key is not in %s",
+                        before.get(node, f"node {node}"),
+                        self._folder,
+                    )
             self._seen, self._trouble = now, ""
         return self._names
 
@@ -183,7 +208,10 @@ class Desk:
 
     def tick(self, **facts: Any) -> None:
         """As `note`, when something is new or the file is some seconds old."""
-        if any(self.facts.get(k) != v for k, v in facts.items()) or time.monotonic() - self._written > DESK_SECONDS:
+        if (
+            any(self.facts.get(k) != v for k, v in facts.items())
+            or time.monotonic() - self._written > DESK_SECONDS
+        ):
             self.note(**facts)
 
 
@@ -211,9 +239,20 @@ class Live:
         self.lobby = Lobby(self.link, self.grid, self.bundle, self.roster, self._changed, self._sent)
         self.exchange = self._exchange(self.job.federation.deadline)
         self.coordinator = start(
-            self.job, self.run, self.schema, self.bundle.frame_digest, self.bundle.frame_bytes,
-            make_algorithm(self.job, self.schema, self._limits, 0 if self.roster is None else len(self.roster())),
-            (), lambda: self.bundle.start, self.evaluate, self.traffic, self._plan())
+            self.job,
+            self.run,
+            self.schema,
+            self.bundle.frame_digest,
+            self.bundle.frame_bytes,
+            make_algorithm(
+                self.job, self.schema, self._limits, 0 if self.roster is None else len(self.roster())
+            ),
+            (),
+            lambda: self.bundle.start,
+            self.evaluate,
+            self.traffic,
+            self._plan(),
+        )
         self.coordinator.can_probe = lambda client: unlimited(self.schema, self._limits(client).depth)
         self.traffic = self.coordinator.traffic  # of the checkpoint, on a run that continues
         self.desk.note(epsilon=spent_so_far(self.run, self.coordinator.privacy))
@@ -224,17 +263,35 @@ class Live:
         return limits_of(self.lobby.device(client))
 
     def gradient_bundle(self) -> Bundle:
-        """Asks devices for the first step's gradients and makes the run's bundle, with the frame that they give."""
+        """Asks devices for the first step's gradients and makes the run's bundle,
+        with the frame that they give.
+        """
         spec, manifest = self.bundle.manifest.spec, self.bundle.manifest
-        self.watch.stage(f"asking {self.job.adapter.init_clients} devices for the gradient of the first step", 0)
+        self.watch.stage(
+            f"asking {self.job.adapter.init_clients} devices for the gradient of the first step", 0
+        )
         self.gather(self.coordinator)
-        gradients, traffic = gather_gradients(self.job, spec, self.run, self.coordinator.clients, self.exchange, self.coordinator.privacy)
+        gradients, traffic = gather_gradients(
+            self.job, spec, self.run, self.coordinator.clients, self.exchange, self.coordinator.privacy
+        )
         frame, first = from_gradients(spec, gradients, self.job.adapter.init_step)
         self.traffic = replace(traffic, offers=self.traffic.offers)
         self.run.keep_start(self.traffic.dump())
         return write_bundle(
-            self.run.bundle, self.job, frame, self.bundle.initial | first, source=manifest.source, sha256=manifest.sha256, licence=manifest.licence,
-            parameters=manifest.parameters, task=manifest.task, labels=manifest.labels, spec=spec, versions=manifest.versions, weights=manifest.weights)
+            self.run.bundle,
+            self.job,
+            frame,
+            self.bundle.initial | first,
+            source=manifest.source,
+            sha256=manifest.sha256,
+            licence=manifest.licence,
+            parameters=manifest.parameters,
+            task=manifest.task,
+            labels=manifest.labels,
+            spec=spec,
+            versions=manifest.versions,
+            weights=manifest.weights,
+        )
 
     def rounds(self) -> None:
         run_rounds(self.coordinator, self.ask, self.gather, self._through())
@@ -244,13 +301,31 @@ class Live:
         if self.coordinator.secure is None:
             return None
         later = self._exchange(min(self.job.federation.deadline, STAGE_SECONDS))
-        return SecureRounds(self.coordinator.secure, session_of(self.bundle.digest), self.ask, later, lambda: {info.name for info in self.lobby.ready()})
+        return SecureRounds(
+            self.coordinator.secure,
+            session_of(self.bundle.digest),
+            self.ask,
+            later,
+            lambda: {info.name for info in self.lobby.ready()},
+        )
 
     def _exchange(self, deadline: float) -> Exchange:
-        return Exchange(self.grid, deadline, lambda grid, names: self.lobby.nodes(list(names)), {"job": self.bundle.digest}, GRID_POLL, self.look)
+        return Exchange(
+            self.grid,
+            deadline,
+            lambda grid, names: self.lobby.nodes(list(names)),
+            {"job": self.bundle.digest},
+            GRID_POLL,
+            self.look,
+        )
 
     def ask(self, pairs: Pairs, round: int) -> Iterator[Reply]:
-        self.desk.note(state="training", round=round - 1, deadline_at=time.time() + self.job.federation.deadline, asked=len(pairs))
+        self.desk.note(
+            state="training",
+            round=round - 1,
+            deadline_at=time.time() + self.job.federation.deadline,
+            asked=len(pairs),
+        )
         yield from self.exchange(pairs, round=round)
 
     def look(self) -> None:
@@ -261,24 +336,37 @@ class Live:
             self._looked = time.monotonic()
 
     def gather(self, coordinator: Coordinator) -> None:
-        """Waits until as many devices are ready as a round needs. Raises EnvironmentProblem after server.wait seconds."""
+        """Waits until as many devices are ready as a round needs.
+
+        Raises EnvironmentProblem after server.wait seconds.
+        """
         need, end = needed(self.job), time.monotonic() + self.job.server.wait
         self.look()
         waited = not self._began
         while len(ready := self.lobby.ready()) < need:
             waited = True
             if time.monotonic() > end:
-                raise EnvironmentProblem(f"{len(ready)} of {need} devices were ready after server.wait = {self.job.server.wait:g} s; nothing is lost: the same command continues the run")
+                raise EnvironmentProblem(
+                    f"{len(ready)} of {need} devices were ready after server.wait = {self.job.server.wait:g} "
+                    "s; nothing is lost: the same command continues the run"
+                )
             self.desk.tick(state="waiting", ready=len(ready), need=need)
             time.sleep(LOBBY_POLL)
             self.look()
         if waited:
-            self.watch.stage("training", (self.job.federation.rounds - coordinator.state.round) * self.job.federation.cohort)
+            self.watch.stage(
+                "training",
+                (self.job.federation.rounds - coordinator.state.round) * self.job.federation.cohort,
+            )
         self._began, coordinator.clients = True, ready
 
     def evaluate(self, round: int, arrays: Arrays) -> Metrics | None:
-        """Held-out metrics over the devices that are ready, in the rounds the job evaluates. The data stay where they are."""
-        if not evaluated(self.job, round) or self.job.privacy.hides_clients:  # scores of devices' held-out examples come one by one and have no noise
+        """Held-out metrics over the devices that are ready, in the rounds the job evaluates.
+
+        The data stay where they are.
+        """
+        # scores of devices' held-out examples come one by one and have no noise
+        if not evaluated(self.job, round) or self.job.privacy.hides_clients:
             return None
         packet = encode("model", self.schema, arrays, round=round, frame=self.bundle.frame_digest)
         names = [info.name for info in self.lobby.ready()]
@@ -291,41 +379,68 @@ class Live:
                 continue
             self.coordinator.traffic.evaluation += len(reply.payload)
             with contextlib.suppress(Refused):
-                scores = decode(reply.payload, Schema(()), kinds=["scores"], round=round, frame=self.bundle.frame_digest).metrics
+                scores = decode(
+                    reply.payload, Schema(()), kinds=["scores"], round=round, frame=self.bundle.frame_digest
+                ).metrics
                 ours, own = split_personal(scores)
                 if all(plausible(part, most_predictions(self.job)) for part in (ours, own)):
                     found[reply.client], personal[reply.client] = ours, own
                 else:
                     log.warning("%s: scores that cannot be are left out", reply.client)
-        self.scores = {name: found[name] for name in sorted(found) if found[name].get("accuracy", (0.0, 0.0))[1] > 0}
-        self.personal = {name: own for name in self.scores if (own := personal[name]).get("accuracy", (0.0, 0.0))[1] > 0}
+        self.scores = {
+            name: found[name] for name in sorted(found) if found[name].get("accuracy", (0.0, 0.0))[1] > 0
+        }
+        self.personal = {
+            name: own for name in self.scores if (own := personal[name]).get("accuracy", (0.0, 0.0))[1] > 0
+        }
         if not self.scores:
             return None
         metrics = merge(list(self.scores.values()))
         return with_personal(metrics, list(self.personal.values())) if is_personal(self.job) else metrics
 
     def finish(self) -> dict[str, Any]:
-        """Writes summary and page. The final scores are those of the last evaluation, made again if a crash lost them."""
+        """Writes summary and page.
+
+        The final scores are those of the last evaluation, made again if a crash lost them.
+        """
         if not self.scores:
             self.look()
             self.evaluate(self.job.federation.rounds, self.coordinator.state.arrays)
         held = {g.name: g for g in self.lobby.guests.values()}
         summary = facts(self.run, LIGHT) | {
             "engine": "live",
-            "split": [{"name": n, "natural": None, "train": g.examples, "held_out": g.held_out, "labels": []} for n, g in sorted(held.items())],
-            "final": final_of(merge(self.scores.values()), [client_row(n, m, int(m["accuracy"][1])) for n, m in self.scores.items()]),
-            "baselines": {}, "complete": True,
+            "split": [
+                {"name": n, "natural": None, "train": g.examples, "held_out": g.held_out, "labels": []}
+                for n, g in sorted(held.items())
+            ],
+            "final": final_of(
+                merge(self.scores.values()),
+                [client_row(n, m, int(m["accuracy"][1])) for n, m in self.scores.items()],
+            ),
+            "baselines": {},
+            "complete": True,
         }
         if is_personal(self.job):
             beside = [self.scores[name] for name in self.personal]
-            summary["personal"] = personal_of(merge(self.personal.values()), merge(beside), [value(m, "accuracy") for m in self.personal.values()], len(held), int(sum(m["accuracy"][1] for m in beside)))
+            summary["personal"] = personal_of(
+                merge(self.personal.values()),
+                merge(beside),
+                [value(m, "accuracy") for m in self.personal.values()],
+                len(held),
+                int(sum(m["accuracy"][1] for m in beside)),
+            )
         write_summary(self.run, summary)
         return summary
 
     def _plan(self) -> Plan | None:
-        """Raises PrivacyRefused for a job whose delta is too large for the devices that are let in, or that counts on cohorts nobody knows."""
+        """Raises PrivacyRefused for a job whose delta is too large for the devices that are let in, or
+        that counts on cohorts nobody knows.
+        """
         if self.job.privacy.amplification:
-            raise PrivacyRefused("privacy.amplification = true: devices come when they can and are not drawn from all, so sampling hides nothing here; remove the key")
+            raise PrivacyRefused(
+                "privacy.amplification = true: devices come when they can and are not drawn from all, "
+                "so sampling hides nothing here; remove the key"
+            )
         return plan_of(self.job, len(self.roster()) if self.roster is not None else 0)
 
     def _noted(self, line: dict[str, Any]) -> None:
@@ -342,13 +457,31 @@ class Live:
 
 
 def serve(
-    home: Home, address: tuple[str, int], insecure: bool, stay: bool, watch: Callable[[Entry, RunFolder, Bundle], Watch],
+    home: Home,
+    address: tuple[str, int],
+    insecure: bool,
+    stay: bool,
+    watch: Callable[[Entry, RunFolder, Bundle], Watch],
     listen: Callable[[dict[str, Any]], None] = lambda facts: None,
 ) -> Iterator[tuple[Entry, dict[str, Any]]]:
-    """Runs the queue; yields each entry with its summary as it is finished. Ends with the queue, or with `stay` never."""
-    desk = Desk(home.service, {
-        "pid": os.getpid(), "address": f"{address[0]}:{address[1]}", "insecure": insecure, "state": "starting", "devices": [], "job": None,
-        "started": datetime.now(UTC).isoformat(timespec="seconds"), "queue": []}, listen)
+    """Runs the queue; yields each entry with its summary as it is finished.
+
+    Ends with the queue, or with `stay` never.
+    """
+    desk = Desk(
+        home.service,
+        {
+            "pid": os.getpid(),
+            "address": f"{address[0]}:{address[1]}",
+            "insecure": insecure,
+            "state": "starting",
+            "devices": [],
+            "job": None,
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "queue": [],
+        },
+        listen,
+    )
     tls = None if insecure else home.tls
     with superlink(*address, home.path / "superlink.sqlite", tls, REQUEST_ROOM) as link:
         roster = None if insecure else Roster(link, home.devices)
@@ -384,16 +517,37 @@ def _warn_of_expiry(home: Home, insecure: bool) -> None:
 
 
 def _run(
-    entry: Entry, link: SuperLink, roster: Roster | None, desk: Desk, watch: Callable[[Entry, RunFolder, Bundle], Watch], queue: list[str],
+    entry: Entry,
+    link: SuperLink,
+    roster: Roster | None,
+    desk: Desk,
+    watch: Callable[[Entry, RunFolder, Bundle], Watch],
+    queue: list[str],
 ) -> dict[str, Any]:
     bundle = open_bundle(entry.bundle)
     run = _open_run(entry, bundle)
     spec = bundle.manifest.spec
-    asks, secure = gradient_schema(spec) if bundle.job.adapter.asks_gradients else Schema(()), secure_of(bundle.job, bundle.schema)
+    asks, secure = (
+        gradient_schema(spec) if bundle.job.adapter.asks_gradients else Schema(()),
+        secure_of(bundle.job, bundle.schema),
+    )
     summed = message_bytes(secure, secure.cohort)[0] if secure else 0
-    link.body_limit = max(packet_bytes(bundle.schema)[1], 4 * sum(t.size for t in asks.tensors), summed) + REQUEST_ROOM
-    desk.note(state="waiting", job=entry.name, run=str(run.path), rounds=bundle.job.federation.rounds, round=None, line=None, epsilon=None, queue=queue, scored=not bundle.job.privacy.hides_clients,
-              ready=0, need=needed(bundle.job))
+    link.body_limit = (
+        max(packet_bytes(bundle.schema)[1], 4 * sum(t.size for t in asks.tensors), summed) + REQUEST_ROOM
+    )
+    desk.note(
+        state="waiting",
+        job=entry.name,
+        run=str(run.path),
+        rounds=bundle.job.federation.rounds,
+        round=None,
+        line=None,
+        epsilon=None,
+        queue=queue,
+        scored=not bundle.job.privacy.hides_clients,
+        ready=0,
+        need=needed(bundle.job),
+    )
     with run.locked(), link.run() as grid:
         watching, traffic = watch(entry, run, bundle), Traffic()
         if bundle.job.adapter.asks_gradients:
@@ -412,8 +566,16 @@ def _run(
 def _open_run(entry: Entry, bundle: Bundle) -> RunFolder:
     """The entry's run folder, made or found. Raises RunError when it is another job's."""
     if not (entry.run / "run.json").exists():
-        create_run(entry.run, bundle.job, {
-            "created": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions(), "sha256": bundle.manifest.sha256, "split": []})
+        create_run(
+            entry.run,
+            bundle.job,
+            {
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                "versions": versions(),
+                "sha256": bundle.manifest.sha256,
+                "split": [],
+            },
+        )
     run = open_run(entry.run)
     run.require_own_job()
     if bundle.job.adapter.asks_gradients:  # its bundle is made with the devices
@@ -422,7 +584,9 @@ def _open_run(entry: Entry, bundle: Bundle) -> RunFolder:
         with failing_clearly(run.bundle):
             shutil.copytree(entry.bundle, run.bundle, dirs_exist_ok=True)
     if open_bundle(run.bundle).digest != bundle.digest:
-        raise RunError(f"{run.path}: was begun with another bundle; restore it, or remove {entry.bundle} from the queue")
+        raise RunError(
+            f"{run.path}: was begun with another bundle; restore it, or remove {entry.bundle} from the queue"
+        )
     return run
 
 
@@ -431,4 +595,15 @@ def _number(name: str) -> int:
 
 
 def _shown(lobby: Lobby) -> list[dict[str, Any]]:
-    return [{"name": g.name, "state": g.state, "online": g.online, "reason": g.reason, "examples": g.examples, "held_out": g.held_out, "class": g.kind} for g in lobby.guests.values()]
+    return [
+        {
+            "name": g.name,
+            "state": g.state,
+            "online": g.online,
+            "reason": g.reason,
+            "examples": g.examples,
+            "held_out": g.held_out,
+            "class": g.kind,
+        }
+        for g in lobby.guests.values()
+    ]

@@ -61,7 +61,9 @@ class OpenBase:
         return travelling(self.job, self.spec)
 
     def step_memory(self, limits: Limits = AS_THE_JOB) -> int | None:
-        """Bytes that a training client of these limits needs; None for a base of which that cannot be computed."""
+        """Bytes that a training client of these limits needs; None for a base of which
+        that cannot be computed.
+        """
         if limits not in self._memory:
             sketch = sketch_model(self.job.model, self.source, self.classes)
             self._memory[limits] = step_memory(self.job, self.spec, sketch, limits)["total"]
@@ -77,7 +79,10 @@ class OpenBase:
 
 @dataclass(frozen=True)
 class Setup(OpenBase):
-    """A job for a simulation, opened: the base, and everybody's data. Nothing has been trained or written yet."""
+    """A job for a simulation, opened: the base, and everybody's data.
+
+    Nothing has been trained or written yet.
+    """
 
     dataset: Dataset
     split: Split
@@ -88,7 +93,10 @@ class Setup(OpenBase):
 
 
 def open_base(job: Job) -> OpenBase:
-    """Finds and checks the base. The labels are the job's, else those of its data, which must then be here. Raises UserErrors of one line."""
+    """Finds and checks the base.
+
+    The labels are the job's, else those of its data, which must then be here. Raises UserErrors of one line.
+    """
     source = locate(job.model.source)
     sha256 = check_hash(source, job.model.sha256) if source.weights else ""
     labels = job.data.labels
@@ -96,7 +104,10 @@ def open_base(job: Job) -> OpenBase:
         try:
             labels = load_dataset(job.data, job.model, job.federation.seed).label_names
         except UserError as e:
-            raise DataError(f"data.labels = []: name the labels in the job, in order, as its data cannot be read here for them ({e})") from None
+            raise DataError(
+                "data.labels = []: name the labels in the job, in order, as its data cannot "
+                f"be read here for them ({e})"
+            ) from None
     return OpenBase(job, source, sha256, labels)
 
 
@@ -107,13 +118,23 @@ def open_setup(job: Job) -> Setup:
     dataset = load_dataset(job.data, job.model, job.federation.seed)
     parts = split(dataset.examples, job.data, job.federation.seed)
     if not len(parts.held_out.rows):
-        raise DataError(f"data.clients = {job.data.clients}: each client holds a single row or group, so nothing is left to evaluate on; lower it or give more data")
+        raise DataError(
+            f"data.clients = {job.data.clients}: each client holds a single row or group, "
+            "so nothing is left to evaluate on; lower it or give more data"
+        )
     setup = Setup(job, source, sha256, dataset.label_names, dataset, parts)
-    return replace(setup, job=fitted(job, setup.schema, setup.step_memory, mean_examples(parts, job.federation))) if job.units.fit else setup
+    return (
+        replace(setup, job=fitted(job, setup.schema, setup.step_memory, mean_examples(parts, job.federation)))
+        if job.units.fit
+        else setup
+    )
 
 
 def with_noise(setup: Setup, note: Callable[[str], None]) -> Setup:
-    """The same with the noise of its privacy computed. Raises PrivacyRefused for a job that would claim more than it gives."""
+    """The same with the noise of its privacy computed.
+
+    Raises PrivacyRefused for a job that would claim more than it gives.
+    """
     population = len(setup.split.clients)
     job = resolved(setup.job, population)
     if plan := plan_of(job, population):
@@ -128,8 +149,19 @@ def make_bundle(setup: OpenBase, folder: Path, frame: Arrays, model: TunableMode
     kind, _, name = setup.job.model.source.partition(":")
     licence = packages.lookup(name).licence if kind == "package" else ""
     return write_bundle(
-        folder, setup.job, frame, methods.initial(model, setup.spec, start, setup.job.federation.seed), source=setup.job.model.source, sha256=setup.sha256, licence=licence, parameters=layout(model).size,
-        task=setup.job.model.task, labels=setup.labels, spec=setup.spec, versions=versions(), weights=weights,
+        folder,
+        setup.job,
+        frame,
+        methods.initial(model, setup.spec, start, setup.job.federation.seed),
+        source=setup.job.model.source,
+        sha256=setup.sha256,
+        licence=licence,
+        parameters=layout(model).size,
+        task=setup.job.model.task,
+        labels=setup.labels,
+        spec=setup.spec,
+        versions=versions(),
+        weights=weights,
     )
 
 
@@ -149,16 +181,25 @@ def data_free_frame(setup: OpenBase, model: TunableModel) -> Arrays:
 
 
 def run_facts(setup: Setup) -> dict[str, Any]:
-    """What run.json keeps: when and with what the run began, the hashes of base and data, and who holds how much of what.
+    """What run.json keeps: when and with what the run began, the hashes of base and data,
+    and who holds how much of what.
 
     Of many clients only some are listed, with figures of all beside them.
     """
     clients, data = len(setup.split.clients), data_digest(setup)
     listed = few(clients)
-    population = {"population": holdings.population(setup.split, setup.dataset) | {"sha256": data}} if len(listed) < clients else {}
+    population = (
+        {"population": holdings.population(setup.split, setup.dataset) | {"sha256": data}}
+        if len(listed) < clients
+        else {}
+    )
     return {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions(), "sha256": setup.sha256,
-        "split": holdings.describe(setup.split, setup.dataset, listed), "split_sha256": data, **population,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "sha256": setup.sha256,
+        "split": holdings.describe(setup.split, setup.dataset, listed),
+        "split_sha256": data,
+        **population,
     }
 
 
@@ -167,17 +208,28 @@ def data_digest(setup: Setup) -> str:
 
 
 def require_unchanged(setup: Setup, run: RunFolder) -> None:
-    """Raises RunError when job, base, data or what is trained are no longer those the run began with: going on would mix two runs."""
+    """Raises RunError when job, base, data or what is trained are no longer those the run began with:
+    going on would mix two runs.
+    """
     run.require_own_job()
     began = run.facts()
     if began["sha256"] != setup.sha256:
-        raise RunError(f"{run.path}: began with a base of sha256 {began['sha256'][:12]}…, {setup.job.model.source} now has {setup.sha256[:12]}…; "
-                       "restore that base or begin a new run")
+        raise RunError(
+            f"{run.path}: began with a base of sha256 {began['sha256'][:12]}…, {setup.job.model.source} now "
+            f"has {setup.sha256[:12]}…; restore that base or begin a new run"
+        )
     if (run.bundle / "manifest.json").exists() and open_bundle(run.bundle).manifest.spec != setup.spec:
-        raise RunError(f"{run.path}: was begun with fedtune {began['versions'].get('fedtune', 'of an unknown version')}, which trained other tensors of this base than this one ({versions()['fedtune']}) "
-                       "makes of its job; continue it with that version or begin a new run")
+        raise RunError(
+            f"{run.path}: was begun with fedtune "
+            f"{began['versions'].get('fedtune', 'of an unknown version')}, which trained other "
+            f"tensors of this base than this one ({versions()['fedtune']}) makes of its job; "
+            "continue it with that version or begin a new run"
+        )
     if not _same_data(setup, began):
-        raise RunError(f"{run.path}: {setup.job.data.source} no longer holds what it held when the run began; restore it or begin a new run")
+        raise RunError(
+            f"{run.path}: {setup.job.data.source} no longer holds what it held when the run began; "
+            "restore it or begin a new run"
+        )
 
 
 def _same_data(setup: Setup, began: Facts) -> bool:
@@ -188,7 +240,12 @@ def _same_data(setup: Setup, began: Facts) -> bool:
 
 
 def require_trainable(setup: OpenBase) -> None:
-    """Raises ModelError early for a base whose weights are not there, JobError for one with fewer blocks than a budget."""
+    """Raises ModelError early for a base whose weights are not there,
+    JobError for one with fewer blocks than a budget.
+    """
     if not setup.source.weights:
-        raise ModelError(f"model.source = {setup.job.model.source!r}: no .safetensors weights in {setup.source.folder}; `fedtune plan` works without them, training does not")
+        raise ModelError(
+            f"model.source = {setup.job.model.source!r}: no .safetensors weights in {setup.source.folder}; "
+            "`fedtune plan` works without them, training does not"
+        )
     require_budgets(setup.job, setup.schema)

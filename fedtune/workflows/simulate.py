@@ -67,7 +67,9 @@ WEEK = 604_800.0
 
 @dataclass
 class Simulation:
-    """One run being simulated: the setup, one base in this process (loaded unless given), and the held-out data of all clients."""
+    """One run being simulated: the setup, one base in this process (loaded unless given),
+    and the held-out data of all clients.
+    """
 
     setup: Setup
     run: RunFolder
@@ -83,9 +85,20 @@ class Simulation:
         self.model: TunableModel = self.base or self.setup.fresh_model()
         settings = self.setup.job.simulation
         require_device(settings)
-        self.kept = Kept(self.run.clients, kept(self.setup.job, self.setup.spec.schema)) if method_of(self.setup.job) else None
+        self.kept = (
+            Kept(self.run.clients, kept(self.setup.job, self.setup.spec.schema))
+            if method_of(self.setup.job)
+            else None
+        )
         self.worker = Worker(
-            self.setup.job, self.setup.spec, self.model, self.setup.encoder, lambda: open_bundle(self.run.bundle), settings.device, self.kept)
+            self.setup.job,
+            self.setup.spec,
+            self.model,
+            self.setup.encoder,
+            lambda: open_bundle(self.run.bundle),
+            settings.device,
+            self.kept,
+        )
         self.features = FeatureStore(*_room(settings, self.run.path))
 
     def rounds(self) -> None:
@@ -125,7 +138,10 @@ class Simulation:
         return AS_THE_JOB if self.fleet is None else self.fleet.limits(client)
 
     def assigned(self, client: str, round: int) -> tuple[str, ...] | None:
-        """The tensors that this client trains in a round; None: all. Where blocks are chosen by scores: by those of the last probe."""
+        """The tensors that this client trains in a round; None: all.
+
+        Where blocks are chosen by scores: by those of the last probe.
+        """
         job, schema, limits = self.setup.job, self.setup.spec.schema, self.limits(client)
         if job.units.probes:
             newest = self.run.newest()
@@ -136,7 +152,9 @@ class Simulation:
         return self.worker.handle(packet, client, self.setup.store.train(client))
 
     def _trainer(self, names: tuple[str, ...] | None = None, rank: int = 0) -> CohortTrainer | None:
-        """What trains these tensors (None: all) of clients of this rank (0: adapter.rank) together; None, with a word to whoever watches, where this base does not allow it."""
+        """What trains these tensors (None: all) of clients of this rank (0: adapter.rank) together; None,
+        with a word to whoever watches, where this base does not allow it.
+        """
         setup = self.setup
         if setup.job.edge.mode == "forward":
             return None
@@ -150,28 +168,53 @@ class Simulation:
             with self.worker.at(rank) as parameters, only(parameters, names) as chosen:
                 write(parameters, start)
                 return open_trainer(
-                    self.model, chosen, spec, setup.encoder, setup.job.federation, start, sample, self.features, ever(setup.job, setup.schema))
+                    self.model,
+                    chosen,
+                    spec,
+                    setup.encoder,
+                    setup.job.federation,
+                    start,
+                    sample,
+                    self.features,
+                    ever(setup.job, setup.schema),
+                )
         except NotStackable as e:
             if not self._noted:  # once, not for all that other rounds train
-                self.watch.note(f"clients are trained one after another, as this base does not let them be trained together: {e}")
+                self.watch.note(
+                    "clients are trained one after another, as this base does not let "
+                    f"them be trained together: {e}"
+                )
             self._noted = True
             return None
 
     def coordinator(self, exchange: Ask) -> Coordinator:
-        """Opens or makes the bundle (asking clients for gradients where the job says so) and stands at the newest checkpoint."""
+        """Opens or makes the bundle (asking clients for gradients where the job says so) and stands
+        at the newest checkpoint.
+        """
         job = self.setup.job
         plan, begun = plan_of(job, len(self.setup.split.clients)), self.run.start()
         traffic = Traffic(**(begun or {}))
         if begun is not None and self.fleet is not None:
             self.fleet.recall(traffic)
-        if begun is not None or ((self.run.bundle / "manifest.json").exists() and self.run.newest() is not None):
+        if begun is not None or (
+            (self.run.bundle / "manifest.json").exists() and self.run.newest() is not None
+        ):
             bundle = open_bundle(self.run.bundle)
         else:
             frame, first, traffic = self._make_frame(exchange, plan)
             bundle = make_bundle(self.setup, self.run.bundle, frame, self.model, first)
         coordinator = start(
-            job, self.run, bundle.schema, bundle.frame_digest, bundle.frame_bytes, make_algorithm(job, bundle.schema, self.limits, len(self.setup.split.clients)),
-            self.setup.store.clients, lambda: bundle.start, self.evaluate, traffic, plan,
+            job,
+            self.run,
+            bundle.schema,
+            bundle.frame_digest,
+            bundle.frame_bytes,
+            make_algorithm(job, bundle.schema, self.limits, len(self.setup.split.clients)),
+            self.setup.store.clients,
+            lambda: bundle.start,
+            self.evaluate,
+            traffic,
+            plan,
         )
         follow(coordinator, self.watch)
         left = job.federation.rounds - coordinator.state.round
@@ -185,11 +228,21 @@ class Simulation:
             return None
         whole = round == job.federation.rounds or not job.evaluation.max_examples
         metrics = self.scores(arrays, whole).metrics()
-        return with_personal(metrics, [scores.metrics() for _, _, scores in self.personal_scores(round, arrays, whole)]) if is_personal(job) else metrics
+        return (
+            with_personal(
+                metrics, [scores.metrics() for _, _, scores in self.personal_scores(round, arrays, whole)]
+            )
+            if is_personal(job)
+            else metrics
+        )
 
-    def personal_scores(self, round: int, arrays: Arrays, whole: bool = True) -> Iterator[tuple[int, np.ndarray, Scores]]:
-        """Of each client that has something of its own to predict with after this round, and held-out examples: its place, those examples' places in
-        `held_out` (or in the sample for the rounds between), and what it makes of them. In the order of the split."""
+    def personal_scores(
+        self, round: int, arrays: Arrays, whole: bool = True
+    ) -> Iterator[tuple[int, np.ndarray, Scores]]:
+        """Of each client that has something of its own to predict with after this round, and held-out
+        examples: its place, those examples' places in `held_out` (or in the sample for the rounds between),
+        and what it makes of them. In the order of the split.
+        """
         if self.kept is None:
             return
         parts = self.setup.split
@@ -201,7 +254,11 @@ class Simulation:
             index = np.arange(*ends[place : place + 2])
             own = personal_model(self.worker.open(), self.kept, arrays, name, round)
             if own is not None:
-                yield place, index, self.worker.scores(own, self.setup.store.stream(parts.held_out.rows[taken[index]]))
+                yield (
+                    place,
+                    index,
+                    self.worker.scores(own, self.setup.store.stream(parts.held_out.rows[taken[index]])),
+                )
 
     def scores(self, arrays: Arrays, whole: bool = True) -> Scores:
         """Held-out scores per example of `held_out`, or of the sample for the rounds between."""
@@ -215,7 +272,9 @@ class Simulation:
 
     @cached_property
     def held_out(self) -> Stream:
-        """All clients' held-out examples in the order of split.held_out.rows, kept only where every evaluation takes them all."""
+        """All clients' held-out examples in the order of split.held_out.rows, kept only where every
+        evaluation takes them all.
+        """
         keep = 0 if self.setup.job.evaluation.max_examples else CACHE_BYTES
         return self.setup.store.stream(self.setup.split.held_out.rows, keep)
 
@@ -227,8 +286,13 @@ class Simulation:
     @cached_property
     def _drawn(self) -> np.ndarray:
         """The places of the sample in split.held_out.rows, ascending."""
-        count, rng = len(self.setup.split.held_out.rows), generator(self.setup.job.federation.seed, "evaluation")
-        return np.sort(rng.choice(count, size=min(self.setup.job.evaluation.max_examples, count), replace=False))
+        count, rng = (
+            len(self.setup.split.held_out.rows),
+            generator(self.setup.job.federation.seed, "evaluation"),
+        )
+        return np.sort(
+            rng.choice(count, size=min(self.setup.job.evaluation.max_examples, count), replace=False)
+        )
 
     def _make_frame(self, exchange: Ask, plan: Plan | None) -> tuple[Arrays, Arrays, Traffic]:
         job = self.setup.job
@@ -236,7 +300,14 @@ class Simulation:
             self.watch.stage("making the frame", 0)
             return data_free_frame(self.setup, self.model), {}, Traffic()
         self.watch.stage(f"asking {job.adapter.init_clients} clients for the gradient of the first step", 0)
-        gradients, traffic = gather_gradients(job, self.setup.spec, self.run, self.fleet.available(0) if self.fleet else self.setup.store.clients, exchange, plan)
+        gradients, traffic = gather_gradients(
+            job,
+            self.setup.spec,
+            self.run,
+            self.fleet.available(0) if self.fleet else self.setup.store.clients,
+            exchange,
+            plan,
+        )
         self.run.keep_start(traffic.dump())
         frame, first = frames.from_gradients(self.setup.spec, gradients, job.adapter.init_step)
         return frame, first, traffic
@@ -252,4 +323,3 @@ def _remote(path: str) -> Simulation:
 def answer_in(path: str, packet: bytes, client: str) -> bytes:
     """In a worker process of the ray engine: opens the run once, then answers from memory."""
     return _remote(path).answer(packet, client)
-

@@ -1,4 +1,7 @@
-"""What a coordinator's folder says the service is doing. Reads files alone: no torch, no Flower, no network."""
+"""What a coordinator's folder says the service is doing.
+
+Reads files alone: no torch, no Flower, no network.
+"""
 
 import contextlib
 import json
@@ -27,8 +30,12 @@ def read(folder: Path) -> dict[str, Any]:
         if not folder.is_dir():
             raise RunError(f"{folder}: is not a folder; give the --dir of `fedtune server`") from None
         if (folder / "server").is_dir():
-            raise RunError(f"{folder}: no service was started in it; its coordinator's folder is {folder / 'server'}") from None
-        raise RunError(f"{folder}: no service was started in it; start one with `fedtune server JOB --dir {folder}`") from None
+            raise RunError(
+                f"{folder}: no service was started in it; its coordinator's folder is {folder / 'server'}"
+            ) from None
+        raise RunError(
+            f"{folder}: no service was started in it; start one with `fedtune server JOB --dir {folder}`"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise RunError(f"{path}: damaged ({e}); a running service writes it again within seconds") from None
     for device in devices:
@@ -42,28 +49,56 @@ def read(folder: Path) -> dict[str, Any]:
         status |= {"state": "stopped", "deadline_at": None}
         devices = [device | {"online": False} for device in devices]
     return status | {
-        "running": running, "devices": devices, "finished": _finished(folder),
-        "accuracy": last and last["accuracy"], "loss": last and last["loss"], "bytes": last["total_bytes"] if last else 0, "late": last["late"] if last else 0,
-        "refused": sum(len(x["refused"]) for x in lines), "epsilon": status.get("epsilon"), "seconds_left": _left(lines, status),
+        "running": running,
+        "devices": devices,
+        "finished": _finished(folder),
+        "accuracy": last and last["accuracy"],
+        "loss": last and last["loss"],
+        "bytes": last["total_bytes"] if last else 0,
+        "late": last["late"] if last else 0,
+        "refused": sum(len(x["refused"]) for x in lines),
+        "epsilon": status.get("epsilon"),
+        "seconds_left": _left(lines, status),
     }
 
 
 def lines(status: dict[str, Any]) -> Iterator[str]:
     """The status for people."""
-    yield f"service: {status['state']} on {status['address']}{' without TLS' if status['insecure'] else ''}" + (f" (process {status['pid']})" if status["running"] else "; the same command continues it" if status["job"] else "")
+    yield (
+        f"service: {status['state']} on {status['address']}{' without TLS' if status['insecure'] else ''}"
+        + (
+            f" (process {status['pid']})"
+            if status["running"]
+            else "; the same command continues it"
+            if status["job"]
+            else ""
+        )
+    )
     if status["job"]:
-        yield f"job: {status['job']}, round {status['round'] if status['round'] is not None else 'not begun'} of {status['rounds']}; run folder {status['run']}"
+        yield (
+            f"job: {status['job']}, round {status['round'] if status['round'] is not None else 'not begun'} "
+            f"of {status['rounds']}; run folder {status['run']}"
+        )
         if status["state"] == "waiting":
             yield f"waiting for devices: {status.get('ready', 0)} of {status.get('need', '?')} ready"
         if status["accuracy"] is not None:
-            yield f"held-out: accuracy {status['accuracy']:.4f}" + (f", loss {status['loss']:.4f}" if status["loss"] is not None else "")
+            yield f"held-out: accuracy {status['accuracy']:.4f}" + (
+                f", loss {status['loss']:.4f}" if status["loss"] is not None else ""
+            )
         elif not status.get("scored", True):
             yield UNSCORED
-        yield f"sent: {size(status['bytes'])}; updates refused: {status['refused']}, late: {status['late']}; privacy spent: {_spent(status['epsilon'])}"
+        yield (
+            f"sent: {size(status['bytes'])}; updates refused: {status['refused']}, late: {status['late']}; "
+            f"privacy spent: {_spent(status['epsilon'])}"
+        )
         if status["seconds_left"] is not None:
             yield f"time left: about {duration(status['seconds_left'])}"
     for run in status["finished"]:
-        yield f"finished: {run['name']}, accuracy {'not measured' if run['accuracy'] is None else format(run['accuracy'], '.4f')}; run folder {run['run']}"
+        yield (
+            f"finished: {run['name']}, accuracy "
+            f"{'not measured' if run['accuracy'] is None else format(run['accuracy'], '.4f')}; "
+            f"run folder {run['run']}"
+        )
     if status["queue"]:
         yield f"queued: {', '.join(status['queue'])}"
 
@@ -81,7 +116,13 @@ def _finished(folder: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             summary = json.loads(path.read_text())
             if summary["complete"]:
-                found.append({"name": path.parent.name, "run": str(path.parent), "accuracy": summary["final"]["accuracy"]})
+                found.append(
+                    {
+                        "name": path.parent.name,
+                        "run": str(path.parent),
+                        "accuracy": summary["final"]["accuracy"],
+                    }
+                )
     return found
 
 

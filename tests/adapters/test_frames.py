@@ -1,4 +1,6 @@
-"""Frames: orthonormal, in the order of singular values, the same every time, and of the gradient's sign for init = gradient."""
+"""Frames: orthonormal, in the order of singular values, the same every time,
+and of the gradient's sign for init = gradient.
+"""
 
 import numpy as np
 import pytest
@@ -9,7 +11,9 @@ from fedtune.job import AdapterSection
 from fedtune.types import TensorSpec
 
 LINEARS = (Linear("b.0.up", "up", 12, 7, "block.0"), Linear("b.0.down", "down", 7, 12, "block.0"))
-LAYOUT = Layout(LINEARS, tuple(TensorSpec(f"{x.name}.weight", (x.outputs, x.inputs), x.unit) for x in LINEARS), ())
+LAYOUT = Layout(
+    LINEARS, tuple(TensorSpec(f"{x.name}.weight", (x.outputs, x.inputs), x.unit) for x in LINEARS), ()
+)
 SPEC = describe(LAYOUT, AdapterSection(rank=4))
 
 
@@ -34,7 +38,8 @@ def test_weight_frame_holds_the_best_rank_r_approximation():
         core = b.T @ w @ a.T
         s = np.linalg.svd(w, compute_uv=False)
         np.testing.assert_allclose(core, np.diag(s[:4]), atol=1e-4)  # leading blocks nest, largest first
-        assert np.linalg.norm(w - b @ core @ a) == pytest.approx(np.linalg.norm(s[4:]), rel=1e-4)  # Eckart-Young
+        # Eckart-Young
+        assert np.linalg.norm(w - b @ core @ a) == pytest.approx(np.linalg.norm(s[4:]), rel=1e-4)
 
 
 def test_signs_do_not_depend_on_the_solver():
@@ -61,6 +66,8 @@ def test_gradient_frame_spans_the_first_sign_step():
     for x in LINEARS:
         u, s, vt = np.linalg.svd(-np.sign(gradients[x.name]))
         wanted = step * (u[:, :4] * s[:4]) @ vt[:4]  # the best rank-4 form of an Adam step of this size
-        np.testing.assert_allclose(frame[f"{x.name}.B"] @ start[f"{x.name}.R"] @ frame[f"{x.name}.A"], wanted, atol=1e-5)
+        np.testing.assert_allclose(
+            frame[f"{x.name}.B"] @ start[f"{x.name}.R"] @ frame[f"{x.name}.A"], wanted, atol=1e-5
+        )
     _, at_zero = frames.from_gradients(SPEC, gradients, 0.0)
     assert all(not r.any() for r in at_zero.values())

@@ -16,7 +16,10 @@ from fedtune.job import AdapterSection
 from fedtune.models.base import layout
 from fedtune.workflows.setup import data_free_frame, open_setup
 
-BATCH = {"input_ids": torch.tensor([[2, 5, 7, 3], [2, 9, 3, 0]]), "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])}
+BATCH = {
+    "input_ids": torch.tensor([[2, 5, 7, 3], [2, 9, 3, 0]]),
+    "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]),
+}
 
 
 @pytest.fixture
@@ -47,7 +50,9 @@ def test_fed_sb_layer_is_its_formula():
     torch.testing.assert_close(y, x @ w.T + base.bias)
     y.backward(g)
     dw = g.T @ x  # gradient of the merged weight; the core's is s·Bᵀ(dW)Aᵀ (Fed-SB, section 3)
-    torch.testing.assert_close(layer.core.weight.grad, 0.5 * torch.from_numpy(b).T @ dw @ torch.from_numpy(a).T)
+    torch.testing.assert_close(
+        layer.core.weight.grad, 0.5 * torch.from_numpy(b).T @ dw @ torch.from_numpy(a).T
+    )
     assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["core.weight"]
 
 
@@ -69,10 +74,18 @@ def test_lora_layer_is_pefts():
     torch.testing.assert_close(ours(x), theirs(x))
 
 
-@pytest.mark.parametrize("changes", [
-    ("adapter.method=fed-sb",), ("adapter.method=fed-sb", "adapter.alpha=8.0", "adapter.init=random"), ("adapter.method=lora", "adapter.alpha=8.0"), ("adapter.method=ffa-lora", "adapter.alpha=8.0"),
-    ("adapter.method=bias",), ("adapter.method=full",), ("adapter.method=head",),
-])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ("adapter.method=fed-sb",),
+        ("adapter.method=fed-sb", "adapter.alpha=8.0", "adapter.init=random"),
+        ("adapter.method=lora", "adapter.alpha=8.0"),
+        ("adapter.method=ffa-lora", "adapter.alpha=8.0"),
+        ("adapter.method=bias",),
+        ("adapter.method=full",),
+        ("adapter.method=head",),
+    ],
+)
 def test_merged_equals_adapted(opened, changes):
     setup, model, frame = opened(*changes)
     arrays = drawn(setup.spec)
@@ -99,7 +112,8 @@ def test_round_0_is_the_base_and_only_the_adapter_trains(opened, method):
 
 def test_a_core_has_rank_squared_numbers(opened):
     setup, _, _ = opened("adapter.rank=4", "adapter.train-head=false")
-    assert len(setup.spec.linears) == 2 * 6 and setup.spec.size == 12 * 4**2  # 6 linears in each of 2 BERT blocks
+    # 6 linears in each of 2 BERT blocks
+    assert len(setup.spec.linears) == 2 * 6 and setup.spec.size == 12 * 4**2
 
 
 def test_a_frame_of_another_shape_is_refused(opened):
@@ -113,9 +127,15 @@ def test_a_frame_of_another_shape_is_refused(opened):
 
 def test_targets_are_whole_names_inside_a_block(opened):
     found = layout(opened()[1])
-    assert {x.short for x in target_linears(found, ["output.dense"])} == {"output.dense"}  # and not attention.output.dense
-    assert {x.short for x in target_linears(found, ["attention.self.*"])} == {f"attention.self.{n}" for n in ("query", "key", "value")}
-    with pytest.raises(ModelError, match=r"adapter.targets: 'q_proj' names no linear of this base; it has attention\.output\.dense, "):
+    # and not attention.output.dense
+    assert {x.short for x in target_linears(found, ["output.dense"])} == {"output.dense"}
+    assert {x.short for x in target_linears(found, ["attention.self.*"])} == {
+        f"attention.self.{n}" for n in ("query", "key", "value")
+    }
+    with pytest.raises(
+        ModelError,
+        match=r"adapter.targets: 'q_proj' names no linear of this base; it has attention\.output\.dense, ",
+    ):
         target_linears(found, ["q_proj"])
 
 

@@ -6,12 +6,31 @@ from typer.testing import CliRunner
 
 from fedtune.cli.main import app
 
-DEVICE = {"name": "kitchen", "state": "ready", "online": True, "reason": "", "examples": 1200, "held_out": 300, "class": ""}
+DEVICE = {
+    "name": "kitchen",
+    "state": "ready",
+    "online": True,
+    "reason": "",
+    "examples": 1200,
+    "held_out": 300,
+    "class": "",
+}
 
 
 def shown(folder, *devices):
-    (folder / "service.json").write_text(json.dumps({
-        "pid": 1, "address": "127.0.0.1:9092", "insecure": True, "state": "training", "devices": devices, "job": None, "queue": []}))
+    (folder / "service.json").write_text(
+        json.dumps(
+            {
+                "pid": 1,
+                "address": "127.0.0.1:9092",
+                "insecure": True,
+                "state": "training",
+                "devices": devices,
+                "job": None,
+                "queue": [],
+            }
+        )
+    )
     found = CliRunner().invoke(app, ["status", "--dir", str(folder)], env={"COLUMNS": "200"})
     assert found.exit_code == 0, found.output
     return found.output

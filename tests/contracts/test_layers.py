@@ -50,7 +50,7 @@ ONLY_IN = {  # a library, and the only parts of fedtune that may import it
 
 
 def name_of(path: Path) -> str:
-    """"adapters.spec" for fedtune/adapters/spec.py, "adapters" for its __init__, "" for fedtune's own."""
+    """ "adapters.spec" for fedtune/adapters/spec.py, "adapters" for its __init__, "" for fedtune's own."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -109,7 +109,9 @@ def test_arrows_go_down_only(name):
     for other in inside(name):
         same = other.partition(".")[0] == package and layer(other) == layer(name)
         empty_package = MODULES[other].name == "__init__.py" and not inside(other)
-        assert layer(other) < layer(name) or same or empty_package, f"fedtune.{name} imports fedtune.{other}, which is not below it"
+        assert layer(other) < layer(name) or same or empty_package, (
+            f"fedtune.{name} imports fedtune.{other}, which is not below it"
+        )
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -119,15 +121,24 @@ def test_no_module_comes_back_to_itself(name):
 
 @pytest.mark.parametrize("role", ROLES)
 def test_roles_do_not_import_each_other(role):
-    reached = {name.partition(".")[0] for member in MODULES if member.partition(".")[0] == role for name in closure(member)}
+    reached = {
+        name.partition(".")[0]
+        for member in MODULES
+        if member.partition(".")[0] == role
+        for name in closure(member)
+    }
     assert reached.isdisjoint(set(ROLES) - {role})
 
 
-@pytest.mark.parametrize("role", ["server", "edge", "client", "workflows.serve", "workflows.status", "workflows.privacy"])
+@pytest.mark.parametrize(
+    "role", ["server", "edge", "client", "workflows.serve", "workflows.status", "workflows.privacy"]
+)
 def test_service_device_and_edge_reach_no_torch(role):
     for member in [name for name in MODULES if name == role or name.startswith(f"{role}.")]:
         for name in closure(member):
-            assert libraries(name).isdisjoint(HEAVY), f"fedtune.{member} reaches fedtune.{name}, which imports torch"
+            assert libraries(name).isdisjoint(HEAVY), (
+                f"fedtune.{member} reaches fedtune.{name}, which imports torch"
+            )
 
 
 @pytest.mark.parametrize("library", ONLY_IN)
@@ -136,20 +147,23 @@ def test_a_library_is_imported_only_where_it_belongs(library):
     assert users <= set(ONLY_IN[library])
 
 
-@pytest.mark.parametrize("module, absent", [
-    ("fedtune", ("torch", "transformers", "flwr", "onnxruntime", "pydantic")),
-    ("fedtune.server.app", ("torch", "transformers", "onnxruntime")),
-    ("fedtune.workflows.serve", ("torch", "transformers", "onnxruntime", "ray")),
-    ("fedtune.client.device", ("torch", "transformers", "onnxruntime", "ray")),
-    ("fedtune.flower", ("torch", "transformers", "flwr")),
-    ("fedtune.client.supernode_process", ("torch", "transformers", "flwr")),
-    ("fedtune.workflows.status", ("torch", "transformers", "flwr")),
-    ("fedtune.workflows.privacy", ("torch", "transformers", "flwr", "matplotlib", "opacus")),
-    ("fedtune.edge.service", ("torch", "transformers", "flwr", "onnx")),
-    ("fedtune.secagg.server", ("torch", "transformers", "flwr")),
-    ("fedtune.secagg.client", ("torch", "transformers", "flwr")),
-    ("fedtune.cli.main", ("torch", "transformers", "flwr", "onnxruntime")),
-])
+@pytest.mark.parametrize(
+    "module, absent",
+    [
+        ("fedtune", ("torch", "transformers", "flwr", "onnxruntime", "pydantic")),
+        ("fedtune.server.app", ("torch", "transformers", "onnxruntime")),
+        ("fedtune.workflows.serve", ("torch", "transformers", "onnxruntime", "ray")),
+        ("fedtune.client.device", ("torch", "transformers", "onnxruntime", "ray")),
+        ("fedtune.flower", ("torch", "transformers", "flwr")),
+        ("fedtune.client.supernode_process", ("torch", "transformers", "flwr")),
+        ("fedtune.workflows.status", ("torch", "transformers", "flwr")),
+        ("fedtune.workflows.privacy", ("torch", "transformers", "flwr", "matplotlib", "opacus")),
+        ("fedtune.edge.service", ("torch", "transformers", "flwr", "onnx")),
+        ("fedtune.secagg.server", ("torch", "transformers", "flwr")),
+        ("fedtune.secagg.client", ("torch", "transformers", "flwr")),
+        ("fedtune.cli.main", ("torch", "transformers", "flwr", "onnxruntime")),
+    ],
+)
 def test_a_fresh_interpreter_stays_light(module, absent):
     code = f"import sys, {module}; print(*(m for m in {absent!r} if m in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -1,4 +1,6 @@
-"""No wait hides a number of its own: what sleeps, joins or times out takes it from fedtune.waits or from the job."""
+"""No wait hides a number of its own: what sleeps, joins or times out takes it from
+fedtune.waits or from the job.
+"""
 
 import ast
 from pathlib import Path
@@ -17,6 +19,16 @@ def test_no_wait_has_a_number_of_its_own(path):
         if not isinstance(node, ast.Call):
             continue
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-        waits = [k.value for k in node.keywords if k.arg in ("timeout", "seconds")] + (node.args[:1] if name in WAITING else [])
-        numbers = [n.value for w in waits for n in ast.walk(w) if isinstance(n, ast.Constant) and isinstance(n.value, (int, float)) and n.value > 0 and type(n.value) is not bool]
+        waits = [k.value for k in node.keywords if k.arg in ("timeout", "seconds")] + (
+            node.args[:1] if name in WAITING else []
+        )
+        numbers = [
+            n.value
+            for w in waits
+            for n in ast.walk(w)
+            if isinstance(n, ast.Constant)
+            and isinstance(n.value, (int, float))
+            and n.value > 0
+            and type(n.value) is not bool
+        ]
         assert not numbers, f"line {node.lineno}: {name} waits {numbers}; name it in fedtune/waits.py"

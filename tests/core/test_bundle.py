@@ -14,12 +14,20 @@ from fedtune.trees import digest
 from fedtune.types import TensorSpec
 
 LINEAR = Linear("block.0.up", "up", 6, 4, "block.0")
-SPEC = describe(Layout((LINEAR,), (TensorSpec("block.0.up.weight", (6, 4), "block.0"),), ()), AdapterSection(rank=2))
+SPEC = describe(
+    Layout((LINEAR,), (TensorSpec("block.0.up.weight", (6, 4), "block.0"),), ()), AdapterSection(rank=2)
+)
 FRAME = {t.name: np.arange(t.size, dtype=np.float32).reshape(t.shape) for t in SPEC.frame}
 INITIAL = {t.name: np.ones(t.shape, np.float32) for t in SPEC.schema.tensors}
 FACTS = {
-    "source": "package:x", "sha256": "a" * 64, "licence": "MIT", "parameters": 24, "task": "text-classification", "labels": ("bad", "good"),
-    "spec": SPEC, "versions": {"python": "3"},
+    "source": "package:x",
+    "sha256": "a" * 64,
+    "licence": "MIT",
+    "parameters": 24,
+    "task": "text-classification",
+    "labels": ("bad", "good"),
+    "spec": SPEC,
+    "versions": {"python": "3"},
 }
 
 
@@ -44,19 +52,31 @@ def test_read_as_written(folder):
 
 def test_without_a_frame(tmp_path):
     bundle = write_bundle(tmp_path / "bundle", Job(), {}, INITIAL, **FACTS)
-    assert (bundle.frame, bundle.frame_bytes) == ({}, 0) and not (tmp_path / "bundle" / "frame.safetensors").exists()
+    assert (bundle.frame, bundle.frame_bytes) == ({}, 0) and not (
+        tmp_path / "bundle" / "frame.safetensors"
+    ).exists()
     assert open_bundle(tmp_path / "bundle").frame == {}
 
 
-@pytest.mark.parametrize("other", [
-    FRAME | {"block.0.up.A": FRAME["block.0.up.A"] + np.float32(1e-6)},
-    {n: a.T.copy() for n, a in FRAME.items()},
-    {n.replace("up", "down"): a for n, a in FRAME.items()},
-    {n: a.astype(np.float64) for n, a in FRAME.items()},
-], ids=["value", "shape", "name", "type"])
+@pytest.mark.parametrize(
+    "other",
+    [
+        FRAME | {"block.0.up.A": FRAME["block.0.up.A"] + np.float32(1e-6)},
+        {n: a.T.copy() for n, a in FRAME.items()},
+        {n.replace("up", "down"): a for n, a in FRAME.items()},
+        {n: a.astype(np.float64) for n, a in FRAME.items()},
+    ],
+    ids=["value", "shape", "name", "type"],
+)
 def test_another_frame_is_refused(other, folder):
     save_file(other, folder / "frame.safetensors")
-    with pytest.raises(RunError, match=r"frame\.safetensors: sha256 [0-9a-f]{12}…, the manifest says [0-9a-f]{12}…; remove .*, and it is made again"):
+    with pytest.raises(
+        RunError,
+        match=(
+            r"frame\.safetensors: sha256 [0-9a-f]{12}…, the manifest says [0-9a-f]{12}…; "
+            r"remove .*, and it is made again"
+        ),
+    ):
         _ = open_bundle(folder).frame
 
 
@@ -79,7 +99,9 @@ def test_no_manifest_is_no_bundle(folder):
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null"])
 def test_a_broken_manifest_is_one_line(text, folder):
     (folder / "manifest.json").write_text(text)
-    with pytest.raises(RunError, match=r"manifest\.json: \d+ fields are wrong, first .*; remove .*, and it is made again"):
+    with pytest.raises(
+        RunError, match=r"manifest\.json: \d+ fields are wrong, first .*; remove .*, and it is made again"
+    ):
         open_bundle(folder)
 
 
@@ -94,13 +116,18 @@ def test_another_format_or_a_wrong_field_is_refused(folder):
 
 def test_the_manifest_comes_last(tmp_path, monkeypatch):
     """A crash before it leaves a frame, and no bundle."""
+
     def full(path, value):
         raise EnvironmentProblem("disk full")
 
     monkeypatch.setattr("fedtune.bundle.write_json", full)
     with pytest.raises(EnvironmentProblem):
         write_bundle(tmp_path / "bundle", Job(), FRAME, INITIAL, **FACTS)
-    assert sorted(p.name for p in (tmp_path / "bundle").iterdir()) == ["frame.safetensors", "initial.safetensors", "job.toml"]
+    assert sorted(p.name for p in (tmp_path / "bundle").iterdir()) == [
+        "frame.safetensors",
+        "initial.safetensors",
+        "job.toml",
+    ]
     with pytest.raises(RunError, match="not a bundle"):
         open_bundle(tmp_path / "bundle")
 
@@ -124,19 +151,36 @@ def test_what_is_shipped_arrives_whole_and_without_the_start(folder, tmp_path):
     assert not (tmp_path / "device" / "initial.safetensors").exists()
 
 
-@pytest.mark.parametrize("change_to", [
-    lambda files: files | {"../evil.py": b"x"},
-    lambda files: files | {"client/app.py": b"x"},
-    lambda files: {n: b for n, b in files.items() if n != "job.toml"},
-    lambda files: {},
-    lambda files: files | {"manifest.json": b"{}"},
-    lambda files: files | {"job.toml": b"[federation]\nrounds = 3\n"},
-    lambda files: files | {"job.toml": b"\xff"},
-    lambda files: files | {"frame.safetensors": b"PK" + bytes(100)},
-    lambda files: files | {"frame.safetensors": files["frame.safetensors"][:-4] + b"abcd"},
-    lambda files: {n: b for n, b in files.items() if n != "frame.safetensors"},
-], ids=["extra-up", "extra-code", "no-job", "nothing", "other-manifest", "other-job", "not-text", "not-a-frame", "other-frame", "no-frame"])
-def test_a_bundle_from_outside_that_is_not_the_one_named_is_refused_and_not_written(change_to, folder, tmp_path):
+@pytest.mark.parametrize(
+    "change_to",
+    [
+        lambda files: files | {"../evil.py": b"x"},
+        lambda files: files | {"client/app.py": b"x"},
+        lambda files: {n: b for n, b in files.items() if n != "job.toml"},
+        lambda files: {},
+        lambda files: files | {"manifest.json": b"{}"},
+        lambda files: files | {"job.toml": b"[federation]\nrounds = 3\n"},
+        lambda files: files | {"job.toml": b"\xff"},
+        lambda files: files | {"frame.safetensors": b"PK" + bytes(100)},
+        lambda files: files | {"frame.safetensors": files["frame.safetensors"][:-4] + b"abcd"},
+        lambda files: {n: b for n, b in files.items() if n != "frame.safetensors"},
+    ],
+    ids=[
+        "extra-up",
+        "extra-code",
+        "no-job",
+        "nothing",
+        "other-manifest",
+        "other-job",
+        "not-text",
+        "not-a-frame",
+        "other-frame",
+        "no-frame",
+    ],
+)
+def test_a_bundle_from_outside_that_is_not_the_one_named_is_refused_and_not_written(
+    change_to, folder, tmp_path
+):
     sent = open_bundle(folder)
     with pytest.raises(Refused, match=r"^bundle: "):
         receive_bundle(tmp_path / "device", sent.digest, change_to(sent.shipped()))

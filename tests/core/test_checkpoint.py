@@ -9,7 +9,11 @@ from fedtune.algorithms import State
 from fedtune.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedtune.errors import EnvironmentProblem, RunError, UserError
 
-STATE = State(7, {"b.R": np.arange(6, dtype=np.float32).reshape(2, 3), "a.R": np.ones((), np.float32)}, {"moment": np.array([1e-30], np.float64)})
+STATE = State(
+    7,
+    {"b.R": np.arange(6, dtype=np.float32).reshape(2, 3), "a.R": np.ones((), np.float32)},
+    {"moment": np.array([1e-30], np.float64)},
+)
 COUNTERS = {"up": {"c1": 12}, "down": {}, "rounds": {"c1": 1}}
 
 
@@ -25,7 +29,12 @@ def test_read_as_written(path):
     for kind in ("arrays", "slots"):
         wanted, got = getattr(STATE, kind), getattr(found.state, kind)
         assert wanted.keys() == got.keys()
-        assert all(np.array_equal(wanted[n], got[n]) and wanted[n].dtype == got[n].dtype and wanted[n].shape == got[n].shape for n in wanted)
+        assert all(
+            np.array_equal(wanted[n], got[n])
+            and wanted[n].dtype == got[n].dtype
+            and wanted[n].shape == got[n].shape
+            for n in wanted
+        )
 
 
 def test_the_same_state_is_the_same_bytes(path, tmp_path):
@@ -37,11 +46,15 @@ def test_the_same_state_is_the_same_bytes(path, tmp_path):
 @pytest.mark.parametrize("kept", [0, 1, 7, 8, 100, -1])
 def test_a_file_cut_short_is_refused(kept, path):
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(RunError, match=r"not a checkpoint of fedtune .* remove it to resume from the one before"):
+    with pytest.raises(
+        RunError, match=r"not a checkpoint of fedtune .* remove it to resume from the one before"
+    ):
         load_checkpoint(path)
 
 
-@pytest.mark.parametrize("metadata", [None, {"fedtune": "no JSON"}, {"fedtune": "{}"}, {"fedtune": "[]"}, {"other": "1"}])
+@pytest.mark.parametrize(
+    "metadata", [None, {"fedtune": "no JSON"}, {"fedtune": "{}"}, {"fedtune": "[]"}, {"other": "1"}]
+)
 def test_another_safetensors_file_is_refused(metadata, path):
     save_file({"model/x": np.zeros(1, np.float32)}, path, metadata)
     with pytest.raises(RunError, match="not a checkpoint of fedtune"):

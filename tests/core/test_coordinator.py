@@ -25,7 +25,9 @@ def model(value=0.0):
 
 
 def update(value=1.0, *, round=1, frame=FRAME, weight=10.0, schema=SCHEMA, arrays=None, metrics=None):
-    return encode("update", schema, arrays or model(value), round=round, frame=frame, weight=weight, metrics=metrics)
+    return encode(
+        "update", schema, arrays or model(value), round=round, frame=frame, weight=weight, metrics=metrics
+    )
 
 
 @pytest.fixture
@@ -35,7 +37,9 @@ def make(tmp_path):
     def coordinator(*changes, **options):
         job = parse_job("", ["data.clients=4", "federation.cohort=4", "federation.rounds=5", *changes])
         run = create_run(tmp_path / "run", job, {}) if not (tmp_path / "run").exists() else options.pop("run")
-        algorithm = fed_avg(seed=0, cohort=job.federation.cohort, units=SCHEMA.units, sampling=job.federation.sampling)
+        algorithm = fed_avg(
+            seed=0, cohort=job.federation.cohort, units=SCHEMA.units, sampling=job.federation.sampling
+        )
         evaluate = options.pop("evaluate", lambda round, arrays: None)
         made = start(job, run, SCHEMA, FRAME, FRAME_BYTES, algorithm, CLIENTS, model, evaluate, **options)
         made.begin()
@@ -47,16 +51,37 @@ def make(tmp_path):
 NAN = model() | {"head.bias": np.array([0, np.nan], np.float32)}
 HUGE = model() | {"a.R": np.full((3, 3), 1e30, np.float32)}
 BAD = {
-    "another frame": (Reply("c0", update(frame=OTHER_FRAME)), "frame: ffffffffffffffff, this run has 0123456789abcdef"),
+    "another frame": (
+        Reply("c0", update(frame=OTHER_FRAME)),
+        "frame: ffffffffffffffff, this run has 0123456789abcdef",
+    ),
     "no frame": (Reply("c0", update(frame="")), "frame: none, this run has 0123456789abcdef"),
     "an old round": (Reply("c0", update(round=7)), "round: reply to round 7, this is round 1"),
-    "another schema": (Reply("c0", update(schema=Schema(SCHEMA.tensors[:1]), arrays={"a.R": model()["a.R"]})), "schema: "),
-    "a model sent back": (Reply("c0", encode("model", SCHEMA, model(), round=1, frame=FRAME)), "kind: 'model', taken here: update"),
+    "another schema": (
+        Reply("c0", update(schema=Schema(SCHEMA.tensors[:1]), arrays={"a.R": model()["a.R"]})),
+        "schema: ",
+    ),
+    "a model sent back": (
+        Reply("c0", encode("model", SCHEMA, model(), round=1, frame=FRAME)),
+        "kind: 'model', taken here: update",
+    ),
     "NaN": (Reply("c0", update(arrays=NAN)), "not-finite: "),
-    "too far from the model": (Reply("c0", update(9.0)), "norm: 29.85 from the model, federation.max-norm is 20"),
-    "numbers whose squares overflow float32": (Reply("c0", update(arrays=HUGE)), "norm: 3e+30 from the model"),
-    "too many examples": (Reply("c0", update(weight=101)), "weight: 101 examples claimed, federation.max-weight is 100"),
-    "only some tensors": (Reply("c0", update(arrays={"a.R": model()["a.R"]})), "tensors: 1 of 2 tensors; all were assigned"),
+    "too far from the model": (
+        Reply("c0", update(9.0)),
+        "norm: 29.85 from the model, federation.max-norm is 20",
+    ),
+    "numbers whose squares overflow float32": (
+        Reply("c0", update(arrays=HUGE)),
+        "norm: 3e+30 from the model",
+    ),
+    "too many examples": (
+        Reply("c0", update(weight=101)),
+        "weight: 101 examples claimed, federation.max-weight is 100",
+    ),
+    "only some tensors": (
+        Reply("c0", update(arrays={"a.R": model()["a.R"]})),
+        "tensors: 1 of 2 tensors; all were assigned",
+    ),
     "not a packet": (Reply("c0", b"hello, this is a client"), "magic: "),
     "nothing": (Reply("c0", b""), "size: 0 bytes"),
     "a failure": (Reply("c0", None, "MemoryError: 3 GB"), "failed: MemoryError: 3 GB"),
@@ -78,7 +103,13 @@ def test_a_bad_reply_is_refused_by_name_and_the_round_goes_on(case, make):
 def test_a_second_reply_does_not_count_and_the_first_stands(make):
     coordinator = make()
     coordinator.plan()
-    report = coordinator.finish([Reply("c0", update(1.0)), Reply("c0", update(9.0)), *(Reply(c, update(1.0)) for c in ("c1", "c2", "c3"))])
+    report = coordinator.finish(
+        [
+            Reply("c0", update(1.0)),
+            Reply("c0", update(9.0)),
+            *(Reply(c, update(1.0)) for c in ("c1", "c2", "c3")),
+        ]
+    )
     assert report.clients == ("c0", "c1", "c2", "c3") and report.refused["c0"].startswith("duplicate: ")
     assert coordinator.state.arrays["a.R"].max() == 1.0
 
@@ -92,7 +123,9 @@ def test_a_good_reply_after_a_bad_one_counts(make):
 
 @pytest.mark.parametrize("stranger", ["mallory", "c1"])
 def test_who_was_not_asked_is_not_heard(stranger, make):
-    """A name nobody knows, and a client that sits this round out: neither counts in the mean nor in the bytes."""
+    """A name nobody knows, and a client that sits this round out:
+    neither counts in the mean nor in the bytes.
+    """
     coordinator = make("federation.cohort=2")
     asked = [client for client, _ in coordinator.plan()]
     assert stranger not in asked
@@ -107,12 +140,24 @@ def test_too_few_replies_leave_the_model(make):
     report = coordinator.finish([Reply("c0", update()), Reply("c1", update()), Reply("c2", None, "gone")])
     assert coordinator.state.round == 1 and coordinator.state.arrays["a.R"].max() == 0.0
     assert report.clients == () and report.metrics == {} and report.weight == 0
-    assert report.refused == {"c0": "round void: too few replies", "c1": "round void: too few replies", "c2": "failed: gone", "c3": "no reply"}
+    assert report.refused == {
+        "c0": "round void: too few replies",
+        "c1": "round void: too few replies",
+        "c2": "failed: gone",
+        "c3": "no reply",
+    }
     coordinator.plan()
-    assert coordinator.finish([Reply(c.name, update(1.0, round=2)) for c in CLIENTS]).clients == ("c0", "c1", "c2", "c3")
+    assert coordinator.finish([Reply(c.name, update(1.0, round=2)) for c in CLIENTS]).clients == (
+        "c0",
+        "c1",
+        "c2",
+        "c3",
+    )
 
 
-@pytest.mark.parametrize("replies", [[], [Reply(c.name, update(weight=0.0)) for c in CLIENTS]], ids=["none", "of no weight"])
+@pytest.mark.parametrize(
+    "replies", [[], [Reply(c.name, update(weight=0.0)) for c in CLIENTS]], ids=["none", "of no weight"]
+)
 def test_nothing_to_average_is_a_void_round(replies, make):
     coordinator = make()
     coordinator.plan()
@@ -169,14 +214,20 @@ def test_bytes_counted_are_bytes_sent(make):
             assert header.tensors is None  # all of them
             down[client] += len(packet) + (FRAME_BYTES if not rounds[client] else 0)
             rounds[client] += 1
-            reply = update(1.0, round=number, metrics={"loss": (1 / 3, number)}) if client != "c1" else b"garbage is paid for as well"
+            reply = (
+                update(1.0, round=number, metrics={"loss": (1 / 3, number)})
+                if client != "c1"
+                else b"garbage is paid for as well"
+            )
             up[client] += len(reply)
             replies.append(Reply(client, reply))
         coordinator.finish(replies)
     traffic = coordinator.traffic
     assert (traffic.up, traffic.down, traffic.rounds) == (dict(up), dict(down), dict(rounds))
     assert sum(rounds.values()) == 10 and max(rounds.values()) > 1
-    assert coordinator.run.metrics()[-1]["total_bytes"] == traffic.total == sum(up.values()) + sum(down.values())
+    assert (
+        coordinator.run.metrics()[-1]["total_bytes"] == traffic.total == sum(up.values()) + sum(down.values())
+    )
 
 
 def test_bytes_before_round_1_are_counted_too(make):
@@ -186,7 +237,9 @@ def test_bytes_before_round_1_are_counted_too(make):
 
 def test_begin_evaluates_the_start_once(make):
     rounds = []
-    coordinator = make(evaluate=lambda round, arrays: rounds.append(round) or {"loss": (3.0, 2.0), "accuracy": (1.0, 2.0)})
+    coordinator = make(
+        evaluate=lambda round, arrays: rounds.append(round) or {"loss": (3.0, 2.0), "accuracy": (1.0, 2.0)}
+    )
     coordinator.begin()
     assert rounds == [0]
     (line,) = coordinator.run.metrics()

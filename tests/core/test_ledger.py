@@ -47,15 +47,18 @@ def test_the_chain_depends_on_all_that_came_before(tmp_path, ledger):
     assert all(one.chain != two.chain for one, two in zip(ledger.events(), other.events()))
 
 
-@pytest.mark.parametrize("event, statement, values", [
-    (2, "UPDATE events SET facts = ? WHERE sequence = 2", ('{"release": "nothing"}',)),
-    (2, "UPDATE events SET round = 9 WHERE sequence = 2", ()),
-    (2, "UPDATE events SET chain = ? WHERE sequence = 2", ("0" * 64,)),
-    (2, "DELETE FROM events WHERE sequence = 2", ()),
-    (1, "DELETE FROM events WHERE sequence = 1", ()),
-    (5, "INSERT INTO events VALUES (5, 5, '{}', 'made up')", ()),
-    (4, "UPDATE events SET sequence = 5 WHERE sequence = 4", ()),
-])
+@pytest.mark.parametrize(
+    "event, statement, values",
+    [
+        (2, "UPDATE events SET facts = ? WHERE sequence = 2", ('{"release": "nothing"}',)),
+        (2, "UPDATE events SET round = 9 WHERE sequence = 2", ()),
+        (2, "UPDATE events SET chain = ? WHERE sequence = 2", ("0" * 64,)),
+        (2, "DELETE FROM events WHERE sequence = 2", ()),
+        (1, "DELETE FROM events WHERE sequence = 1", ()),
+        (5, "INSERT INTO events VALUES (5, 5, '{}', 'made up')", ()),
+        (4, "UPDATE events SET sequence = 5 WHERE sequence = 4", ()),
+    ],
+)
 def test_tampering_is_seen(event, statement, values, ledger):
     alter(ledger, statement, *values)
     with pytest.raises(RunError, match=f"event {event} was changed or removed; no privacy can be claimed"):

@@ -12,7 +12,15 @@ from fedtune.server.app import Exchange
 from fedtune.server.lobby import Lobby
 from fedtune.wire import RECORD
 
-JOB = parse_job("", ["adapter.rank=4", 'simulation.devices=[{name = "phone", rank = 2, units = 1}]', "units.strategy=top", "units.budget=2"])
+JOB = parse_job(
+    "",
+    [
+        "adapter.rank=4",
+        'simulation.devices=[{name = "phone", rank = 2, units = 1}]',
+        "units.strategy=top",
+        "units.budget=2",
+    ],
+)
 
 
 class Grid:
@@ -27,8 +35,12 @@ class Grid:
         self.pushed += messages
         for number, message in zip(numbers, messages):
             message.metadata.__dict__["_message_id"] = number
-            if message.metadata.message_type == "query" and (answer := self.answers.get(message.metadata.dst_node_id)):
-                self.waiting.append(Message(RecordDict({RECORD: ConfigRecord(answer.dump())}), reply_to=message))
+            if message.metadata.message_type == "query" and (
+                answer := self.answers.get(message.metadata.dst_node_id)
+            ):
+                self.waiting.append(
+                    Message(RecordDict({RECORD: ConfigRecord(answer.dump())}), reply_to=message)
+                )
         return numbers
 
     def pull_messages(self, numbers):
@@ -39,13 +51,17 @@ class Grid:
 
 @pytest.fixture
 def place(monkeypatch):
-    """Two ready devices, "a" of class phone and "b" of none: with the lobby, its grid, and by node when each joined."""
+    """Two ready devices, "a" of class phone and "b" of none: with the lobby, its grid,
+    and by node when each joined.
+    """
     for name in ("_run_id", "_task_id", "_node_id"):  # a message of Flower's asks for them
         monkeypatch.setattr(TaskIdentity, name, 1)
     grid, joined = Grid(), {1: "monday", 2: "monday"}
     grid.answers = {1: Answer("ready", "", "", 10, 2, "phone"), 2: Answer("ready", "", "", 10, 2)}
     bundle = SimpleNamespace(job=JOB, digest="0" * 64, frame_bytes=0)
-    lobby = Lobby(SimpleNamespace(online=lambda: joined), grid, bundle, lambda: {1: "a", 2: "b"}, lambda guest: None)
+    lobby = Lobby(
+        SimpleNamespace(online=lambda: joined), grid, bundle, lambda: {1: "a", 2: "b"}, lambda guest: None
+    )
     lobby.visit()
     return SimpleNamespace(lobby=lobby, grid=grid, joined=joined)
 
@@ -76,7 +92,13 @@ def test_a_device_without_a_key_that_comes_back_is_asked_where_it_is(place):
     answers = {7: Answer("ready", "", "mine", 10, 2, "phone"), 3: Answer("ready", "", "mine", 10, 2)}
     place.grid.answers |= answers
     place.joined.clear()
-    lobby = Lobby(SimpleNamespace(online=lambda: place.joined), place.grid, place.lobby._bundle, None, lambda guest: None)
+    lobby = Lobby(
+        SimpleNamespace(online=lambda: place.joined),
+        place.grid,
+        place.lobby._bundle,
+        None,
+        lambda guest: None,
+    )
     place.joined[7] = "monday"
     lobby.visit()
     assert lobby.nodes(["mine"]) == [7] and lobby.device("mine") == JOB.simulation.devices[0]

@@ -1,4 +1,6 @@
-"""What stands in server/, client/ and edge/ is what the code has: keys, options, variables, metrics, exit codes, waits."""
+"""What stands in server/, client/ and edge/ is what the code has: keys, options, variables,
+metrics, exit codes, waits.
+"""
 
 import configparser
 import json
@@ -33,7 +35,9 @@ def text(role, name):
 
 def settings(role):
     """The environment file, read as systemd and podman read it."""
-    lines = [line for line in text(role, f"fedtune-{role}.env").splitlines() if line and not line.startswith("#")]
+    lines = [
+        line for line in text(role, f"fedtune-{role}.env").splitlines() if line and not line.startswith("#")
+    ]
     return dict(line.split("=", 1) for line in lines)
 
 
@@ -102,7 +106,10 @@ def test_settings_are_those_of_unit_and_container(role):
 
 @pytest.mark.parametrize("role", ROLES)
 def test_unit_and_container_start_what_there_is(role):
-    for line in (unit(role)["ExecStart"], " ".join(json.loads(instruction(role, "ENTRYPOINT"))[2].split('"$@"'))):
+    for line in (
+        unit(role)["ExecStart"],
+        " ".join(json.loads(instruction(role, "ENTRYPOINT"))[2].split('"$@"')),
+    ):
         call = CALL.search(filled(line, settings(role)))
         assert call and shlex.split(call[1])[0] == role
         parse(call[1])
@@ -111,7 +118,9 @@ def test_unit_and_container_start_what_there_is(role):
 @pytest.mark.parametrize("role", ROLES)
 def test_the_unit_knows_exit_codes_and_stop_times(role):
     service = unit(role)
-    assert service["RestartPreventExitStatus"].split() == [str(e.exit_code) for e in (UserError, PrivacyRefused)]
+    assert service["RestartPreventExitStatus"].split() == [
+        str(e.exit_code) for e in (UserError, PrivacyRefused)
+    ]
     assert service["SuccessExitStatus"] == str(INTERRUPTED)
     assert float(service["TimeoutStopSec"]) > STOPS[role]
 
@@ -120,8 +129,14 @@ def test_the_unit_knows_exit_codes_and_stop_times(role):
 def test_the_container_installs_its_role_with_pins(role):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     (run,) = re.findall(r"^RUN (pip .*)$", text(role, "Containerfile"), re.MULTILINE)
-    assert run.endswith(f'--constraint constraints.txt ".[{role}]"') and role in project["optional-dependencies"]
-    copied = [name for line in re.findall(r"^COPY (.*)$", text(role, "Containerfile"), re.MULTILINE) for name in line.split()[:-1]]
+    assert (
+        run.endswith(f'--constraint constraints.txt ".[{role}]"') and role in project["optional-dependencies"]
+    )
+    copied = [
+        name
+        for line in re.findall(r"^COPY (.*)$", text(role, "Containerfile"), re.MULTILINE)
+        for name in line.split()[:-1]
+    ]
     allowed = re.findall(r"^!(.*)$", text(role, "Containerfile.dockerignore"), re.MULTILINE)
     assert sorted(copied) == sorted(allowed) and all((ROOT / name).exists() for name in copied)
 
@@ -129,7 +144,9 @@ def test_the_container_installs_its_role_with_pins(role):
 @pytest.mark.parametrize("role", ROLES)
 def test_commands_in_the_readme_are_commands(role):
     readme = text(role, "README.md").replace("\\\n", "")
-    calls = [call[1] for line in readme.splitlines() if line.startswith("    ") and (call := CALL.search(line))]
+    calls = [
+        call[1] for line in readme.splitlines() if line.startswith("    ") and (call := CALL.search(line))
+    ]
     assert len(calls) > 6
     for call in calls:
         parse(call)

@@ -1,4 +1,6 @@
-"""Provisioning: certificates a strict peer accepts, keys nobody else can read, nothing overwritten unasked, nothing left half done."""
+"""Provisioning: certificates a strict peer accepts, keys nobody else can read, nothing overwritten
+unasked, nothing left half done.
+"""
 
 import fcntl
 import ipaddress
@@ -31,8 +33,15 @@ DAY = timedelta(days=1)
 HOSTS = ("fed.example.org", "192.0.2.7", "2001:db8::1")
 TWO = ("device-001", "device-002")
 KEYS = ("ca/ca.key", "server/server.key", "devices/device-001/device.key", "devices/device-002/device.key")
-OPEN = ("ca/ca.crt", "server/ca.crt", "server/server.crt", "devices/device-001/ca.crt", "devices/device-002/ca.crt",
-        "server/devices/device-001.pub", "server/devices/device-002.pub")
+OPEN = (
+    "ca/ca.crt",
+    "server/ca.crt",
+    "server/server.crt",
+    "devices/device-001/ca.crt",
+    "devices/device-002/ca.crt",
+    "server/devices/device-001.pub",
+    "server/devices/device-002.pub",
+)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +66,10 @@ def certificate(path):
 
 
 def handshake(ca, server, host):
-    """A TLS handshake in memory: the device trusts `ca`, the coordinator has the folder `server`. Raises ssl.SSLError when one refuses."""
+    """A TLS handshake in memory: the device trusts `ca`, the coordinator has the folder `server`.
+
+    Raises ssl.SSLError when one refuses.
+    """
     accepting = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     accepting.load_cert_chain(server / "server.crt", server / "server.key")
     asking = ssl.create_default_context(cafile=str(ca))
@@ -136,22 +148,48 @@ def test_a_device_whose_clock_is_a_little_behind_accepts(tmp_path):
 def test_grpc_accepts(host, made):
     server = grpc.server(futures.ThreadPoolExecutor(1))
     folder = made / "server"
-    port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([((folder / "server.key").read_bytes(), (folder / "server.crt").read_bytes())]))
+    port = server.add_secure_port(
+        "127.0.0.1:0",
+        grpc.ssl_server_credentials(
+            [((folder / "server.key").read_bytes(), (folder / "server.crt").read_bytes())]
+        ),
+    )
     server.start()
     trust = grpc.ssl_channel_credentials((made / "devices" / "device-002" / "ca.crt").read_bytes())
-    with grpc.secure_channel(f"127.0.0.1:{port}", trust, [("grpc.ssl_target_name_override", host)]) as channel:
+    with grpc.secure_channel(
+        f"127.0.0.1:{port}", trust, [("grpc.ssl_target_name_override", host)]
+    ) as channel:
         grpc.channel_ready_future(channel).result(timeout=20)
     server.stop(None).wait()
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="no openssl here")
-@pytest.mark.parametrize("check", [
-    ["-verify_hostname", "fed.example.org"], ["-verify_ip", "192.0.2.7"], ["-verify_ip", "2001:db8::1"], ["-verify_ip", "127.0.0.1"],
-])
+@pytest.mark.parametrize(
+    "check",
+    [
+        ["-verify_hostname", "fed.example.org"],
+        ["-verify_ip", "192.0.2.7"],
+        ["-verify_ip", "2001:db8::1"],
+        ["-verify_ip", "127.0.0.1"],
+    ],
+)
 def test_openssl_accepts_strictly(check, made):
     done = subprocess.run(
-        ["openssl", "verify", "-x509_strict", "-purpose", "sslserver", "-check_ss_sig", "-CAfile", made / "ca" / "ca.crt", *check,
-         made / "server" / "server.crt"], capture_output=True, text=True)
+        [
+            "openssl",
+            "verify",
+            "-x509_strict",
+            "-purpose",
+            "sslserver",
+            "-check_ss_sig",
+            "-CAfile",
+            made / "ca" / "ca.crt",
+            *check,
+            made / "server" / "server.crt",
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -161,15 +199,27 @@ def test_dates_serials_and_uses(tmp_path):
     assert (server.not_valid_after_utc, ca.not_valid_after_utc) == (NOW + 10 * DAY, NOW + 20 * DAY)
     assert timedelta(minutes=2) < NOW - server.not_valid_before_utc < timedelta(hours=1)
     assert ca.serial_number != server.serial_number and min(ca.serial_number, server.serial_number) > 2**64
-    assert [x.critical for x in (ca.extensions.get_extension_for_class(x509.BasicConstraints), ca.extensions.get_extension_for_class(x509.KeyUsage))] == [True, True]
+    assert [
+        x.critical
+        for x in (
+            ca.extensions.get_extension_for_class(x509.BasicConstraints),
+            ca.extensions.get_extension_for_class(x509.KeyUsage),
+        )
+    ] == [True, True]
     assert not server.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
-    assert list(server.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value) == [x509.ExtendedKeyUsageOID.SERVER_AUTH]
+    assert list(server.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value) == [
+        x509.ExtendedKeyUsageOID.SERVER_AUTH
+    ]
 
 
 def test_the_server_certificate_never_outlives_the_ca(tmp_path):
     make(tmp_path, HOSTS, TWO, days=100, ca_days=200, now=NOW - 80 * DAY)
     renew(tmp_path, within=30, days=365, now=NOW)
-    assert certificate(tmp_path / "server" / "server.crt").not_valid_after_utc == certificate(tmp_path / "ca" / "ca.crt").not_valid_after_utc == NOW + 120 * DAY
+    assert (
+        certificate(tmp_path / "server" / "server.crt").not_valid_after_utc
+        == certificate(tmp_path / "ca" / "ca.crt").not_valid_after_utc
+        == NOW + 120 * DAY
+    )
 
 
 # Keys
@@ -180,21 +230,35 @@ def test_flower_takes_the_keys(made):
         path = made / "devices" / name / "device.key"
         key = serialization.load_ssh_private_key(path.read_bytes(), None)
         asked = Namespace(auth_supernode_private_key=str(path), auth_supernode_public_key=None)
-        assert _try_setup_client_authentication(asked)[1].public_numbers() == key.public_key().public_numbers()
-        assert isinstance(key, ec.EllipticCurvePrivateKey) and isinstance(key.curve, ec.SECP384R1) and uses_nist_ec_curve(key.public_key())
+        assert (
+            _try_setup_client_authentication(asked)[1].public_numbers() == key.public_key().public_numbers()
+        )
+        assert (
+            isinstance(key, ec.EllipticCurvePrivateKey)
+            and isinstance(key.curve, ec.SECP384R1)
+            and uses_nist_ec_curve(key.public_key())
+        )
         line = (made / "server" / "devices" / f"{name}.pub").read_bytes()
         assert serialization.load_ssh_public_key(line).public_numbers() == key.public_key().public_numbers()
-        assert line.split()[0] == b"ecdsa-sha2-nistp384" and line.endswith(f" {name}\n".encode()) and line.count(b"\n") == 1
+        assert (
+            line.split()[0] == b"ecdsa-sha2-nistp384"
+            and line.endswith(f" {name}\n".encode())
+            and line.count(b"\n") == 1
+        )
 
 
 def test_keys_of_ca_and_server_are_p256(made):
     for path in ("ca/ca.key", "server/server.key"):
-        assert isinstance(serialization.load_pem_private_key((made / path).read_bytes(), None).curve, ec.SECP256R1)
+        assert isinstance(
+            serialization.load_pem_private_key((made / path).read_bytes(), None).curve, ec.SECP256R1
+        )
 
 
 @pytest.mark.parametrize("umask", [0, 0o077, 0o777])
 def test_permissions_do_not_depend_on_the_umask(umask, tmp_path, monkeypatch):
-    """Also at the instant of creation: the bits os.open is called with, and those a file has when the first byte goes in."""
+    """Also at the instant of creation: the bits os.open is called with,
+    and those a file has when the first byte goes in.
+    """
     seen = []
     sync = os.fsync
 
@@ -230,7 +294,10 @@ def test_a_folder_that_is_there_is_closed_before_a_key_goes_in(tmp_path):
     (tmp_path / "server" / "notes.txt").write_text("mine")
     tmp_path.chmod(0o755)
     make(tmp_path, HOSTS, TWO)
-    assert stat.S_IMODE((tmp_path / "server").stat().st_mode) == 0o700 and stat.S_IMODE(tmp_path.stat().st_mode) == 0o755
+    assert (
+        stat.S_IMODE((tmp_path / "server").stat().st_mode) == 0o700
+        and stat.S_IMODE(tmp_path.stat().st_mode) == 0o755
+    )
     assert (tmp_path / "server" / "notes.txt").read_text() == "mine"
 
 
@@ -275,7 +342,9 @@ def test_devices_are_added_while_the_ca_is_kept_offline(root):
     assert load_devices(root / "server" / "devices").keys() == {*TWO, "device-003"}
 
 
-@pytest.mark.parametrize("gone", [["devices/device-001"], ["server/server.key"], ["devices/device-001/device.key"]])
+@pytest.mark.parametrize(
+    "gone", [["devices/device-001"], ["server/server.key"], ["devices/device-001/device.key"]]
+)
 def test_what_was_delivered_is_not_made_again(gone, root):
     for name in gone:
         shutil.rmtree(root / name) if (root / name).is_dir() else (root / name).unlink()
@@ -335,10 +404,19 @@ def test_an_interrupted_force_is_finished_by_the_next(count, root, monkeypatch):
     check_whole(root, (*TWO, "device-003"))
 
 
-@pytest.mark.parametrize("gone", [
-    ["ca/ca.crt"], ["server/ca.crt"], ["ca/ca.crt", "server/ca.crt"], ["server/server.crt"], ["server/server.crt", "server/server.key"],
-    ["devices/device-002/ca.crt"], ["server/devices/device-002.pub"], ["devices/device-002/device.key", "server/devices/device-002.pub"],
-])
+@pytest.mark.parametrize(
+    "gone",
+    [
+        ["ca/ca.crt"],
+        ["server/ca.crt"],
+        ["ca/ca.crt", "server/ca.crt"],
+        ["server/server.crt"],
+        ["server/server.crt", "server/server.key"],
+        ["devices/device-002/ca.crt"],
+        ["server/devices/device-002.pub"],
+        ["devices/device-002/device.key", "server/devices/device-002.pub"],
+    ],
+)
 def test_what_is_missing_is_made_again(gone, root):
     before = content(root)
     for name in gone:
@@ -367,7 +445,14 @@ def test_a_full_disk_leaves_no_part(root, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    refused(r"cannot write .*device\.key: No space left on device; free space", make, root, (), ("new",), error=EnvironmentProblem)
+    refused(
+        r"cannot write .*device\.key: No space left on device; free space",
+        make,
+        root,
+        (),
+        ("new",),
+        error=EnvironmentProblem,
+    )
     assert content(root) == before
 
 
@@ -387,9 +472,17 @@ def test_a_server_certificate_that_is_due_is_replaced_alone(tmp_path):
     assert not renew(tmp_path, within=24, now=NOW).made
     report = renew(tmp_path, within=25, days=50, now=NOW)
     after = content(tmp_path)
-    assert {name for name in after if after[name] != before[name]} == {"server/server.crt", "server/server.key"}
+    assert {name for name in after if after[name] != before[name]} == {
+        "server/server.crt",
+        "server/server.key",
+    }
     assert certificate(tmp_path / "server" / "server.crt").not_valid_after_utc == NOW + 50 * DAY
-    assert [item.name for item in report.made] == ["server"] and report.hosts == (*HOSTS, "localhost", "127.0.0.1", "::1")
+    assert [item.name for item in report.made] == ["server"] and report.hosts == (
+        *HOSTS,
+        "localhost",
+        "127.0.0.1",
+        "::1",
+    )
     assert report.todo == (f"copy {tmp_path}/server to the coordinator and restart it",)
     tmp_path.chmod(0o700)
     check_whole(tmp_path, TWO)
@@ -412,10 +505,17 @@ def test_a_renewed_ca_and_the_old_one_work_side_by_side(tmp_path):
     report = renew(root, within=30, now=NOW)
     assert [item.name for item in report.made] == ["CA", "server"]
     assert report.todo[0] == (
-        f"every device needs the new ca.crt: copy {root}/server/ca.crt to each, before {NOW + 20 * DAY:%Y-%m-%d}; until then the old and the new one both work")
+        f"every device needs the new ca.crt: copy {root}/server/ca.crt to each, "
+        f"before {NOW + 20 * DAY:%Y-%m-%d}; until then the old and the new one both work"
+    )
     before, after = content(old), content(root)
     assert {name for name in after if after[name] == before[name]} == {
-        "ca/ca.key", "devices/device-001/device.key", "devices/device-002/device.key", "server/devices/device-001.pub", "server/devices/device-002.pub"}
+        "ca/ca.key",
+        "devices/device-001/device.key",
+        "devices/device-002/device.key",
+        "server/devices/device-001.pub",
+        "server/devices/device-002.pub",
+    }
     for trusting in (old, root):
         for serving in (old, root):
             handshake(trusting / "devices" / "device-001" / "ca.crt", serving / "server", "localhost")
@@ -427,7 +527,10 @@ def test_an_expired_ca_says_that_devices_are_cut_off(tmp_path):
     make(tmp_path, HOSTS, TWO, days=10, ca_days=20, now=NOW - 25 * DAY)
     refused(r"ca\.crt: expired on \d{4}-\d\d-\d\d; renew it with", _without_server, tmp_path)
     report = renew(tmp_path, hosts=HOSTS, now=NOW)
-    assert f"now: the old one expired on {NOW - 5 * DAY:%Y-%m-%d}, and a device that has it cannot connect" in report.todo[0]
+    assert (
+        f"now: the old one expired on {NOW - 5 * DAY:%Y-%m-%d}, and a device that has it cannot connect"
+        in report.todo[0]
+    )
     tmp_path.chmod(0o700)
     check_whole(tmp_path, TWO)
 
@@ -453,7 +556,13 @@ def test_a_key_without_its_certificate_is_renewed_even_when_not_due(root, monkey
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         crash_after(1, patch)
         renew(root, hosts=("new.example.org",))
-    refused(r"server\.key: does not belong to server\.crt; `fedtune provision renew -o .*` makes both new", make, root, HOSTS, TWO)
+    refused(
+        r"server\.key: does not belong to server\.crt; `fedtune provision renew -o .*` makes both new",
+        make,
+        root,
+        HOSTS,
+        TWO,
+    )
     assert [item.name for item in renew(root).made] == ["server"]
     check_whole(root, TWO)
 
@@ -473,7 +582,8 @@ def test_a_stolen_device_gets_other_keys(count, root, monkeypatch):
     assert [item.name for item in report.made] == ["device-002"]
     assert report.todo == (
         f"copy {root}/server/devices to the coordinator, so that it refuses the old key of device-002",
-        f"copy {root}/devices/device-002 to device-002, and to no other device")
+        f"copy {root}/devices/device-002 to device-002, and to no other device",
+    )
 
 
 def test_a_device_whose_folder_was_delivered_can_be_replaced(root):
@@ -483,7 +593,10 @@ def test_a_device_whose_folder_was_delivered_can_be_replaced(root):
 
 
 def test_device_and_hosts_in_one_call(root):
-    assert [item.name for item in renew(root, hosts=("new.example.org",), names=("device-001",)).made] == ["server", "device-001"]
+    assert [item.name for item in renew(root, hosts=("new.example.org",), names=("device-001",)).made] == [
+        "server",
+        "device-001",
+    ]
     check_whole(root, TWO)
 
 
@@ -515,13 +628,25 @@ def test_a_damaged_server_certificate_is_renewed_when_its_hosts_are_given(root):
 def test_inspect_lists_everything(tmp_path):
     make(tmp_path, HOSTS, TWO, days=10, ca_days=20, now=NOW)
     ca, server, first, second = inspect(tmp_path)
-    assert (ca.kind, ca.path, ca.not_after, ca.has_key) == ("ca", tmp_path / "ca" / "ca.crt", NOW + 20 * DAY, True)
+    assert (ca.kind, ca.path, ca.not_after, ca.has_key) == (
+        "ca",
+        tmp_path / "ca" / "ca.crt",
+        NOW + 20 * DAY,
+        True,
+    )
     assert (server.kind, server.not_after, server.hosts) == ("server", NOW + 10 * DAY, sans(HOSTS))
-    assert [(x.name, x.kind, x.not_after, x.has_key) for x in (first, second)] == [(name, "device", None, True) for name in TWO]
+    assert [(x.name, x.kind, x.not_after, x.has_key) for x in (first, second)] == [
+        (name, "device", None, True) for name in TWO
+    ]
     shutil.rmtree(tmp_path / "ca")
     shutil.rmtree(tmp_path / "devices" / "device-001")
     ca, server, first, second = inspect(tmp_path)
-    assert (ca.path, ca.has_key, first.path, first.has_key) == (tmp_path / "server" / "ca.crt", False, tmp_path / "server" / "devices" / "device-001.pub", False)
+    assert (ca.path, ca.has_key, first.path, first.has_key) == (
+        tmp_path / "server" / "ca.crt",
+        False,
+        tmp_path / "server" / "devices" / "device-001.pub",
+        False,
+    )
 
 
 def test_inspect_needs_no_key(root):
@@ -531,9 +656,17 @@ def test_inspect_needs_no_key(root):
     assert inspect(root) == before
 
 
-@pytest.mark.parametrize("call", [
-    lambda root: make(root, HOSTS, TWO), lambda root: make(root, (), ("new",)), renew, inspect, lambda root: load_devices(root / "server" / "devices"),
-], ids=["make", "add", "renew", "inspect", "load_devices"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda root: make(root, HOSTS, TWO),
+        lambda root: make(root, (), ("new",)),
+        renew,
+        inspect,
+        lambda root: load_devices(root / "server" / "devices"),
+    ],
+    ids=["make", "add", "renew", "inspect", "load_devices"],
+)
 def test_a_folder_of_somebody_else_is_one_line(call, root, monkeypatch):
     """What the operating system says to another user, whoever runs the tests."""
     real = os.stat
@@ -544,7 +677,9 @@ def test_a_folder_of_somebody_else_is_one_line(call, root, monkeypatch):
         return real(path, *arguments, **options)
 
     monkeypatch.setattr(os, "stat", denied)
-    refused(r"cannot read .*server.*: Permission denied; check permissions", call, root, error=EnvironmentProblem)
+    refused(
+        r"cannot read .*server.*: Permission denied; check permissions", call, root, error=EnvironmentProblem
+    )
 
 
 def test_load_devices(made, tmp_path):
@@ -563,15 +698,31 @@ def public_line(key):
 def certified():
     """An EC public key in an SSH certificate: who signed it is never asked, so it is not taken."""
     key = ec.generate_private_key(ec.SECP384R1())
-    made = serialization.SSHCertificateBuilder().public_key(key.public_key()).type(serialization.SSHCertificateType.USER)
+    made = (
+        serialization.SSHCertificateBuilder()
+        .public_key(key.public_key())
+        .type(serialization.SSHCertificateType.USER)
+    )
     return made.valid_for_all_principals().valid_after(0).valid_before(2**40).sign(key).public_bytes()
 
 
-@pytest.mark.parametrize("data", [
-    b"", b"none", b"ecdsa-sha2-nistp384 AAAA", b"\xff\xfe\x00", public_line(ed25519.Ed25519PrivateKey.generate()), certified(),
-    public_line(rsa.generate_private_key(65537, 2048)), b"\n".join(public_line(ec.generate_private_key(ec.SECP384R1())) for _ in range(2)),
-    ec.generate_private_key(ec.SECP256K1()).public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo),
-], ids=["empty", "text", "cut", "bytes", "ed25519", "certificate", "rsa", "two", "pem"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"none",
+        b"ecdsa-sha2-nistp384 AAAA",
+        b"\xff\xfe\x00",
+        public_line(ed25519.Ed25519PrivateKey.generate()),
+        certified(),
+        public_line(rsa.generate_private_key(65537, 2048)),
+        b"\n".join(public_line(ec.generate_private_key(ec.SECP384R1())) for _ in range(2)),
+        ec.generate_private_key(ec.SECP256K1())
+        .public_key()
+        .public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo),
+    ],
+    ids=["empty", "text", "cut", "bytes", "ed25519", "certificate", "rsa", "two", "pem"],
+)
 def test_what_is_no_device_key_is_refused(data, root):
     folder = root / "server" / "devices"
     (folder / "bad.pub").write_bytes(data)
@@ -582,7 +733,9 @@ def test_other_reasons_to_refuse_device_keys(root):
     folder = root / "server" / "devices"
     refused(r"none: not a folder; give the folder of \.pub files", load_devices, root / "none")
     shutil.copy(folder / "device-001.pub", folder / "twin.pub")
-    refused(r"twin\.pub: holds the same key as device-001\.pub; each device needs its own", load_devices, folder)
+    refused(
+        r"twin\.pub: holds the same key as device-001\.pub; each device needs its own", load_devices, folder
+    )
     (folder / "twin.pub").rename(folder / "._odd name.pub")
     refused(r"'\._odd name' is not a device name", load_devices, folder)
     (folder / "._odd name.pub").rename(folder / "long.pub")
@@ -596,51 +749,66 @@ def test_other_reasons_to_refuse_device_keys(root):
 # Arguments
 
 
-@pytest.mark.parametrize("host, expected", [
-    ("", "neither a DNS name"),
-    (" ", "neither a DNS name"),
-    ("two words", "neither a DNS name"),
-    ("a\nb", "neither a DNS name"),
-    ("_", "neither a DNS name"),
-    ("fed_1.example.org", "neither a DNS name"),
-    ("-a.example.org", "neither a DNS name"),
-    ("example.org.", "neither a DNS name"),
-    ("a..b", "neither a DNS name"),
-    ("a/b", "neither a DNS name"),
-    ("192.0.2", "neither a DNS name"),
-    ("192.0.2.256", "neither a DNS name"),
-    ("9092", "neither a DNS name"),
-    ("1:2:3", "neither a DNS name"),
-    ("a" * 64 + ".org", "neither a DNS name"),
-    (".".join(["a" * 49] * 6), "has 299 characters; a DNS name has at most 253"),
-    ("https://fed.example.org", "is a URL; give the name or address alone"),
-    ("fed.example.org:9092", "has a port or brackets; give the name or address alone"),
-    ("192.0.2.7:9092", "has a port or brackets"),
-    ("[::1]", "has a port or brackets"),
-    ("[2001:db8::1]:9092", "has a port or brackets"),
-    ("*.example.org", "is a wildcard; give each name"),
-    ("fédération.example.org", r"outside ASCII; give the punycode form \(xn--…\)"),
-    ("0.0.0.0", "not an address devices can reach"),
-    ("::", "not an address devices can reach"),
-    ("fe80::1%eth0", "not an address devices can reach"),
-    ("224.0.0.1", "not an address devices can reach"),
-])
+@pytest.mark.parametrize(
+    "host, expected",
+    [
+        ("", "neither a DNS name"),
+        (" ", "neither a DNS name"),
+        ("two words", "neither a DNS name"),
+        ("a\nb", "neither a DNS name"),
+        ("_", "neither a DNS name"),
+        ("fed_1.example.org", "neither a DNS name"),
+        ("-a.example.org", "neither a DNS name"),
+        ("example.org.", "neither a DNS name"),
+        ("a..b", "neither a DNS name"),
+        ("a/b", "neither a DNS name"),
+        ("192.0.2", "neither a DNS name"),
+        ("192.0.2.256", "neither a DNS name"),
+        ("9092", "neither a DNS name"),
+        ("1:2:3", "neither a DNS name"),
+        ("a" * 64 + ".org", "neither a DNS name"),
+        (".".join(["a" * 49] * 6), "has 299 characters; a DNS name has at most 253"),
+        ("https://fed.example.org", "is a URL; give the name or address alone"),
+        ("fed.example.org:9092", "has a port or brackets; give the name or address alone"),
+        ("192.0.2.7:9092", "has a port or brackets"),
+        ("[::1]", "has a port or brackets"),
+        ("[2001:db8::1]:9092", "has a port or brackets"),
+        ("*.example.org", "is a wildcard; give each name"),
+        ("fédération.example.org", r"outside ASCII; give the punycode form \(xn--…\)"),
+        ("0.0.0.0", "not an address devices can reach"),
+        ("::", "not an address devices can reach"),
+        ("fe80::1%eth0", "not an address devices can reach"),
+        ("224.0.0.1", "not an address devices can reach"),
+    ],
+)
 def test_what_is_no_host_is_refused(host, expected, tmp_path):
     refused(expected, make, tmp_path / "keys", ("fine.example.org", host), TWO)
     refused(expected, renew, tmp_path / "keys", hosts=(host,))
     assert not (tmp_path / "keys").exists()
 
 
-@pytest.mark.parametrize("host, canonical", [
-    ("localhost", "localhost"), ("Fed.Example.ORG", "fed.example.org"), ("fed", "fed"), ("xn--fdration-b1ac.example", "xn--fdration-b1ac.example"), ("1a.2b", "1a.2b"),
-    ("2001:DB8:0:0::1", "2001:db8::1"), ("192.0.2.7", "192.0.2.7"), (".".join(["a" * 63] * 3 + ["a" * 61]), ".".join(["a" * 63] * 3 + ["a" * 61])),
-])
+@pytest.mark.parametrize(
+    "host, canonical",
+    [
+        ("localhost", "localhost"),
+        ("Fed.Example.ORG", "fed.example.org"),
+        ("fed", "fed"),
+        ("xn--fdration-b1ac.example", "xn--fdration-b1ac.example"),
+        ("1a.2b", "1a.2b"),
+        ("2001:DB8:0:0::1", "2001:db8::1"),
+        ("192.0.2.7", "192.0.2.7"),
+        (".".join(["a" * 63] * 3 + ["a" * 61]), ".".join(["a" * 63] * 3 + ["a" * 61])),
+    ],
+)
 def test_hosts_in_canonical_form(host, canonical):
     assert check_host(host) == canonical
 
 
 LABEL = st.from_regex(r"[a-z]([a-z0-9-]{0,8}[a-z0-9])?", fullmatch=True)
-HOST = st.one_of(st.lists(LABEL, min_size=1, max_size=4).map(".".join), st.ip_addresses().filter(lambda x: not x.is_unspecified and not x.is_multicast).map(str))
+HOST = st.one_of(
+    st.lists(LABEL, min_size=1, max_size=4).map(".".join),
+    st.ip_addresses().filter(lambda x: not x.is_unspecified and not x.is_multicast).map(str),
+)
 
 
 @settings(deadline=None)
@@ -659,9 +827,15 @@ def test_a_certificate_says_names_and_addresses_apart(hosts):
     ca_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
     ca = issue_ca(ca_key, 10, NOW)
     cert = issue_server(ca_key, ca, key.public_key(), sans(hosts), 5, NOW)
-    names = x509.load_der_x509_certificate(cert.public_bytes(serialization.Encoding.DER)).extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    names = (
+        x509.load_der_x509_certificate(cert.public_bytes(serialization.Encoding.DER))
+        .extensions.get_extension_for_class(x509.SubjectAlternativeName)
+        .value
+    )
     addresses = set(names.get_values_for_type(x509.IPAddress))
-    assert {str(address) for address in addresses} | set(names.get_values_for_type(x509.DNSName)) == set(sans(hosts))
+    assert {str(address) for address in addresses} | set(names.get_values_for_type(x509.DNSName)) == set(
+        sans(hosts)
+    )
     assert addresses >= {ipaddress.ip_address("127.0.0.1"), ipaddress.ip_address("::1")}
 
 
@@ -681,34 +855,47 @@ def test_device_names():
     assert device_names(0, ["a"]) == device_names(None, ["a"]) == ("a",)
 
 
-@pytest.mark.parametrize("count, extra, expected", [
-    (None, [], r"^no device: give --devices 1 to 10000, or --device NAME"),
-    (0, [], r"^--devices 0: give --devices 1 to 10000, or --device NAME"),
-    (-1, ["a"], r"^--devices -1: give 1 to 10000"),
-    (10_001, [], r"^--devices 10001: give 1 to 10000"),
-    (1, ["device-001"], r"^device name 'device-001': given twice"),
-    (1, ["Device-001"], r"^device name 'Device-001': differs from 'device-001' in upper and lower case only"),
-    (None, [""], r"^device name '': give letters, digits and"),
-    (None, [".hidden"], r"^device name '\.hidden': give letters"),
-    (None, ["../up"], r"^device name '\.\./up': give letters"),
-    (None, ["two\nlines"], r"^device name 'two\\nlines': give letters"),
-    (None, ["é"], r"^device name 'é': give letters"),
-    (None, ["x" * 65], r"^device name 'x{60}…': give letters"),
-])
+@pytest.mark.parametrize(
+    "count, extra, expected",
+    [
+        (None, [], r"^no device: give --devices 1 to 10000, or --device NAME"),
+        (0, [], r"^--devices 0: give --devices 1 to 10000, or --device NAME"),
+        (-1, ["a"], r"^--devices -1: give 1 to 10000"),
+        (10_001, [], r"^--devices 10001: give 1 to 10000"),
+        (1, ["device-001"], r"^device name 'device-001': given twice"),
+        (
+            1,
+            ["Device-001"],
+            r"^device name 'Device-001': differs from 'device-001' in upper and lower case only",
+        ),
+        (None, [""], r"^device name '': give letters, digits and"),
+        (None, [".hidden"], r"^device name '\.hidden': give letters"),
+        (None, ["../up"], r"^device name '\.\./up': give letters"),
+        (None, ["two\nlines"], r"^device name 'two\\nlines': give letters"),
+        (None, ["é"], r"^device name 'é': give letters"),
+        (None, ["x" * 65], r"^device name 'x{60}…': give letters"),
+    ],
+)
 def test_what_is_no_device_is_refused(count, extra, expected):
     refused(expected, device_names, count, extra)
 
 
-@pytest.mark.parametrize("options, expected", [
-    ({"days": 0}, r"^--days 0: give 1 to 3650"),
-    ({"days": -3}, r"^--days -3: give 1 to 3650"),
-    ({"days": 3651, "ca_days": 4000}, r"^--days 3651: give 1 to 3650"),
-    ({"days": 100, "ca_days": 99}, r"^--ca-days 99: give --days \(100\) to 7300; the server certificate cannot outlive its CA"),
-    ({"ca_days": 7301}, r"^--ca-days 7301: give "),
-    ({"hosts": ()}, r"^no host: give --host with the name or IP address"),
-    ({"hosts": (), "force": True}, r"^no host"),
-    ({"names": ("a/b",)}, r"^device name 'a/b'"),
-])
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({"days": 0}, r"^--days 0: give 1 to 3650"),
+        ({"days": -3}, r"^--days -3: give 1 to 3650"),
+        ({"days": 3651, "ca_days": 4000}, r"^--days 3651: give 1 to 3650"),
+        (
+            {"days": 100, "ca_days": 99},
+            r"^--ca-days 99: give --days \(100\) to 7300; the server certificate cannot outlive its CA",
+        ),
+        ({"ca_days": 7301}, r"^--ca-days 7301: give "),
+        ({"hosts": ()}, r"^no host: give --host with the name or IP address"),
+        ({"hosts": (), "force": True}, r"^no host"),
+        ({"names": ("a/b",)}, r"^device name 'a/b'"),
+    ],
+)
 def test_wrong_arguments_change_nothing(options, expected, tmp_path):
     refused(expected, make, tmp_path / "keys", **{"hosts": HOSTS, "names": TWO} | options)
     assert not (tmp_path / "keys").exists()
@@ -724,17 +911,31 @@ def check_refused(root, expected, call=make, error=UserError, **options):
     assert content(root) == before
 
 
-@pytest.mark.parametrize("name, data, expected", [
-    ("ca/ca.key", b"none", r"ca/ca\.key: not an EC private key in PEM form without a passphrase; restore it from a copy, or .* --force"),
-    ("ca/ca.crt", b"none", r"ca/ca\.crt: not a certificate in PEM form; restore it"),
-    ("server/ca.crt", b"none", r"server/ca\.crt: not a certificate"),
-    ("server/server.crt", b"", r"server/server\.crt: not a certificate"),
-    ("server/server.key", b"none", r"server/server\.key: not an EC private key"),
-    ("devices/device-002/device.key", b"none", r"device-002/device\.key: not an EC private key in OpenSSH form"),
-    ("devices/device-002/ca.crt", b"none", r"device-002/ca\.crt: not a certificate"),
-    ("server/devices/device-002.pub", b"none", r"device-002\.pub: not one EC public key"),
-    ("ca/ca.key", b"x" * 70_000, r"ca/ca\.key: longer than 65,536 bytes"),
-])
+@pytest.mark.parametrize(
+    "name, data, expected",
+    [
+        (
+            "ca/ca.key",
+            b"none",
+            (
+                r"ca/ca\.key: not an EC private key in PEM form without a passphrase; "
+                r"restore it from a copy, or .* --force"
+            ),
+        ),
+        ("ca/ca.crt", b"none", r"ca/ca\.crt: not a certificate in PEM form; restore it"),
+        ("server/ca.crt", b"none", r"server/ca\.crt: not a certificate"),
+        ("server/server.crt", b"", r"server/server\.crt: not a certificate"),
+        ("server/server.key", b"none", r"server/server\.key: not an EC private key"),
+        (
+            "devices/device-002/device.key",
+            b"none",
+            r"device-002/device\.key: not an EC private key in OpenSSH form",
+        ),
+        ("devices/device-002/ca.crt", b"none", r"device-002/ca\.crt: not a certificate"),
+        ("server/devices/device-002.pub", b"none", r"device-002\.pub: not one EC public key"),
+        ("ca/ca.key", b"x" * 70_000, r"ca/ca\.key: longer than 65,536 bytes"),
+    ],
+)
 def test_a_damaged_file_is_named(name, data, expected, root):
     (root / name).write_bytes(data)
     check_refused(root, expected)
@@ -742,15 +943,27 @@ def test_a_damaged_file_is_named(name, data, expected, root):
     check_whole(root, TWO)
 
 
-@pytest.mark.parametrize("name, expected", [
-    ("ca/ca.key", r"ca/ca\.key: does not belong to .*ca/ca\.crt"),
-    ("ca/ca.crt", r"ca/ca\.key: does not belong to .*ca/ca\.crt"),
-    ("server/ca.crt", r"ca/ca\.key: does not belong to .*server/ca\.crt"),
-    ("server/server.crt", r"server/server\.crt: was not signed by the CA in .*ca/ca\.crt"),
-    ("server/server.key", r"server/server\.key: does not belong to server\.crt; `fedtune provision renew -o "),
-    ("devices/device-001/device.key", r"device\.key: does not belong to .*device-001\.pub; `fedtune provision renew -o .* --device device-001` makes both new"),
-    ("devices/device-001/ca.crt", r"devices/device-001/ca\.crt: is of another CA than .*ca/ca\.crt"),
-])
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("ca/ca.key", r"ca/ca\.key: does not belong to .*ca/ca\.crt"),
+        ("ca/ca.crt", r"ca/ca\.key: does not belong to .*ca/ca\.crt"),
+        ("server/ca.crt", r"ca/ca\.key: does not belong to .*server/ca\.crt"),
+        ("server/server.crt", r"server/server\.crt: was not signed by the CA in .*ca/ca\.crt"),
+        (
+            "server/server.key",
+            r"server/server\.key: does not belong to server\.crt; `fedtune provision renew -o ",
+        ),
+        (
+            "devices/device-001/device.key",
+            (
+                r"device\.key: does not belong to .*device-001\.pub; `fedtune provision renew -o .* --device "
+                r"device-001` makes both new"
+            ),
+        ),
+        ("devices/device-001/ca.crt", r"devices/device-001/ca\.crt: is of another CA than .*ca/ca\.crt"),
+    ],
+)
 def test_a_file_of_another_federation_is_named(name, expected, root, tmp_path):
     make(tmp_path / "other", HOSTS, TWO)
     shutil.copy(tmp_path / "other" / name, root / name)
@@ -771,18 +984,30 @@ def test_a_certificate_that_is_no_ca_is_refused(root):
 
 def test_a_ca_key_with_a_passphrase_is_refused(root):
     key = serialization.load_pem_private_key((root / "ca" / "ca.key").read_bytes(), None)
-    encrypted = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.BestAvailableEncryption(b"word"))
+    encrypted = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.BestAvailableEncryption(b"word"),
+    )
     (root / "ca" / "ca.key").write_bytes(encrypted)
     check_refused(root, r"ca/ca\.key: not an EC private key in PEM form without a passphrase")
 
 
 def test_other_hosts_are_not_put_in_silently(root):
-    check_refused(root, r"server\.crt: is for fed\.example\.org, .*, not new\.example\.org, .*; change it with `fedtune provision renew -o .* --host …`, or .* --force",
-                  hosts=("new.example.org",))
+    check_refused(
+        root,
+        r"server\.crt: is for fed\.example\.org, .*, not new\.example\.org, .*; "
+        r"change it with `fedtune provision renew -o .* --host …`, or .* --force",
+        hosts=("new.example.org",),
+    )
 
 
 def test_names_that_differ_in_case_only_meet_over_two_calls(root):
-    check_refused(root, r"device name 'DEVICE-001': differs from 'device-001' in upper and lower case only", names=("DEVICE-001",))
+    check_refused(
+        root,
+        r"device name 'DEVICE-001': differs from 'device-001' in upper and lower case only",
+        names=("DEVICE-001",),
+    )
 
 
 def test_a_lost_ca_is_not_replaced_silently(root):
@@ -803,16 +1028,24 @@ def test_a_folder_with_other_files_can_be_used(tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", [*KEYS, *OPEN, "ca", "server", "devices", "server/devices", "devices/device-002"])
+@pytest.mark.parametrize(
+    "name", [*KEYS, *OPEN, "ca", "server", "devices", "server/devices", "devices/device-002"]
+)
 @pytest.mark.parametrize("force", [False, True])
 def test_nothing_is_written_through_a_link(name, force, root, tmp_path):
     (root / name).rename(tmp_path / "elsewhere")
     (root / name).symlink_to(tmp_path / "elsewhere")
-    check_refused(root, rf"/{name}: is a link, and keys are never written through one; remove it or choose another -o", force=force)
+    check_refused(
+        root,
+        rf"/{name}: is a link, and keys are never written through one; remove it or choose another -o",
+        force=force,
+    )
     check_refused(root, "is a link", call=renew, names=("device-002",))
 
 
-@pytest.mark.parametrize("name", ["server/server.key", "devices/device-001/device.key", "server/devices/device-002.pub"])
+@pytest.mark.parametrize(
+    "name", ["server/server.key", "devices/device-001/device.key", "server/devices/device-002.pub"]
+)
 def test_a_folder_in_place_of_a_file_is_refused(name, root):
     (root / name).unlink()
     (root / name).mkdir()
@@ -842,13 +1075,22 @@ def test_a_root_that_cannot_be_written(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "mkdir", denied)
-    refused(r"cannot write .*keys: Permission denied; free space, check permissions", make, tmp_path / "keys", HOSTS, TWO, error=EnvironmentProblem)
+    refused(
+        r"cannot write .*keys: Permission denied; free space, check permissions",
+        make,
+        tmp_path / "keys",
+        HOSTS,
+        TWO,
+        error=EnvironmentProblem,
+    )
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_root_without_rights(tmp_path):
     tmp_path.chmod(0o500)
-    refused(r"cannot write .*: Permission denied", make, tmp_path / "keys", HOSTS, TWO, error=EnvironmentProblem)
+    refused(
+        r"cannot write .*: Permission denied", make, tmp_path / "keys", HOSTS, TWO, error=EnvironmentProblem
+    )
 
 
 def test_a_file_that_cannot_be_read(root, monkeypatch):
@@ -856,7 +1098,12 @@ def test_a_file_that_cannot_be_read(root, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "open", denied)
-    refused(r"cannot read .*ca\.crt: Permission denied; check permissions", inspect, root, error=EnvironmentProblem)
+    refused(
+        r"cannot read .*ca\.crt: Permission denied; check permissions",
+        inspect,
+        root,
+        error=EnvironmentProblem,
+    )
 
 
 def test_two_at_once_do_not_mix(root):
@@ -870,26 +1117,48 @@ def test_two_at_once_do_not_mix(root):
 
 @pytest.mark.parametrize("call", [renew, inspect])
 def test_nothing_there(call, tmp_path):
-    refused(r": nothing is provisioned here; `fedtune provision --host NAME --devices N -o .*` does it", call, tmp_path)
+    refused(
+        r": nothing is provisioned here; `fedtune provision --host NAME --devices N -o .*` does it",
+        call,
+        tmp_path,
+    )
     refused(r": nothing is provisioned here", call, tmp_path / "none")
 
 
-@pytest.mark.parametrize("options, expected", [
-    ({"within": -1}, r"^--within -1: give 0 to 3650 days"),
-    ({"within": 4000}, r"^--within 4000: give 0 to 3650 days"),
-    ({"days": 0}, r"^--days 0: give 1 to 3650"),
-    ({"names": ("device-003",)}, r"^--device device-003: not known here; did you mean device-00[12]\? `fedtune provision show` lists all"),
-    ({"names": ("device-001", "device-001")}, r"given twice"),
-])
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({"within": -1}, r"^--within -1: give 0 to 3650 days"),
+        ({"within": 4000}, r"^--within 4000: give 0 to 3650 days"),
+        ({"days": 0}, r"^--days 0: give 1 to 3650"),
+        (
+            {"names": ("device-003",)},
+            (
+                r"^--device device-003: not known here; did you mean device-00[12]\? `fedtune "
+                r"provision show` lists all"
+            ),
+        ),
+        ({"names": ("device-001", "device-001")}, r"given twice"),
+    ],
+)
 def test_a_renewal_that_cannot_be(options, expected, root):
     check_refused(root, expected, call=renew, **options)
 
 
-@pytest.mark.parametrize("options, expected", [
-    ({"within": 400}, r"ca/ca\.key: is not here \(kept offline\?\), and a server certificate needs it; bring it back for this command"),
-    ({"within": 3650}, r"ca/ca\.key: is not here \(kept offline\?\), and renewing the CA needs it"),
-    ({"hosts": ("new.example.org",)}, r"ca/ca\.key: is not here"),
-])
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (
+            {"within": 400},
+            (
+                r"ca/ca\.key: is not here \(kept offline\?\), and a server certificate needs it; "
+                r"bring it back for this command"
+            ),
+        ),
+        ({"within": 3650}, r"ca/ca\.key: is not here \(kept offline\?\), and renewing the CA needs it"),
+        ({"hosts": ("new.example.org",)}, r"ca/ca\.key: is not here"),
+    ],
+)
 def test_signing_needs_the_ca_key(options, expected, root):
     (root / "ca" / "ca.key").unlink()
     check_refused(root, expected, call=renew, **options)

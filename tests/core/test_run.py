@@ -31,7 +31,10 @@ def rounds_on_disk(run):
 
 def test_the_job_is_kept_whole(run):
     again = open_run(run.path)
-    assert again.job() == parse_job("", ["federation.rounds=9"]) and {k: v for k, v in again.facts().items() if k != "job_sha256"} == FACTS
+    assert (
+        again.job() == parse_job("", ["federation.rounds=9"])
+        and {k: v for k, v in again.facts().items() if k != "job_sha256"} == FACTS
+    )
 
 
 def test_a_new_run_has_no_round(run):
@@ -60,10 +63,20 @@ def test_metrics_of_a_repeated_round_replace_it_and_what_came_after(run):
     assert len(run.metrics()) == 2
 
 
-@pytest.mark.parametrize("make", [lambda p: p.write_text("a file"), lambda p: (p.mkdir(), (p / "mine.txt").write_text("keep"))], ids=["file", "folder"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda p: p.write_text("a file"), lambda p: (p.mkdir(), (p / "mine.txt").write_text("keep"))],
+    ids=["file", "folder"],
+)
 def test_nothing_is_ever_overwritten(make, tmp_path):
     make(tmp_path / "run")
-    with pytest.raises(RunError, match=r"is a file; choose another --out|already exists and is not empty; choose another --out, or continue it with --resume"):
+    with pytest.raises(
+        RunError,
+        match=(
+            r"is a file; choose another --out|already exists and is not empty; "
+            r"choose another --out, or continue it with --resume"
+        ),
+    ):
         create_run(tmp_path / "run", Job(), {})
     assert {p.name for p in tmp_path.rglob("*")} <= {"run", "mine.txt"}
 
@@ -124,7 +137,9 @@ def test_a_line_that_was_cut_off_is_written_again(cut, long, run):
     assert run.metrics() == [{"round": 0, **more}, {"round": 1, "again": True}]
 
 
-@pytest.mark.parametrize("text", ["{\n", '{"round": 1}\n', '{"round": 0}\n{"round": 2}\n', "[]\n", '{"loss": 1}\n'])
+@pytest.mark.parametrize(
+    "text", ["{\n", '{"round": 1}\n', '{"round": 0}\n{"round": 2}\n', "[]\n", '{"loss": 1}\n']
+)
 def test_damaged_metrics_are_said(text, run):
     (run.path / "metrics.jsonl").write_text(text)
     with pytest.raises(RunError, match=r"metrics\.jsonl: .*; restore it or begin a new run"):
@@ -132,7 +147,10 @@ def test_damaged_metrics_are_said(text, run):
 
 
 def test_a_run_is_held_by_one_process(run):
-    held = "import sys; from pathlib import Path; from fedtune.run import open_run\nwith open_run(Path(sys.argv[1])).locked(): pass"
+    held = (
+        "import sys; from pathlib import Path; from fedtune.run import open_run\n"
+        "with open_run(Path(sys.argv[1])).locked(): pass"
+    )
     with run.locked():
         other = subprocess.run([sys.executable, "-c", held, str(run.path)], capture_output=True, text=True)
         assert other.returncode and "another process is running it" in other.stderr

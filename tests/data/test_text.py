@@ -9,8 +9,13 @@ from transformers import AutoTokenizer
 from fedtune.data.text import TextEncoder
 from fedtune.errors import ContractError, ModelError
 
-TEXTS = ["The picture is sharp.", "", "Zürich & 東京 — naïve café :-)", "word " * 300,
-         "[MASK] unaffable Antidisestablishmentarianism\n\ttabs"]
+TEXTS = [
+    "The picture is sharp.",
+    "",
+    "Zürich & 東京 — naïve café :-)",
+    "word " * 300,
+    "[MASK] unaffable Antidisestablishmentarianism\n\ttabs",
+]
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +60,15 @@ def test_saved_and_read_again(encoder, tmp_path, types):
     saved = TextEncoder(encoder.tokenizer, 64, encoder.pad_id, needs_type_ids=types)
     saved.save(tmp_path)
     again = TextEncoder.from_folder(tmp_path, 64)
-    assert again.to_config() == saved.to_config() == {"kind": "text", "max_length": 64, "pad_id": 0, "needs_type_ids": types}
+    assert (
+        again.to_config()
+        == saved.to_config()
+        == {"kind": "text", "max_length": 64, "pad_id": 0, "needs_type_ids": types}
+    )
     first, second = saved.collate(saved.encode(TEXTS)), again.collate(again.encode(TEXTS))
-    theirs = AutoTokenizer.from_pretrained(tmp_path)(TEXTS, truncation=True, padding="longest", return_tensors="np")
+    theirs = AutoTokenizer.from_pretrained(tmp_path)(
+        TEXTS, truncation=True, padding="longest", return_tensors="np"
+    )
     assert set(first) == set(second) == set(theirs)
     for name in first:
         np.testing.assert_array_equal(first[name], second[name])
@@ -66,14 +77,18 @@ def test_saved_and_read_again(encoder, tmp_path, types):
 
 def test_pads_with_the_end_token_when_there_is_no_other(encoder, tmp_path):
     encoder.save(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": None, "eos_token": {"content": "[SEP]"}}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"pad_token": None, "eos_token": {"content": "[SEP]"}})
+    )
     found = TextEncoder.from_folder(tmp_path, 8)
     assert found.pad_id == encoder.tokenizer.token_to_id("[SEP]")
     assert not found.needs_type_ids
 
 
 def test_folders_that_hold_no_tokenizer(encoder, tmp_path):
-    with pytest.raises(ModelError, match=r"no tokenizer.json; save the tokenizer there with transformers' save_pretrained"):
+    with pytest.raises(
+        ModelError, match=r"no tokenizer.json; save the tokenizer there with transformers' save_pretrained"
+    ):
         TextEncoder.from_folder(tmp_path, 8)
     (tmp_path / "tokenizer.json").write_text('{"not": "one"}')
     with pytest.raises(ModelError, match=r"tokenizer.json: not a readable tokenizer \("):

@@ -7,7 +7,12 @@ import pytest
 from fedtune.data import vader
 from fedtune.errors import DataError
 
-STEMS = {"tweets": 4200, "amazonReviewSnippets": 3708, "nytEditorialSnippets": 5190, "movieReviewSnippets": 10605}
+STEMS = {
+    "tweets": 4200,
+    "amazonReviewSnippets": 3708,
+    "nytEditorialSnippets": 5190,
+    "movieReviewSnippets": 10605,
+}
 
 
 def test_all_rated_sentences_are_there(vader_folder):
@@ -57,5 +62,7 @@ def test_the_sign_and_the_threshold(tmp_path):
 
 def test_a_broken_line_is_named(tmp_path):
     (tmp_path / "tweets_GroundTruth.txt").write_text("1\t0.5\tnice\n2\tnot a number\tbad\n")
-    with pytest.raises(DataError, match=r"tweets_GroundTruth.txt: line 2 is not id, rating and text; run `fedtune fetch"):
+    with pytest.raises(
+        DataError, match=r"tweets_GroundTruth.txt: line 2 is not id, rating and text; run `fedtune fetch"
+    ):
         vader.read(tmp_path)

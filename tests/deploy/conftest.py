@@ -38,11 +38,21 @@ def domain_csv(tiny_csv: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 @pytest.fixture(scope="session")
 def live_settings(tiny_settings: tuple[str, ...]) -> tuple[str, ...]:
     """The tiny job with one client per domain, all of them in every round, as three devices would run it."""
-    return (*tiny_settings, "data.clients=0", "data.id=id", 'data.labels=["bad", "good"]', "federation.cohort=3", "federation.min-replies=3", "federation.deadline=120.0")
+    return (
+        *tiny_settings,
+        "data.clients=0",
+        "data.id=id",
+        'data.labels=["bad", "good"]',
+        "federation.cohort=3",
+        "federation.min-replies=3",
+        "federation.deadline=120.0",
+    )
 
 
 @pytest.fixture(scope="session")
-def make_bundle(live_settings: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def make_bundle(
+    live_settings: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
     """make_bundle("section.key=value", ...) -> folder of the live job's bundle with these keys changed."""
     from fedtune.job import parse_job
     from fedtune.workflows.prepare import prepare
@@ -53,4 +63,3 @@ def make_bundle(live_settings: tuple[str, ...], tmp_path_factory: pytest.TempPat
         return folder
 
     return make
-

@@ -1,11 +1,14 @@
-"""A program that passes for four devices and answers with whatever might do harm. The tests start it as a process.
+"""A program that passes for four devices and answers with whatever might do harm.
+
+The tests start it as a process.
 
     python -m hostile_device SERVER DEVICES BUNDLE GATE
 
-mallory is a device as ours are, a SuperNode with an executor, but for the app that answers. trudy and oscar speak the Fleet API
-themselves, with keys that are let in, and so can send what no SuperNode would. victor does too, and never gets beyond the offer.
-The three say that they are ready when there is a file at GATE. Each round they make their next attack, and say which; before the first
-and after the last one they answer as a device should, with next to no weight.
+mallory is a device as ours are, a SuperNode with an executor, but for the app that answers. trudy and oscar
+speak the Fleet API themselves, with keys that are let in, and so can send what no SuperNode would. victor
+does too, and never gets beyond the offer. The three say that they are ready when there is a file at GATE.
+Each round they make their next attack, and say which; before the first and after the last one they answer as
+a device should, with next to no weight.
 """
 
 import contextlib
@@ -26,12 +29,26 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.app import Array, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.common.serde import message_from_proto, message_to_proto
-from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest, PullMessagesRequest, PushMessagesRequest
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    PushMessagesRequest,
+)
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
-from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree, PullObjectRequest, PushObjectRequest
+from flwr.proto.message_pb2 import (
+    ConfirmMessageReceivedRequest,
+    ObjectTree,
+    PullObjectRequest,
+    PushObjectRequest,
+)
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.node_pb2 import Node
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, iterate_object_tree
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+)
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
@@ -86,7 +103,9 @@ class Asked:
         name = next(iter(arrays))
         arrays[name] = arrays[name].copy()
         arrays[name].flat[0] = number
-        return encode("update", self.schema, arrays, round=self.round, frame=self.bundle.frame_digest, weight=30.0)
+        return encode(
+            "update", self.schema, arrays, round=self.round, frame=self.bundle.frame_digest, weight=30.0
+        )
 
     def forged(self, text: str = "", length: int | None = None, **header: object) -> bytes:
         """An update with these values in its header, which `encode` would not write, or with this header."""
@@ -98,7 +117,9 @@ class Asked:
 
 def part(asked: Asked) -> bytes:
     arrays = dict(list(asked.model.arrays.items())[:-1])
-    return encode("update", asked.schema, arrays, round=asked.round, frame=asked.bundle.frame_digest, weight=30.0)
+    return encode(
+        "update", asked.schema, arrays, round=asked.round, frame=asked.bundle.frame_digest, weight=30.0
+    )
 
 
 def packet(data: bytes) -> RecordDict:
@@ -140,7 +161,10 @@ APP: dict[str, tuple[Callable[[Asked], Content], str]] = {
     "a reply to round 1": (lambda asked: packet(asked.honest(round=1)), "round: reply to round 1, "),
     "a NaN": (lambda asked: packet(asked.with_first(float("nan"))), "not-finite: "),
     "far away": (lambda asked: packet(asked.with_first(1e30)), "norm: "),
-    "a header of 4 GB": (lambda asked: packet(asked.forged(length=2**32 - 1)), "header: says 4294967295 bytes"),
+    "a header of 4 GB": (
+        lambda asked: packet(asked.forged(length=2**32 - 1)),
+        "header: says 4294967295 bytes",
+    ),
     "50 MB": (lambda asked: packet(bytes(HUGE)), "no reply"),
 }
 
@@ -152,15 +176,26 @@ class Raw:
         self.bundle, self.name = bundle, folder.name
         key = load_ssh_private_key((folder / "device.key").read_bytes(), None)
         self.public = public_key_to_bytes(key.public_key())  # type: ignore[arg-type]
-        self.client = FleetHttpClient.from_server_address(server, False, str(folder / "ca.crt"), interceptors=[
-            RuntimeVersionHttpInterceptor(component_name="SuperNode"), NodeAuthHttpInterceptor(key, key.public_key())])  # type: ignore[arg-type]
+        self.client = FleetHttpClient.from_server_address(
+            server,
+            False,
+            str(folder / "ca.crt"),
+            interceptors=[
+                RuntimeVersionHttpInterceptor(component_name="SuperNode"),
+                NodeAuthHttpInterceptor(key, key.public_key()),
+            ],
+        )  # type: ignore[arg-type]
         self.node = Node()
 
     def again(self) -> None:
         """Comes; leaves before, if it was there."""
         if self.node.node_id:
             self.client.DeactivateNode(DeactivateNodeRequest(node_id=self.node.node_id))
-        self.node = Node(node_id=self.client.ActivateNode(ActivateNodeRequest(public_key=self.public, heartbeat_interval=30.0)).node_id)
+        self.node = Node(
+            node_id=self.client.ActivateNode(
+                ActivateNodeRequest(public_key=self.public, heartbeat_interval=30.0)
+            ).node_id
+        )
 
     def wait(self) -> Message:
         """The next message, when there is one."""
@@ -178,9 +213,15 @@ class Raw:
         parts: dict[str, bytes] = {}
         for name in [p.object_id for p in iterate_object_tree(tree)]:
             while not parts.get(name):  # the coordinator may not have stored all of it yet
-                parts[name] = self.client.PullObject(PullObjectRequest(node=self.node, run_id=head.metadata.run_id, object_id=name)).object_content
+                parts[name] = self.client.PullObject(
+                    PullObjectRequest(node=self.node, run_id=head.metadata.run_id, object_id=name)
+                ).object_content
         message = inflate_object_from_contents(tree.object_id, parts)
-        self.client.ConfirmMessageReceived(ConfirmMessageReceivedRequest(node=self.node, run_id=head.metadata.run_id, message_object_id=tree.object_id))
+        self.client.ConfirmMessageReceived(
+            ConfirmMessageReceivedRequest(
+                node=self.node, run_id=head.metadata.run_id, message_object_id=tree.object_id
+            )
+        )
         assert isinstance(message, Message)
         message.metadata.__dict__["_message_id"] = tree.object_id
         return message
@@ -189,15 +230,33 @@ class Raw:
         """As a SuperNode replies. Whether it was taken."""
         message = Message(content, reply_to=question)
         message.metadata.__dict__["_message_id"] = message.object_id
-        return self.send(message_to_proto(message), get_object_tree(message), {name: o.deflate() for name, o in get_all_nested_objects(message).items()})
+        return self.send(
+            message_to_proto(message),
+            get_object_tree(message),
+            {name: o.deflate() for name, o in get_all_nested_objects(message).items()},
+        )
 
     def send(self, head: ProtoMessage, tree: ObjectTree, parts: dict[str, bytes]) -> bool:
         """Announces a message and sends these parts of it. Whether it was taken."""
-        taken = self.client.PushMessages(PushMessagesRequest(node=self.node, messages_list=[head], message_object_trees=[tree], clientapp_runtime_list=[0.0]))
+        taken = self.client.PushMessages(
+            PushMessagesRequest(
+                node=self.node,
+                messages_list=[head],
+                message_object_trees=[tree],
+                clientapp_runtime_list=[0.0],
+            )
+        )
         for name in taken.objects_to_push:
             if name in parts:
-                self.client.PushObject(PushObjectRequest(
-                    node=self.node, run_id=head.metadata.run_id, object_id=name, object_content=parts[name], session_id=taken.session_id))
+                self.client.PushObject(
+                    PushObjectRequest(
+                        node=self.node,
+                        run_id=head.metadata.run_id,
+                        object_id=name,
+                        object_content=parts[name],
+                        session_id=taken.session_id,
+                    )
+                )
         return bool(taken.objects_to_push)
 
     def head(self, question: Message, number: str) -> ProtoMessage:
@@ -224,8 +283,12 @@ def broken_record(raw: Raw, question: Message, asked: Asked) -> None:
     """The record in the reply cannot be read."""
     leaf, leaf_data = framed("ConfigRecord", secrets.token_bytes(200))
     names, data = framed("RecordDict", json.dumps({RECORD: leaf}).encode(), leaf)
-    root, root_data = framed("Message", ProtoMessage(metadata=raw.head(question, "").metadata).SerializeToString(), names)
-    tree = ObjectTree(object_id=root, children=[ObjectTree(object_id=names, children=[ObjectTree(object_id=leaf)])])
+    root, root_data = framed(
+        "Message", ProtoMessage(metadata=raw.head(question, "").metadata).SerializeToString(), names
+    )
+    tree = ObjectTree(
+        object_id=root, children=[ObjectTree(object_id=names, children=[ObjectTree(object_id=leaf)])]
+    )
     assert raw.send(raw.head(question, root), tree, {leaf: leaf_data, names: data, root: root_data})
 
 
@@ -239,8 +302,14 @@ def array_for_records(raw: Raw, question: Message, asked: Asked) -> None:
     """The content is an array."""
     array = Array(np.zeros(3, np.float32))
     parts = {name: o.deflate() for name, o in get_all_nested_objects(array).items()}
-    root, data = framed("Message", ProtoMessage(metadata=raw.head(question, "").metadata).SerializeToString(), array.object_id)
-    assert raw.send(raw.head(question, root), ObjectTree(object_id=root, children=[get_object_tree(array)]), parts | {root: data})
+    root, data = framed(
+        "Message", ProtoMessage(metadata=raw.head(question, "").metadata).SerializeToString(), array.object_id
+    )
+    assert raw.send(
+        raw.head(question, root),
+        ObjectTree(object_id=root, children=[get_object_tree(array)]),
+        parts | {root: data},
+    )
 
 
 def for_another_question(raw: Raw, question: Message, asked: Asked) -> None:
@@ -271,7 +340,11 @@ def from_the_coordinator(raw: Raw, question: Message, asked: Asked) -> None:
 
 def announced_only(raw: Raw, question: Message, asked: Asked) -> None:
     """The parts never come."""
-    assert raw.send(raw.head(question, "c" * 64), ObjectTree(object_id="c" * 64, children=[ObjectTree(object_id="d" * 64)]), {})
+    assert raw.send(
+        raw.head(question, "c" * 64),
+        ObjectTree(object_id="c" * 64, children=[ObjectTree(object_id="d" * 64)]),
+        {},
+    )
 
 
 def sent(content: Callable[[Asked], Content]) -> Callable[[Raw, Message, Asked], None]:
@@ -297,13 +370,22 @@ FLEET: dict[str, tuple[Attack, str]] = {
 MORE: dict[str, tuple[Attack, str]] = {
     "an infinity": (sent(lambda asked: packet(asked.with_first(float("-inf")))), "not-finite: "),
     "another schema": (sent(lambda asked: packet(asked.forged(schema_digest="0" * 16))), "schema: "),
-    "an unknown tensor": (sent(lambda asked: packet(asked.forged(tensors=[0, 10**6]))), "tensors: index 1000000, "),
+    "an unknown tensor": (
+        sent(lambda asked: packet(asked.forged(tensors=[0, 10**6]))),
+        "tensors: index 1000000, ",
+    ),
     "random bytes": (sent(lambda asked: packet(secrets.token_bytes(5000))), "magic: "),
     "nothing": (sent(lambda asked: packet(b"")), "size: 0 bytes"),
-    "another record": (sent(lambda asked: RecordDict({RECORD: MetricRecord({"packet": 1.0})})), "failed: reply without a packet"),
+    "another record": (
+        sent(lambda asked: RecordDict({RECORD: MetricRecord({"packet": 1.0})})),
+        "failed: reply without a packet",
+    ),
     "a packet of text": (sent(lambda asked: answers(packet="text")), "failed: reply without a packet"),
     "another kind": (sent(lambda asked: packet(asked.forged(kind="model"))), "kind: "),
-    "a word for a number": (sent(lambda asked: packet(asked.forged('{"kind": "update", "round": NaN}'))), "header: "),
+    "a word for a number": (
+        sent(lambda asked: packet(asked.forged('{"kind": "update", "round": NaN}'))),
+        "header: ",
+    ),
     "fewer numbers": (sent(lambda asked: packet(asked.honest()[:-4])), "size: "),
 }
 LANES = {"mallory": APP, "trudy": FLEET, "oscar": MORE}
@@ -318,7 +400,11 @@ def mallory(server: str, folder: Path, bundle: Bundle, turns: Turns) -> None:
         turns.ready()
         return Answer("ready", "", "", 30, 10)
 
-    known = make_device_app(accept, lambda job, packet, client: b"", lambda job, packet: Asked(bundle, packet).forged(kind="scores"))
+    known = make_device_app(
+        accept,
+        lambda job, packet, client: b"",
+        lambda job, packet: Asked(bundle, packet).forged(kind="scores"),
+    )
 
     def app(message: Message, context: Context) -> Message:
         if message.metadata.message_type != "train":
@@ -353,13 +439,22 @@ def trudy(server: str, folder: Path, bundle: Bundle, turns: Turns) -> None:
 
 
 VISITS: list[list[Content]] = [
-    [answers(state="need"), answers(state="need")], [Error(7, LONG)], [Error(7, " \n")], [RecordDict()], [answers(refused=LONG)], [answers(state="owner")],
-    [answers(state="ready", examples=-1)], [answers(state="ready", examples=30, name="../../etc")], [answers(state="refused", reason=LONG, name="books")],
+    [answers(state="need"), answers(state="need")],
+    [Error(7, LONG)],
+    [Error(7, " \n")],
+    [RecordDict()],
+    [answers(refused=LONG)],
+    [answers(state="owner")],
+    [answers(state="ready", examples=-1)],
+    [answers(state="ready", examples=30, name="../../etc")],
+    [answers(state="refused", reason=LONG, name="books")],
 ]
 
 
 def victor(server: str, folder: Path, bundle: Bundle, turns: Turns) -> None:
-    """Never gets beyond the offer: comes again and again, as one that is started anew, and each time answers with other nonsense."""
+    """Never gets beyond the offer: comes again and again, as one that is started anew, and each time
+    answers with other nonsense.
+    """
     raw = Raw(server, folder, bundle)
     turns.ready()
     for visit in VISITS:
@@ -370,11 +465,17 @@ def victor(server: str, folder: Path, bundle: Bundle, turns: Turns) -> None:
         time.sleep(BATCH)
     raw.again()
     offer = raw.wait().content
-    for number, name in enumerate((offer[RECORD].object_id, offer.object_id)):  # the next offer would consist of parts of these names
+    # the next offer would consist of parts of these names
+    for number, name in enumerate((offer[RECORD].object_id, offer.object_id)):
         root = f"{number}" * 64
-        tree = ObjectTree(object_id=root, children=[ObjectTree(object_id=name, children=[ObjectTree(object_id="9" * 64)])])
+        tree = ObjectTree(
+            object_id=root, children=[ObjectTree(object_id=name, children=[ObjectTree(object_id="9" * 64)])]
+        )
         raw.again()
-        print(f"{raw.name}: announced a part by another name: {raw.send(raw.head(raw.wait(), root), tree, {})}", flush=True)
+        print(
+            f"{raw.name}: announced a part by another name: {raw.send(raw.head(raw.wait(), root), tree, {})}",
+            flush=True,
+        )
     raw.again()
 
 

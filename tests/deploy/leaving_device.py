@@ -1,9 +1,11 @@
-"""fedtune client on a device that falls silent in secure sums, once its shares are with the others: for tests.
+"""fedtune client on a device that falls silent in secure sums, once its shares are
+with the others: for tests.
 
     python -m leaving_device ROUNDS LAST SECONDS VECTORS ARGUMENTS OF `fedtune client`
 
-In each of ROUNDS ("2,3") it answers the question for its masked vector only after so many seconds; in round LAST (0: none) the question kills
-the process. Of every round it writes the vector as it is without masks to the folder VECTORS.
+In each of ROUNDS ("2,3") it answers the question for its masked vector only after so many seconds; in
+round LAST (0: none) the question kills the process. Of every round it writes the vector as it is without
+masks to the folder VECTORS.
 """
 
 import os
@@ -35,6 +37,8 @@ def leaving(rounds: set[int], last: int, seconds: float, vectors: Path) -> None:
 
 
 if __name__ == "__main__":
-    leaving({int(r) for r in sys.argv[1].split(",") if r}, int(sys.argv[2]), float(sys.argv[3]), Path(sys.argv[4]))
+    leaving(
+        {int(r) for r in sys.argv[1].split(",") if r}, int(sys.argv[2]), float(sys.argv[3]), Path(sys.argv[4])
+    )
     sys.argv[1:5] = []
     main()

@@ -1,4 +1,6 @@
-"""Real processes on loopback: coordinators and devices started as people start them, with keys made by `fedtune provision`."""
+"""Real processes on loopback: coordinators and devices started as people start them,
+with keys made by `fedtune provision`.
+"""
 
 import contextlib
 import json
@@ -29,8 +31,12 @@ class Process:
         self.log = log
         self._file = log.open("ab")
         self.process = subprocess.Popen(
-            [*prefix, sys.executable, "-m", *command], stdin=subprocess.DEVNULL, stdout=self._file, stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "400"})
+            [*prefix, sys.executable, "-m", *command],
+            stdin=subprocess.DEVNULL,
+            stdout=self._file,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "400"},
+        )
 
     @property
     def text(self) -> str:
@@ -41,9 +47,18 @@ class Process:
         return self.process.poll() is None
 
     def wait_for(self, text: str, times: int = 1) -> None:
-        """Until the output holds `text` so often. Fails with the output when the process ends first or time is up."""
-        until(lambda: self.text.count(text) >= times or not self.running, f"{text!r} in {self.log.name}", lambda: self.text)
-        assert self.text.count(text) >= times, f"ended with {self.process.returncode} before {text!r}:\n{self.text}"
+        """Until the output holds `text` so often.
+
+        Fails with the output when the process ends first or time is up.
+        """
+        until(
+            lambda: self.text.count(text) >= times or not self.running,
+            f"{text!r} in {self.log.name}",
+            lambda: self.text,
+        )
+        assert self.text.count(text) >= times, (
+            f"ended with {self.process.returncode} before {text!r}:\n{self.text}"
+        )
 
     def wait(self) -> int:
         until(lambda: not self.running, f"the end of {self.log.name}", lambda: self.text)
@@ -71,7 +86,9 @@ class Process:
         return self.wait()
 
 
-def until(true: Callable[[], bool], what: str, say: Callable[[], str] = lambda: "", seconds: float = WAIT) -> None:
+def until(
+    true: Callable[[], bool], what: str, say: Callable[[], str] = lambda: "", seconds: float = WAIT
+) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, f"no {what} within {seconds:.0f} s\n{say()}"
@@ -81,7 +98,9 @@ def until(true: Callable[[], bool], what: str, say: Callable[[], str] = lambda: 
 class Federation:
     """One coordinator folder and device folders beside it, on a port of their own."""
 
-    def __init__(self, root: Path, names: Sequence[str] = DOMAINS, hosts: Sequence[str] = ("127.0.0.1",)) -> None:
+    def __init__(
+        self, root: Path, names: Sequence[str] = DOMAINS, hosts: Sequence[str] = ("127.0.0.1",)
+    ) -> None:
         self.root, self.host, self.port = root, hosts[0], free_port()
         self.keys = root / "keys"
         provision.make(self.keys, list(hosts), list(names))
@@ -93,13 +112,37 @@ class Federation:
         self.processes.append(process)
         return process
 
-    def server(self, *arguments: str | Path, name: str = "server", address: str = "", prefix: Sequence[str] = ()) -> Process:
-        return self.start("fedtune.cli.main", "server", *map(str, arguments), "--dir", str(self.home), "--address", f"{address or self.host}:{self.port}",
-                          name=name, prefix=prefix)
+    def server(
+        self, *arguments: str | Path, name: str = "server", address: str = "", prefix: Sequence[str] = ()
+    ) -> Process:
+        return self.start(
+            "fedtune.cli.main",
+            "server",
+            *map(str, arguments),
+            "--dir",
+            str(self.home),
+            "--address",
+            f"{address or self.host}:{self.port}",
+            name=name,
+            prefix=prefix,
+        )
 
-    def client(self, name: str, data: Path, *arguments: str | Path, address: str = "", prefix: Sequence[str] = ()) -> Process:
-        return self.start("fedtune.cli.main", "client", "--server", f"{address or self.host}:{self.port}", "--dir", str(self.keys / "devices" / name),
-                          "--data", str(data), *map(str, arguments), name=name, prefix=prefix)
+    def client(
+        self, name: str, data: Path, *arguments: str | Path, address: str = "", prefix: Sequence[str] = ()
+    ) -> Process:
+        return self.start(
+            "fedtune.cli.main",
+            "client",
+            "--server",
+            f"{address or self.host}:{self.port}",
+            "--dir",
+            str(self.keys / "devices" / name),
+            "--data",
+            str(data),
+            *map(str, arguments),
+            name=name,
+            prefix=prefix,
+        )
 
     def run(self, number: int = 1) -> Path:
         (found,) = (self.home / "runs").glob(f"{number:03d}-*")

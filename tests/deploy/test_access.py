@@ -1,4 +1,7 @@
-"""Who may talk to whom: keys, certificates, plain text, ports, and what is said when it may not be. No trainer is started where it can be helped."""
+"""Who may talk to whom: keys, certificates, plain text, ports, and what is said when it may not be.
+
+No trainer is started where it can be helped.
+"""
 
 import contextlib
 import csv
@@ -23,7 +26,8 @@ NAMES = ("alpha", "beta", "gamma")
 
 @pytest.fixture(scope="module")
 def bundle(make_bundle) -> Path:
-    return make_bundle("federation.rounds=1", "federation.cohort=9", "federation.min-replies=9")  # waits for ever: nothing is to be trained here
+    # waits for ever: nothing is to be trained here
+    return make_bundle("federation.rounds=1", "federation.cohort=9", "federation.min-replies=9")
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +55,18 @@ def device(folder: Path, of: Path) -> Path:
 
 
 def client(service: Federation, folder: Path, data: Path, *arguments: str, server: str = "") -> Process:
-    return service.start("fedtune.cli.main", "client", "--server", server or f"{service.host}:{service.port}", "--dir", str(folder), "--data", str(data), *arguments,
-                         name=f"{folder.name}-{len(service.processes)}")
+    return service.start(
+        "fedtune.cli.main",
+        "client",
+        "--server",
+        server or f"{service.host}:{service.port}",
+        "--dir",
+        str(folder),
+        "--data",
+        str(data),
+        *arguments,
+        name=f"{folder.name}-{len(service.processes)}",
+    )
 
 
 def test_certificates_that_are_not_trusted(service, domain_csv, tmp_path):
@@ -64,18 +78,23 @@ def test_certificates_that_are_not_trusted(service, domain_csv, tmp_path):
     shutil.copy(tmp_path / "other" / "devices" / "alpha" / "ca.crt", other / "ca.crt")
     broken = device(tmp_path / "broken-ca", own)
     (broken / "ca.crt").write_text("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
-    tries = [(client(service, other, data), "was not signed by the authority in"), (client(service, broken, data), "cannot be used as the coordinator's authority")]
+    tries = [
+        (client(service, other, data), "was not signed by the authority in"),
+        (client(service, broken, data), "cannot be used as the coordinator's authority"),
+    ]
 
     for name, host, now, words in (
         ("expired", "127.0.0.1", datetime.now(UTC) - timedelta(days=400), "has expired; renew it"),
         ("early", "127.0.0.1", datetime.now(UTC) + timedelta(days=40), "is not valid yet"),
-        ("elsewhere", "127.0.0.2", None, "is for other hosts"),  # a certificate holds 127.0.0.1 whatever else it holds
+        # a certificate holds 127.0.0.1 whatever else it holds
+        ("elsewhere", "127.0.0.2", None, "is for other hosts"),
     ):
         provision.make(tmp_path / name, ["127.0.0.1"], ["alpha"], ca_days=3000, now=now)
         address = listening(host, tmp_path / name / "server")
         tries.append((client(service, tmp_path / name / "devices" / "alpha", data, server=address), words))
     for process, words in tries:
-        if "expired" in words or "not valid yet" in words:  # time mends these: it does not join, and tries again
+        # time mends these: it does not join, and tries again
+        if "expired" in words or "not valid yet" in words:
             process.wait_for(words)
             process.wait_for("trying again")
             assert process.running and process.stop() == 130
@@ -111,11 +130,42 @@ def wait_until_it_listens(process: Process, host: str, port: int) -> None:
 def test_plain_text_and_loopback(service, bundle, domain_csv, tmp_path):
     own, data = service.keys / "devices" / "alpha", domain_csv["books"]
     port = free_port()
-    plain = service.start("fedtune.cli.main", "server", str(bundle), "--insecure", "--dir", str(tmp_path / "plain"), "--address", f"127.0.0.1:{port}", name="plain")
-    taken = service.start("fedtune.cli.main", "server", str(bundle), "--insecure", "--dir", str(tmp_path / "taken"), "--address", f"127.0.0.1:{service.port}", name="taken")
+    plain = service.start(
+        "fedtune.cli.main",
+        "server",
+        str(bundle),
+        "--insecure",
+        "--dir",
+        str(tmp_path / "plain"),
+        "--address",
+        f"127.0.0.1:{port}",
+        name="plain",
+    )
+    taken = service.start(
+        "fedtune.cli.main",
+        "server",
+        str(bundle),
+        "--insecure",
+        "--dir",
+        str(tmp_path / "taken"),
+        "--address",
+        f"127.0.0.1:{service.port}",
+        name="taken",
+    )
     outside = [
-        service.start("fedtune.cli.main", "server", str(bundle), "--insecure", "--dir", str(tmp_path / "outside"), "--address", address, name=f"outside-{number}")
-        for number, address in enumerate(("0.0.0.0:9092", "[::]:9092"))]
+        service.start(
+            "fedtune.cli.main",
+            "server",
+            str(bundle),
+            "--insecure",
+            "--dir",
+            str(tmp_path / "outside"),
+            "--address",
+            address,
+            name=f"outside-{number}",
+        )
+        for number, address in enumerate(("0.0.0.0:9092", "[::]:9092"))
+    ]
     outside.append(client(service, tmp_path / "away", data, "--insecure", server="192.0.2.1:9092"))
     wait_until_it_listens(plain, "127.0.0.1", port)
     mute = client(service, tmp_path / "mute", data, "--insecure")  # plain text to the TLS port
@@ -132,10 +182,14 @@ def test_plain_text_and_loopback(service, bundle, domain_csv, tmp_path):
 def test_keys(service, domain_csv, tmp_path):
     """Unknown, broken, shut out while the coordinator runs, let in while it runs, and used twice."""
     home, data = service.home, domain_csv["books"]
-    stranger = provision.make(tmp_path / "stranger", ["127.0.0.1"], ["alpha"]) and device(tmp_path / "unknown", tmp_path / "stranger" / "devices" / "alpha")
+    stranger = provision.make(tmp_path / "stranger", ["127.0.0.1"], ["alpha"]) and device(
+        tmp_path / "unknown", tmp_path / "stranger" / "devices" / "alpha"
+    )
     shutil.copy(service.keys / "devices" / "alpha" / "ca.crt", stranger / "ca.crt")
     broken = device(tmp_path / "broken", service.keys / "devices" / "alpha")
-    (broken / "device.key").write_text("-----BEGIN OPENSSH PRIVATE KEY-----\nAAAA\n-----END OPENSSH PRIVATE KEY-----\n")
+    (broken / "device.key").write_text(
+        "-----BEGIN OPENSSH PRIVATE KEY-----\nAAAA\n-----END OPENSSH PRIVATE KEY-----\n"
+    )
     absent = device(tmp_path / "absent", service.keys / "devices" / "alpha")
     (absent / "device.key").unlink()
     unknown, bad, none = (client(service, folder, data) for folder in (stranger, broken, absent))
@@ -155,7 +209,8 @@ def test_keys(service, domain_csv, tmp_path):
     assert "is not a device key" in ended(bad, 2)
     assert "device.key: is missing" in ended(none, 2)
 
-    copy = client(service, device(tmp_path / "copy", late), data)  # the same key from two places: both are the device delta
+    # the same key from two places: both are the device delta
+    copy = client(service, device(tmp_path / "copy", late), data)
     copy.wait_for("connecting to")
     (home / "devices" / "gamma.pub").unlink()
     assert "does not know this device's key" in ended(gamma, 2)
@@ -174,15 +229,22 @@ def test_data_errors_stay_on_the_device(service, domain_csv, tmp_path):
         out.writeheader()
         out.writerows(row | {"label": SECRET} for row in rows)
     (tmp_path / "folder").mkdir()
-    wrong = {"label": (tmp_path / "label.csv", SECRET), "folder": (tmp_path / "folder", "is a folder")}  # the others are tested where data are read
+    # the others are tested where data are read
+    wrong = {"label": (tmp_path / "label.csv", SECRET), "folder": (tmp_path / "folder", "is a folder")}
 
     provision.make(service.keys, [], list(wrong))
-    started = {name: client(service, service.keys / "devices" / name, path) for name, (path, _) in wrong.items()}
+    started = {
+        name: client(service, service.keys / "devices" / name, path) for name, (path, _) in wrong.items()
+    }
     for name, process in started.items():
         line = ended(process, 2)
         assert "--data" in line and wrong[name][1] in line, line
-        service.coordinator.wait_for(f"device {name} refused: data: what this device reads does not fit the job")
+        service.coordinator.wait_for(
+            f"device {name} refused: data: what this device reads does not fit the job"
+        )
     status = json.loads((service.home / "service.json").read_text())
-    assert {d["name"]: d["state"] for d in status["devices"] if d["name"] in wrong} == dict.fromkeys(wrong, "refused")
+    assert {d["name"]: d["state"] for d in status["devices"] if d["name"] in wrong} == dict.fromkeys(
+        wrong, "refused"
+    )
     for path in [service.coordinator.log, *(p for p in service.home.rglob("*") if p.is_file())]:
         assert SECRET.encode() not in path.read_bytes(), path

@@ -1,4 +1,6 @@
-"""A coordinator that means harm, against a real device: only the code that is installed there runs, and the owner's policy holds."""
+"""A coordinator that means harm, against a real device: only the code that is installed there runs, and
+the owner's policy holds.
+"""
 
 import hashlib
 import io
@@ -35,13 +37,28 @@ def hostile_app(marks: Path) -> Fab:
     """An app bundle whose every module leaves a file in `marks` when it is imported."""
     touch = f"# {MARK}\nimport pathlib\npathlib.Path({str(marks)!r}, __name__).touch()\n"
     files = {
-        "pyproject.toml": '[build-system]\nrequires = ["hatchling"]\nbuild-backend = "hatchling.build"\n[project]\nname = "coordinator"\nversion = "1.0.0"\n'
-                          'description = ""\nlicense = "Apache-2.0"\ndependencies = ["flwr"]\n[tool.flwr.app]\npublisher = "fedtune"\n'
-                          '[tool.flwr.app.components]\nserverapp = "evil:server"\nclientapp = "evil:app"\n[tool.flwr.app.config]\n',
-        "evil.py": touch + "from flwr.clientapp import ClientApp\nfrom flwr.serverapp import ServerApp\napp, server = ClientApp(), ServerApp()\n",
-        "sitecustomize.py": touch, "fedtune/__init__.py": touch, "fedtune/client/__init__.py": touch, "fedtune/client/app.py": touch, "fedtune/wire.py": touch,
+        "pyproject.toml": (
+            '[build-system]\nrequires = ["hatchling"]\nbuild-backend = "hatchling.build"\n'
+            '[project]\nname = "coordinator"\nversion = "1.0.0"\ndescription = ""\n'
+            'license = "Apache-2.0"\ndependencies = ["flwr"]\n'
+            '[tool.flwr.app]\npublisher = "fedtune"\n'
+            '[tool.flwr.app.components]\nserverapp = "evil:server"\nclientapp = "evil:app"\n'
+            "[tool.flwr.app.config]\n"
+        ),
+        "evil.py": touch
+        + (
+            "from flwr.clientapp import ClientApp\nfrom flwr.serverapp import ServerApp\n"
+            "app, server = ClientApp(), ServerApp()\n"
+        ),
+        "sitecustomize.py": touch,
+        "fedtune/__init__.py": touch,
+        "fedtune/client/__init__.py": touch,
+        "fedtune/client/app.py": touch,
+        "fedtune/wire.py": touch,
     }
-    files[".info/CONTENT"] = "\n".join(f"{name},{hashlib.sha256(text.encode()).hexdigest()},{len(text) * 8}" for name, text in files.items())
+    files[".info/CONTENT"] = "\n".join(
+        f"{name},{hashlib.sha256(text.encode()).hexdigest()},{len(text) * 8}" for name, text in files.items()
+    )
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as z:
         for name, text in files.items():
@@ -79,7 +96,10 @@ def hostile(tmp_path, monkeypatch) -> Iterator[Hostile]:
     marks.mkdir()
     monkeypatch.setattr(server, "_empty_app", lambda: hostile_app(marks))
     port = free_port()
-    with server.superlink("127.0.0.1", port, tmp_path / "superlink.sqlite", None, 2**27) as link, link.run() as grid:
+    with (
+        server.superlink("127.0.0.1", port, tmp_path / "superlink.sqlite", None, 2**27) as link,
+        link.run() as grid,
+    ):
         yield Hostile(link, grid, port)
 
 
@@ -94,13 +114,31 @@ class Evil:
 def test_only_installed_code_runs_on_a_device(hostile, federation, make_bundle, domain_csv, tmp_path):
     folder, marks = tmp_path / "device", tmp_path / "marks"
     live: Federation = federation([])
-    device = live.start("fedtune.cli.main", "client", "--server", f"127.0.0.1:{hostile.port}", "--insecure", "--dir", str(folder), "--data",
-                        str(domain_csv["books"]), "--name", "books", name="books")
+    device = live.start(
+        "fedtune.cli.main",
+        "client",
+        "--server",
+        f"127.0.0.1:{hostile.port}",
+        "--insecure",
+        "--dir",
+        str(folder),
+        "--data",
+        str(domain_csv["books"]),
+        "--name",
+        "books",
+        name="books",
+    )
     bundle = open_bundle(make_bundle())
     files = {f"file:{name}": data for name, data in bundle.shipped().items()}
 
-    for kind in ("train", "evaluate"):  # a job that was never offered, paths for names, records of other kinds
-        for values in ({"job": "0" * 64, "packet": b"x", "client": "a"}, {"job": "../../../etc", "packet": b"x", "client": "a"}, {"packet": 1, "client": b"x"}, {}):
+    # a job that was never offered, paths for names, records of other kinds
+    for kind in ("train", "evaluate"):
+        for values in (
+            {"job": "0" * 64, "packet": b"x", "client": "a"},
+            {"job": "../../../etc", "packet": b"x", "client": "a"},
+            {"packet": 1, "client": b"x"},
+            {},
+        ):
             assert hostile.ask(kind, **values).keys() == {"refused"}, (kind, values)
         assert hostile.tell(kind, RecordDict()).content[RECORD].keys() == {"refused"}
     assert hostile.tell("train.evil", RecordDict()).has_error()
@@ -114,12 +152,19 @@ def test_only_installed_code_runs_on_a_device(hostile, federation, make_bundle, 
 
     assert hostile.ask("query", job=bundle.digest)["state"] == "need"
     extra = {"file:../../evil.py": b"x", "file:evil.py": b"x", "file:initial.safetensors": b"x"}
-    answer = hostile.ask("query", seconds=120.0, job=bundle.digest, **files, **extra)  # what a bundle does not hold is not looked at
+    # what a bundle does not hold is not looked at
+    answer = hostile.ask("query", seconds=120.0, job=bundle.digest, **files, **extra)
     assert (answer["state"], answer["examples"]) == ("ready", 32), answer
     assert sorted(p.name for p in (folder / "bundles" / bundle.digest).iterdir()) == sorted(bundle.shipped())
-    assert hostile.ask("train", job=bundle.digest, packet=b"FTP1", client="../../x")["refused"].startswith("size: ")
+    assert hostile.ask("train", job=bundle.digest, packet=b"FTP1", client="../../x")["refused"].startswith(
+        "size: "
+    )
     model = encode("model", bundle.manifest.spec.schema, bundle.initial, round=1, frame=bundle.frame_digest)
-    update = decode(hostile.ask("train", job=bundle.digest, packet=model, client="../../x")["packet"], bundle.manifest.spec.schema, kinds=["update"])
+    update = decode(
+        hostile.ask("train", job=bundle.digest, packet=model, client="../../x")["packet"],
+        bundle.manifest.spec.schema,
+        kinds=["update"],
+    )
     assert update.header.weight == 32
 
     assert not list(marks.iterdir())
@@ -129,19 +174,38 @@ def test_only_installed_code_runs_on_a_device(hostile, federation, make_bundle, 
 
     node, trainer = (one(device.process.pid, name) for name in ("supernode_process", "training.service"))
     for light in (psutil.Process(device.process.pid), node):
-        assert not {part for part in ("libtorch", "/torch/", "/tokenizers/", "/pyarrow/") if part in loaded(light)}, light.cmdline()
+        assert not {
+            part for part in ("libtorch", "/torch/", "/tokenizers/", "/pyarrow/") if part in loaded(light)
+        }, light.cmdline()
     assert "libtorch" in loaded(trainer) and "/tokenizers/" in loaded(trainer)
 
     device.process.kill()  # its first process alone: the others notice
     device.process.wait()
-    until(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in (node, trainer)), "end of the other processes", seconds=END)
+    until(
+        lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in (node, trainer)),
+        "end of the other processes",
+        seconds=END,
+    )
 
 
 def test_the_control_flower_alone_does_run_the_app(hostile, federation, tmp_path):
     """So that the test above would see it."""
     live: Federation = federation([])
-    live.start("fedtune.client.supernode_process", str(os.getpid()), "--insecure", "--superlink", f"127.0.0.1:{hostile.port}", "--port", str(free_port()), name="stock",
-               prefix=("env", f"FLWR_HOME={tmp_path / 'flwr'}", f"PATH={Path(sys.executable).parent}:{os.environ['PATH']}"))
+    live.start(
+        "fedtune.client.supernode_process",
+        str(os.getpid()),
+        "--insecure",
+        "--superlink",
+        f"127.0.0.1:{hostile.port}",
+        "--port",
+        str(free_port()),
+        name="stock",
+        prefix=(
+            "env",
+            f"FLWR_HOME={tmp_path / 'flwr'}",
+            f"PATH={Path(sys.executable).parent}:{os.environ['PATH']}",
+        ),
+    )
     hostile.tell("train", RecordDict({RECORD: ConfigRecord({"packet": b"x"})}))
     assert (tmp_path / "marks" / "evil").exists()
     assert list((tmp_path / "flwr" / "apps").iterdir())
@@ -149,6 +213,7 @@ def test_the_control_flower_alone_does_run_the_app(hostile, federation, tmp_path
 
 def wrong_bundles(shipped: dict[str, bytes], marks: Path) -> dict[str, tuple[str, dict[str, bytes], str]]:
     """(name, files, reason) of bundles that are none."""
+
     def named(files: dict[str, bytes]) -> str:
         return hashlib.sha256(files.get("manifest.json", b"")).hexdigest()
 
@@ -158,7 +223,8 @@ def wrong_bundles(shipped: dict[str, bytes], marks: Path) -> dict[str, tuple[str
         return json.dumps(facts).encode()
 
     changed = {
-        "manifest of another job": shipped | {"manifest.json": manifest(lambda m: m.update(job_sha256="0" * 64))},
+        "manifest of another job": shipped
+        | {"manifest.json": manifest(lambda m: m.update(job_sha256="0" * 64))},
         "another format": shipped | {"manifest.json": manifest(lambda m: m.update(format="2"))},
         "a manifest that is none": shipped | {"manifest.json": b"[]"},
         "a frame that is a pickle": shipped | {"frame.safetensors": pickle.dumps(Evil(marks / "pickle"))},
@@ -169,11 +235,17 @@ def wrong_bundles(shipped: dict[str, bytes], marks: Path) -> dict[str, tuple[str
         "no job": {"manifest.json": shipped["manifest.json"]},
     }
     found = {what: (named(files), files, "bundle: ") for what, files in changed.items()}
-    return found | {"another name": ("0" * 64, shipped, "bundle: its manifest is not the one called 000000000000")}
+    return found | {
+        "another name": ("0" * 64, shipped, "bundle: its manifest is not the one called 000000000000")
+    }
 
 
 def one(parent: int, name: str) -> psutil.Process:
-    (found,) = [p for p in psutil.Process(parent).children(recursive=True) if any(name in part for part in p.cmdline())]
+    (found,) = [
+        p
+        for p in psutil.Process(parent).children(recursive=True)
+        if any(name in part for part in p.cmdline())
+    ]
     return found
 
 

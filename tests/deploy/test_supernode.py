@@ -31,19 +31,32 @@ def receive_of_an_ended_run(loop: ModuleType) -> tuple[InMemoryNodeState, InMemo
     state.set_node_id(1)
     run = Run.create_empty(7)
     state.store_run(run)
-    state.set_run_series_context(run.series_id, Context(run_id=7, node_id=1, node_config={}, state=RecordDict(), run_config={}))
+    state.set_run_series_context(
+        run.series_id, Context(run_id=7, node_id=1, node_config={}, state=RecordDict(), run_config={})
+    )
     message = Message(RecordDict(), dst_node_id=1, message_type="train")
     message.metadata.__dict__["_message_id"] = message.object_id
     found = loop._pull_and_store_message(
-        state=state, object_store=store, node_config={}, receive=lambda: (message, get_object_tree(message)), get_run=lambda _: run, get_fab=ended,
-        pull_object=ended, confirm_message_received=ended, trusted_entities=None)
+        state=state,
+        object_store=store,
+        node_config={},
+        receive=lambda: (message, get_object_tree(message)),
+        get_run=lambda _: run,
+        get_fab=ended,
+        pull_object=ended,
+        confirm_message_received=ended,
+        trusted_entities=None,
+    )
     assert found is None
     return state, store, message.object_id
 
 
 @pytest.fixture
 def loop(monkeypatch) -> ModuleType:
-    monkeypatch.setattr(start_client_internal, "_pull_and_store_message", start_client_internal._pull_and_store_message)  # put back afterwards
+    # put back afterwards
+    monkeypatch.setattr(
+        start_client_internal, "_pull_and_store_message", start_client_internal._pull_and_store_message
+    )
     return start_client_internal
 
 

@@ -1,4 +1,6 @@
-"""The trainer as a process of its own: kept, watched, ended and started again; with the answers of the same work done here."""
+"""The trainer as a process of its own: kept, watched, ended and started again;
+with the answers of the same work done here.
+"""
 
 import contextlib
 import dataclasses
@@ -33,10 +35,13 @@ OPEN, CALL = 120.0, 60.0  # seconds; generous, as other work may fill the machin
 @pytest.fixture(scope="module")
 def make(tiny_job, tmp_path_factory):
     """make("section.key=value", ...) -> Bundle of the tiny job."""
+
     def make(*changes):
         setup = open_setup(tiny_job("data.id=id", *changes))
         model = setup.fresh_model()
-        return make_bundle(setup, tmp_path_factory.mktemp("bundles") / "bundle", data_free_frame(setup, model), model, {})
+        return make_bundle(
+            setup, tmp_path_factory.mktemp("bundles") / "bundle", data_free_frame(setup, model), model, {}
+        )
 
     return make
 
@@ -56,15 +61,20 @@ def long_bundle(make):
 def trainer_of(tiny_csv, tmp_path):
     """trainer_of(bundle, field=value, ...) -> Trainer, stopped after the test."""
     with contextlib.ExitStack() as stack:
+
         def start(bundle, **changes):
-            settings = TrainerSettings(bundle.folder, tiny_csv, None, 1, 0.0, tmp_path / "trainer.log", tmp_path)
+            settings = TrainerSettings(
+                bundle.folder, tiny_csv, None, 1, 0.0, tmp_path / "trainer.log", tmp_path
+            )
             return stack.enter_context(Trainer(dataclasses.replace(settings, **changes)))
 
         yield start
 
 
 def packet(bundle, round=1):
-    return encode("model", bundle.manifest.spec.schema, bundle.initial, round=round, frame=bundle.frame_digest)
+    return encode(
+        "model", bundle.manifest.spec.schema, bundle.initial, round=round, frame=bundle.frame_digest
+    )
 
 
 def alive(pid):
@@ -118,20 +128,28 @@ def in_thread(call):
 
 
 def test_the_light_side_has_no_torch():
-    code = "import sys, fedtune.client.trainer; print(*(m for m in ('torch', 'transformers', 'flwr', 'fedtune.training') if m in sys.modules))"
+    code = (
+        "import sys, fedtune.client.trainer; print(*(m for m in ('torch', 'transformers', 'flwr', "
+        "'fedtune.training') if m in sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout.split()) == (0, []), done.stderr
 
 
 def test_errors_that_come_back_are_fedtunes_own():
-    assert client_side._PLAIN_ERRORS.keys() | {"Refused", "JobError"} <= {name for name in vars(errors) if name[0].isupper()}
+    assert client_side._PLAIN_ERRORS.keys() | {"Refused", "JobError"} <= {
+        name for name in vars(errors) if name[0].isupper()
+    }
 
 
 def test_a_trainer_that_cannot_start_says_its_last_line(tmp_path, trainer_of, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     nothing = type("Nothing", (), {"folder": tmp_path})
     trainer = trainer_of(nothing)
-    with pytest.raises(EnvironmentProblem, match=rf"^trainer did not start \(exit code 1\); it wrote nothing to {tmp_path}/trainer\.log$"):
+    with pytest.raises(
+        EnvironmentProblem,
+        match=rf"^trainer did not start \(exit code 1\); it wrote nothing to {tmp_path}/trainer\.log$",
+    ):
         trainer.open(OPEN)
     assert not trainer.running and trainer.pid is None and not leftovers(tmp_path)
 
@@ -149,7 +167,10 @@ def test_loads_once_and_answers_as_the_same_work_done_here(bundle, tiny_csv, tmp
     assert decode(trainer.evaluate(packet(bundle), CALL), Schema(()), kinds=["scores"]).header.weight == 24
     assert (trainer.pid, trainer.starts) == (pid, 1) and trainer.running
     (private,) = leftovers(tmp_path)
-    assert stat.S_IMODE(private.stat().st_mode) == 0o700 and stat.S_IMODE((private / "config.json").stat().st_mode) == 0o600
+    assert (
+        stat.S_IMODE(private.stat().st_mode) == 0o700
+        and stat.S_IMODE((private / "config.json").stat().st_mode) == 0o600
+    )
     trainer.stop()
     assert not trainer.running and not alive(pid) and not leftovers(tmp_path)
     with pytest.raises(EnvironmentProblem, match=r"^trainer was stopped; make another one$"):
@@ -172,9 +193,20 @@ def test_a_call_during_which_it_is_killed_is_made_once_more(long_bundle, trainer
     trainer.open(OPEN)
     join = in_thread(lambda: trainer.handle(packet(long_bundle), "a", 600.0))
     for start in (1, 2):
-        eventually(lambda n=start: trainer.starts == n and trainer.address and holds_model(trainer) and busy(trainer.pid), OPEN)
+        eventually(
+            lambda n=start: (
+                trainer.starts == n and trainer.address and holds_model(trainer) and busy(trainer.pid)
+            ),
+            OPEN,
+        )
         os.kill(trainer.pid, signal.SIGKILL)
-    with pytest.raises(EnvironmentProblem, match=rf"^trainer ended twice during Handle \(SIGKILL, as when memory runs out\); .*{tmp_path}/trainer\.log"):
+    with pytest.raises(
+        EnvironmentProblem,
+        match=(
+            r"^trainer ended twice during Handle \(SIGKILL, as when memory runs out\); "
+            rf".*{tmp_path}/trainer\.log"
+        ),
+    ):
         join()
     assert trainer.starts == 2 and not trainer.running and not leftovers(tmp_path)
 
@@ -204,7 +236,13 @@ def test_one_that_hangs_in_a_call_is_killed_at_its_timeout(long_bundle, bundle, 
     join = in_thread(lambda: trainer.handle(packet(long_bundle), "a", 4.0))
     eventually(lambda: busy(pid))
     os.kill(pid, signal.SIGSTOP)
-    with pytest.raises(EnvironmentProblem, match=r"^trainer did not answer Handle within 4 s, it was stopped; allow more time, or give this device less work; [^\n]*trainer\.log$"):
+    with pytest.raises(
+        EnvironmentProblem,
+        match=(
+            r"^trainer did not answer Handle within 4 s, it was stopped; allow more time, "
+            r"or give this device less work; [^\n]*trainer\.log$"
+        ),
+    ):
         join()
     assert not alive(pid) and not leftovers(tmp_path)
     assert trainer.open(OPEN)["examples"] == 96 and trainer.starts == 2
@@ -246,7 +284,8 @@ def test_errors_come_back_as_their_classes(bundle, tiny_csv, trainer_of, tmp_pat
     with pytest.raises(DataError, match=rf"^--data {path}: does not exist; give a file of texts \(.*\)$"):
         trainer.open(OPEN)
     path.write_text("id,text,label\n" + "".join(f"{i},x,good\n" for i in range(9)) + f"9,x,{'ü😀' * 3000}\n")
-    with pytest.raises(DataError, match=rf"^--data {path}: label 'ü😀ü") as e:  # a long message arrives too, cut
+    # a long message arrives too, cut
+    with pytest.raises(DataError, match=rf"^--data {path}: label 'ü😀ü") as e:
         trainer.open(OPEN)
     assert len(str(e.value)) == service.MAX_DETAILS
     path.write_bytes(tiny_csv.read_bytes())
@@ -261,7 +300,9 @@ def test_errors_come_back_as_their_classes(bundle, tiny_csv, trainer_of, tmp_pat
 def test_errors_of_base_and_bundle_come_back_as_their_classes(bundle, trainer_of, tmp_path):
     with pytest.raises(ModelError, match=rf"^--base {tmp_path}/none: does not exist; "):
         trainer_of(bundle, base=tmp_path / "none").open(OPEN)
-    with pytest.raises(RunError, match=r": no manifest\.json, so not a bundle; `fedtune prepare JOB -o BUNDLE` makes one$"):
+    with pytest.raises(
+        RunError, match=r": no manifest\.json, so not a bundle; `fedtune prepare JOB -o BUNDLE` makes one$"
+    ):
         trainer_of(type("Nothing", (), {"folder": tmp_path})).open(OPEN)
 
 
@@ -269,14 +310,24 @@ def test_errors_are_made_from_a_closed_table(tmp_path):
     """Whatever name a status brings, nothing but these classes is made of it."""
     process = client_side._Process.__new__(client_side._Process)
     process.log = tmp_path / "log"
-    for error in (DataError("a: b"), ModelError("m"), RunError("r"), UserError("u"), EnvironmentProblem("e"), Refused("size", "a: b"),
-                  JobError(["a.b = 1: wrong", "c: d"], "/x/job.toml"), JobError(["one"], "job")):
+    for error in (
+        DataError("a: b"),
+        ModelError("m"),
+        RunError("r"),
+        UserError("u"),
+        EnvironmentProblem("e"),
+        Refused("size", "a: b"),
+        JobError(["a.b = 1: wrong", "c: d"], "/x/job.toml"),
+        JobError(["one"], "job"),
+    ):
         again = process._error(type(error).__name__, str(error))
         assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))
     for name in ("bug", "ContractError", "SystemExit", "os.system", "FedtuneError", "__class__", ""):
         again = process._error(name, "TypeError: x")
         assert type(again) is EnvironmentProblem
-        assert str(again) == f"trainer failed: TypeError: x; this is a bug, its traceback is in {tmp_path}/log"
+        assert (
+            str(again) == f"trainer failed: TypeError: x; this is a bug, its traceback is in {tmp_path}/log"
+        )
 
 
 @pytest.mark.slow
@@ -284,9 +335,17 @@ def test_a_bug_is_one_line_and_its_traceback_is_in_the_log(bundle, trainer_of, t
     """A client name that is no text, which the stub never sends."""
     trainer = trainer_of(bundle)
     trainer.open(OPEN)
-    with pytest.raises(EnvironmentProblem, match=rf"^trainer failed: UnicodeDecodeError: [^\n]*; this is a bug, its traceback is in {tmp_path}/trainer\.log$"):
+    with pytest.raises(
+        EnvironmentProblem,
+        match=(
+            r"^trainer failed: UnicodeDecodeError: [^\n]*; this is a bug, its traceback "
+            rf"is in {tmp_path}/trainer\.log$"
+        ),
+    ):
         trainer._call("Handle", packet(bundle), CALL, (("client-bin", b"\xff"),))
-    assert "Traceback" in (tmp_path / "trainer.log").read_text() and trainer.open(OPEN) and trainer.starts == 1
+    assert (
+        "Traceback" in (tmp_path / "trainer.log").read_text() and trainer.open(OPEN) and trainer.starts == 1
+    )
 
 
 def holds_model(trainer):

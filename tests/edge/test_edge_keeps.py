@@ -1,4 +1,6 @@
-"""What a device without torch keeps for itself, and what it sends, beside one with torch: round after round the same to rounding."""
+"""What a device without torch keeps for itself, and what it sends, beside one with torch: round after
+round the same to rounding.
+"""
 
 import numpy as np
 import pytest
@@ -12,7 +14,9 @@ from fedtune.wire import Schema, decode, encode
 
 SGD = ("federation.optimizer=sgd", "federation.lr=0.2")
 METHODS = {
-    "ditto": ("personal.method=ditto", "federation.proximal=0.2"), "head": ("personal.method=head", *SGD), "scaffold": ("federation.drift=scaffold", "federation.weighting=equal", *SGD, "federation.head-lr=0.1"),
+    "ditto": ("personal.method=ditto", "federation.proximal=0.2"),
+    "head": ("personal.method=head", *SGD),
+    "scaffold": ("federation.drift=scaffold", "federation.weighting=equal", *SGD, "federation.head-lr=0.1"),
     "select": ("personal.method=select", "personal.every=1", "federation.weight-decay=0.1", *SGD),
     "loge": ("personal.method=loge", *SGD),
     "fedspeed": ("federation.drift=fedspeed", "federation.proximal=0.5", *SGD),
@@ -22,22 +26,34 @@ METHODS = {
 @pytest.mark.parametrize("method", METHODS)
 def test_rounds_are_torchs(method, prepared, tiny_csv, tmp_path):
     made = prepared(*METHODS[method])
-    devices = (open_device(made.bundle, tiny_csv, kept=tmp_path / "torch"), edge_device.open_device(made.bundle, tiny_csv, made.graphs, threads=1, kept=tmp_path / "edge"))
+    devices = (
+        open_device(made.bundle, tiny_csv, kept=tmp_path / "torch"),
+        edge_device.open_device(made.bundle, tiny_csv, made.graphs, threads=1, kept=tmp_path / "edge"),
+    )
     bundle, schema, moved = made.bundle, made.bundle.schema, 0.0
     for round in (1, 2, 5):
         draw = np.random.default_rng(round)
         model = {n: a + draw.normal(0, 0.01, a.shape).astype(np.float32) for n, a in bundle.start.items()}
         asked = encode("model", schema, model, round=round, frame=bundle.frame_digest)
-        theirs, ours = (decode(d.handle(asked, "a"), schema, kinds=["update"], round=round, frame=bundle.frame_digest) for d in devices)
-        assert ours.header.weight == theirs.header.weight and ours.metrics["loss"][0] == pytest.approx(theirs.metrics["loss"][0], rel=1e-4)
+        theirs, ours = (
+            decode(d.handle(asked, "a"), schema, kinds=["update"], round=round, frame=bundle.frame_digest)
+            for d in devices
+        )
+        assert ours.header.weight == theirs.header.weight and ours.metrics["loss"][0] == pytest.approx(
+            theirs.metrics["loss"][0], rel=1e-4
+        )
         np.testing.assert_allclose(ours.arrays.vector, theirs.arrays.vector, rtol=0, atol=5e-5)
         moved = max(moved, *(float(np.abs(ours.arrays[n] - a).max()) for n, a in model.items()))
         stay = [d.worker.kept.load("", round) for d in devices]
         for name, array in stay[0].items():
             np.testing.assert_allclose(stay[1][name], array, rtol=0, atol=5e-5)
         scores = [decode(d.evaluate(asked), Schema(()), kinds=["scores"]).metrics for d in devices]
-        assert scores[0].keys() == scores[1].keys() and ("personal_accuracy" in scores[0]) == (method in ("ditto", "head", "loge", "select"))
-        assert all(scores[1][n] == (pytest.approx(total, rel=1e-4), count) for n, (total, count) in scores[0].items())
+        assert scores[0].keys() == scores[1].keys() and ("personal_accuracy" in scores[0]) == (
+            method in ("ditto", "head", "loge", "select")
+        )
+        assert all(
+            scores[1][n] == (pytest.approx(total, rel=1e-4), count) for n, (total, count) in scores[0].items()
+        )
     assert moved > 2e-3
     if "personal_accuracy" in scores[0]:
         own = [load_file(tmp_path / place / "adapter.safetensors") for place in ("torch", "edge")]
@@ -57,4 +73,7 @@ def test_without_a_place_to_keep_it_nothing_is_trained(prepared, tiny_csv):
     made = prepared(*METHODS["ditto"], graphs=False)
     device = open_device(made.bundle, tiny_csv)
     with pytest.raises(ContractError, match="no place for it"):
-        device.handle(encode("model", made.bundle.schema, made.bundle.start, round=1, frame=made.bundle.frame_digest), "a")
+        device.handle(
+            encode("model", made.bundle.schema, made.bundle.start, round=1, frame=made.bundle.frame_digest),
+            "a",
+        )

@@ -10,22 +10,37 @@ from fedtune.job import parse_job
 from fedtune.training.local import make_optimizer
 from fedtune.types import TensorSpec
 
-TENSORS = (TensorSpec("a.R", (4, 4), "block.0"), TensorSpec("b.R", (3,), "block.1"), TensorSpec("head.weight", (2, 5), "head"))
+TENSORS = (
+    TensorSpec("a.R", (4, 4), "block.0"),
+    TensorSpec("b.R", (3,), "block.1"),
+    TensorSpec("head.weight", (2, 5), "head"),
+)
 SPEC = AdapterSpec("fed-sb", 4, 1.0, (), TENSORS, ())
 
 
-@pytest.mark.parametrize("changes", [
-    ("federation.optimizer=sgd",), ("federation.optimizer=sgd", "federation.momentum=0.9"),
-    ("federation.optimizer=sgd", "federation.momentum=0.9", "federation.weight-decay=0.1"), ("federation.optimizer=adamw",),
-    ("federation.optimizer=adam", "federation.weight-decay=0.1"), ("federation.optimizer=adamw", "federation.weight-decay=0.1", "federation.head-lr=0.05"),
-    ("federation.optimizer=sgd", "federation.head-lr=0.05", "federation.lr-decay=0.5"),
-], ids=" ".join)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ("federation.optimizer=sgd",),
+        ("federation.optimizer=sgd", "federation.momentum=0.9"),
+        ("federation.optimizer=sgd", "federation.momentum=0.9", "federation.weight-decay=0.1"),
+        ("federation.optimizer=adamw",),
+        ("federation.optimizer=adam", "federation.weight-decay=0.1"),
+        ("federation.optimizer=adamw", "federation.weight-decay=0.1", "federation.head-lr=0.05"),
+        ("federation.optimizer=sgd", "federation.head-lr=0.05", "federation.lr-decay=0.5"),
+    ],
+    ids=" ".join,
+)
 def test_equal_to_torch(changes):
-    """30 steps with gradients over many decades. float32 rounds to 6e-8 of a value; a few roundings a step add up."""
+    """30 steps with gradients over many decades. float32 rounds to 6e-8 of a value;
+    a few roundings a step add up.
+    """
     settings, draw = parse_job("", changes).federation, np.random.default_rng(0)
     start = draw.standard_normal(29).astype(np.float32)
-    parameters = {t.name: torch.from_numpy(part.reshape(t.shape).copy()).requires_grad_()
-                  for t, part in zip(TENSORS, np.split(start, [16, 19]))}
+    parameters = {
+        t.name: torch.from_numpy(part.reshape(t.shape).copy()).requires_grad_()
+        for t, part in zip(TENSORS, np.split(start, [16, 19]))
+    }
     theirs, ours, values = make_optimizer(parameters, settings, 3), Optimizer(SPEC, settings, 3), start.copy()
     for _ in range(30):
         gradient = (draw.standard_normal(29) * 10.0 ** draw.uniform(-6, 2, 29)).astype(np.float32)

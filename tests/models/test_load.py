@@ -16,19 +16,30 @@ from fedtune.models.sources import locate
 
 @pytest.fixture
 def altered(tiny_bert, tmp_path):
-    """altered(keep, **config) -> section of a copy of the tiny BERT without the tensors that `keep` turns down."""
+    """altered(keep, **config) -> section of a copy of the tiny BERT without the
+    tensors that `keep` turns down.
+    """
 
     def make(keep=lambda name: True, **config):
         folder = shutil.copytree(tiny_bert, tmp_path / "altered")
         tensors = load_file(folder / "model.safetensors")
-        save_file({name: t for name, t in tensors.items() if keep(name)}, folder / "model.safetensors", {"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | config))
+        save_file(
+            {name: t for name, t in tensors.items() if keep(name)},
+            folder / "model.safetensors",
+            {"format": "pt"},
+        )
+        (folder / "config.json").write_text(
+            json.dumps(json.loads((folder / "config.json").read_text()) | config)
+        )
         return ModelSection(source=str(folder), max_length=16)
 
     return make
 
 
-@pytest.mark.parametrize("base, task", [("tiny_bert", "text-classification"), ("tiny_gpt2", "causal-lm"), ("tiny_llama", "causal-lm")])
+@pytest.mark.parametrize(
+    "base, task",
+    [("tiny_bert", "text-classification"), ("tiny_gpt2", "causal-lm"), ("tiny_llama", "causal-lm")],
+)
 def test_a_sketch_has_the_layout_of_the_base(base, task, request):
     section = ModelSection(source=str(request.getfixturevalue(base)), task=task, max_length=16)
     source = locate(section.source)
@@ -39,7 +50,9 @@ def test_a_base_is_frozen_without_dropout_and_its_head_comes_from_the_seed(alter
     section = altered()
     one, two, other = (load_model(section, locate(section.source), 2, seed) for seed in (0, 0, 1))
     assert not one.training and not any(p.requires_grad for p in one.parameters())
-    assert torch.equal(one.head.weight, two.head.weight) and not torch.equal(one.head.weight, other.head.weight)
+    assert torch.equal(one.head.weight, two.head.weight) and not torch.equal(
+        one.head.weight, other.head.weight
+    )
 
 
 def test_a_missing_pooler_is_alike_each_time(altered):
@@ -50,13 +63,18 @@ def test_a_missing_pooler_is_alike_each_time(altered):
 
 def test_missing_weights_are_not_made_up(altered):
     section = altered(lambda name: "layer.1." not in name)
-    with pytest.raises(ModelError, match=r"its weights lack 16 tensors of AutoModel \(first encoder\.layer\.1\.attention\."):
+    with pytest.raises(
+        ModelError, match=r"its weights lack 16 tensors of AutoModel \(first encoder\.layer\.1\.attention\."
+    ):
         load_model(section, locate(section.source), 2, 0)
 
 
 def test_code_of_a_base_is_never_run(altered):
     section = altered(auto_map={"AutoModel": "evil.Model"})
-    for open_ in (lambda: sketch_model(section, locate(section.source), 2), lambda: load_model(section, locate(section.source), 2, 0)):
+    for open_ in (
+        lambda: sketch_model(section, locate(section.source), 2),
+        lambda: load_model(section, locate(section.source), 2, 0),
+    ):
         with pytest.raises(ModelError, match="which fedtune never runs"):
             open_()
 
@@ -66,13 +84,21 @@ def test_texts_longer_than_the_positions_are_refused_early(tiny_bert, tiny_llama
     assert sketch_model(ModelSection(max_length=32), source, 2) is not None
     with pytest.raises(ModelError, match=r"model\.max-length = 33: this base reads at most 32 tokens"):
         sketch_model(ModelSection(max_length=33), source, 2)
-    assert sketch_model(ModelSection(max_length=64, task="causal-lm"), locate(str(tiny_llama)), 1) is not None  # rotary: no table
+    # rotary: no table
+    assert sketch_model(ModelSection(max_length=64, task="causal-lm"), locate(str(tiny_llama)), 1) is not None
 
 
 def test_roberta_counts_its_positions_from_its_padding_place(tmp_path):
     from transformers import RobertaConfig
 
-    RobertaConfig(vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8, max_position_embeddings=34).save_pretrained(tmp_path)
+    RobertaConfig(
+        vocab_size=20,
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=8,
+        max_position_embeddings=34,
+    ).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="at most 32 tokens"):
         sketch_model(ModelSection(max_length=33), locate(str(tmp_path)), 2)
 
@@ -90,7 +116,9 @@ def load(section, source, classes):
 
 def test_a_tokenizer_of_another_base_is_refused(altered):
     section = altered(vocab_size=20)
-    with pytest.raises(ModelError, match=r"its tokenizer has 26 tokens, its config\.json names 20 \(vocab_size\)"):
+    with pytest.raises(
+        ModelError, match=r"its tokenizer has 26 tokens, its config\.json names 20 \(vocab_size\)"
+    ):
         load_encoder(section, locate(section.source))
 
 
@@ -100,15 +128,31 @@ def test_a_tokenizer_of_its_own_is_taken(base, request):
     assert load_encoder(section, locate(section.source)).vocabulary > 0
 
 
-@pytest.mark.parametrize("kind, task", [("T5", "text-classification"), ("Bart", "text-classification"), ("Bart", "causal-lm")])
+@pytest.mark.parametrize(
+    "kind, task", [("T5", "text-classification"), ("Bart", "text-classification"), ("Bart", "causal-lm")]
+)
 def test_an_encoder_decoder_is_refused(kind, task, tmp_path):
     import transformers
 
     getattr(transformers, f"{kind}Config")().save_pretrained(tmp_path)
-    opened_with_a_line(ModelSection(source=str(tmp_path), task=task), f"{kind.lower()} is an encoder-decoder, which fedtune cannot train", sketch_model)
+    opened_with_a_line(
+        ModelSection(source=str(tmp_path), task=task),
+        f"{kind.lower()} is an encoder-decoder, which fedtune cannot train",
+        sketch_model,
+    )
 
 
-@pytest.mark.parametrize("kind, refused", [("Bert", True), ("Roberta", True), ("XLNet", True), ("ModernBert", True), ("Qwen2", False), ("GPTNeoX", False)])
+@pytest.mark.parametrize(
+    "kind, refused",
+    [
+        ("Bert", True),
+        ("Roberta", True),
+        ("XLNet", True),
+        ("ModernBert", True),
+        ("Qwen2", False),
+        ("GPTNeoX", False),
+    ],
+)
 def test_a_causal_lm_reads_in_one_direction(kind, refused, tmp_path):
     import transformers
 
@@ -121,9 +165,18 @@ def test_a_causal_lm_reads_in_one_direction(kind, refused, tmp_path):
         assert sketch_model(section, locate(section.source), 1) is not None
 
 
-@pytest.mark.parametrize("settings", [
-    {"hidden_size": "wide"}, {"num_hidden_layers": None}, {"num_attention_heads": 0}, {"model_type": 3}, {"model_type": "none"}, {"hidden_act": "none"},
-], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"hidden_size": "wide"},
+        {"num_hidden_layers": None},
+        {"num_attention_heads": 0},
+        {"model_type": 3},
+        {"model_type": "none"},
+        {"hidden_act": "none"},
+    ],
+    ids=str,
+)
 def test_a_config_of_wrong_values_is_one_line(altered, settings):
     opened_with_a_line(altered(**settings), "model.source = ", sketch_model, load)
 
@@ -147,15 +200,23 @@ def test_weights_that_are_not_finite_are_refused(altered, tmp_path, value):
     tensors = load_file(path)
     tensors["encoder.layer.0.output.dense.weight"][0, 0] = value
     save_file(tensors, path, {"format": "pt"})
-    opened_with_a_line(section, r"its weights encoder\.layer\.0\.output\.dense\.weight hold values that are not finite", load)
+    opened_with_a_line(
+        section, r"its weights encoder\.layer\.0\.output\.dense\.weight hold values that are not finite", load
+    )
 
 
 def test_a_pickle_of_the_users_own_is_never_opened(tmp_path):
     (tmp_path / "efficientnet-lite0.pth").write_bytes(b"never read")
     for name in (str(tmp_path), f"hf:{tmp_path}"):
-        with pytest.raises(ModelError, match=r"holds efficientnet-lite0\.pth, fedtune opens safetensors only"):
+        with pytest.raises(
+            ModelError, match=r"holds efficientnet-lite0\.pth, fedtune opens safetensors only"
+        ):
             locate(name)
     (tmp_path / "config.json").write_text("{}")
     assert not locate(str(tmp_path)).weights
     (tmp_path / "efficientnet-lite0.safetensors").write_bytes(b"")
-    opened_with_a_line(ModelSection(source=str(tmp_path), task="image-classification"), "only package:efficientnet-lite0", load)
+    opened_with_a_line(
+        ModelSection(source=str(tmp_path), task="image-classification"),
+        "only package:efficientnet-lite0",
+        load,
+    )

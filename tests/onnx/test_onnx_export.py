@@ -1,4 +1,6 @@
-"""Graphs of small models with random weights against torch, and the figures of a comparison on graphs made by hand."""
+"""Graphs of small models with random weights against torch, and the figures of a
+comparison on graphs made by hand.
+"""
 
 import math
 from pathlib import Path
@@ -15,7 +17,15 @@ from fedtune.errors import ModelError
 from fedtune.models.base import TunableModel
 from fedtune.onnx.export import export_graph
 from fedtune.onnx.quantise import product_share, quantise
-from fedtune.onnx.verify import UNLABELLED, Agreement, Check, compare, open_graph, reason_against, require_equal
+from fedtune.onnx.verify import (
+    UNLABELLED,
+    Agreement,
+    Check,
+    compare,
+    open_graph,
+    reason_against,
+    require_equal,
+)
 from fedtune.types import Arrays
 
 VOCABULARY = 50
@@ -24,7 +34,13 @@ VOCABULARY = 50
 def bert() -> TunableModel:
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=32)
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+    )
     body = BertModel(config, add_pooling_layer=False)
     return TunableModel(body, "text-classification", nn.Linear(32, 3)).eval()
 
@@ -44,7 +60,13 @@ def run_torch(model: TunableModel, inputs: Arrays) -> np.ndarray:
 @pytest.fixture(scope="module")
 def bert_graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("bert") / "model.onnx"
-    export_graph(bert(), batch([4, 3]), path, 20, {"task": "text-classification", "labels": ["a", "b", "c"], "base_sha256": "0" * 64})
+    export_graph(
+        bert(),
+        batch([4, 3]),
+        path,
+        20,
+        {"task": "text-classification", "labels": ["a", "b", "c"], "base_sha256": "0" * 64},
+    )
     return path
 
 
@@ -61,7 +83,8 @@ def test_a_graph_says_what_it_is_and_not_where_it_was_made(bert_graph: Path) -> 
     assert facts == {"task": "text-classification", "labels": '["a", "b", "c"]', "base_sha256": "0" * 64}
     assert [i.name for i in model.graph.input] == ["input_ids", "attention_mask", "token_type_ids"]
     assert [o.version for o in model.opset_import if not o.domain] == [20]
-    assert b".py" not in bert_graph.read_bytes()  # the exporter notes stack traces with the paths of this machine
+    # the exporter notes stack traces with the paths of this machine
+    assert b".py" not in bert_graph.read_bytes()
 
 
 class _Branching(nn.Module):
@@ -88,7 +111,8 @@ def test_a_model_too_large_for_one_file_is_refused_before_work(tmp_path: Path) -
 def test_int8_replaces_products_only_and_is_close(bert_graph: Path, tmp_path: Path) -> None:
     assert quantise(bert_graph, tmp_path / "int8.onnx") == ""
     kinds = [n.op_type for n in onnx.load(tmp_path / "int8.onnx").graph.node]
-    assert kinds.count("MatMulInteger") == 7 and "Gather" in kinds  # query, key, value, output, two of the feed-forward, head
+    # query, key, value, output, two of the feed-forward, head
+    assert kinds.count("MatMulInteger") == 7 and "Gather" in kinds
     inputs = batch([5, 8, 3])
     found = open_graph(tmp_path / "int8.onnx").run(["logits"], inputs)[0]
     assert 0 < np.abs(found - run_torch(bert(), inputs)).max() < 0.1
@@ -107,7 +131,9 @@ def shifted(tmp_path: Path) -> Path:
     """logits = x + [0, 0.25, 0]."""
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3])
     shift = helper.make_tensor("shift", TensorProto.FLOAT, [3], [0, 0.25, 0])
-    return graph(tmp_path / "shifted.onnx", [helper.make_node("Add", ["x", "shift"], ["logits"])], [x], [shift])
+    return graph(
+        tmp_path / "shifted.onnx", [helper.make_node("Add", ["x", "shift"], ["logits"])], [x], [shift]
+    )
 
 
 def test_figures_are_those_counted_by_hand(shifted: Path) -> None:
@@ -120,7 +146,10 @@ def test_figures_are_those_counted_by_hand(shifted: Path) -> None:
 
 def test_not_a_number_is_never_close_enough(shifted: Path) -> None:
     x = np.array([[np.nan, 0, 0], [0, 0, 0]], np.float32)
-    checks = [Check({"x": part}, np.ones(len(part), bool), part, np.zeros(len(part), np.int64)) for part in (x, x[1:])]
+    checks = [
+        Check({"x": part}, np.ones(len(part), bool), part, np.zeros(len(part), np.int64))
+        for part in (x, x[1:])
+    ]
     found = compare({"a": shifted}, checks)["a"]
     assert math.isnan(found.max_difference) and reason_against(found, 0.9) == "its logits are not finite"
     with pytest.raises(ModelError, match="differ from torch by nan"):
@@ -142,10 +171,16 @@ def test_convolutions_are_not_worth_int8(tmp_path: Path) -> None:
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 8, 4, 4])
     weight = helper.make_tensor("w", TensorProto.FLOAT, [8, 8, 3, 3], [0.0] * 576)
     head = helper.make_tensor("h", TensorProto.FLOAT, [4, 2], [0.0] * 8)
-    nodes = [helper.make_node("Conv", ["x", "w"], ["y"], pads=[1, 1, 1, 1]), helper.make_node("MatMul", ["y", "h"], ["logits"])]
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["y"], pads=[1, 1, 1, 1]),
+        helper.make_node("MatMul", ["y", "h"], ["logits"]),
+    ]
     path = graph(tmp_path / "conv.onnx", nodes, [x], [weight, head])
     assert product_share(onnx.load(path)) == 8 / 584
-    assert quantise(path, tmp_path / "int8.onnx") == "1.4% of the weights are in matrix products, so int8 would save next to nothing"
+    assert (
+        quantise(path, tmp_path / "int8.onnx")
+        == "1.4% of the weights are in matrix products, so int8 would save next to nothing"
+    )
     assert not (tmp_path / "int8.onnx").exists()
 
 

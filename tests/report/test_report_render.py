@@ -46,7 +46,11 @@ class Reader(HTMLParser):
             if name == "id":
                 self.ids.append(value or "")
             if name in ("href", "clip-path", "aria-labelledby"):
-                self.references += re.findall(r"#([^\s)]+)", value or "") if name != "aria-labelledby" else (value or "").split()
+                self.references += (
+                    re.findall(r"#([^\s)]+)", value or "")
+                    if name != "aria-labelledby"
+                    else (value or "").split()
+                )
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
@@ -72,7 +76,8 @@ def test_page_is_one_sound_file(case: str) -> None:
     assert len(read.ids) == len(set(read.ids))
     assert set(read.references) <= set(read.ids)
     assert not read.tags & {"script", "img", "iframe", "object", "embed", "base", "form"}
-    assert "#0101" not in re.sub(r"fill: #010103", "", html)  # the hostile sample holds that text; nothing else may
+    # the hostile sample holds that text; nothing else may
+    assert "#0101" not in re.sub(r"fill: #010103", "", html)
     assert not re.search(r"(?:src|href)\s*=\s*[\"']?\s*(?:https?:)?//|@import|url\((?!#)", html)
     assert not re.search(r"https?://", html)
 
@@ -80,7 +85,14 @@ def test_page_is_one_sound_file(case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_page_and_terminal_say_the_same(case: str) -> None:
     s, html, plain = CASES[case](), Reader(rendered(case)).text, " ".join(shown(case).split())
-    wanted = [facts.headline(s), facts.verdict(s), facts.privacy(s), facts.spread(s), facts.fleet(s), *facts.notices(s)]
+    wanted = [
+        facts.headline(s),
+        facts.verdict(s),
+        facts.privacy(s),
+        facts.spread(s),
+        facts.fleet(s),
+        *facts.notices(s),
+    ]
     for fact in [*facts.key_figures(s), *facts.communication(s)]:
         wanted += [fact.name, fact.value, fact.note]
     for text in wanted:
@@ -109,7 +121,9 @@ def test_rendering_leaves_the_summary_alone() -> None:
 
 def test_hostile_strings_stay_text() -> None:
     html = rendered("hostile")
-    assert "<script" not in html.lower() and "<img" not in html and "\x1b" not in html and "\u202e" not in html
+    assert (
+        "<script" not in html.lower() and "<img" not in html and "\x1b" not in html and "\u202e" not in html
+    )
     assert HOSTILE in Reader(html).text  # shown, as text
     assert ">fill: #010103</text>" in html  # a name that looks like a sentinel colour is not taken for one
     assert "$x^{$" in unescape(html) and "${title}" in html
@@ -140,12 +154,18 @@ def test_comparison_of_many_runs_repeats_no_line() -> None:
 
 
 def test_long_runs_are_thinned_in_the_terminal_only() -> None:
-    assert len(re.findall(r"^\s+\d+ +[\d.—]+ +[\d.]+ +0\.\d+", shown("many-clients"), re.M)) == terminal.MOST_ROUNDS
+    assert (
+        len(re.findall(r"^\s+\d+ +[\d.—]+ +[\d.]+ +0\.\d+", shown("many-clients"), re.M))
+        == terminal.MOST_ROUNDS
+    )
     assert rendered("many-clients").count("<tr>") > 500
 
 
 def test_words_without_pictures_need_no_matplotlib() -> None:
-    code = "import sys, fedtune.report.terminal, fedtune.report.compare, fedtune.report.summary; sys.exit('matplotlib' in sys.modules)"
+    code = (
+        "import sys, fedtune.report.terminal, fedtune.report.compare, fedtune.report.summary; "
+        "sys.exit('matplotlib' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -22,7 +22,10 @@ TERMS = terms()
 
 
 class Cohort:
-    """`count` clients with random vectors and their coordinator. `drops`: the stage from which a client no longer answers."""
+    """`count` clients with random vectors and their coordinator.
+
+    `drops`: the stage from which a client no longer answers.
+    """
 
     def __init__(self, count, design=None, *, terms=TERMS, minimum=2, seed=0):
         self.terms = terms
@@ -30,7 +33,9 @@ class Cohort:
         self.design = design or Design(count - 1, count // 2 + 1)
         self.rounds = {name: ClientRound(terms, minimum=minimum) for name in self.names}
         rng = np.random.default_rng(seed)
-        self.vectors = {n: rng.integers(0, 2**terms.bits, terms.length, np.uint64).astype(terms.dtype) for n in self.names}
+        self.vectors = {
+            n: rng.integers(0, 2**terms.bits, terms.length, np.uint64).astype(terms.dtype) for n in self.names
+        }
         self.server = ServerRound(terms, self.names, self.design)
 
     def answer(self, stage: str, name: str, question: bytes) -> bytes:
@@ -42,6 +47,7 @@ class Cohort:
             for name, question in questions.items():
                 gone = name in drops and STAGES.index(drops[name]) <= STAGES.index(stage)
                 yield name, None if gone else change(stage, name, self.answer(stage, name, question))
+
         return asked
 
     def until(self, stage: str, drops: Mapping[str, str] = {}) -> dict[str, bytes]:

@@ -1,4 +1,6 @@
-"""The discrete Gaussian, conditional rounding and the shares of distributed noise, against closed forms and dp-accounting itself."""
+"""The discrete Gaussian, conditional rounding and the shares of distributed noise, against closed forms
+and dp-accounting itself.
+"""
 
 import math
 
@@ -21,7 +23,15 @@ from fedtune.privacy.noise import SeededNoise, SystemNoise
 from fedtune.privacy.plan import fewest, plan_of
 from fedtune.privacy.releases import Release, history
 
-BASE = ("privacy.unit=client", "privacy.clip=0.5", "federation.weighting=equal", "federation.cohort=20", "federation.rounds=30", "data.clients=1000", "privacy.delta=1e-5")
+BASE = (
+    "privacy.unit=client",
+    "privacy.clip=0.5",
+    "federation.weighting=equal",
+    "federation.cohort=20",
+    "federation.rounds=30",
+    "data.clients=1000",
+    "privacy.delta=1e-5",
+)
 
 
 def seeded(seed=0):
@@ -49,7 +59,9 @@ def test_wide_noise_has_its_moments(sigma):
 
 
 @settings(max_examples=60, deadline=None)
-@given(size=st.integers(1, 400), bound=st.floats(0.1, 300), seed=st.integers(0, 2**32), sparse=st.floats(0, 1))
+@given(
+    size=st.integers(1, 400), bound=st.floats(0.1, 300), seed=st.integers(0, 2**32), sparse=st.floats(0, 1)
+)
 def test_a_rounded_vector_never_passes_its_bound(size, bound, seed, sparse):
     rng = np.random.default_rng(seed)
     exact = rng.standard_normal(size) * (rng.random(size) >= sparse)
@@ -61,7 +73,9 @@ def test_a_rounded_vector_never_passes_its_bound(size, bound, seed, sparse):
 
 def test_the_bound_is_the_papers():
     # Values of TensorFlow Federated's own test: bound 1, granularity 1e-2, 1e9 numbers; and 1e-9.
-    assert rounded_norm(1 / 1e-2, 10**9) * 1e-2 == pytest.approx(math.sqrt(1 + 1e-4 * 1e9 / 4 + 1e-2 * (1 + 1e-2 * math.sqrt(1e9) / 2)))
+    assert rounded_norm(1 / 1e-2, 10**9) * 1e-2 == pytest.approx(
+        math.sqrt(1 + 1e-4 * 1e9 / 4 + 1e-2 * (1 + 1e-2 * math.sqrt(1e9) / 2))
+    )
     assert rounded_norm(1e9, 10**9) * 1e-9 == pytest.approx(1.0, abs=1e-4)
     assert rounded_norm(100.0, 1) == pytest.approx(math.sqrt(100**2 + 0.25 + 100.5))
     assert rounded_norm(1.0, 1) == pytest.approx(math.sqrt(2.75))
@@ -88,7 +102,11 @@ def test_the_fewest_survivors_have_the_promised_noise(cohort, least):
 
 def test_noise_that_is_too_small_does_not_leave(monkeypatch):
     _, share = distributed(0.5, 1.0, 5_000, 10, 7)
-    monkeypatch.setattr(module, "discrete_gaussian", lambda sigma, size, uniform: discrete_gaussian(0.8 * sigma, size, uniform))
+    monkeypatch.setattr(
+        module,
+        "discrete_gaussian",
+        lambda sigma, size, uniform: discrete_gaussian(0.8 * sigma, size, uniform),
+    )
     with pytest.raises(PrivacyRefused, match="were promised; nothing was sent"):
         share.shares(np.zeros(5_000), seeded())
 
@@ -104,14 +122,18 @@ def test_the_shortfall_is_the_papers():
     # tau for two clients at sigma 0.5: 10 exp(-2 pi^2 / 4 / 2)
     assert shortfall(0.5, 2, 9) == pytest.approx(3 * 10 * math.exp(-(math.pi**2) / 4))
     assert shortfall(0.5, 1, 9) == 0
-    assert shortfall(1.0, 5, 100) == pytest.approx(100 * sum(math.exp(-2 * math.pi**2 * k / (k + 1)) for k in range(1, 5)))
+    assert shortfall(1.0, 5, 100) == pytest.approx(
+        100 * sum(math.exp(-2 * math.pi**2 * k / (k + 1)) for k in range(1, 5))
+    )
     assert shortfall(30.0, 1000, 10**6) == 0
     with pytest.raises(ValueError, match=r"must be at least 0\.5"):
         shortfall(0.4, 2, 1)
 
 
 def test_the_sum_costs_no_more_than_its_zcdp():
-    """The Rényi divergence of the sum of m discrete Gaussians and the same moved by s, computed from their probabilities."""
+    """The Rényi divergence of the sum of m discrete Gaussians and the same moved by s,
+    computed from their probabilities.
+    """
     for sigma, m, moved in ((0.6, 2, 1), (0.6, 5, 2), (1.0, 3, 4)):
         x = np.arange(-120, 121)
         one = np.exp(-(x**2) / (2 * sigma**2))
@@ -131,8 +153,21 @@ def test_the_sum_costs_no_more_than_its_zcdp():
 
 @pytest.mark.parametrize("z", [0.7, 1.0, 3.0])
 def test_epsilon_is_no_less_than_with_a_trusted_coordinator_and_near_it(z):
-    secret = plan_of(parse_job("", [*BASE, "privacy.secure-aggregation=true", f"privacy.noise-multiplier={z}", "privacy.i-understand=true"]), 1000)
-    trusted = plan_of(parse_job("", [*BASE, f"privacy.noise-multiplier={z}", "privacy.i-understand=true"]), 1000)
+    secret = plan_of(
+        parse_job(
+            "",
+            [
+                *BASE,
+                "privacy.secure-aggregation=true",
+                f"privacy.noise-multiplier={z}",
+                "privacy.i-understand=true",
+            ],
+        ),
+        1000,
+    )
+    trusted = plan_of(
+        parse_job("", [*BASE, f"privacy.noise-multiplier={z}", "privacy.i-understand=true"]), 1000
+    )
     ours, theirs = secret.reading(), trusted.reading()
     assert secret.release(["a"]).mechanism == "distributed" and fewest(secret.job) == 14
     assert theirs.epsilon <= ours.epsilon <= 1.12 * theirs.epsilon
@@ -144,8 +179,14 @@ def test_epsilon_is_no_less_than_with_a_trusted_coordinator_and_near_it(z):
 
 def test_zcdp_is_above_what_dp_accounting_reads_of_a_discrete_gaussian():
     z, sigma = 1.5, 30
-    release = Release(release="updates", mechanism="distributed", unit="client", parts={"update": z}, clip=1.0, excess=1e-9)
-    exact = from_discrete_gaussian_mechanism(sigma, int(sigma / z), value_discretization_interval=1e-3).self_compose(10).get_epsilon_for_delta(1e-5)
+    release = Release(
+        release="updates", mechanism="distributed", unit="client", parts={"update": z}, clip=1.0, excess=1e-9
+    )
+    exact = (
+        from_discrete_gaussian_mechanism(sigma, int(sigma / z), value_discretization_interval=1e-3)
+        .self_compose(10)
+        .get_epsilon_for_delta(1e-5)
+    )
     assert exact < read_epsilon(history([release] * 10), 1e-5).epsilon <= 1.12 * exact
 
 

@@ -1,4 +1,6 @@
-"""Rings are symmetric and regular; degrees come from the formula, checked with whole numbers and by drawing."""
+"""Rings are symmetric and regular; degrees come from the formula,
+checked with whole numbers and by drawing.
+"""
 
 from math import ceil, comb
 
@@ -8,10 +10,15 @@ import pytest
 from fedtune.secagg.graph import Design, design, neighbours
 
 
-@pytest.mark.parametrize("count, degree", [(2, 1), (5, 4), (5, 2), (9, 4), (40, 39), (10, 12), (11, 10), (12, 10)])
+@pytest.mark.parametrize(
+    "count, degree", [(2, 1), (5, 4), (5, 2), (9, 4), (40, 39), (10, 12), (11, 10), (12, 10)]
+)
 def test_neighbours_are_mutual_and_as_many_as_said(count, degree):
     found = neighbours(count, degree)
-    assert all(len(n) == min(degree, count - 1) and sorted(set(n)) == list(n) and i not in n for i, n in enumerate(found))
+    assert all(
+        len(n) == min(degree, count - 1) and sorted(set(n)) == list(n) and i not in n
+        for i, n in enumerate(found)
+    )
     assert all(i in found[j] for i, n in enumerate(found) for j in n)
 
 
@@ -22,6 +29,7 @@ def test_small_cohorts_are_complete(cohort, threshold):
 
 def enough(n, k, t, c, d, secrecy=40, correctness=30):
     """The three conditions with whole numbers, written from the docstring."""
+
     def tail(marked, least):
         return sum(comb(marked, i) * comb(n - 1 - marked, k - i) for i in range(least, k + 1))
 
@@ -53,12 +61,22 @@ def test_drawn_drop_outs_leave_every_circle_enough():
 
 def test_more_collusion_or_drop_outs_take_more_neighbours():
     assert design(200, colluding=0.2).degree > design(200).degree < design(200, dropout=0.3).degree
-    assert design(50, dropout=0.6) == Design(49, 34)  # no sparse graph holds; the complete one holds a third of drop-outs
+    # no sparse graph holds; the complete one holds a third of drop-outs
+    assert design(50, dropout=0.6) == Design(49, 34)
     with pytest.raises(ValueError, match="lower one of them"):
         design(5000, dropout=0.6)
 
 
-@pytest.mark.parametrize("cohort, options", [(1, {}), (2**15 + 1, {}), (50, {"colluding": 1.0}), (50, {"dropout": -0.1}), (50, {"dropout": float("nan")})])
+@pytest.mark.parametrize(
+    "cohort, options",
+    [
+        (1, {}),
+        (2**15 + 1, {}),
+        (50, {"colluding": 1.0}),
+        (50, {"dropout": -0.1}),
+        (50, {"dropout": float("nan")}),
+    ],
+)
 def test_designs_out_of_bounds_are_refused(cohort, options):
     with pytest.raises(ValueError):
         design(cohort, **options)

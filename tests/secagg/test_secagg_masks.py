@@ -9,10 +9,21 @@ from Crypto.Cipher import ChaCha20, ChaCha20_Poly1305
 from secagg_rounds import Cohort, terms
 
 from fedtune.secagg import messages
-from fedtune.secagg.keys import agree, derive, new_pair, own_check, own_mask, pair_from, pair_mask, seal, secret_of
+from fedtune.secagg.keys import (
+    agree,
+    derive,
+    new_pair,
+    own_check,
+    own_mask,
+    pair_from,
+    pair_mask,
+    seal,
+    secret_of,
+)
 from fedtune.secagg.masks import add_mask
 
-CHI_SQUARE = 420.0  # 255 degrees of freedom: mean 255, standard deviation 22.6; exceeded once in about 10^10 draws
+# 255 degrees of freedom: mean 255, standard deviation 22.6; exceeded once in about 10^10 draws
+CHI_SQUARE = 420.0
 
 
 def stream(seed, size):
@@ -40,7 +51,9 @@ def test_the_keystream_of_rfc_8439():
     total = np.zeros(16, np.uint32)
     add_mask(total, bytes(32))
     assert total.tobytes().hex() == (
-        "76b8e0ada0f13d90405d6ae55386bd28bdd219b8a08ded1aa836efcc8b770dc7da41597c5157488d7724e03fb8d84a376a43b8f41518a11cc387b669b2ee6586")
+        "76b8e0ada0f13d90405d6ae55386bd28bdd219b8a08ded1aa836efcc8b770dc7"
+        "da41597c5157488d7724e03fb8d84a376a43b8f41518a11cc387b669b2ee6586"
+    )
 
 
 def test_agreement_is_that_of_rfc_7748():
@@ -50,12 +63,16 @@ def test_agreement_is_that_of_rfc_7748():
     assert alice.public.hex() == "8520f0098930a754748b7ddcb43ef75a0dbf3a0d26381af4eba4a98eaa9b4e6a"
     assert bob.public.hex() == "de9edb7d7b7dc1b4d35b61c2ece435373f8343c85b78674dadfc7e146f882b4f"
     assert agree(alice, bob.public) == agree(bob, alice.public)
-    assert agree(alice, bob.public).hex() == "4a5d9d5ba4ce2de1728e3bf480350f25e07e21c947d19e3376f09b3c1e161742"
+    assert (
+        agree(alice, bob.public).hex() == "4a5d9d5ba4ce2de1728e3bf480350f25e07e21c947d19e3376f09b3c1e161742"
+    )
 
 
 def test_derivation_is_that_of_rfc_5869():
     """Appendix A.3 for the bytes; with a label, the definition by HMAC."""
-    assert derive(b"\x0b" * 22, b"").hex() == "8da4e775a563c18f715f802a063c5a31b8a11f5c5ee1879ec3454e5f3c738d2d"
+    assert (
+        derive(b"\x0b" * 22, b"").hex() == "8da4e775a563c18f715f802a063c5a31b8a11f5c5ee1879ec3454e5f3c738d2d"
+    )
     key = hmac.digest(bytes(32), b"secret", "sha256")
     assert derive(b"secret", b"label") == hmac.digest(key, b"label\x01", "sha256")
 
@@ -71,9 +88,14 @@ def test_two_clients_have_one_mask_and_no_two_names_the_same():
     assert pair_mask(one, 1, other.public, 2, t) == pair_mask(other, 2, one.public, 1, t)
     assert pair_from(secret_of(one)).public == one.public
     seeds = {
-        pair_mask(one, 1, other.public, 2, t), pair_mask(one, 2, other.public, 1, t), pair_mask(one, 1, other.public, 2, terms(round=4)),
-        pair_mask(one, 1, other.public, 2, terms(session=bytes(16))), own_mask(bytes(32), t, 1), own_check(bytes(32), t, 1),
-        own_mask(bytes(32), t, 2), own_mask(bytes(32), terms(round=4), 1),
+        pair_mask(one, 1, other.public, 2, t),
+        pair_mask(one, 2, other.public, 1, t),
+        pair_mask(one, 1, other.public, 2, terms(round=4)),
+        pair_mask(one, 1, other.public, 2, terms(session=bytes(16))),
+        own_mask(bytes(32), t, 1),
+        own_check(bytes(32), t, 1),
+        own_mask(bytes(32), t, 2),
+        own_mask(bytes(32), terms(round=4), 1),
     }
     assert len(seeds) == 8
 
@@ -100,7 +122,9 @@ def test_masked_vectors_look_uniform_and_differ_between_rounds():
 
 
 def test_one_client_that_tells_the_coordinator_all_it_knows_uncovers_no_other():
-    """It knows its masks with the others; what is left of theirs is still under their own mask and those with the honest."""
+    """It knows its masks with the others; what is left of theirs is still under their own mask
+    and those with the honest.
+    """
     cohort = Cohort(4, terms=terms(20_000, 32))
     cohort.vectors = {n: np.zeros(20_000, np.uint32) for n in cohort.names}
     questions = cohort.until("masked")
@@ -108,9 +132,13 @@ def test_one_client_that_tells_the_coordinator_all_it_knows_uncovers_no_other():
     circle = cohort.server._stage.circle
     for name in cohort.names[1:]:
         index = circle.index[name]
-        seen = messages.read_masked(cohort.answer("masked", name, questions[name]), cohort.terms, index).copy()
+        seen = messages.read_masked(
+            cohort.answer("masked", name, questions[name]), cohort.terms, index
+        ).copy()
         before = chi_square(seen.tobytes())
-        seed = pair_mask(traitor.pairs.masking, traitor.place.index, circle.keys[index].masking, index, cohort.terms)
+        seed = pair_mask(
+            traitor.pairs.masking, traitor.place.index, circle.keys[index].masking, index, cohort.terms
+        )
         add_mask(seen, seed, minus=index < traitor.place.index)
         assert before < CHI_SQUARE and chi_square(seen.tobytes()) < CHI_SQUARE
 

@@ -22,12 +22,24 @@ T = terms()
 READERS = {
     Kind.ASK_KEYS: (messages.ask_keys(T), lambda d: messages.read_ask_keys(d, T)),
     Kind.KEYS: (messages.keys(T, Keys(A, B)), lambda d: messages.read_keys(d, T)),
-    Kind.NEIGHBOURS: (messages.place(T, Place(4, 2, {1: Keys(A, B), 2: Keys(B, A)})), lambda d: messages.read_place(d, T)),
-    Kind.SHARES: (messages.shares(T, 4, A, {1: bytes(82), 2: bytes(82)}), lambda d: messages.read_shares(d, T, 4)),
+    Kind.NEIGHBOURS: (
+        messages.place(T, Place(4, 2, {1: Keys(A, B), 2: Keys(B, A)})),
+        lambda d: messages.read_place(d, T),
+    ),
+    Kind.SHARES: (
+        messages.shares(T, 4, A, {1: bytes(82), 2: bytes(82)}),
+        lambda d: messages.read_shares(d, T, 4),
+    ),
     Kind.INBOX: (messages.inbox(T, {1: bytes(82), 2: bytes(82)}), lambda d: messages.read_inbox(d, T)),
-    Kind.MASKED: (messages.masked(T, 4, np.arange(5, dtype=np.uint32)), lambda d: messages.read_masked(d, T, 4)),
+    Kind.MASKED: (
+        messages.masked(T, 4, np.arange(5, dtype=np.uint32)),
+        lambda d: messages.read_masked(d, T, 4),
+    ),
     Kind.SURVIVORS: (messages.survivors(T, [1, 4], [2]), lambda d: messages.read_survivors(d, T)),
-    Kind.OPENED: (messages.opened(T, 4, {1: SHARE, 4: SHARE}, {2: SHARE}), lambda d: messages.read_opened(d, T, 4)),
+    Kind.OPENED: (
+        messages.opened(T, 4, {1: SHARE, 4: SHARE}, {2: SHARE}),
+        lambda d: messages.read_opened(d, T, 4),
+    ),
 }
 
 
@@ -42,7 +54,10 @@ def test_what_goes_in_comes_out():
     got = {kind: read(data) for kind, (data, read) in READERS.items()}
     assert got[Kind.KEYS] == Keys(A, B)
     assert got[Kind.NEIGHBOURS] == Place(4, 2, {1: Keys(A, B), 2: Keys(B, A)})
-    assert got[Kind.SHARES] == (A, {1: bytes(82), 2: bytes(82)}) and got[Kind.INBOX] == {1: bytes(82), 2: bytes(82)}
+    assert got[Kind.SHARES] == (A, {1: bytes(82), 2: bytes(82)}) and got[Kind.INBOX] == {
+        1: bytes(82),
+        2: bytes(82),
+    }
     assert got[Kind.MASKED].tolist() == [0, 1, 2, 3, 4]
     assert got[Kind.SURVIVORS] == ({1, 4}, {2})
     assert got[Kind.OPENED] == ({1: SHARE, 4: SHARE}, {2: SHARE})
@@ -51,8 +66,14 @@ def test_what_goes_in_comes_out():
 
 def test_sizes_are_as_documented():
     assert {kind.name: len(data) for kind, (data, _) in READERS.items()} == {
-        "ASK_KEYS": 28, "KEYS": 28 + 64, "NEIGHBOURS": 28 + 9 + 2 + 2 * 66, "SHARES": 28 + 32 + 2 + 2 * 84, "INBOX": 28 + 2 + 2 * 84,
-        "MASKED": 28 + 20, "SURVIVORS": 28 + 2 + 4 + 2 + 2, "OPENED": 28 + 2 + 70 + 2 + 35,
+        "ASK_KEYS": 28,
+        "KEYS": 28 + 64,
+        "NEIGHBOURS": 28 + 9 + 2 + 2 * 66,
+        "SHARES": 28 + 32 + 2 + 2 * 84,
+        "INBOX": 28 + 2 + 2 * 84,
+        "MASKED": 28 + 20,
+        "SURVIVORS": 28 + 2 + 4 + 2 + 2,
+        "OPENED": 28 + 2 + 70 + 2 + 35,
     }
 
 
@@ -83,25 +104,46 @@ def test_tables_are_bounded_and_in_order():
     head = READERS[Kind.SURVIVORS][0][:28]
 
     def of(*indices, count=None, more=b"\0\0"):
-        return head + (len(indices) if count is None else count).to_bytes(2, "little") + b"".join(i.to_bytes(2, "little") for i in indices) + more
+        return (
+            head
+            + (len(indices) if count is None else count).to_bytes(2, "little")
+            + b"".join(i.to_bytes(2, "little") for i in indices)
+            + more
+        )
 
     assert read(of(1, 2)) == ({1, 2}, set())
     assert reason(read, of(2, 2)) == reason(read, of(3, 2)) == "duplicate"
     assert reason(read, of(1, 2**15)) == "client" and read(of(2**15 - 1))
     assert reason(read, of(1, 2, count=3, more=b"")) == "size"
     assert reason(read, of(*range(1026))) == "size" and read(of(*range(1025)))
-    assert reason(READERS[Kind.NEIGHBOURS][1], READERS[Kind.NEIGHBOURS][0][:28] + (2**15).to_bytes(2, "little") + READERS[Kind.NEIGHBOURS][0][30:]) == "neighbours"
+    assert (
+        reason(
+            READERS[Kind.NEIGHBOURS][1],
+            READERS[Kind.NEIGHBOURS][0][:28]
+            + (2**15).to_bytes(2, "little")
+            + READERS[Kind.NEIGHBOURS][0][30:],
+        )
+        == "neighbours"
+    )
 
 
 def test_shares_beyond_the_field_and_other_terms_are_refused():
     read = READERS[Kind.OPENED][1]
-    assert reason(read, messages.opened(T, 4, {1: b"\xff" * 33}, {})) == reason(read, messages.opened(T, 4, {}, {1: b"\xff" * 33})) == "share"
+    assert (
+        reason(read, messages.opened(T, 4, {1: b"\xff" * 33}, {}))
+        == reason(read, messages.opened(T, 4, {}, {1: b"\xff" * 33}))
+        == "share"
+    )
     for other in (terms(6), terms(bits=64)):
         assert reason(READERS[Kind.NEIGHBOURS][1], messages.place(other, Place(4, 2, {}))) == "terms"
 
 
 @settings(max_examples=500, deadline=None)
-@given(st.sampled_from(Kind), st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1, max_size=5), st.integers(-40, 8))
+@given(
+    st.sampled_from(Kind),
+    st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1, max_size=5),
+    st.integers(-40, 8),
+)
 def test_mutated_messages_are_refused_or_still_well_formed(kind, changes, cut):
     data, read = READERS[kind]
     changed = bytearray(data)
@@ -137,7 +179,12 @@ def standing(stage):
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.sampled_from(STAGES), st.lists(st.tuples(st.integers(0, 2**12), st.integers(0, 255)), min_size=1, max_size=4), st.integers(-3, 2), st.booleans())
+@given(
+    st.sampled_from(STAGES),
+    st.lists(st.tuples(st.integers(0, 2**12), st.integers(0, 255)), min_size=1, max_size=4),
+    st.integers(-3, 2),
+    st.booleans(),
+)
 def test_no_message_makes_either_side_do_anything_but_refuse(stage, changes, cut, to_client):
     cohort, questions, answers = standing(stage)
     data = bytearray((questions if to_client else answers)["device-0"])

@@ -15,7 +15,9 @@ from fedtune.secagg.terms import STAGES
 
 def agrees(cohort, found, inside):
     assert found.clients == tuple(inside)
-    np.testing.assert_array_equal(found.vector, sum_plainly([cohort.vectors[n] for n in inside], cohort.terms))
+    np.testing.assert_array_equal(
+        found.vector, sum_plainly([cohort.vectors[n] for n in inside], cohort.terms)
+    )
     assert found.vector.dtype == cohort.terms.dtype
 
 
@@ -24,12 +26,21 @@ def agrees(cohort, found, inside):
 def test_everyone_is_everyones_neighbour(data):
     count = data.draw(st.integers(2, 8))
     threshold = data.draw(st.integers(count // 2 + 1, count))
-    until = data.draw(st.lists(st.integers(0, 8), min_size=count, max_size=count))  # 4 and more: stays, so that most do
-    facts = terms(data.draw(st.integers(1, 9)), data.draw(st.sampled_from([32, 64])), data.draw(st.integers(0, 2**32 - 1)))
+    # 4 and more: stays, so that most do
+    until = data.draw(st.lists(st.integers(0, 8), min_size=count, max_size=count))
+    facts = terms(
+        data.draw(st.integers(1, 9)),
+        data.draw(st.sampled_from([32, 64])),
+        data.draw(st.integers(0, 2**32 - 1)),
+    )
     cohort = Cohort(count, Design(count - 1, threshold), terms=facts, seed=data.draw(st.integers(0, 99)))
     drops = {name: STAGES[stage] for name, stage in zip(cohort.names, until) if stage < 4}
     if sum(stage > 3 for stage in until) >= threshold:
-        agrees(cohort, run_round(cohort.server, cohort.ask(drops)), [n for n, stage in zip(cohort.names, until) if stage > 2])
+        agrees(
+            cohort,
+            run_round(cohort.server, cohort.ask(drops)),
+            [n for n, stage in zip(cohort.names, until) if stage > 2],
+        )
     else:
         with pytest.raises(SecAggFailed, match=f"{threshold} are needed"):
             run_round(cohort.server, cohort.ask(drops))
@@ -59,10 +70,19 @@ def test_drop_outs_at_each_stage_up_to_the_threshold_and_not_beyond(stage, degre
         cohort = Cohort(count, Design(degree, 5))
         drops = dict.fromkeys(cohort.names[1 : 1 + gone], stage)
         if gone == 2:
-            agrees(cohort, run_round(cohort.server, cohort.ask(drops)), [n for n in cohort.names if n not in drops or stage == "unmask"])
+            agrees(
+                cohort,
+                run_round(cohort.server, cohort.ask(drops)),
+                [n for n in cohort.names if n not in drops or stage == "unmask"],
+            )
         else:
-            did = dict(zip(STAGES, ("sent keys", "shared their seeds", "sent a vector", "opened their shares")))[stage]
-            with pytest.raises(SecAggFailed, match=rf"^4 clients {did}, 5 are needed: the round is void and nothing is released"):
+            did = dict(
+                zip(STAGES, ("sent keys", "shared their seeds", "sent a vector", "opened their shares"))
+            )[stage]
+            with pytest.raises(
+                SecAggFailed,
+                match=rf"^4 clients {did}, 5 are needed: the round is void and nothing is released",
+            ):
                 run_round(cohort.server, cohort.ask(drops))
             for after in (cohort.server.ask, cohort.server.finish):
                 with pytest.raises(SecAggFailed, match="over"):
@@ -88,7 +108,9 @@ def test_a_gap_in_a_sparse_graph_fails_where_the_whole_cohort_would_do(stage, di
     gone = {circle.names[i] for i in circle.neighbours[0][:2]}
     for name in questions.keys() - gone:
         cohort.server.take(name, cohort.answer(stage, name, questions[name]))
-    with pytest.raises(SecAggFailed, match=rf"^around client 'device-\d+' 3 of the holders of its shares {did}, 4 are needed"):
+    with pytest.raises(
+        SecAggFailed, match=rf"^around client 'device-\d+' 3 of the holders of its shares {did}, 4 are needed"
+    ):
         cohort.server.ask() if stage == "masked" else cohort.server.finish()
 
 
@@ -102,13 +124,25 @@ def test_the_server_asks_in_order_and_ends():
         cohort.server.ask()
 
 
-@pytest.mark.parametrize("names, design", [(["a", "a", "b"], Design(2, 2)), (["a"], Design(2, 2)), ([], Design(1, 2))])
+@pytest.mark.parametrize(
+    "names, design", [(["a", "a", "b"], Design(2, 2)), (["a"], Design(2, 2)), ([], Design(1, 2))]
+)
 def test_a_server_needs_different_names_and_enough(names, design):
     with pytest.raises(ValueError, match="must differ"):
         ServerRound(terms(), names, design)
 
 
-@pytest.mark.parametrize("change", [{"session": bytes(15)}, {"round": -1}, {"round": 2**32}, {"length": 0}, {"length": 2**26 + 1}, {"bits": 16}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"session": bytes(15)},
+        {"round": -1},
+        {"round": 2**32},
+        {"length": 0},
+        {"length": 2**26 + 1},
+        {"bits": 16},
+    ],
+)
 def test_terms_out_of_bounds_are_refused(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         terms(**change)
@@ -116,8 +150,18 @@ def test_terms_out_of_bounds_are_refused(change):
 
 def test_labels_of_secrets_never_meet():
     one, other = terms(), terms(round=4)
-    made = [t.label(p, *i, keys=k) for t in (one, other, terms(bits=64), terms(session=bytes(16)), terms(length=6))
-            for p, i, k in (("own mask", (1,), ()), ("own check", (1,), ()), ("own mask", (2,), ()), ("pair mask", (1, 2), (b"a", b"b")), ("share", (1, 2), (b"a", b"b")), ("share", (2, 1), (b"b", b"a")))]
+    made = [
+        t.label(p, *i, keys=k)
+        for t in (one, other, terms(bits=64), terms(session=bytes(16)), terms(length=6))
+        for p, i, k in (
+            ("own mask", (1,), ()),
+            ("own check", (1,), ()),
+            ("own mask", (2,), ()),
+            ("pair mask", (1, 2), (b"a", b"b")),
+            ("share", (1, 2), (b"a", b"b")),
+            ("share", (2, 1), (b"b", b"a")),
+        )
+    ]
     assert len(set(made)) == len(made)
 
 

@@ -1,4 +1,6 @@
-"""Floats to integers and back: unbiased, within a step, never around the corner; and means over those who trained."""
+"""Floats to integers and back: unbiased, within a step, never around the corner;
+and means over those who trained.
+"""
 
 import math
 
@@ -15,18 +17,28 @@ from fedtune.secagg.vectors import length, means, pack, unpack
 from fedtune.types import TensorSpec
 from fedtune.wire import Schema
 
-SCHEMA = Schema((TensorSpec("a.R", (2, 3), "block.0"), TensorSpec("b.R", (3,), "block.1"), TensorSpec("head.bias", (), "head")))
+SCHEMA = Schema(
+    (
+        TensorSpec("a.R", (2, 3), "block.0"),
+        TensorSpec("b.R", (3,), "block.1"),
+        TensorSpec("head.bias", (), "head"),
+    )
+)
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.integers(0, 2**32), st.integers(1, 40), st.floats(1e-3, 1e3), st.sampled_from([2**10, 2**16, 2**30]))
+@given(
+    st.integers(0, 2**32), st.integers(1, 40), st.floats(1e-3, 1e3), st.sampled_from([2**10, 2**16, 2**30])
+)
 def test_a_sum_is_within_a_step_a_client(seed, clients, clip, steps):
     rng = np.random.default_rng(seed)
     grid = headroom(clip, 40, steps=steps)
     vectors = rng.uniform(-clip, clip, (clients, 6))
     vectors[0, :4] = clip, -clip, 0, -0.0
     total = sum_plainly([quantise(v, grid, rng.random) for v in vectors], Terms(bytes(16), 0, 6, grid.bits))
-    np.testing.assert_allclose(dequantise(total, grid, clients), vectors.sum(0), rtol=1e-12, atol=clients / grid.scale)
+    np.testing.assert_allclose(
+        dequantise(total, grid, clients), vectors.sum(0), rtol=1e-12, atol=clients / grid.scale
+    )
 
 
 def test_rounding_has_the_right_mean_and_keeps_zeros():
@@ -39,7 +51,9 @@ def test_rounding_has_the_right_mean_and_keeps_zeros():
 
 def test_negative_numbers_wrap():
     always_down = np.zeros
-    assert quantise(np.array([-1.0, 1.0]), Grid(1.0, 2.0, 32, 1), lambda n: 0.5 + always_down(n)).tolist() == [2**32 - 2, 2]
+    assert quantise(
+        np.array([-1.0, 1.0]), Grid(1.0, 2.0, 32, 1), lambda n: 0.5 + always_down(n)
+    ).tolist() == [2**32 - 2, 2]
     assert quantise(np.array([-1.0]), Grid(1.0, 2.0, 64, 1), np.zeros).tolist() == [2**64 - 2]
 
 
@@ -47,16 +61,32 @@ def test_negative_numbers_wrap():
 def test_wrap_around_is_refused_at_the_exact_number(bits):
     clients = (2 ** (bits - 1) - 1) // 4  # clip 3 at scale 1: 4 steps each
     Grid(3.0, 1.0, bits, clients)
-    with pytest.raises(ValueError, match=rf"{clients + 1} clients of up to 4 steps \(clip 3, noise 0, scale 1\) wrap around 2\^{bits}: lower scale"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            rf"{clients + 1} clients of up to 4 steps \(clip 3, noise 0, scale 1\) "
+            rf"wrap around 2\^{bits}: lower scale"
+        ),
+    ):
         Grid(3.0, 1.0, bits, clients + 1)
     with pytest.raises(ValueError, match="wrap around"):
         Grid(3.0, 1.0, bits, clients, noise=0.5)
 
 
-@pytest.mark.parametrize("clip, scale, bits, most, noise", [
-    (0, 1, 32, 1, 0), (1, 0, 32, 1, 0), (math.nan, 1, 32, 1, 0), (1, math.inf, 32, 1, 0), (1, 1, 16, 1, 0), (1, 1, 32, 0, 0), (1, 1, 32, 1, -1),
-    (1, 1, 32, 1, math.inf), (1, 2**53, 64, 1, 0),
-])
+@pytest.mark.parametrize(
+    "clip, scale, bits, most, noise",
+    [
+        (0, 1, 32, 1, 0),
+        (1, 0, 32, 1, 0),
+        (math.nan, 1, 32, 1, 0),
+        (1, math.inf, 32, 1, 0),
+        (1, 1, 16, 1, 0),
+        (1, 1, 32, 0, 0),
+        (1, 1, 32, 1, -1),
+        (1, 1, 32, 1, math.inf),
+        (1, 2**53, 64, 1, 0),
+    ],
+)
 def test_grids_out_of_bounds_are_refused(clip, scale, bits, most, noise):
     with pytest.raises(ValueError):
         Grid(clip, scale, bits, most, noise)
@@ -70,14 +100,23 @@ def test_headroom_fits_and_a_finer_scale_would_not(clip, cohort, noise):
     except ValueError as e:
         assert "lower" in str(e) and noise / clip > 2**10
         return
-    assert grid.most == cohort and (grid.clip, grid.noise) == (clip, noise) and clip * grid.scale >= 2**16 and math.frexp(grid.scale)[0] == 0.5
+    assert (
+        grid.most == cohort
+        and (grid.clip, grid.noise) == (clip, noise)
+        and clip * grid.scale >= 2**16
+        and math.frexp(grid.scale)[0] == 0.5
+    )
     if grid.bits == 32:
         with pytest.raises(ValueError, match="wrap"):
             Grid(clip, 4 * grid.scale, 32, cohort, noise)
 
 
 def test_headroom_takes_64_bits_where_32_are_too_coarse():
-    assert headroom(1.0, 100).bits == 32 and headroom(1.0, 2**15).bits == 64 and headroom(1.0, 100, noise=1000.0).bits == 64
+    assert (
+        headroom(1.0, 100).bits == 32
+        and headroom(1.0, 2**15).bits == 64
+        and headroom(1.0, 100, noise=1000.0).bits == 64
+    )
     assert headroom(1.0, 10, steps=2**30).scale == 2.0**40
     for wrong in ({"clip": 0.0}, {"noise": -1.0}, {"cohort": 0}, {"clip": math.inf}):
         with pytest.raises(ValueError, match="finite"):
@@ -126,7 +165,12 @@ def test_means_are_over_those_who_trained(bits):
 def test_what_does_not_fit_the_schema_is_refused():
     rng, grid = np.random.default_rng(1), Grid(1.0, 2.0**20, 32, 8)
     good = arrays(rng, SCHEMA.units)
-    for wrong, units in (({"a.R": good["a.R"]}, ("block.0", "block.1")), (good, ("block.0",)), (good | {"a.R": np.zeros((3, 2), np.float32)}, SCHEMA.units), (good, (*SCHEMA.units, "block.9"))):
+    for wrong, units in (
+        ({"a.R": good["a.R"]}, ("block.0", "block.1")),
+        (good, ("block.0",)),
+        (good | {"a.R": np.zeros((3, 2), np.float32)}, SCHEMA.units),
+        (good, (*SCHEMA.units, "block.9")),
+    ):
         with pytest.raises(ShapeMismatch):
             pack(wrong, SCHEMA, units, grid, rng.random)
     with pytest.raises(ShapeMismatch):

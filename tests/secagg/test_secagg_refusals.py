@@ -15,7 +15,12 @@ from fedtune.secagg.messages import Keys, Place
 from fedtune.secagg.server import run_round
 
 FIRST = "device-0"
-LOW_ORDER = [bytes(32), (1).to_bytes(32, "little"), ((1 << 255) - 19).to_bytes(32, "little"), ((1 << 255) - 20).to_bytes(32, "little")]
+LOW_ORDER = [
+    bytes(32),
+    (1).to_bytes(32, "little"),
+    ((1 << 255) - 19).to_bytes(32, "little"),
+    ((1 << 255) - 20).to_bytes(32, "little"),
+]
 
 
 def refused(reason, action, *arguments):
@@ -54,14 +59,17 @@ class TestTheClient:
         refused("order", getattr(client, stage), b"")
         over(client)
 
-    @pytest.mark.parametrize("there, gone, reason", [
-        ([0, 1, 2, 3], [3], "survivors"),   # in both lists
-        ([0, 1, 2], [], "survivors"),       # one left out
-        ([0, 1, 2, 3, 9], [], "survivors"),  # one unknown
-        ([1, 2, 3], [0], "survivors"),      # itself gone
-        ([0, 1], [2, 3], "threshold"),
-        ([], [0, 1, 2, 3], "survivors"),
-    ])
+    @pytest.mark.parametrize(
+        "there, gone, reason",
+        [
+            ([0, 1, 2, 3], [3], "survivors"),  # in both lists
+            ([0, 1, 2], [], "survivors"),  # one left out
+            ([0, 1, 2, 3, 9], [], "survivors"),  # one unknown
+            ([1, 2, 3], [0], "survivors"),  # itself gone
+            ([0, 1], [2, 3], "threshold"),
+            ([], [0, 1, 2, 3], "survivors"),
+        ],
+    )
     def test_refuses_contradictions_at_the_last_question(self, there, gone, reason):
         cohort = Cohort(4)
         cohort.until("unmask")
@@ -69,11 +77,16 @@ class TestTheClient:
         refused(reason, client.unmask, messages.survivors(cohort.terms, there, gone))
         over(client)
 
-    @pytest.mark.parametrize("minimum, threshold, reason", [(4, 3, "threshold"), (2, 2, "threshold"), (2, 5, "threshold"), (2, 0, "threshold"), (4, 4, None)])
+    @pytest.mark.parametrize(
+        "minimum, threshold, reason",
+        [(4, 3, "threshold"), (2, 2, "threshold"), (2, 5, "threshold"), (2, 0, "threshold"), (4, 4, None)],
+    )
     def test_has_a_floor_for_threshold_and_cohort(self, minimum, threshold, reason):
         client = ClientRound(terms(), minimum=minimum)
         client.keys(messages.ask_keys(terms()))
-        question = messages.place(terms(), Place(7, threshold, {i: Keys(new_pair().public, new_pair().public) for i in (1, 2, 9)}))
+        question = messages.place(
+            terms(), Place(7, threshold, {i: Keys(new_pair().public, new_pair().public) for i in (1, 2, 9)})
+        )
         if reason is None:
             assert client.shares(question)
         else:
@@ -91,8 +104,12 @@ class TestTheClient:
         keys = {i: Keys(new_pair().public, new_pair().public) for i in (1, 2)}
         one, other = keys[1], keys[2]
         keys = {
-            "twice": {1: one, 2: Keys(other.sealing, one.masking)}, "both the same": {1: Keys(one.sealing, one.sealing), 2: other},
-            "mine": {1: one, 2: mine}, "low order": {1: one, 2: Keys(LOW_ORDER[0], other.masking)}, "itself": {1: one, 7: other}, "alone": {},
+            "twice": {1: one, 2: Keys(other.sealing, one.masking)},
+            "both the same": {1: Keys(one.sealing, one.sealing), 2: other},
+            "mine": {1: one, 2: mine},
+            "low order": {1: one, 2: Keys(LOW_ORDER[0], other.masking)},
+            "itself": {1: one, 7: other},
+            "alone": {},
         }[wrong]
         reason = {"itself": "neighbours", "alone": "threshold"}.get(wrong, "key")
         refused(reason, client.shares, messages.place(terms(), Place(7, 2, keys)))
@@ -108,8 +125,11 @@ class TestTheClient:
         for name in cohort.names[1:]:
             cohort.server.take(name, cohort.rounds[name].shares(questions[name]))
         inbox = {j: box for j, box in ((j, cohort.server._stage.sealed[j][place.index]) for j in place.keys)}
-        # The sealed shares were made for its sealing key, which is unchanged, so they open; the pair has no mask.
-        refused("key", cohort.rounds[FIRST].masked, messages.inbox(cohort.terms, inbox), cohort.vectors[FIRST])
+        # The sealed shares were made for its sealing key, which is unchanged,
+        # so they open; the pair has no mask.
+        refused(
+            "key", cohort.rounds[FIRST].masked, messages.inbox(cohort.terms, inbox), cohort.vectors[FIRST]
+        )
         over(cohort.rounds[FIRST])
 
     def test_a_neighbours_key_put_in_place_of_anothers_opens_no_share(self):
@@ -117,8 +137,13 @@ class TestTheClient:
         questions = cohort.until("shares")
         place = messages.read_place(questions[FIRST], cohort.terms)
         i = next(iter(place.keys))
-        bad = Place(place.index, place.threshold, place.keys | {i: Keys(new_pair().public, place.keys[i].masking)})
-        answers = {n: cohort.rounds[n].shares(messages.place(cohort.terms, bad) if n == FIRST else questions[n]) for n in cohort.names}
+        bad = Place(
+            place.index, place.threshold, place.keys | {i: Keys(new_pair().public, place.keys[i].masking)}
+        )
+        answers = {
+            n: cohort.rounds[n].shares(messages.place(cohort.terms, bad) if n == FIRST else questions[n])
+            for n in cohort.names
+        }
         for name, answer in answers.items():
             cohort.server.take(name, answer)
         for name, question in cohort.server.ask().items():
@@ -128,7 +153,9 @@ class TestTheClient:
             else:
                 assert cohort.rounds[name].masked(question, cohort.vectors[name])
 
-    @pytest.mark.parametrize("wrong", ["a bit", "another's", "another receiver's", "its own back", "a stranger", "too few"])
+    @pytest.mark.parametrize(
+        "wrong", ["a bit", "another's", "another receiver's", "its own back", "a stranger", "too few"]
+    )
     def test_refuses_shares_that_were_changed_or_moved(self, wrong):
         cohort = Cohort(5, Design(4, 4))
         question = cohort.until("masked")[FIRST]
@@ -144,7 +171,9 @@ class TestTheClient:
             "a stranger": (boxes | {77: boxes[a]}, "client"),
             "too few": ({a: boxes[a], b: boxes[b]}, "threshold"),
         }[wrong]
-        refused(reason, cohort.rounds[FIRST].masked, messages.inbox(cohort.terms, boxes), cohort.vectors[FIRST])
+        refused(
+            reason, cohort.rounds[FIRST].masked, messages.inbox(cohort.terms, boxes), cohort.vectors[FIRST]
+        )
         over(cohort.rounds[FIRST])
 
     @pytest.mark.parametrize("other", [terms(round=4), terms(session=bytes(16))])
@@ -159,7 +188,12 @@ class TestTheClient:
         question = cohort.until("masked")[FIRST]
         late = Cohort(3)
         late.until("masked")
-        refused("session" if other.round == 3 else "round", copy.deepcopy(late.rounds[FIRST]).masked, question, late.vectors[FIRST])
+        refused(
+            "session" if other.round == 3 else "round",
+            copy.deepcopy(late.rounds[FIRST]).masked,
+            question,
+            late.vectors[FIRST],
+        )
         boxes = messages.read_inbox(question, other)
         mine_now = late.rounds[FIRST]._state.place
         moved = messages.inbox(late.terms, dict(zip(mine_now.keys, boxes.values())))
@@ -168,7 +202,12 @@ class TestTheClient:
     def test_takes_vectors_of_the_round_only_and_leaves_them_alone(self):
         cohort = Cohort(3)
         question = cohort.until("masked")[FIRST]
-        for wrong in (np.zeros(5, np.int64), np.zeros(4, np.uint32), np.zeros((1, 5), np.uint32), np.zeros(5)):
+        for wrong in (
+            np.zeros(5, np.int64),
+            np.zeros(4, np.uint32),
+            np.zeros((1, 5), np.uint32),
+            np.zeros(5),
+        ):
             with pytest.raises(ValueError, match="must be"):
                 cohort.rounds[FIRST].masked(question, wrong)
         before = cohort.vectors[FIRST].copy()
@@ -180,9 +219,13 @@ class TestTheClient:
         cohort = Cohort(3)
         cohort.until("masked")
         state = cohort.rounds[FIRST]._state
-        assert repr(state.seed) not in repr(state) and "private" not in repr(state) and "mine" not in repr(state)
+        assert (
+            repr(state.seed) not in repr(state) and "private" not in repr(state) and "mine" not in repr(state)
+        )
         cohort.answer("masked", FIRST, cohort.server._stage.questions()[FIRST])
-        assert "seeds" not in repr(cohort.rounds[FIRST]._state) and not hasattr(cohort.rounds[FIRST]._state, "pairs")
+        assert "seeds" not in repr(cohort.rounds[FIRST]._state) and not hasattr(
+            cohort.rounds[FIRST]._state, "pairs"
+        )
 
 
 class TestTheCoordinator:
@@ -199,7 +242,10 @@ class TestTheCoordinator:
     def test_refuses_a_key_that_all_others_would_refuse(self, key):
         cohort = Cohort(4)
         bad = messages.keys(cohort.terms, Keys(new_pair().public, key))
-        found = run_round(cohort.server, cohort.ask(change=lambda stage, name, a: bad if (stage, name) == ("keys", FIRST) else a))
+        found = run_round(
+            cohort.server,
+            cohort.ask(change=lambda stage, name, a: bad if (stage, name) == ("keys", FIRST) else a),
+        )
         assert found.clients == tuple(cohort.names[1:]) and "key" in found.refused[FIRST]
 
     def test_refuses_an_answer_in_anothers_name(self):
@@ -211,7 +257,11 @@ class TestTheCoordinator:
     def test_refuses_shares_for_others_than_the_neighbours(self):
         cohort = Cohort(8, Design(4, 3))
         questions = cohort.until("shares")
-        check, sealed = messages.read_shares(cohort.rounds[FIRST].shares(questions[FIRST]), cohort.terms, cohort.server._stage.circle.index[FIRST])
+        check, sealed = messages.read_shares(
+            cohort.rounds[FIRST].shares(questions[FIRST]),
+            cohort.terms,
+            cohort.server._stage.circle.index[FIRST],
+        )
         index = cohort.server._stage.circle.index[FIRST]
         box = next(iter(sealed.values()))
         for wrong in (dict(list(sealed.items())[1:]), sealed | {100: box}, {}):
@@ -231,8 +281,13 @@ class TestTheCoordinator:
         old = Cohort(4, terms=terms(round=2))
         replay = old.rounds[FIRST].masked(old.until("masked")[FIRST], old.vectors[FIRST])
         cohort = Cohort(4)
-        found = run_round(cohort.server, cohort.ask(change=lambda stage, name, a: replay if (stage, name) == ("masked", FIRST) else a))
-        assert found.clients == tuple(cohort.names[1:]) and found.refused[FIRST].startswith("round: a message of round 2")
+        found = run_round(
+            cohort.server,
+            cohort.ask(change=lambda stage, name, a: replay if (stage, name) == ("masked", FIRST) else a),
+        )
+        assert found.clients == tuple(cohort.names[1:]) and found.refused[FIRST].startswith(
+            "round: a message of round 2"
+        )
 
     @pytest.mark.parametrize("wrong", ["left out", "one more", "both kinds", "swapped"])
     def test_refuses_other_shares_than_it_asked_for(self, wrong):
@@ -242,8 +297,10 @@ class TestTheCoordinator:
         seeds, keys = messages.read_opened(cohort.rounds[FIRST].unmask(questions[FIRST]), cohort.terms, index)
         share = next(iter(seeds.values()))
         seeds, keys = {
-            "left out": (dict(list(seeds.items())[1:]), keys), "one more": (seeds | {50: share}, keys),
-            "both kinds": (seeds | keys, keys), "swapped": (keys, seeds),
+            "left out": (dict(list(seeds.items())[1:]), keys),
+            "one more": (seeds | {50: share}, keys),
+            "both kinds": (seeds | keys, keys),
+            "swapped": (keys, seeds),
         }[wrong]
         refused("client", cohort.server.take, FIRST, messages.opened(cohort.terms, index, seeds, keys))
 
@@ -259,16 +316,22 @@ class TestTheCoordinator:
             table = tables[kind == "mask key"]
             owner = next(iter(table))
             share = bytearray(table[owner])
-            share[9] ^= 1  # not among the lowest bits: X25519 ignores three of the key, and weights of points 1, 2, 3 are small
+            # not among the lowest bits: X25519 ignores three of the key,
+            # and weights of points 1, 2, 3 are small
+            share[9] ^= 1
             table[owner] = bytes(share)
             return messages.opened(cohort.terms, index, *tables)
 
-        with pytest.raises(SecAggFailed, match=r"shares of client 'device-\d' do not open its secret: .*nothing is released"):
+        with pytest.raises(
+            SecAggFailed, match=r"shares of client 'device-\d' do not open its secret: .*nothing is released"
+        ):
             run_round(cohort.server, cohort.ask({"device-3": "masked"}, change))
 
     @pytest.mark.parametrize("drop", [True, False])
     def test_a_client_that_shared_another_mask_key_is_found_out_when_it_is_gone(self, drop):
-        """While it stays its key is not opened, and the sum is right: the key that counts is the one it masked with."""
+        """While it stays its key is not opened, and the sum is right:
+        the key that counts is the one it masked with.
+        """
         cohort = Cohort(4)
         questions = cohort.until("shares")
         client = cohort.rounds["device-3"]
@@ -284,7 +347,10 @@ class TestTheCoordinator:
                 if answer:
                     cohort.server.take(name, answer)
         if drop:
-            with pytest.raises(SecAggFailed, match="'device-3' do not open its secret: the mask key is not that of its public key"):
+            with pytest.raises(
+                SecAggFailed,
+                match="'device-3' do not open its secret: the mask key is not that of its public key",
+            ):
                 cohort.server.finish()
         else:
             assert cohort.server.finish().clients == tuple(cohort.names)
@@ -296,7 +362,11 @@ class TestTheCoordinator:
             if (stage, name) != ("shares", FIRST):
                 return answer
             index = cohort.server._stage.circle.index[name]
-            return messages.shares(cohort.terms, index, bytes(32), messages.read_shares(answer, cohort.terms, index)[1])
+            return messages.shares(
+                cohort.terms, index, bytes(32), messages.read_shares(answer, cohort.terms, index)[1]
+            )
 
-        with pytest.raises(SecAggFailed, match="'device-0' do not open its secret: the seed is not the one it promised"):
+        with pytest.raises(
+            SecAggFailed, match="'device-0' do not open its secret: the seed is not the one it promised"
+        ):
             run_round(cohort.server, cohort.ask(change=change))

@@ -1,4 +1,6 @@
-"""A device's part in secure sums without its processes: a round once, questions in order, company enough; and the coordinator's loop around them."""
+"""A device's part in secure sums without its processes: a round once, questions in order, company enough;
+and the coordinator's loop around them.
+"""
 
 from types import SimpleNamespace
 
@@ -21,8 +23,23 @@ from fedtune.wire import Schema, encode
 
 SCHEMA = Schema((TensorSpec("a", (3, 2), "low"), TensorSpec("b", (4,), "high")))
 FRAME, NAMES = "0" * 16, ("a", "b", "c", "d")
-JOB = parse_job("", ("privacy.secure-aggregation=true", "privacy.clip=2.0", "federation.weighting=equal", "federation.cohort=4", "privacy.noise=seeded"))
-BUNDLE = SimpleNamespace(job=JOB, digest="ab" * 32, frame_digest=FRAME, schema=SCHEMA, manifest=SimpleNamespace(spec=SimpleNamespace(schema=SCHEMA)))
+JOB = parse_job(
+    "",
+    (
+        "privacy.secure-aggregation=true",
+        "privacy.clip=2.0",
+        "federation.weighting=equal",
+        "federation.cohort=4",
+        "privacy.noise=seeded",
+    ),
+)
+BUNDLE = SimpleNamespace(
+    job=JOB,
+    digest="ab" * 32,
+    frame_digest=FRAME,
+    schema=SCHEMA,
+    manifest=SimpleNamespace(spec=SimpleNamespace(schema=SCHEMA)),
+)
 MODEL = {"a": np.ones((3, 2), np.float32), "b": np.zeros(4, np.float32)}
 
 
@@ -31,8 +48,15 @@ def question(round=1, kind="model"):
 
 
 def update(place, round=1):
-    return encode("update", SCHEMA, {n: a + np.float32(0.1 * place) for n, a in MODEL.items()}, round=round, frame=FRAME, weight=5.0,
-                  metrics={"loss": (1.0, 2.0), "accuracy": (1.0, 2.0)})
+    return encode(
+        "update",
+        SCHEMA,
+        {n: a + np.float32(0.1 * place) for n, a in MODEL.items()},
+        round=round,
+        frame=FRAME,
+        weight=5.0,
+        metrics={"loss": (1.0, 2.0), "accuracy": (1.0, 2.0)},
+    )
 
 
 def device(folder, name, minimum=3):
@@ -83,12 +107,17 @@ def test_a_round_gives_the_sum(tmp_path):
     assert coordinator.refused == {}
 
     coordinator = Coordinator()
-    found = rounds({n: device(tmp_path / "again", n) for n in NAMES}, silent={("b", "INBOX")})(coordinator, [(n, question()) for n in NAMES])
+    found = rounds({n: device(tmp_path / "again", n) for n in NAMES}, silent={("b", "INBOX")})(
+        coordinator, [(n, question()) for n in NAMES]
+    )
     assert found.clients == ("a", "c", "d") and coordinator.seen == ["late", *NAMES]
     change, metrics = through.secure.change(found.vector, 3)
     np.testing.assert_allclose(change["a"], np.full((3, 2), (0.1 + 0.3 + 0.4) / 3), atol=1e-4)
     assert metrics["loss"] == (pytest.approx(1.5, abs=1e-3), 3.0)
-    assert coordinator.traffic.late == 4 and coordinator.traffic.up["a"] == coordinator.traffic.up["c"] > coordinator.traffic.up["b"] > 0
+    assert (
+        coordinator.traffic.late == 4
+        and coordinator.traffic.up["a"] == coordinator.traffic.up["c"] > coordinator.traffic.up["b"] > 0
+    )
 
 
 def test_too_few_devices_are_not_asked(tmp_path):
@@ -121,14 +150,26 @@ def test_units_that_are_not_those_of_the_job_are_not_trained_into_a_sum(tmp_path
     for round in range(1, 4):
         (right,) = tensors_of(schema, selected(job, schema, round))
         for place, names in enumerate([None, *([t.name] for t in schema.tensors), ["0.w", "1.w"]]):
-            work = SecureWork(tmp_path / f"{round}-{place}", SimpleNamespace(**vars(BUNDLE) | {"job": job, "schema": schema}), 3)
+            work = SecureWork(
+                tmp_path / f"{round}-{place}",
+                SimpleNamespace(**vars(BUNDLE) | {"job": job, "schema": schema}),
+                3,
+            )
             asked = encode("model", schema, model, round=round, frame=FRAME, train=names)
-            answer = encode("update", schema, {n: model[n] for n in names or model}, round=round, frame=FRAME, weight=1.0)
+            answer = encode(
+                "update", schema, {n: model[n] for n in names or model}, round=round, frame=FRAME, weight=1.0
+            )
             work.begin(asked)
             if names == [right]:
                 assert is_question(work.first(asked, answer, "a"))
                 continue
-            with pytest.raises(Refused, match=rf"secure-aggregation: round {round}: the coordinator asks for other units than the job; nothing was sent"):
+            with pytest.raises(
+                Refused,
+                match=(
+                    rf"secure-aggregation: round {round}: the coordinator asks for other units than "
+                    r"the job; nothing was sent"
+                ),
+            ):
                 work.first(asked, answer, "a")
 
 
@@ -138,10 +179,14 @@ def test_a_device_with_a_budget_of_its_own_is_asked_for_that(tmp_path):
     job = JOB.model_copy(update={"units": UnitsSection(strategy="top", budget=1)})
     model = {t.name: np.ones(t.shape, np.float32) for t in schema.tensors}
     for place, (names, taken) in enumerate([(["2.w"], False), (["1.w", "2.w"], True), (None, False)]):
-        work = SecureWork(tmp_path / str(place), SimpleNamespace(**vars(BUNDLE) | {"job": job, "schema": schema}), 3, 2)
+        work = SecureWork(
+            tmp_path / str(place), SimpleNamespace(**vars(BUNDLE) | {"job": job, "schema": schema}), 3, 2
+        )
         asked = encode("model", schema, model, round=1, frame=FRAME, train=names)
         work.begin(asked)
-        answer = encode("update", schema, {n: model[n] for n in names or model}, round=1, frame=FRAME, weight=1.0)
+        answer = encode(
+            "update", schema, {n: model[n] for n in names or model}, round=1, frame=FRAME, weight=1.0
+        )
         if taken:
             assert is_question(work.first(asked, answer, "a"))
         else:
@@ -165,9 +210,13 @@ def test_questions_out_of_order_end_the_round(tmp_path):
 
 
 def test_a_device_wants_company():
-    manifest = SimpleNamespace(sha256="", task=JOB.model.task, spec=SimpleNamespace(method=JOB.adapter.method))
+    manifest = SimpleNamespace(
+        sha256="", task=JOB.model.task, spec=SimpleNamespace(method=JOB.adapter.method)
+    )
     Policy().check(manifest, JOB)
-    with pytest.raises(Refused, match="min-cohort: sums of 3 clients would open, this device is only part of those of 4"):
+    with pytest.raises(
+        Refused, match="min-cohort: sums of 3 clients would open, this device is only part of those of 4"
+    ):
         Policy.model_validate({"min-cohort": 4}).check(manifest, JOB)
     three = JOB.model_copy(update={"federation": JOB.federation.model_copy(update={"cohort": 3})})
     with pytest.raises(Refused, match="sums of 2 clients"):
@@ -179,10 +228,23 @@ def test_a_device_wants_company():
 
 
 def test_the_assumptions_say_whom_it_trusts():
-    client = ("privacy.unit=client", "privacy.noise-multiplier=2.0", "privacy.delta=1e-5", "privacy.clip=1.0", "federation.weighting=equal", "federation.cohort=20", "data.clients=200")
-    said = assumptions(plan_of(parse_job("", [*client, "privacy.secure-aggregation=true", "privacy.i-understand=true"]), 200))
+    client = (
+        "privacy.unit=client",
+        "privacy.noise-multiplier=2.0",
+        "privacy.delta=1e-5",
+        "privacy.clip=1.0",
+        "federation.weighting=equal",
+        "federation.cohort=20",
+        "data.clients=200",
+    )
+    said = assumptions(
+        plan_of(parse_job("", [*client, "privacy.secure-aggregation=true", "privacy.i-understand=true"]), 200)
+    )
     assert any("14 honest clients in each sum" in line and "does not count" in line for line in said)
     assert not any("sees each client's update" in line for line in said)
     assert sum(line.startswith("Sampling:") for line in said) == 1
     plain = assumptions(plan_of(parse_job("", [*client, "privacy.i-understand=true"]), 200))
-    assert any("sees each client's update" in line for line in plain) and sum(line.startswith("Sampling:") for line in plain) == 1
+    assert (
+        any("sees each client's update" in line for line in plain)
+        and sum(line.startswith("Sampling:") for line in plain) == 1
+    )

@@ -32,7 +32,11 @@ def test_fewer_shares_fit_every_secret(secret, other, threshold):
     known = {x: value(shares[x]) for x in range(1, threshold)}
     through = list(known)
     weights = weights_at_zero([*through, threshold])
-    missing = (int.from_bytes(other, "little") - sum(weights[x] * known[x] for x in through)) * pow(weights[threshold], -1, PRIME) % PRIME
+    missing = (
+        (int.from_bytes(other, "little") - sum(weights[x] * known[x] for x in through))
+        * pow(weights[threshold], -1, PRIME)
+        % PRIME
+    )
     forged = [(x, shares[x]) for x in through] + [(threshold, missing.to_bytes(SHARE, "little"))]
     assert combine(forged, threshold) == other
 
@@ -44,38 +48,65 @@ def test_by_hand():
 
 
 def test_the_modulus_is_a_prime_above_every_secret():
-    assert Primality.test_probable_prime(PRIME) == Primality.PROBABLY_PRIME and PRIME > 2**256 > 2 ** (8 * SHARE) // PRIME
+    assert (
+        Primality.test_probable_prime(PRIME) == Primality.PROBABLY_PRIME
+        and PRIME > 2**256 > 2 ** (8 * SHARE) // PRIME
+    )
 
 
 def test_shares_of_one_secret_differ_each_time():
     secret = secrets.token_bytes(32)
     assert split(secret, 2, [1, 2]) != split(secret, 2, [1, 2])
-    assert split(secret, 1, [7]) == {7: secret + b"\0"}  # a threshold of one hides nothing; no client takes it
+    # a threshold of one hides nothing; no client takes it
+    assert split(secret, 1, [7]) == {7: secret + b"\0"}
 
 
 SHARES = [(x, share) for x, share in split(bytes(32), 3, [1, 2, 3, 4]).items()]
 
 
-@pytest.mark.parametrize("shares", [
-    SHARES[:2],
-    SHARES,
-    [SHARES[0], SHARES[1], SHARES[0]],
-    [SHARES[0], SHARES[1], (2, SHARES[2][1])],
-    [SHARES[0], SHARES[1], (0, SHARES[2][1])],
-    [SHARES[0], SHARES[1], (-1, SHARES[2][1])],
-    [SHARES[0], SHARES[1], (3, SHARES[2][1][:-1])],
-    [SHARES[0], SHARES[1], (3, PRIME.to_bytes(SHARE, "little"))],
-    [(1, (PRIME - 1).to_bytes(SHARE, "little"))] * 1 + [(2, (PRIME - 1).to_bytes(SHARE, "little")), (3, (PRIME - 1).to_bytes(SHARE, "little"))],
-], ids=["few", "many", "same twice", "replayed under another's number", "number 0", "number below 0", "short", "too large", "no secret"])
+@pytest.mark.parametrize(
+    "shares",
+    [
+        SHARES[:2],
+        SHARES,
+        [SHARES[0], SHARES[1], SHARES[0]],
+        [SHARES[0], SHARES[1], (2, SHARES[2][1])],
+        [SHARES[0], SHARES[1], (0, SHARES[2][1])],
+        [SHARES[0], SHARES[1], (-1, SHARES[2][1])],
+        [SHARES[0], SHARES[1], (3, SHARES[2][1][:-1])],
+        [SHARES[0], SHARES[1], (3, PRIME.to_bytes(SHARE, "little"))],
+        [(1, (PRIME - 1).to_bytes(SHARE, "little"))] * 1
+        + [(2, (PRIME - 1).to_bytes(SHARE, "little")), (3, (PRIME - 1).to_bytes(SHARE, "little"))],
+    ],
+    ids=[
+        "few",
+        "many",
+        "same twice",
+        "replayed under another's number",
+        "number 0",
+        "number below 0",
+        "short",
+        "too large",
+        "no secret",
+    ],
+)
 def test_wrong_shares_are_refused(shares):
     with pytest.raises(Refused) as e:
         combine(shares, 3)
     assert e.value.reason == "share"
 
 
-@pytest.mark.parametrize("secret, threshold, points", [
-    (bytes(31), 1, [1]), (bytes(32), 0, [1]), (bytes(32), 3, [1, 2]), (bytes(32), 1, [1, 1]), (bytes(32), 1, [0]), (bytes(32), 1, [2**32 + 1]),
-])
+@pytest.mark.parametrize(
+    "secret, threshold, points",
+    [
+        (bytes(31), 1, [1]),
+        (bytes(32), 0, [1]),
+        (bytes(32), 3, [1, 2]),
+        (bytes(32), 1, [1, 1]),
+        (bytes(32), 1, [0]),
+        (bytes(32), 1, [2**32 + 1]),
+    ],
+)
 def test_wrong_arguments_are_refused(secret, threshold, points):
     with pytest.raises(ValueError):
         split(secret, threshold, points)

@@ -1,4 +1,6 @@
-"""Device classes: times in closed form, chances within their bounds, and draws that depend on seed, round and client alone."""
+"""Device classes: times in closed form, chances within their bounds, and draws that depend on seed,
+round and client alone.
+"""
 
 from collections.abc import Sequence
 
@@ -10,22 +12,37 @@ from hypothesis import strategies as st
 from fedtune.algorithms.fed_avg import draw_cohort
 from fedtune.job import DeviceClass, FederationSection
 from fedtune.seeds import generator
-from fedtune.simulation.devices import Chosen, Span, able, assign, available, drops_out, examples_run, round_seconds, span
+from fedtune.simulation.devices import (
+    Chosen,
+    Span,
+    able,
+    assign,
+    available,
+    drops_out,
+    examples_run,
+    round_seconds,
+    span,
+)
 from fedtune.training.batches import local_batches
 from fedtune.types import ClientInfo
 
-PHONE = DeviceClass(name="phone", share=3.0, speed=4.0, up_kbps=1000.0, down_kbps=8000.0, available=0.3, drop_out=0.2)
+PHONE = DeviceClass(
+    name="phone", share=3.0, speed=4.0, up_kbps=1000.0, down_kbps=8000.0, available=0.3, drop_out=0.2
+)
 LAPTOP = DeviceClass(name="laptop", memory_mb=500)
 CLIENTS = 100_000
 
 
 def within(found: int, draws: int, chance: float) -> bool:
-    """Within 5 standard deviations of a binomial: a right draw fails this once in two million seeds, and seeds are fixed here."""
+    """Within 5 standard deviations of a binomial: a right draw fails this once in two million seeds,
+    and seeds are fixed here.
+    """
     return abs(found - draws * chance) <= 5 * (draws * chance * (1 - chance)) ** 0.5
 
 
 def test_a_device_is_busy_for_bytes_over_bandwidth_and_examples_over_speed():
-    assert span(PHONE, down=2_000_000, examples=20, up=125_000) == Span(down=2.0, train=5.0, up=1.0)  # 16 Mbit at 8 Mbit/s; 1 Mbit at 1
+    # 16 Mbit at 8 Mbit/s; 1 Mbit at 1
+    assert span(PHONE, down=2_000_000, examples=20, up=125_000) == Span(down=2.0, train=5.0, up=1.0)
     assert span(PHONE, 2_000_000, 20, 125_000).total == 8.0
     assert span(LAPTOP, 2_000_000, 20, 125_000).total == 0.0
 
@@ -36,7 +53,13 @@ def test_a_round_lasts_as_its_slowest_answer_or_until_the_deadline():
     assert round_seconds([], waited=False, deadline=60.0) == 0.0
 
 
-@given(examples=st.integers(1, 60), steps=st.integers(0, 9), epochs=st.integers(1, 3), batch=st.integers(1, 9), seed=st.integers(0, 99))
+@given(
+    examples=st.integers(1, 60),
+    steps=st.integers(0, 9),
+    epochs=st.integers(1, 3),
+    batch=st.integers(1, 9),
+    seed=st.integers(0, 99),
+)
 def test_examples_are_counted_as_the_steps_see_them(examples, steps, epochs, batch, seed):
     settings = FederationSection(local_steps=steps, local_epochs=epochs, batch_size=batch, seed=seed)
     lengths = np.random.default_rng(seed).integers(1, 50, examples).tolist()
@@ -53,7 +76,9 @@ def test_classes_are_dealt_by_share_and_stay_when_clients_are_added():
     assert not assign(0, (PHONE,), 50).any()
 
 
-@pytest.mark.parametrize("step, expected", [(500_000_000, [True, True]), (500_000_001, [True, False]), (None, [True, False])])
+@pytest.mark.parametrize(
+    "step, expected", [(500_000_000, [True, True]), (500_000_001, [True, False]), (None, [True, False])]
+)
 def test_a_class_needs_the_memory_of_a_step(step, expected):
     assert able((PHONE, LAPTOP), [step, step]).tolist() == expected
 

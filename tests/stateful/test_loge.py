@@ -1,4 +1,6 @@
-"""FedLoGe against rounds written out with torch, each head a loss of its own on detached features; the fixed head against what it should be; both realignments by hand."""
+"""FedLoGe against rounds written out with torch, each head a loss of its own on detached features; the
+fixed head against what it should be; both realignments by hand.
+"""
 
 import numpy as np
 import pytest
@@ -19,7 +21,10 @@ def head_steps(plain, below, head, name, round):
     for n, p in plain.parameters.items():
         p.data = torch.from_numpy(np.array((below | head)[n], np.float32))
     weight, bias = (torch.from_numpy(head[n].copy()).requires_grad_() for n in ("head.weight", "head.bias"))
-    kept, plain.model.forward = plain.model.forward, lambda **inputs: plain.model.features(**inputs).detach() @ weight.T + bias
+    kept, plain.model.forward = (
+        plain.model.forward,
+        lambda **inputs: plain.model.features(**inputs).detach() @ weight.T + bias,
+    )
     try:
         for loss in plain.losses(name, round):
             for p, g in zip((weight, bias), torch.autograd.grad(loss(), (weight, bias))):
@@ -30,10 +35,18 @@ def head_steps(plain, below, head, name, round):
 
 
 def test_rounds_are_those_of_a_plain_loop(tiny_job, run_rounds, tmp_path):
-    ran = run_rounds(tiny_job(*SGD, *LOGE, "federation.local-epochs=1", "federation.rounds=4"), tmp_path / "run")
+    ran = run_rounds(
+        tiny_job(*SGD, *LOGE, "federation.local-epochs=1", "federation.rounds=4"), tmp_path / "run"
+    )
     plain = Plain(ran.setup.job)
-    below, g = ({n: a for n, a in plain.first.items() if n.startswith("head.") == is_head} for is_head in (False, True))
-    fixed = {"head.weight": frame(*g["head.weight"].shape, plain.fed.seed), "head.bias": np.zeros(2, np.float32)}
+    below, g = (
+        {n: a for n, a in plain.first.items() if n.startswith("head.") == is_head}
+        for is_head in (False, True)
+    )
+    fixed = {
+        "head.weight": frame(*g["head.weight"].shape, plain.fed.seed),
+        "head.bias": np.zeros(2, np.float32),
+    }
     still = {n: np.full_like(a, not n.startswith("head.")) for n, a in plain.first.items()}
     own = {}
     for round in range(1, 5):
@@ -48,18 +61,39 @@ def test_rounds_are_those_of_a_plain_loop(tiny_job, run_rounds, tmp_path):
     near(ran.run.newest().state.arrays, below | g)
     parts, line = plain.setup.split, ran.run.metrics()[-1]
     assert set(ran.kept.clients(ran.setup.split.clients, 4)) == set(own)
-    right, everybody = 0, below | {"head.weight": np.stack([1.7 * row / np.sqrt((row**2).sum()) for row in g["head.weight"]]), "head.bias": g["head.bias"]}
+    right, everybody = (
+        0,
+        below
+        | {
+            "head.weight": np.stack([1.7 * row / np.sqrt((row**2).sum()) for row in g["head.weight"]]),
+            "head.bias": g["head.bias"],
+        },
+    )
     for name, h in own.items():
         has = {int(label) for label in plain.setup.store.train(name).labels}
         near(ran.kept.load(name, 4), h | {"present": np.array([c in has for c in (0, 1)], np.float32)})
-        weight = np.stack([g["head.weight"][c] * np.sqrt((h["head.weight"][c] ** 2).sum()) + h["head.weight"][c] for c in (0, 1)])
+        weight = np.stack(
+            [
+                g["head.weight"][c] * np.sqrt((h["head.weight"][c] ** 2).sum()) + h["head.weight"][c]
+                for c in (0, 1)
+            ]
+        )
         bias = np.array([g["head.bias"][c] + h["head.bias"][c] - (0 if c in has else 100) for c in (0, 1)])
-        right += plain.right(below | {"head.weight": weight, "head.bias": bias}, parts.held_out[parts.clients.place(name)])
+        right += plain.right(
+            below | {"head.weight": weight, "head.bias": bias}, parts.held_out[parts.clients.place(name)]
+        )
     assert line["personal_accuracy"] == pytest.approx(right / line["personal_evaluated"])
     rows = parts.held_out.rows
     assert line["accuracy"] == pytest.approx(plain.right(everybody, rows) / len(rows))
     export_run(ran.run)
-    near({n: a for n, a in load_file(ran.run.path / "adapter" / "adapter.safetensors").items() if n in everybody}, everybody)
+    near(
+        {
+            n: a
+            for n, a in load_file(ran.run.path / "adapter" / "adapter.safetensors").items()
+            if n in everybody
+        },
+        everybody,
+    )
 
 
 @pytest.mark.parametrize("classes, width", [(2, 32), (3, 32), (5, 64), (10, 384)])
@@ -74,29 +108,76 @@ def test_the_fixed_head_is_sparse_and_its_angles_are_equal(classes, width):
 
 @pytest.mark.parametrize("classes, width", [(1, 4), (20, 4), (40, 16)])
 def test_where_no_such_head_exists_it_is_a_head_all_the_same(classes, width):
-    assert np.isfinite(frame(classes, width, 0)).all() and (np.linalg.norm(frame(classes, width, 0), axis=1) <= 1.00001).all()
+    assert (
+        np.isfinite(frame(classes, width, 0)).all()
+        and (np.linalg.norm(frame(classes, width, 0), axis=1) <= 1.00001).all()
+    )
 
 
 def test_realigning_by_hand():
-    model = {"a.R": np.ones((1, 1), np.float32), "head.weight": np.array([[3.0, 4.0], [0.0, 0.5], [0.0, 0.0]], np.float32), "head.bias": np.array([1.0, 2.0, 3.0], np.float32)}
+    model = {
+        "a.R": np.ones((1, 1), np.float32),
+        "head.weight": np.array([[3.0, 4.0], [0.0, 0.5], [0.0, 0.0]], np.float32),
+        "head.bias": np.array([1.0, 2.0, 3.0], np.float32),
+    }
     shared = realigned(model)
     near(shared, model | {"head.weight": np.array([[1.02, 1.36], [0.0, 1.7], [0.0, 0.0]], np.float32)}, 1e-6)
-    kept = {"head.weight": np.array([[0.0, 2.0], [1.0, 0.0], [1.0, 1.0]], np.float32), "head.bias": np.array([0.5, 0.5, 0.5], np.float32), "present": np.array([1, 0, 1], np.float32)}
-    near(personal(model, kept), model | {
-        "head.weight": np.array([[6.0, 10.0], [1.0, 0.5], [1.0, 1.0]], np.float32), "head.bias": np.array([1.5, -97.5, 3.5], np.float32)}, 1e-6)
+    kept = {
+        "head.weight": np.array([[0.0, 2.0], [1.0, 0.0], [1.0, 1.0]], np.float32),
+        "head.bias": np.array([0.5, 0.5, 0.5], np.float32),
+        "present": np.array([1, 0, 1], np.float32),
+    }
+    near(
+        personal(model, kept),
+        model
+        | {
+            "head.weight": np.array([[6.0, 10.0], [1.0, 0.5], [1.0, 1.0]], np.float32),
+            "head.bias": np.array([1.5, -97.5, 3.5], np.float32),
+        },
+        1e-6,
+    )
 
 
 def test_a_client_learns_three_times():
-    model = {"a.R": np.ones((1, 1), np.float32), "head.weight": np.ones((3, 8), np.float32), "head.bias": np.ones(3, np.float32)}
+    model = {
+        "a.R": np.ones((1, 1), np.float32),
+        "head.weight": np.ones((3, 8), np.float32),
+        "head.bias": np.ones(3, np.float32),
+    }
     client = Client(model, None, 0, {}, np.array([2, 0, 2]))
     below, shared, own = asks(client, 0, 0.5)
-    assert np.array_equal(below.start["head.weight"], frame(3, 8, 0)) and not below.start["head.bias"].any() and below.pull.moving["a.R"].all() and not below.pull.moving["head.bias"].any()
-    assert set(shared.start) == set(own.start) == {"head.weight", "head.bias"} and not own.pull.moving["a.R"].any() and own.pull.moving["head.weight"].all()
+    assert (
+        np.array_equal(below.start["head.weight"], frame(3, 8, 0))
+        and not below.start["head.bias"].any()
+        and below.pull.moving["a.R"].all()
+        and not below.pull.moving["head.bias"].any()
+    )
+    assert (
+        set(shared.start) == set(own.start) == {"head.weight", "head.bias"}
+        and not own.pull.moving["a.R"].any()
+        and own.pull.moving["head.weight"].all()
+    )
     assert [ask.pull.strength for ask in (below, shared, own)] == [0.5, 0.5, 0.0]
-    found = answer(client, [(below.start, {}), (model, {"loss": (1.0, 2.0)}), (model | {"head.bias": np.zeros(3, np.float32)}, {})])
-    assert found.update is model and found.metrics == {"loss": (1.0, 2.0)} and found.kept["present"].tolist() == [1, 0, 1] and not found.kept["head.bias"].any()
+    found = answer(
+        client,
+        [
+            (below.start, {}),
+            (model, {"loss": (1.0, 2.0)}),
+            (model | {"head.bias": np.zeros(3, np.float32)}, {}),
+        ],
+    )
+    assert (
+        found.update is model
+        and found.metrics == {"loss": (1.0, 2.0)}
+        and found.kept["present"].tolist() == [1, 0, 1]
+        and not found.kept["head.bias"].any()
+    )
 
 
 def test_messages_are_as_long_as_without(tiny_job):
     plain, ours = make_plan(tiny_job()), make_plan(tiny_job(*LOGE))
-    assert (ours.update_bytes, ours.model_bytes, ours.frame_bytes) == (plain.update_bytes, plain.model_bytes, plain.frame_bytes)
+    assert (ours.update_bytes, ours.model_bytes, ours.frame_bytes) == (
+        plain.update_bytes,
+        plain.model_bytes,
+        plain.frame_bytes,
+    )

@@ -1,4 +1,6 @@
-"""What one client predicts with, taken out of a run: the adapter and graphs give the accuracy that the run says."""
+"""What one client predicts with, taken out of a run: the adapter and graphs give the
+accuracy that the run says.
+"""
 
 import json
 
@@ -16,19 +18,38 @@ from fedtune.workflows.export import export_client
 DITTO = ("personal.method=ditto", "federation.lr=0.1")
 
 
-@pytest.mark.parametrize("changes", [("personal.method=select", "personal.every=1", "federation.lr=0.1"), ("personal.method=loge", "federation.lr=0.1")], ids=["select", "loge"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ("personal.method=select", "personal.every=1", "federation.lr=0.1"),
+        ("personal.method=loge", "federation.lr=0.1"),
+    ],
+    ids=["select", "loge"],
+)
 def test_it_is_what_the_client_is_scored_with(changes, tiny_job, run_rounds, tmp_path):
-    simulation = run_rounds(tiny_job(*changes, "federation.rounds=2", "export.onnx=true", "export.int8=false"), tmp_path / "run")
-    split, examples, labels = simulation.setup.split, simulation.setup.dataset.examples, simulation.setup.dataset.label_names
+    simulation = run_rounds(
+        tiny_job(*changes, "federation.rounds=2", "export.onnx=true", "export.int8=false"), tmp_path / "run"
+    )
+    split, examples, labels = (
+        simulation.setup.split,
+        simulation.setup.dataset.examples,
+        simulation.setup.dataset.label_names,
+    )
     shared = simulation.run.newest().state.arrays
     for place, index, scores in list(simulation.personal_scores(2, shared))[:1]:
         folder = tmp_path / split.clients[place]
         exports = export_client(simulation.run, split.clients[place], folder, simulation.setup)
-        assert {p.name for p in folder.iterdir()} == {"adapter", "onnx"} and exports["float32"]["of"] == len(index)
+        assert {p.name for p in folder.iterdir()} == {"adapter", "onnx"} and exports["float32"]["of"] == len(
+            index
+        )
         found = examples.take(split.held_out[place])
         said, _ = Predictor.open(folder / "onnx").predict(list(found.inputs))
         accuracy = np.mean([labels[label] == name for label, name in zip(found.labels, said)])
-        assert accuracy == pytest.approx(value(scores.metrics(), "accuracy")) == pytest.approx(exports["float32"]["accuracy"])
+        assert (
+            accuracy
+            == pytest.approx(value(scores.metrics(), "accuracy"))
+            == pytest.approx(exports["float32"]["accuracy"])
+        )
         own = load_file(folder / "adapter" / "adapter.safetensors")
         assert own.keys() == {t.name for t in simulation.setup.spec.trainable}
         assert any((own[name] != array).any() for name, array in shared.items())
@@ -42,17 +63,36 @@ def test_what_cannot_be_exported_says_why(tiny_job, run_rounds, tmp_path):
     met = {name for line in ditto.run.metrics() for name in line["clients"]}
     silent = next(name for name in ditto.setup.split.clients if name not in met)
     for simulation, client, message in (
-        (plain, silent, r'personal\.method = "none", so all clients predict with the global model; export it without --client'),
+        (
+            plain,
+            silent,
+            (
+                r'personal\.method = "none", so all clients predict with the global model; '
+                r"export it without --client"
+            ),
+        ),
         (ditto, "nobody", r"--client nobody: the run has no such client; its 6 are called .*, …, .*"),
-        (ditto, silent, rf"--client {silent}: took part in none of the 1 rounds, so it has nothing of its own; name one that did"),
+        (
+            ditto,
+            silent,
+            (
+                rf"--client {silent}: took part in none of the 1 rounds, so it has nothing "
+                r"of its own; name one that did"
+            ),
+        ),
     ):
         with pytest.raises(UserError, match=message):
             export_client(simulation.run, client, tmp_path / "out", simulation.setup)
     client = next(iter(met))
     (tmp_path / "file").write_text("")
     for out, message in (
-        (ditto.run.path / "onnx", r"--out .*: lies in the run folder, whose own exports would take its place; choose another"), (tmp_path / "file" / "x", r"--out .*: file is a file; choose another"),
-        (tmp_path / ("n" * 300), r"cannot write .*: File name too long; choose another place"), (tmp_path / "file", "already exists and is not empty"),
+        (
+            ditto.run.path / "onnx",
+            r"--out .*: lies in the run folder, whose own exports would take its place; choose another",
+        ),
+        (tmp_path / "file" / "x", r"--out .*: file is a file; choose another"),
+        (tmp_path / ("n" * 300), r"cannot write .*: File name too long; choose another place"),
+        (tmp_path / "file", "already exists and is not empty"),
     ):
         with pytest.raises(UserError, match=message):
             export_client(ditto.run, client, out, ditto.setup)
@@ -70,6 +110,11 @@ def test_the_command_needs_both_and_writes_there(tiny_job, run_rounds, tmp_path)
     for wrong in (["--client", first], ["--out", str(tmp_path / "x")]):
         done = CliRunner().invoke(app, ["export", str(run.path), *wrong])
         assert done.exit_code == 2 and "go together" in done.stderr
-    done = CliRunner().invoke(app, ["export", str(run.path), "--client", first, "--out", str(tmp_path / "a" / "own"), "--json"])
+    done = CliRunner().invoke(
+        app, ["export", str(run.path), "--client", first, "--out", str(tmp_path / "a" / "own"), "--json"]
+    )
     assert done.exit_code == 0 and json.loads(done.stdout).keys() == {"adapter"}
-    assert load_file(tmp_path / "a" / "own" / "adapter" / "adapter.safetensors") and sorted(p.name for p in run.path.iterdir()) == card
+    assert (
+        load_file(tmp_path / "a" / "own" / "adapter" / "adapter.safetensors")
+        and sorted(p.name for p in run.path.iterdir()) == card
+    )

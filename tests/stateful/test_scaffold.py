@@ -1,4 +1,6 @@
-"""SCAFFOLD, option II, against Algorithm 1 written out: the model, the common control and those of the clients."""
+"""SCAFFOLD, option II, against Algorithm 1 written out: the model,
+the common control and those of the clients.
+"""
 
 import numpy as np
 import torch
@@ -12,7 +14,9 @@ SCAFFOLD = ("federation.drift=scaffold", "federation.weighting=equal")
 
 
 def test_rounds_are_those_of_algorithm_1(tiny_job, run_rounds, tmp_path):
-    ran = run_rounds(tiny_job(*SGD, *SCAFFOLD, "federation.rounds=4", "federation.lr-decay=0.9"), tmp_path / "run")
+    ran = run_rounds(
+        tiny_job(*SGD, *SCAFFOLD, "federation.rounds=4", "federation.lr-decay=0.9"), tmp_path / "run"
+    )
     plain = Plain(ran.setup.job)
     x, c = plain.first, {n: np.zeros_like(a) for n, a in plain.first.items()}
     own, everybody = {name: dict(c) for name in plain.setup.split.clients}, len(plain.setup.split.clients)
@@ -35,7 +39,11 @@ def test_rounds_are_those_of_algorithm_1(tiny_job, run_rounds, tmp_path):
 
 def test_messages_are_twice_as_long(tiny_job, run_rounds, tmp_path):
     plain, twice = make_plan(tiny_job()), make_plan(tiny_job("federation.optimizer=sgd", *SCAFFOLD))
-    assert abs(twice.update_bytes - plain.update_bytes - 4 * plain.trainable) <= 256 and twice.trainable == plain.trainable  # the header's steps
+    # the header's steps
+    assert (
+        abs(twice.update_bytes - plain.update_bytes - 4 * plain.trainable) <= 256
+        and twice.trainable == plain.trainable
+    )
     run = run_rounds(tiny_job("federation.optimizer=sgd", *SCAFFOLD), tmp_path / "run").run
     assert run.metrics()[-1]["up"] == 3 * 2 * twice.update_bytes
 
@@ -49,11 +57,24 @@ def test_a_client_without_steps_changes_nothing():
 
 
 def test_the_common_control_is_the_mean_of_all_also_after_void_rounds(tiny_job, run_rounds, tmp_path):
-    """Rounds with fewer than three of four clients leave the model as it is, and its clients have moved their controls."""
-    ran = run_rounds(tiny_job(
-        *SGD, *SCAFFOLD, "federation.rounds=8", "federation.cohort=4", "federation.min-replies=4", 'simulation.devices=[{name = "shaky", drop-out = 0.2}]'), tmp_path / "run")
+    """Rounds with fewer than three of four clients leave the model as it is,
+    and its clients have moved their controls.
+    """
+    ran = run_rounds(
+        tiny_job(
+            *SGD,
+            *SCAFFOLD,
+            "federation.rounds=8",
+            "federation.cohort=4",
+            "federation.min-replies=4",
+            'simulation.devices=[{name = "shaky", drop-out = 0.2}]',
+        ),
+        tmp_path / "run",
+    )
     assert 2 <= sum(not line["clients"] for line in ran.run.metrics()[1:]) <= 7
     kept = [ran.kept.load(name, 8) for name in ran.kept.clients(ran.setup.split.clients, 8)]
     for name, array in ran.run.newest().state.arrays.items():
         if name.startswith("control."):
-            np.testing.assert_allclose(array, sum(own[name.removeprefix("control.")] for own in kept) / 6, rtol=0, atol=1e-6)
+            np.testing.assert_allclose(
+                array, sum(own[name.removeprefix("control.")] for own in kept) / 6, rtol=0, atol=1e-6
+            )

@@ -14,7 +14,13 @@ from fedtune.training.local import train_locally
 from fedtune.training.together import open_trainer
 from fedtune.workflows.setup import data_free_frame, open_setup
 
-SETTINGS = ("federation.batch-size=3", "federation.local-epochs=2", "federation.cohort=1", "data.clients=1", "data.partition=iid")
+SETTINGS = (
+    "federation.batch-size=3",
+    "federation.local-epochs=2",
+    "federation.cohort=1",
+    "data.clients=1",
+    "data.partition=iid",
+)
 SIZES = (7, 1, 0, 12, 5)
 
 
@@ -25,7 +31,9 @@ class Bench:
         self.job, self.setup = job, open_setup(job)
         self.model = self.setup.fresh_model()
         frame, spec = data_free_frame(self.setup, self.model), self.setup.spec
-        self.spec = replace(spec, trainable=tuple(t for t in spec.trainable if units is None or t.unit in units))
+        self.spec = replace(
+            spec, trainable=tuple(t for t in spec.trainable if units is None or t.unit in units)
+        )
         self.start = initial(self.model, self.spec, {}, 0)
         self.parameters = attach(self.model, self.spec, frame)
         everything = self.setup.store.train(self.setup.split.clients[0])
@@ -44,14 +52,37 @@ class Bench:
 
     def batches(self, name):
         data, fed = self.clients[name], self.job.federation
-        return trainable_batches(data, list(local_batches(data.lengths, fed.batch_size, fed.local_epochs, fed.local_steps, generator(0, "local", 2, name))), self.job.model.task)
+        return trainable_batches(
+            data,
+            list(
+                local_batches(
+                    data.lengths,
+                    fed.batch_size,
+                    fed.local_epochs,
+                    fed.local_steps,
+                    generator(0, "local", 2, name),
+                )
+            ),
+            self.job.model.task,
+        )
 
     def tasks(self, trained=None):
-        return [Task(name, data, self.batches(name), (trained or {}).get(name)) for name, data in self.clients.items()]
+        return [
+            Task(name, data, self.batches(name), (trained or {}).get(name))
+            for name, data in self.clients.items()
+        ]
 
     def trainer(self, features=2**20, folder=None, chunk=0):
         found = open_trainer(
-            self.model, self.parameters, self.spec, self.setup.encoder, self.job.federation, self.start, self.clients["c3"], FeatureStore(features, folder))
+            self.model,
+            self.parameters,
+            self.spec,
+            self.setup.encoder,
+            self.job.federation,
+            self.start,
+            self.clients["c3"],
+            FeatureStore(features, folder),
+        )
         found.chunk = chunk or found.chunk
         return found
 
@@ -60,8 +91,20 @@ class Bench:
         models, totals = [], []
         for name, data in self.clients.items():
             write(self.parameters, self.start)
-            chosen = {n: p for n, p in self.parameters.items() if (trained or {}).get(name) is None or n in trained[name]}
-            metrics = train_locally(self.model, chosen, data, self.setup.encoder, self.job.federation, 2, generator(0, "local", 2, name))
+            chosen = {
+                n: p
+                for n, p in self.parameters.items()
+                if (trained or {}).get(name) is None or n in trained[name]
+            }
+            metrics = train_locally(
+                self.model,
+                chosen,
+                data,
+                self.setup.encoder,
+                self.job.federation,
+                2,
+                generator(0, "local", 2, name),
+            )
             models.append(self.flat({n: p.detach().numpy().copy() for n, p in self.parameters.items()}))
             totals.append([metrics["loss"][0], metrics["accuracy"][0], metrics["loss"][1]])
         return np.stack(models), np.array(totals)

@@ -1,4 +1,6 @@
-"""What a device of a class may be asked for: all that the coordinator ever asks such a client, and nothing beyond it."""
+"""What a device of a class may be asked for: all that the coordinator ever asks such a client,
+and nothing beyond it.
+"""
 
 import pytest
 
@@ -32,18 +34,39 @@ def test_what_the_coordinator_asks_is_borne(strategy, bundles):
     bundle = bundles[strategy]
     for limits in (SMALL, LARGE, AS_THE_JOB):
         for round in range(1, 6):
-            require_borne(bundle, packet(bundle, selected(bundle.job, bundle.schema, round, limits.blocks), limits.rank, round=round), limits)
+            require_borne(
+                bundle,
+                packet(
+                    bundle,
+                    selected(bundle.job, bundle.schema, round, limits.blocks),
+                    limits.rank,
+                    round=round,
+                ),
+                limits,
+            )
 
 
 def test_more_is_refused(bundles):
     both = ("block.0", "block.1", "head")
     require_borne(bundles["lisa"], packet(bundles["lisa"], both, 0), LARGE)
     for strategy, units, rank, limits, message in (
-        ("bottom", both, 2, SMALL, r"asks for block\.1 to be trained in round 1, where a client of this class trains block\.0, head"),
+        (
+            "bottom",
+            both,
+            2,
+            SMALL,
+            r"asks for block\.1 to be trained in round 1, where a client of this class trains block\.0, head",
+        ),
         ("bottom", ("block.1", "head"), 0, AS_THE_JOB, r"asks for block\.1 to be trained in round 1"),
         ("gradient", both, 2, SMALL, "asks for 2 blocks to be trained, a client of this class trains 1"),
         ("gradient", both, 0, AS_THE_JOB, "asks for 2 blocks to be trained, a client of this class trains 1"),
-        ("gradient", ("block.0", "head"), 0, Limits(1, 1, 0), r"asks for block\.0 to be trained, a client of this class goes down to the last 1"),
+        (
+            "gradient",
+            ("block.0", "head"),
+            0,
+            Limits(1, 1, 0),
+            r"asks for block\.0 to be trained, a client of this class goes down to the last 1",
+        ),
         ("gradient", ("block.1", "head"), 0, SMALL, "holds cores of rank 4, a client of this class has 2"),
         ("lisa", ("head",), 0, SMALL, "holds cores of rank 4, a client of this class has 2"),
     ):
@@ -55,6 +78,9 @@ def test_a_probe_is_borne_by_those_that_reach_all_blocks(bundles):
     bundle = bundles["gradient"]
     for limits in (SMALL, LARGE, AS_THE_JOB, Limits(1, 2, 0)):
         require_borne(bundle, packet(bundle, (), limits.rank, "probe"), limits)
-    for rank, limits, message in ((0, Limits(1, 1, 0), "asks about all 2 blocks, a client of this class goes down to the last 1"), (0, SMALL, "holds cores of rank 4")):
+    for rank, limits, message in (
+        (0, Limits(1, 1, 0), "asks about all 2 blocks, a client of this class goes down to the last 1"),
+        (0, SMALL, "holds cores of rank 4"),
+    ):
         with pytest.raises(Refused, match=message):
             require_borne(bundle, packet(bundle, (), rank, "probe"), limits)

@@ -1,4 +1,6 @@
-"""Forward-only training: directions are the same bits everywhere, a model is the sum of what its numbers say, and a step is MeZO's."""
+"""Forward-only training: directions are the same bits everywhere, a model is the sum of what its numbers
+say, and a step is MeZO's.
+"""
 
 import json
 from decimal import Decimal
@@ -15,12 +17,21 @@ from fedtune.types import TensorSpec
 from fedtune.wire import Schema, decode, encode
 from fedtune.workflows.setup import open_setup
 
-FORWARD = ("edge.mode=forward", "edge.directions=40", "federation.optimizer=sgd", "federation.lr=0.01", "simulation.engine=serial")
+FORWARD = (
+    "edge.mode=forward",
+    "edge.directions=40",
+    "federation.optimizer=sgd",
+    "federation.lr=0.01",
+    "simulation.engine=serial",
+)
 SCHEMA = Schema((TensorSpec("a", (3, 4), "block.0"), TensorSpec("b", (5,), "head")))
 
 
 def philox(counter: int, key: tuple[int, int]) -> list[int]:
-    """Four words of Philox4x64-10, from Salmon et al. 2011, section 3.3 and Table 1 of the Random123 sources. Slow and obvious."""
+    """Four words of Philox4x64-10, from Salmon et al. 2011, section 3.3 and Table 1 of the Random123 sources.
+
+    Slow and obvious.
+    """
     word = 2**64 - 1
     c = [counter >> 64 * i & word for i in range(4)]
     k = list(key)
@@ -33,9 +44,19 @@ def philox(counter: int, key: tuple[int, int]) -> list[int]:
 
 def test_philox_gives_the_authors_known_answers():
     """kat_vectors of Random123."""
-    assert philox(0, (0, 0)) == [0x16554D9ECA36314C, 0xDB20FE9D672D0FDC, 0xD7E772CEE186176B, 0x7E68B68AEC7BA23B]
+    assert philox(0, (0, 0)) == [
+        0x16554D9ECA36314C,
+        0xDB20FE9D672D0FDC,
+        0xD7E772CEE186176B,
+        0x7E68B68AEC7BA23B,
+    ]
     ones = 2**64 - 1
-    assert philox(2**256 - 1, (ones, ones)) == [0x87B092C3013FE90B, 0x438C3C67BE8D0224, 0x9CC7D7C69CD777B6, 0xA09CAEBF594F0BA0]
+    assert philox(2**256 - 1, (ones, ones)) == [
+        0x87B092C3013FE90B,
+        0x438C3C67BE8D0224,
+        0x9CC7D7C69CD777B6,
+        0xA09CAEBF594F0BA0,
+    ]
 
 
 @pytest.mark.parametrize("seed, j, size", [(0, 0, 1), (0, 1, 64), (7, 3, 1000), (2**63 - 1, 999_999, 257)])
@@ -51,9 +72,18 @@ def test_a_model_is_its_start_and_the_sum_of_its_directions():
     start, numbers = rng.standard_normal(17).astype(np.float32), rng.standard_normal(50).astype(np.float32)
     numbers[rng.permutation(50)[:20]] = 0.0
     space = Subspace(SCHEMA, start, 50, seed=5)
-    exact = [sum((Decimal(float(a)) * int(space.direction(j)[i]) for j, a in enumerate(numbers)), Decimal(float(start[i]))) for i in range(17)]
+    exact = [
+        sum(
+            (Decimal(float(a)) * int(space.direction(j)[i]) for j, a in enumerate(numbers)),
+            Decimal(float(start[i])),
+        )
+        for i in range(17)
+    ]
     found = space.expand(numbers)
-    assert found.vector.dtype == np.float32 and {n: a.shape for n, a in found.items()} == {"a": (3, 4), "b": (5,)}
+    assert found.vector.dtype == np.float32 and {n: a.shape for n, a in found.items()} == {
+        "a": (3, 4),
+        "b": (5,),
+    }
     assert found.vector.tolist() == [float(np.float32(float(x))) for x in exact]
     assert space.expand(np.zeros(50, np.float32)).vector.tobytes() == start.tobytes()
 
@@ -63,7 +93,9 @@ def test_the_mean_of_clients_numbers_is_the_mean_of_their_models():
     space = Subspace(SCHEMA, np.zeros(17, np.float32), 30, seed=1)
     clients, weights = rng.standard_normal((4, 30)).astype(np.float32), np.array([1, 2, 3, 4]) / 10
     models = np.stack([space.expand(a).vector for a in clients])
-    np.testing.assert_allclose(space.expand((weights @ clients).astype(np.float32)).vector, weights @ models, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(
+        space.expand((weights @ clients).astype(np.float32)).vector, weights @ models, rtol=0, atol=2e-6
+    )
 
 
 def test_a_share_moves_what_is_smallest_in_each_tensor():
@@ -73,7 +105,9 @@ def test_a_share_moves_what_is_smallest_in_each_tensor():
     space = Subspace(SCHEMA, start, 8, seed=0, share=0.25)
     moved = [[0, 1, 2], [12, 13]]
     for j in range(8):
-        assert np.flatnonzero(space.direction(j)).tolist() == [*moved[0], *moved[1]] and set(np.abs(space.direction(j)[:3])) == {1.0}
+        assert np.flatnonzero(space.direction(j)).tolist() == [*moved[0], *moved[1]] and set(
+            np.abs(space.direction(j)[:3])
+        ) == {1.0}
     assert np.array_equal(space.expand(np.ones(8, np.float32)).vector[3:12], start[3:12])
 
 
@@ -83,7 +117,11 @@ def test_a_client_takes_every_direction_before_one_comes_again():
     assert all(sorted(found[i : i + 6]) == list(range(6)) for i in (0, 6, 12)) and found[:6] != found[6:12]
 
 
-@pytest.mark.parametrize("changes", [(), ("edge.share=0.5", "adapter.method=lora"), ("adapter.method=bias", "edge.perturbation=0.001")], ids=" ".join)
+@pytest.mark.parametrize(
+    "changes",
+    [(), ("edge.share=0.5", "adapter.method=lora"), ("adapter.method=bias", "edge.perturbation=0.001")],
+    ids=" ".join,
+)
 def test_a_round_is_mezo(changes, tiny_job, run_rounds, tmp_path):
     """One client's update against MeZO on torch parameters, written out with autograd's own loss."""
     import torch
@@ -103,13 +141,17 @@ def test_a_round_is_mezo(changes, tiny_job, run_rounds, tmp_path):
     model.eval()
 
     def loss(index):
-        batch = {k: torch.from_numpy(v) for k, v in setup.encoder.collate([data.encoded[i] for i in index]).items()}
+        batch = {
+            k: torch.from_numpy(v) for k, v in setup.encoder.collate([data.encoded[i] for i in index]).items()
+        }
         with torch.no_grad():
             return float(F.cross_entropy(model(**batch).double(), torch.from_numpy(data.labels[index])))
 
     def move(z, by):
         with torch.no_grad():
-            for place, p in zip(np.split(z, np.cumsum([p.numel() for p in parameters.values()])[:-1]), parameters.values()):
+            for place, p in zip(
+                np.split(z, np.cumsum([p.numel() for p in parameters.values()])[:-1]), parameters.values()
+            ):
                 p += by * torch.from_numpy(place.reshape(p.shape))
 
     space = bundle.subspace
@@ -132,7 +174,16 @@ def test_a_round_is_mezo(changes, tiny_job, run_rounds, tmp_path):
 
 
 def test_a_run_learns_and_sends_a_number_for_each_direction(tiny_job, run_rounds, tmp_path):
-    simulation = run_rounds(tiny_job(*FORWARD, "federation.rounds=12", "federation.cohort=6", "federation.local-epochs=4", "federation.lr=0.05"), tmp_path / "run")
+    simulation = run_rounds(
+        tiny_job(
+            *FORWARD,
+            "federation.rounds=12",
+            "federation.cohort=6",
+            "federation.local-epochs=4",
+            "federation.lr=0.05",
+        ),
+        tmp_path / "run",
+    )
     lines = simulation.run.metrics()
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.01
     state = simulation.run.newest().state
@@ -141,17 +192,26 @@ def test_a_run_learns_and_sends_a_number_for_each_direction(tiny_job, run_rounds
 
 
 def test_who_comes_late_has_the_model_of_who_was_there(tiny_job, run_rounds, tmp_path):
-    """From what was shipped and the newest packet alone, bit for bit; the coordinator's own evaluation uses the same tensors."""
+    """From what was shipped and the newest packet alone, bit for bit;
+    the coordinator's own evaluation uses the same tensors.
+    """
     simulation = run_rounds(tiny_job(*FORWARD), tmp_path / "run")
     bundle, state = open_bundle(simulation.run.bundle), simulation.run.newest().state
     shipped = bundle.shipped()
     assert set(shipped) == {"manifest.json", "job.toml", "frame.safetensors", "initial.safetensors"}
     assert bundle.frame_bytes == len(shipped["frame.safetensors"]) + len(shipped["initial.safetensors"])
     late = receive_bundle(tmp_path / "device", bundle.digest, shipped)
-    packet = decode(encode("model", bundle.schema, state.arrays, round=4, frame=bundle.frame_digest), late.schema, kinds=["model"])
+    packet = decode(
+        encode("model", bundle.schema, state.arrays, round=4, frame=bundle.frame_digest),
+        late.schema,
+        kinds=["model"],
+    )
     ours, theirs = bundle.trained(state.arrays), late.trained(packet.arrays)
     assert list(ours) == list(theirs) and all(ours[n].tobytes() == theirs[n].tobytes() for n in ours)
-    for wrong in ({n: b for n, b in shipped.items() if n != "initial.safetensors"}, shipped | {"initial.safetensors": shipped["frame.safetensors"]}):
+    for wrong in (
+        {n: b for n, b in shipped.items() if n != "initial.safetensors"},
+        shipped | {"initial.safetensors": shipped["frame.safetensors"]},
+    ):
         with pytest.raises(Refused, match=r"its parts are not those that the manifest names"):
             receive_bundle(tmp_path / "other", bundle.digest, wrong)
 
@@ -162,13 +222,30 @@ def test_engines_and_resuming_agree(tiny_job, run_rounds, tmp_path):
     assert serial.arrays[NAME].tobytes() == vectorised.arrays[NAME].tobytes()
 
 
-@pytest.mark.parametrize("change, message", [
-    ("federation.optimizer=adamw", r'edge\.mode = "forward": steps are of sgd with one learning rate, and optimizer = "adamw", .*; set federation\.optimizer = "sgd"'),
-    ("federation.momentum=0.9", r'momentum = 0\.9'), ("federation.head-lr=0.1", r'head-lr = 0\.1'), ("federation.weight-decay=0.1", r'weight-decay = 0\.1'), ("federation.proximal=0.1", r'proximal = 0\.1'),
-    ("adapter.init=gradient", r'devices compute no gradients, and adapter\.init = "gradient" asks for them; use "weights"'),
-    ("edge.mode=backward", r'edge\.directions = 40: only for edge\.mode = "forward"; remove it'),
-    ("edge.directions=0", r"edge\.directions"), ("edge.share=0.0", r"edge\.share"), ("edge.perturbation=0.0", r"edge\.perturbation"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            "federation.optimizer=adamw",
+            (
+                r'edge\.mode = "forward": steps are of sgd with one learning rate, and optimizer = "adamw", '
+                r'.*; set federation\.optimizer = "sgd"'
+            ),
+        ),
+        ("federation.momentum=0.9", r"momentum = 0\.9"),
+        ("federation.head-lr=0.1", r"head-lr = 0\.1"),
+        ("federation.weight-decay=0.1", r"weight-decay = 0\.1"),
+        ("federation.proximal=0.1", r"proximal = 0\.1"),
+        (
+            "adapter.init=gradient",
+            r'devices compute no gradients, and adapter\.init = "gradient" asks for them; use "weights"',
+        ),
+        ("edge.mode=backward", r'edge\.directions = 40: only for edge\.mode = "forward"; remove it'),
+        ("edge.directions=0", r"edge\.directions"),
+        ("edge.share=0.0", r"edge\.share"),
+        ("edge.perturbation=0.0", r"edge\.perturbation"),
+    ],
+)
 def test_what_does_not_go_together_is_refused(change, message, tiny_job):
     with pytest.raises(JobError, match=message):
         tiny_job(*FORWARD, change)
@@ -177,20 +254,45 @@ def test_what_does_not_go_together_is_refused(change, message, tiny_job):
 def test_more_directions_than_can_be_rebuilt_are_refused(tiny_job):
     from fedtune.workflows.plan import make_plan
 
-    with pytest.raises(JobError, match=r"edge\.directions = 900000: rebuilding [0-9,]+ trained numbers .* at most 2e\+09 are borne; lower it to \d+, or train less"):
+    with pytest.raises(
+        JobError,
+        match=(
+            r"edge\.directions = 900000: rebuilding [0-9,]+ trained numbers .* at most 2e\+09 are borne; "
+            r"lower it to \d+, or train less"
+        ),
+    ):
         make_plan(tiny_job(*FORWARD, "adapter.method=full", "edge.directions=900000"))
 
 
 def test_example_level_privacy_is_refused(tiny_job):
     with pytest.raises(JobError, match=r'edge\.mode = "forward": bounds no single example\'s part of a step'):
-        tiny_job(*FORWARD, "privacy.unit=example", "privacy.noise-multiplier=1.0", "privacy.clip=0.5", "privacy.examples=20", "federation.weighting=equal")
+        tiny_job(
+            *FORWARD,
+            "privacy.unit=example",
+            "privacy.noise-multiplier=1.0",
+            "privacy.clip=0.5",
+            "privacy.examples=20",
+            "federation.weighting=equal",
+        )
 
 
 def test_client_level_privacy_and_secure_sums_work_on_the_numbers(tiny_job, run_rounds, tmp_path):
-    private = ("privacy.unit=client", "privacy.noise-multiplier=0.5", "privacy.clip=0.01", "federation.weighting=equal", "privacy.noise=seeded", "privacy.i-understand=true")
+    private = (
+        "privacy.unit=client",
+        "privacy.noise-multiplier=0.5",
+        "privacy.clip=0.01",
+        "federation.weighting=equal",
+        "privacy.noise=seeded",
+        "privacy.i-understand=true",
+    )
     run = run_rounds(tiny_job(*FORWARD, *private), tmp_path / "noisy").run
     assert np.count_nonzero(run.newest().state.arrays[NAME]) == 40  # noise is on every number
-    secure = ("privacy.secure-aggregation=true", "privacy.clip=1.0", "federation.weighting=equal", "federation.cohort=3")
+    secure = (
+        "privacy.secure-aggregation=true",
+        "privacy.clip=1.0",
+        "federation.weighting=equal",
+        "federation.cohort=3",
+    )
     plain = run_rounds(tiny_job(*FORWARD, *secure[2:]), tmp_path / "plain").run.newest().state.arrays[NAME]
     summed = run_rounds(tiny_job(*FORWARD, *secure), tmp_path / "secure").run.newest().state.arrays[NAME]
     np.testing.assert_allclose(summed, plain, rtol=0, atol=1e-4)
@@ -201,7 +303,9 @@ def test_plan_counts_numbers_and_no_activations(tiny_job, tiny_bert):
 
     job = tiny_job(*FORWARD)
     plan = make_plan(job)
-    assert [(u.name, u.numbers, u.bytes) for u in plan.units] == [(NAME, 40, 160)] and plan.device["activations"] == 0
+    assert [(u.name, u.numbers, u.bytes) for u in plan.units] == [(NAME, 40, 160)] and plan.device[
+        "activations"
+    ] == 0
     spec = open_setup(job).spec
     assert travelling(job, spec).size == 40 and plan.trainable == spec.size
     json.dumps(plan.to_json())

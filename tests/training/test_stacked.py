@@ -1,4 +1,6 @@
-"""Stacked layers against the plain ones, model by model; the same for optimizers, packed attention, chunks and kept features."""
+"""Stacked layers against the plain ones, model by model; the same for optimizers, packed attention,
+chunks and kept features.
+"""
 
 import numpy as np
 import pytest
@@ -32,7 +34,9 @@ class Inside(nn.Module):
 
 def sb(outputs=5):
     draw = np.random.default_rng(1)
-    return SBLinear(nn.Linear(6, outputs), draw.standard_normal((2, 6)), draw.standard_normal((outputs, 2)), 0.5)
+    return SBLinear(
+        nn.Linear(6, outputs), draw.standard_normal((2, 6)), draw.standard_normal((outputs, 2)), 0.5
+    )
 
 
 def batch_norm():
@@ -43,18 +47,31 @@ def batch_norm():
 
 
 LAYERS = {
-    "fed-sb": (sb, ["core.weight"], (6,)), "lora": (lambda: LoRALinear(nn.Linear(6, 5), 2, 0.7), ["up.weight", "down.weight"], (6,)),
-    "linear": (lambda: nn.Linear(6, 5), ["weight", "bias"], (6,)), "linear bias": (lambda: nn.Linear(6, 5), ["bias"], (6,)),
-    "linear weight": (lambda: nn.Linear(6, 5), ["weight"], (6,)), "linear without bias": (lambda: nn.Linear(6, 5, bias=False), ["weight"], (6,)),
-    "norm": (lambda: nn.LayerNorm(6), ["weight", "bias"], (6,)), "norm bias": (lambda: nn.LayerNorm(6), ["bias"], (6,)),
+    "fed-sb": (sb, ["core.weight"], (6,)),
+    "lora": (lambda: LoRALinear(nn.Linear(6, 5), 2, 0.7), ["up.weight", "down.weight"], (6,)),
+    "linear": (lambda: nn.Linear(6, 5), ["weight", "bias"], (6,)),
+    "linear bias": (lambda: nn.Linear(6, 5), ["bias"], (6,)),
+    "linear weight": (lambda: nn.Linear(6, 5), ["weight"], (6,)),
+    "linear without bias": (lambda: nn.Linear(6, 5, bias=False), ["weight"], (6,)),
+    "norm": (lambda: nn.LayerNorm(6), ["weight", "bias"], (6,)),
+    "norm bias": (lambda: nn.LayerNorm(6), ["bias"], (6,)),
     "norm weight": (lambda: nn.LayerNorm(6), ["weight"], (6,)),
-    "conv": (lambda: nn.Conv2d(4, 6, 3, padding=1, stride=2), ["weight", "bias"], (4, 7, 7)), "conv bias": (lambda: nn.Conv2d(4, 6, 3), ["bias"], (4, 7, 7)),
-    "depthwise": (lambda: nn.Conv2d(4, 4, 3, groups=4, bias=False), ["weight"], (4, 7, 7)), "conv weight": (lambda: nn.Conv2d(4, 6, 1), ["weight"], (4, 5, 5)),
-    "batch norm": (batch_norm, ["weight", "bias"], (4, 5, 5)), "batch norm bias": (batch_norm, ["bias"], (4, 5, 5)),
-    "group norm": (lambda: nn.GroupNorm(2, 4), ["weight", "bias"], (4, 5, 5)), "group norm weight": (lambda: nn.GroupNorm(2, 4), ["weight"], (4, 5, 5)),
+    "conv": (lambda: nn.Conv2d(4, 6, 3, padding=1, stride=2), ["weight", "bias"], (4, 7, 7)),
+    "conv bias": (lambda: nn.Conv2d(4, 6, 3), ["bias"], (4, 7, 7)),
+    "depthwise": (lambda: nn.Conv2d(4, 4, 3, groups=4, bias=False), ["weight"], (4, 7, 7)),
+    "conv weight": (lambda: nn.Conv2d(4, 6, 1), ["weight"], (4, 5, 5)),
+    "batch norm": (batch_norm, ["weight", "bias"], (4, 5, 5)),
+    "batch norm bias": (batch_norm, ["bias"], (4, 5, 5)),
+    "group norm": (lambda: nn.GroupNorm(2, 4), ["weight", "bias"], (4, 5, 5)),
+    "group norm weight": (lambda: nn.GroupNorm(2, 4), ["weight"], (4, 5, 5)),
     "embedding": (lambda: nn.Embedding(9, 6), ["weight"], None),
 }
-OWNERS = {"ragged": [2, 0, 0, 2, 0, 1], "dense": [0, 0, 1, 1, 2, 2], "one has none": [0, 2, 2, 0, 2, 2], "one each": [0, 1, 2]}
+OWNERS = {
+    "ragged": [2, 0, 0, 2, 0, 1],
+    "dense": [0, 0, 1, 1, 2, 2],
+    "one has none": [0, 2, 2, 0, 2, 2],
+    "one each": [0, 1, 2],
+}
 
 
 @pytest.mark.parametrize("owner", OWNERS.values(), ids=OWNERS)
@@ -74,7 +91,10 @@ def test_a_stacked_layer_is_each_model_alone(how, make, trained, shape, owner):
     stack = Stack(holder, {f"layer.{name}": p for name, p in parameters.items()})
     with stack.installed():
         assert holder.layer is not layer
-        stack.set({f"layer.{name}": v for name, v in values.items()}, Examples(owner, MODELS, lengths if how == "packed" else None, CPU))
+        stack.set(
+            {f"layer.{name}": v for name, v in values.items()},
+            Examples(owner, MODELS, lengths if how == "packed" else None, CPU),
+        )
         found = holder(x)
     assert holder.layer is layer
     weights = torch.randn_like(found)
@@ -143,7 +163,11 @@ def test_optimizers_are_those_of_torch(kind, decay, momentum, other):
     for k, count in enumerate(steps):
         halves = [models[k, :2].clone().requires_grad_(), models[k, 2:].clone().requires_grad_()]
         groups = [{"params": [halves[0]], "lr": 0.1}, {"params": [halves[1]], "lr": other}]
-        optimizer = torch.optim.SGD(groups, momentum=momentum, weight_decay=decay) if kind == "sgd" else torch.optim.AdamW(groups, weight_decay=decay)
+        optimizer = (
+            torch.optim.SGD(groups, momentum=momentum, weight_decay=decay)
+            if kind == "sgd"
+            else torch.optim.AdamW(groups, weight_decay=decay)
+        )
         for g in gradients[:count, k]:
             halves[0].grad, halves[1].grad = g[:2].clone(), g[2:].clone()
             optimizer.step()
@@ -189,7 +213,8 @@ def test_feature_store(disk, tmp_path):
         store.put(key, array)
         assert ("a", 0) not in arrays or store.get(("a", 0)) is not None or key == ("a", 2)
     kept = {key for key in arrays if store.get(key) is not None}
-    assert kept == ({("a", 0), ("a", 1)} if disk else {("a", 0), ("a", 2)})  # on disk what came first stays, in memory what was used last
+    # on disk what came first stays, in memory what was used last
+    assert kept == ({("a", 0), ("a", 1)} if disk else {("a", 0), ("a", 2)})
     for key in kept:
         assert np.array_equal(store.get(key), arrays[key])
     store.close()
@@ -201,7 +226,9 @@ def test_features_on_a_full_disk_are_one_line(tmp_path):
     store.put(("a", 0), np.zeros(4, np.float32))
     store._file.close()
     store._file = open("/dev/full", "w+b", buffering=0)  # noqa: SIM115 (closed with the store)
-    with pytest.raises(EnvironmentProblem, match=r"^cannot write .*features\.tmp: No space left on device; free space"):
+    with pytest.raises(
+        EnvironmentProblem, match=r"^cannot write .*features\.tmp: No space left on device; free space"
+    ):
         store.put(("a", 1), np.zeros(4, np.float32))
     store.close()
 
@@ -210,7 +237,14 @@ def test_features_on_a_full_disk_are_one_line(tmp_path):
 def test_balanced_parts_hold_all_and_need_little_room(examples):
     row, lengths = (np.array(x, np.int64) for x in zip(*examples))
     n = len(row)
-    whole = Picked([("c", i) for i in range(n)], [{"x": i} for i in range(n)], np.arange(n), lengths, row, np.ones(n, np.float32))
+    whole = Picked(
+        [("c", i) for i in range(n)],
+        [{"x": i} for i in range(n)],
+        np.arange(n),
+        lengths,
+        row,
+        np.ones(n, np.float32),
+    )
     parts = balanced(whole)
     assert sorted(np.concatenate([p.labels for p in parts]).tolist()) == list(range(n))
     for part in parts:

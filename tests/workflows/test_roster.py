@@ -1,4 +1,6 @@
-"""The devices that are let in follow the folder of their keys, whatever is done to it, and trouble there leaves them as they were."""
+"""The devices that are let in follow the folder of their keys, whatever is done to it, and trouble there
+leaves them as they were.
+"""
 
 from types import SimpleNamespace
 
@@ -31,7 +33,12 @@ def made(tmp_path, monkeypatch):
     provision.make(tmp_path / "keys", ["127.0.0.1"], ["one", "two"])
     provision.make(tmp_path / "other", ["127.0.0.1"], ["three"])
     link, folder = Link(), tmp_path / "keys" / "server" / "devices"
-    return SimpleNamespace(link=link, folder=folder, roster=serve.Roster(link, folder), other=tmp_path / "other" / "server" / "devices" / "three.pub")
+    return SimpleNamespace(
+        link=link,
+        folder=folder,
+        roster=serve.Roster(link, folder),
+        other=tmp_path / "other" / "server" / "devices" / "three.pub",
+    )
 
 
 def test_devices_come_and_go(made):
