@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from fedtune.algorithms.base import State
+from fedtune.common.storage import write_atomic
 from fedtune.errors import RunError
-from fedtune.storage import write_atomic
 
 FORMAT = "1"
 KEY = "fedtune"

@@ -13,6 +13,7 @@ import numpy as np
 
 from fedtune.adapters.spec import AdapterSpec
 from fedtune.algorithms.dp_fed_avg import drawn_noise
+from fedtune.common.seeds import generator
 from fedtune.errors import EmptyCohort, PrivacyRefused, Refused
 from fedtune.job import Job
 from fedtune.ledger import Ledger
@@ -22,7 +23,6 @@ from fedtune.privacy.plan import Plan, init_batch, init_clip
 from fedtune.privacy.releases import Release
 from fedtune.rounds import Reply, Traffic
 from fedtune.run import RunFolder
-from fedtune.seeds import generator
 from fedtune.types import Arrays, ClientInfo, TensorSpec
 from fedtune.wire import Schema, decode, encode
 

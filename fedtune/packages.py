@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Literal
 
+from fedtune.common.storage import sha256_of
 from fedtune.errors import ContractError, DataError, EnvironmentProblem, ModelError, UserError
-from fedtune.storage import sha256_of
 
 Progress = Callable[[str], None]
 """Receives one line for each stage; pip draws its own bar only on terminals, so nothing finer is known."""

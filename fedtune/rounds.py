@@ -31,10 +31,11 @@ from fedtune.algorithms.units import (
     with_scores,
 )
 from fedtune.checkpoint import Checkpoint
+from fedtune.common.metrics import PERSONAL_CLIENTS, plausible, value
+from fedtune.common.trees import norm, subtract
 from fedtune.errors import EmptyCohort, Refused, SecAggFailed
 from fedtune.job import Job
 from fedtune.ledger import Ledger, require_whole
-from fedtune.metrics import PERSONAL_CLIENTS, plausible, value
 from fedtune.privacy.client import client_privacy
 from fedtune.privacy.contribution import Secure, message_bytes, secure_of
 from fedtune.privacy.noise import noise_of
@@ -45,7 +46,6 @@ from fedtune.run import RunFolder
 from fedtune.secagg.server import Sum
 from fedtune.stateful.scaffold import controls_of, steering
 from fedtune.stateful.select import held_mean
-from fedtune.trees import norm, subtract
 from fedtune.types import Arrays, Assignment, ClientInfo, Metrics, RoundReport, Update, Work
 from fedtune.wire import Packet, Schema, decode, encode, places
 

@@ -11,7 +11,7 @@ Arrays = dict[str, np.ndarray]
 """Tensors by name. Trainable values are float32."""
 
 Metrics = dict[str, tuple[float, float]]
-"""(sum, weight) by name; divide once, at the end (`fedtune.metrics.value`)."""
+"""(sum, weight) by name; divide once, at the end (`fedtune.common.metrics.value`)."""
 
 
 @dataclass(frozen=True)

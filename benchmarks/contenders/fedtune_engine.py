@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from contenders.serve import Commands, Stopwatch
 from contenders.work import CASES, Order, drawn, moved, open_case
+from fedtune.common.seeds import generator
 from fedtune.job import job_from
 from fedtune.rounds import Watch
 from fedtune.run import create_run
-from fedtune.seeds import generator
 from fedtune.simulation import vectorised
 from fedtune.training import cohort, worker
 from fedtune.training.chunks import Task

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fedtune.adapters import methods
 from fedtune.adapters.spec import AdapterSpec, describe
 from fedtune.algorithms.fed_avg import draw_cohort
+from fedtune.common.seeds import generator
 from fedtune.data.encoded import ClientData
 from fedtune.data.examples import Dataset, Examples
 from fedtune.data.partition import Split
@@ -24,7 +25,6 @@ from fedtune.data.slices import Names, Slices
 from fedtune.job import Job, parse_job
 from fedtune.models.base import TunableModel, layout
 from fedtune.models.sources import Source
-from fedtune.seeds import generator
 from fedtune.types import Arrays
 from fedtune.workflows.setup import Setup, data_free_frame, open_setup
 

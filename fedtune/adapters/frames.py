@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 
 from fedtune.adapters.spec import AdapterSpec, Linear
-from fedtune.seeds import generator
+from fedtune.common.seeds import generator
 from fedtune.types import Arrays
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedtune.adapters.spec import Inverted, lite_groups, lite_kernel
-from fedtune.seeds import generator
+from fedtune.common.seeds import generator
 
 CHILD = "lite"
 """Name of the branch among a block's children, and so in the names of its tensors."""

@@ -6,8 +6,8 @@ from typing import Protocol
 
 import numpy as np
 
+from fedtune.common.metrics import merge
 from fedtune.errors import EmptyCohort, ShapeMismatch
-from fedtune.metrics import merge
 from fedtune.types import Arrays, Metrics, Update
 from fedtune.wire import Pieces, layout
 

@@ -23,9 +23,9 @@ from dataclasses import replace
 import numpy as np
 
 from fedtune.aggregation.mean import Mean, require_same
+from fedtune.common.metrics import merge
+from fedtune.common.trees import norm
 from fedtune.errors import EmptyCohort
-from fedtune.metrics import merge
-from fedtune.trees import norm
 from fedtune.types import Arrays, Update
 
 Rule = Callable[[np.ndarray], np.ndarray]

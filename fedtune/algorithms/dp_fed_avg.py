@@ -15,12 +15,12 @@ import numpy as np
 
 from fedtune.algorithms.base import Algorithm, State
 from fedtune.algorithms.fed_avg import draw_cohort
+from fedtune.common.seeds import generator
 from fedtune.errors import PrivacyRefused, Refused, ShapeMismatch
 from fedtune.privacy.client import METRIC_NORM, ClientPrivacy
 from fedtune.privacy.clipping import clip as clipped
 from fedtune.privacy.noise import Noise, as_promised
 from fedtune.privacy.plan import bounded_scores, scored
-from fedtune.seeds import generator
 from fedtune.types import Arrays, Assignment, ClientInfo, Metrics, RoundReport, Update
 
 CLIP = "clip"

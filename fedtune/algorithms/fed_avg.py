@@ -10,7 +10,7 @@ import numpy as np
 
 from fedtune.aggregation.mean import Mean, weighted_mean
 from fedtune.algorithms.base import Algorithm, State
-from fedtune.seeds import generator
+from fedtune.common.seeds import generator
 from fedtune.types import Arrays, Assignment, ClientInfo, RoundReport, Update
 
 

@@ -22,9 +22,9 @@ import numpy as np
 from fedtune.adapters.spec import AdapterSpec, Layout, describe, of_units
 from fedtune.algorithms.base import Algorithm, State
 from fedtune.algorithms.selection import choose, normalised
+from fedtune.common.seeds import generator
 from fedtune.errors import JobError
 from fedtune.job import DeviceClass, Job
-from fedtune.seeds import generator
 from fedtune.types import Assignment, ClientInfo, RoundReport
 from fedtune.wire import Schema, packet_bytes
 

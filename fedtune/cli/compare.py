@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 
 from fedtune.cli.common import JsonOption, no_dash, out, shell
+from fedtune.common.storage import write_atomic
 from fedtune.errors import UserError
 from fedtune.report.summary import Summary
-from fedtune.storage import write_atomic
 
 EXAMPLES = (
     "Examples:  fedtune compare runs/fed-sb-001 runs/lora-001   |   fedtune compare runs/* --out compare.html"

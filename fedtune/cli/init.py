@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 
 from fedtune.cli.common import SetOption, no_dash, out, shell
+from fedtune.common.storage import write_atomic
 from fedtune.errors import UserError
 from fedtune.job import parse_job, to_toml
-from fedtune.storage import write_atomic
 
 EXAMPLES = "Examples:  fedtune init job.toml   |   fedtune init job.toml --set adapter.rank=32"
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedtune.cli.common import JsonOption, no_dash, out, shell
+from fedtune.common.storage import write_atomic
 from fedtune.errors import EnvironmentProblem, UserError
-from fedtune.storage import write_atomic
 
 if TYPE_CHECKING:
     from fedtune.onnx.predict import Predictor

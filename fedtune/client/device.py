@@ -19,10 +19,10 @@ from fedtune.client.policy import Policy, load_policy
 from fedtune.client.secure import SecureWork, is_question
 from fedtune.client.supernode import NodeSettings, SuperNode, execute
 from fedtune.client.trainer import Trainer, TrainerSettings
+from fedtune.common.storage import lock, private_folder
 from fedtune.errors import DataError, FedtuneError, ModelError, Refused, RunError, UserError
 from fedtune.offer import Answer, Offer, class_of
 from fedtune.stateful.methods import method_of
-from fedtune.storage import lock, private_folder
 from fedtune.training.asked import require_borne
 from fedtune.waits import GOODBYE_SECONDS, OFFER_SECONDS, STEADY_SECONDS, WATCH_POLL, backoff
 from fedtune.wire import kind_of

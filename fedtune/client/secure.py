@@ -9,6 +9,7 @@ import numpy as np
 
 from fedtune.algorithms.units import selected, tensors_of
 from fedtune.bundle import Bundle
+from fedtune.common.storage import private_folder, write_atomic
 from fedtune.errors import Refused
 from fedtune.privacy.contribution import Secure, secure_of
 from fedtune.privacy.noise import noise_of
@@ -16,7 +17,6 @@ from fedtune.secagg import messages
 from fedtune.secagg.client import ClientRound
 from fedtune.secagg.messages import Kind
 from fedtune.secagg.terms import session_of
-from fedtune.storage import private_folder, write_atomic
 from fedtune.wire import decode, kind_of, round_of
 
 

@@ -29,6 +29,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from fedtune.common.storage import failing_clearly
 from fedtune.errors import (
     DataError,
     EnvironmentProblem,
@@ -39,7 +40,6 @@ from fedtune.errors import (
     RunError,
     UserError,
 )
-from fedtune.storage import failing_clearly
 from fedtune.trainer_service import CLIENT, ERROR, MAX_MESSAGE, SERVICE
 from fedtune.waits import TRAINER_DEATH as DEATH_SECONDS
 from fedtune.waits import TRAINER_HEALTH as HEALTH_SECONDS

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fedtune import packages, seeds
+from fedtune import packages
+from fedtune.common import seeds
 from fedtune.data import images, tables, vader
 from fedtune.data.tables import Table
 from fedtune.errors import DataError

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedtune import seeds
+from fedtune.common import seeds
 from fedtune.data.examples import Examples
 from fedtune.data.slices import Names, Slices
 from fedtune.errors import DataError

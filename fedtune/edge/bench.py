@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
+from fedtune.common.seeds import generator
 from fedtune.data.encoded import ClientData, made_up
 from fedtune.edge.device import engine_of, within
 from fedtune.edge.graphs import Graphs
 from fedtune.edge.memory import peak, resident
 from fedtune.onnx.folder import CARD
-from fedtune.seeds import generator
 
 
 @dataclass(frozen=True)

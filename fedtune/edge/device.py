@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from fedtune.bundle import Bundle
+from fedtune.common.seeds import generator
 from fedtune.data.encoded import ClientData
 from fedtune.data.images import ImageEncoder
 from fedtune.edge.graphs import Graphs
@@ -17,7 +18,6 @@ from fedtune.privacy.example import example_privacy
 from fedtune.privacy.noise import noise_of
 from fedtune.privacy.plan import outward
 from fedtune.probes import answers, block_scores, require_probing
-from fedtune.seeds import generator
 from fedtune.stateful.base import Ask, Trained
 from fedtune.stateful.methods import method_of
 from fedtune.stateful.store import Kept

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fedtune.common.seeds import generator
 from fedtune.data.encoded import Encoder
 from fedtune.data.images import ImageEncoder
 from fedtune.data.text import TextEncoder
@@ -21,7 +22,6 @@ from fedtune.errors import FedtuneError, ModelError
 from fedtune.job import ModelSection
 from fedtune.models.base import TunableModel
 from fedtune.models.sources import Source, read_config
-from fedtune.seeds import generator
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 _SEES_BOTH_SIDES = ("bert-generation", "xlnet")  # encoders without a masked-LM class in transformers

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedtune import packages
+from fedtune.common.storage import sha256_of
 from fedtune.errors import EnvironmentProblem, ModelError
-from fedtune.storage import sha256_of
 
 WEIGHTS = "*.safetensors"
 _PICKLED = "*.pth"

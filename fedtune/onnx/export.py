@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedtune.common.storage import write_atomic
 from fedtune.errors import EnvironmentProblem, ModelError
 from fedtune.models.base import TunableModel
-from fedtune.storage import write_atomic
 from fedtune.types import Arrays
 
 LARGEST = 2**31 - 2**24  # a protobuf file holds 2 GiB; some of it is the graph

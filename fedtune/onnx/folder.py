@@ -21,8 +21,8 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from fedtune.adapters.spec import AdapterSpec
+from fedtune.common.storage import sha256_of
 from fedtune.errors import RunError
-from fedtune.storage import sha256_of
 
 FORMAT = "1"
 CARD, STEP, FORWARD, WEIGHTS = "edge.json", "step.onnx", "forward.onnx", "weights.bin"

@@ -7,8 +7,8 @@ from typing import Any
 
 from onnx import TensorProto
 
+from fedtune.common.storage import write_atomic
 from fedtune.onnx.folder import WEIGHTS
-from fedtune.storage import write_atomic
 
 LEAST = 1024
 """Bytes of a tensor that is worth a place outside of its graph."""

@@ -13,8 +13,8 @@ from functools import cached_property
 import numpy as np
 from scipy.linalg import hadamard
 
+from fedtune.common.seeds import generator
 from fedtune.privacy.plan import Plan
-from fedtune.seeds import generator
 
 WIDTH = 64
 """Numbers that a direction is spread over: enough that it lies in several tensors, and that no single

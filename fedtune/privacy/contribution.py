@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fedtune.common.trees import check_same
 from fedtune.errors import PrivacyRefused
 from fedtune.job import Job
 from fedtune.privacy.clipping import clip as clipped
@@ -20,7 +21,6 @@ from fedtune.secagg.graph import Design, design
 from fedtune.secagg.quantise import Grid, headroom, quantise
 from fedtune.secagg.terms import Terms
 from fedtune.secagg.vectors import counted, flat, length, means, unpack
-from fedtune.trees import check_same
 from fedtune.types import Arrays, Metrics, TensorSpec
 from fedtune.wire import Schema
 

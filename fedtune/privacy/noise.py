@@ -10,8 +10,8 @@ from typing import Protocol
 
 import numpy as np
 
+from fedtune.common.seeds import generator
 from fedtune.job import Job
-from fedtune.seeds import generator
 
 
 def as_promised(squares: float, count: int, sigma: float) -> bool:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fedtune.common.metrics import value
 from fedtune.errors import PrivacyRefused
 from fedtune.job import Job
-from fedtune.metrics import value
 from fedtune.privacy.accounting import Reading, read_epsilon
 from fedtune.privacy.calibration import calibrate
 from fedtune.privacy.distributed import excess

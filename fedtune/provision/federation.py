@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from fedtune.common.storage import failing_clearly
 from fedtune.errors import UserError
 from fedtune.provision.certificates import parse_pub, public_pem
 from fedtune.provision.files import (
@@ -35,7 +36,6 @@ from fedtune.provision.plan import (
     plan_server,
 )
 from fedtune.provision.todo import to_do, to_do_renewed
-from fedtune.storage import failing_clearly
 
 DAYS, CA_DAYS, WITHIN = 365, 1825, 30
 MAX_DAYS, MAX_CA_DAYS = 3650, 7300

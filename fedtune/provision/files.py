@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedtune.common.storage import PART, failing_clearly, is_held, lock, sync_folder, write_atomic
 from fedtune.errors import EnvironmentProblem, UserError
-from fedtune.storage import PART, failing_clearly, is_held, lock, sync_folder, write_atomic
 
 _LARGEST = 64 * 1024  # bytes of a key or certificate file
 

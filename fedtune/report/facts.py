@@ -5,7 +5,7 @@ import operator
 from dataclasses import dataclass
 from typing import Any
 
-from fedtune.metrics import tenth, worst_tenth
+from fedtune.common.metrics import tenth, worst_tenth
 from fedtune.report import privacy as words
 from fedtune.report.format import ABSENT, clean, count, duration, number, percent, plural, size
 from fedtune.report.summary import Against, Round, Summary

@@ -5,7 +5,7 @@ from itertools import groupby
 
 import numpy as np
 
-from fedtune.metrics import worst_tenth
+from fedtune.common.metrics import worst_tenth
 from fedtune.report import facts
 from fedtune.report.format import clean, count, number, percent, plural, short
 from fedtune.report.plots import DASHES, Key, Plot

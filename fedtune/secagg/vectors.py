@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fedtune.common.trees import check_same
 from fedtune.errors import Refused, ShapeMismatch
 from fedtune.secagg.quantise import Grid, Uniform, dequantise, quantise
-from fedtune.trees import check_same
 from fedtune.types import Arrays
 from fedtune.wire import Pieces, Schema
 

@@ -12,8 +12,8 @@ from typing import Any, overload
 
 import numpy as np
 
+from fedtune.common.seeds import generator
 from fedtune.job import DeviceClass, FederationSection
-from fedtune.seeds import generator
 from fedtune.training.batches import local_batches
 from fedtune.types import ClientInfo
 

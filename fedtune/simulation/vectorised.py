@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedtune.adapters.methods import write
+from fedtune.common.seeds import generator
 from fedtune.data.encoded import ClientData
 from fedtune.errors import Refused
 from fedtune.job import SimulationSection
@@ -19,7 +20,6 @@ from fedtune.privacy.example import ExamplePrivacy, example_privacy, noisy_metri
 from fedtune.privacy.noise import noise_of
 from fedtune.privacy.plan import outward
 from fedtune.rounds import Reply
-from fedtune.seeds import generator
 from fedtune.stateful.base import Ask
 from fedtune.stateful.methods import asks, method_of
 from fedtune.training import keeping

@@ -29,7 +29,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from fedtune.seeds import generator
+from fedtune.common.seeds import generator
 from fedtune.stateful.base import Answer, Ask, Client, Pull, Trained
 from fedtune.stateful.fed_per import own
 from fedtune.types import Arrays, TensorSpec

@@ -19,8 +19,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from fedtune.common.storage import private_folder, write_atomic
 from fedtune.errors import RunError
-from fedtune.storage import private_folder, write_atomic
 from fedtune.types import Arrays
 from fedtune.wire import Schema
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from fedtune.common.seeds import generator
 from fedtune.job import FederationSection, UnitsSection
-from fedtune.seeds import generator
 
 POOL = 8
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedtune.storage import failing_clearly
+from fedtune.common.storage import failing_clearly
 
 Key = tuple[str, int]
 """(client, place of the example in the client's data)."""

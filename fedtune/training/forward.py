@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from fedtune.common.seeds import generator
 from fedtune.data.encoded import ClientData
 from fedtune.job import Job
-from fedtune.seeds import generator
 from fedtune.subspace import Subspace, order
 from fedtune.training.batches import local_batches
 from fedtune.training.clients import Stream

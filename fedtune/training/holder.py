@@ -11,12 +11,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from fedtune.bundle import Bundle
+from fedtune.common.metrics import PERSONAL
 from fedtune.data import tables
 from fedtune.data.encoded import ClientData
 from fedtune.data.examples import Dataset, load_dataset
 from fedtune.data.partition import Split, split
 from fedtune.errors import DataError, Refused
-from fedtune.metrics import PERSONAL
 from fedtune.stateful.methods import shared
 from fedtune.training.clients import ClientStore, Stream
 from fedtune.types import Arrays, Metrics

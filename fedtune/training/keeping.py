@@ -12,13 +12,13 @@ from safetensors.numpy import save
 
 from fedtune.adapters.spec import ADAPTER, DESCRIPTION
 from fedtune.bundle import Bundle
+from fedtune.common.seeds import generator
+from fedtune.common.storage import write_atomic, write_json
 from fedtune.data.encoded import ClientData
 from fedtune.errors import ContractError, Refused
-from fedtune.seeds import generator
 from fedtune.stateful import methods
 from fedtune.stateful.base import Ask, Client, Trained
 from fedtune.stateful.store import Kept
-from fedtune.storage import write_atomic, write_json
 from fedtune.training.batches import local_batches
 from fedtune.training.chunks import trainable_batches
 from fedtune.training.clients import Stream

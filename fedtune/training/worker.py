@@ -11,6 +11,7 @@ from fedtune.adapters.methods import Parameters, attach, read, write
 from fedtune.adapters.ranks import at_rank
 from fedtune.adapters.spec import AdapterSpec
 from fedtune.bundle import Bundle
+from fedtune.common.seeds import generator
 from fedtune.data.encoded import ClientData, Encoder
 from fedtune.errors import Refused
 from fedtune.gradient_init import gradient_schema
@@ -20,7 +21,6 @@ from fedtune.privacy.example import ExamplePrivacy, example_privacy, first_gradi
 from fedtune.privacy.noise import noise_of
 from fedtune.privacy.plan import outward
 from fedtune.probes import answers, block_scores, require_probing
-from fedtune.seeds import generator
 from fedtune.stateful.base import Pull
 from fedtune.stateful.methods import method_of
 from fedtune.stateful.store import Kept

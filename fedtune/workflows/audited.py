@@ -17,13 +17,13 @@ from fedtune.adapters import methods
 from fedtune.algorithms import State
 from fedtune.algorithms.dp_fed_avg import CLIP
 from fedtune.algorithms.units import selected
+from fedtune.common.seeds import generator
 from fedtune.data.encoded import ClientData
 from fedtune.errors import Refused, UserError
 from fedtune.privacy.canaries import Canaries, ClientCanaries, Directions, View, coins
 from fedtune.privacy.clipping import clip as bounded
 from fedtune.privacy.plan import METRIC_CAP, Plan
 from fedtune.rounds import Coordinator, Reply, make_algorithm
-from fedtune.seeds import generator
 from fedtune.server.app import Ask, Pairs
 from fedtune.training.canaries import GradientCanaries, InputCanaries, SpikedStore, mislabelled
 from fedtune.training.cohort import CohortTrainer

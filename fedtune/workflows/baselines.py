@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedtune.metrics import merge, value, worst_tenth
+from fedtune.common.metrics import merge, value, worst_tenth
+from fedtune.common.seeds import generator
 from fedtune.report.summary import LISTED, few
-from fedtune.seeds import generator
 from fedtune.training.evaluate import ClientScores, Scores, by_client, features
 from fedtune.types import Metrics
 from fedtune.workflows.setup import Setup

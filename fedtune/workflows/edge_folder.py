@@ -15,6 +15,8 @@ import torch
 from fedtune.adapters import methods
 from fedtune.adapters.methods import Parameters
 from fedtune.bundle import Bundle
+from fedtune.common.seeds import generator
+from fedtune.common.storage import failing_clearly, sha256_of, write_json
 from fedtune.data.encoded import made_up
 from fedtune.errors import ModelError, RunError
 from fedtune.job import Job
@@ -26,8 +28,6 @@ from fedtune.onnx.lean import open_lean
 from fedtune.onnx.shared import write_graph, write_graphs
 from fedtune.onnx.training import forward_graph, step_graph
 from fedtune.run import versions
-from fedtune.seeds import generator
-from fedtune.storage import failing_clearly, sha256_of, write_json
 from fedtune.types import Arrays
 from fedtune.wire import Schema
 from fedtune.workflows.card import public_name

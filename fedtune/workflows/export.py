@@ -26,6 +26,8 @@ from safetensors.numpy import save
 from fedtune.adapters import methods
 from fedtune.adapters.spec import ADAPTER, DESCRIPTION, AdapterSpec
 from fedtune.bundle import Bundle, open_bundle
+from fedtune.common.seeds import generator
+from fedtune.common.storage import failing_clearly, write_atomic, write_json
 from fedtune.data.encoded import ClientData, Encoder, made_up
 from fedtune.errors import ContractError, RunError, UserError
 from fedtune.models.base import TunableModel
@@ -35,10 +37,8 @@ from fedtune.onnx.folder import FORMAT
 from fedtune.onnx.predict import ADAPTERS, CARD, CARD_FILE, FLOAT32, INT8, STATIC, ModelCard
 from fedtune.onnx.quantise import quantise, quantise_static
 from fedtune.run import RunFolder, versions
-from fedtune.seeds import generator
 from fedtune.stateful.methods import is_personal, kept, shared
 from fedtune.stateful.store import Kept
-from fedtune.storage import failing_clearly, write_atomic, write_json
 from fedtune.training.batches import by_length
 from fedtune.training.keeping import personal_model
 from fedtune.training.local import to_batch

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from fedtune.common.metrics import merge, tenth, value
 from fedtune.data.partition import Split
-from fedtune.metrics import merge, tenth, value
 from fedtune.stateful.methods import is_personal
 from fedtune.training.evaluate import Scores, by_client
 from fedtune.workflows import baselines

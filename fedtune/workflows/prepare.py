@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedtune.bundle import Bundle
+from fedtune.common.storage import failing_clearly
 from fedtune.errors import RunError
 from fedtune.job import Job
 from fedtune.privacy.plan import resolved
-from fedtune.storage import failing_clearly
 from fedtune.workflows.setup import data_free_frame, make_bundle, open_base, require_trainable
 
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedtune.common.storage import write_atomic
 from fedtune.job import Job
 from fedtune.ledger import Ledger, require_whole
 from fedtune.privacy.account import Account, account, assumptions, spent
@@ -15,7 +16,6 @@ from fedtune.privacy.plan import Plan, kept
 from fedtune.privacy.releases import Release, read
 from fedtune.report.privacy import Epsilon, Privacy
 from fedtune.run import RunFolder
-from fedtune.storage import write_atomic
 
 LIGHT = ("pld", "rdp")
 """Accountants that need no torch: Opacus brings it."""

@@ -24,10 +24,11 @@ from typing import Any
 from fedtune.adapters.frames import from_gradients
 from fedtune.algorithms.units import Limits, limits_of, unlimited
 from fedtune.bundle import Bundle, open_bundle, write_bundle
+from fedtune.common.metrics import merge, plausible, split_personal, value, with_personal
+from fedtune.common.storage import failing_clearly, lock, write_atomic, write_json
 from fedtune.errors import EnvironmentProblem, FedtuneError, PrivacyRefused, Refused, RunError, UserError
 from fedtune.gradient_init import gather_gradients, gradient_schema
 from fedtune.job import Job
-from fedtune.metrics import merge, plausible, split_personal, value, with_personal
 from fedtune.privacy.contribution import message_bytes, secure_of
 from fedtune.privacy.plan import Plan, fewest, plan_of
 from fedtune.provision import days_left, load_devices
@@ -48,7 +49,6 @@ from fedtune.server.lobby import Guest, Lobby
 from fedtune.server.secure import SecureRounds
 from fedtune.server.superlink import LinkGrid, SuperLink, Tls, superlink
 from fedtune.stateful.methods import is_personal
-from fedtune.storage import failing_clearly, lock, write_atomic, write_json
 from fedtune.types import Arrays, Metrics
 from fedtune.waits import DESK_SECONDS, GRID_POLL, LOBBY_POLL, QUEUE_POLL, ROSTER_POLL, STAGE_SECONDS
 from fedtune.wire import Schema, decode, encode, packet_bytes

@@ -15,15 +15,16 @@ from fedtune.adapters.ranks import at_rank
 from fedtune.algorithms.units import AS_THE_JOB, Limits, by_common_scores, ever, selected, tensors_of
 from fedtune.bundle import open_bundle
 from fedtune.client.app import make_client_app
+from fedtune.common.metrics import with_personal
+from fedtune.common.seeds import generator
+from fedtune.common.trees import digest
 from fedtune.errors import EnvironmentProblem
 from fedtune.gradient_init import gather_gradients
 from fedtune.job import SimulationSection
-from fedtune.metrics import with_personal
 from fedtune.models.base import TunableModel
 from fedtune.privacy.plan import Plan, plan_of
 from fedtune.rounds import Coordinator, Traffic, Watch, evaluated, make_algorithm, start
 from fedtune.run import RunFolder, open_run
-from fedtune.seeds import generator
 from fedtune.server.app import Ask, make_server_app, run_rounds
 from fedtune.simulation.engines import run_ray, run_serial
 from fedtune.simulation.fleet import Fleet
@@ -39,7 +40,6 @@ from fedtune.training.local import only
 from fedtune.training.stacked import NotStackable
 from fedtune.training.together import open_trainer
 from fedtune.training.worker import Worker
-from fedtune.trees import digest
 from fedtune.types import Arrays, Metrics
 from fedtune.workflows.fleet import make_fleet
 from fedtune.workflows.setup import Setup, data_free_frame, make_bundle, open_setup

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fedtune.common.storage import is_held
 from fedtune.errors import RunError
 from fedtune.report.format import bound, duration, size
 from fedtune.report.privacy import UNSCORED
 from fedtune.run import RunFolder
-from fedtune.storage import is_held
 
 RECENT = 5  # rounds whose mean length is taken for those to come
 

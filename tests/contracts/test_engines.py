@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from fedtune.adapters.methods import attach, initial
+from fedtune.common.seeds import generator
 from fedtune.rounds import Watch
 from fedtune.run import create_run, open_run
-from fedtune.seeds import generator
 from fedtune.training.batches import local_batches
 from fedtune.training.local import to_batch
 from fedtune.training.passes import Packed

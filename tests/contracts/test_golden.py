@@ -24,19 +24,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedtune import seeds
 from fedtune.algorithms.units import ROWS, limits_in, tensors_of
 from fedtune.bundle import open_bundle
+from fedtune.common import seeds
+from fedtune.common.seeds import generator
+from fedtune.common.trees import digest
 from fedtune.gradient_init import gradient_schema
 from fedtune.job import to_toml
 from fedtune.ledger import Ledger
 from fedtune.probes import answers
 from fedtune.rounds import make_algorithm
 from fedtune.run import create_run
-from fedtune.seeds import generator
 from fedtune.subspace import signs
 from fedtune.training.batches import local_batches
-from fedtune.trees import digest
 from fedtune.wire import Schema, decode, encode
 from fedtune.workflows.finish import finish
 from fedtune.workflows.setup import open_setup, run_facts

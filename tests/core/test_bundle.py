@@ -8,9 +8,9 @@ from safetensors.numpy import save_file
 
 from fedtune.adapters.spec import Layout, Linear, describe
 from fedtune.bundle import open_bundle, receive_bundle, write_bundle
+from fedtune.common.trees import digest
 from fedtune.errors import EnvironmentProblem, Refused, RunError
 from fedtune.job import AdapterSection, Job
-from fedtune.trees import digest
 from fedtune.types import TensorSpec
 
 LINEAR = Linear("block.0.up", "up", 6, 4, "block.0")

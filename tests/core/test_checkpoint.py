@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from fedtune import storage
 from fedtune.algorithms import State
 from fedtune.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from fedtune.common import storage
 from fedtune.errors import EnvironmentProblem, RunError, UserError
 
 STATE = State(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedtune.metrics import LARGEST_LOSS, plausible
+from fedtune.common.metrics import LARGEST_LOSS, plausible
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
+from fedtune.common.storage import write_atomic
 from fedtune.errors import EnvironmentProblem, UserError
-from fedtune.storage import write_atomic
 
 
 @pytest.mark.parametrize("after", [False, True])

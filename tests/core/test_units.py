@@ -26,6 +26,7 @@ from fedtune.algorithms.units import (
     unlimited,
     within,
 )
+from fedtune.common.seeds import generator
 from fedtune.errors import JobError
 from fedtune.job import parse_job
 from fedtune.ledger import Ledger
@@ -33,7 +34,6 @@ from fedtune.privacy.client import ClientPrivacy
 from fedtune.privacy.noise import SystemNoise
 from fedtune.rounds import Reply, make_algorithm, start
 from fedtune.run import create_run
-from fedtune.seeds import generator
 from fedtune.types import ClientInfo, TensorSpec, Update
 from fedtune.wire import Schema, decode, encode, packet_bytes
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from fedtune import seeds
+from fedtune.common import seeds
 
 
 def split(examples, data, seed):

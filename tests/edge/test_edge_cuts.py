@@ -10,11 +10,11 @@ import onnx
 import pytest
 
 from fedtune.algorithms.units import selected
+from fedtune.common.storage import write_json
 from fedtune.edge import device as edge_device
 from fedtune.edge import graphs as edge_graphs
 from fedtune.edge.graphs import Graphs
 from fedtune.onnx import folder as files
-from fedtune.storage import write_json
 from fedtune.wire import decode, encode
 
 CUT = "step-block.1.onnx"

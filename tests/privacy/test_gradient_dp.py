@@ -12,6 +12,7 @@ from dp_accounting.rdp import RdpAccountant
 
 from fedtune.client.budget import Budget
 from fedtune.client.policy import Policy
+from fedtune.common.trees import digest
 from fedtune.errors import JobError, Refused, RunError, UserError
 from fedtune.gradient_init import gather_gradients, gradient_schema, init_warnings
 from fedtune.job import parse_job
@@ -21,7 +22,6 @@ from fedtune.privacy.plan import plan_of, resolved
 from fedtune.privacy.releases import read
 from fedtune.rounds import Reply
 from fedtune.run import create_run, open_run
-from fedtune.trees import digest
 from fedtune.wire import Schema, encode
 from fedtune.workflows.audit import audit
 from fedtune.workflows.privacy import privacy_of

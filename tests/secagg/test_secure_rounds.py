@@ -7,6 +7,7 @@ import pytest
 
 from fedtune.algorithms import fed_avg, secure_avg
 from fedtune.algorithms.base import State
+from fedtune.common.seeds import generator
 from fedtune.errors import JobError, PrivacyRefused
 from fedtune.job import parse_job
 from fedtune.ledger import Ledger
@@ -18,7 +19,6 @@ from fedtune.rounds import make_algorithm
 from fedtune.secagg.client import ClientRound
 from fedtune.secagg.masks import sum_plainly
 from fedtune.secagg.server import ServerRound, run_round
-from fedtune.seeds import generator
 from fedtune.types import ClientInfo, TensorSpec, Update
 from fedtune.wire import Schema
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.algorithms.fed_avg import draw_cohort
+from fedtune.common.seeds import generator
 from fedtune.job import DeviceClass, FederationSection
-from fedtune.seeds import generator
 from fedtune.simulation.devices import (
     Chosen,
     Span,

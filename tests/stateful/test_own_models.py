@@ -10,8 +10,8 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from fedtune.cli.main import app
+from fedtune.common.metrics import value
 from fedtune.errors import RunError, UserError
-from fedtune.metrics import value
 from fedtune.onnx.predict import Predictor
 from fedtune.workflows.export import export_client
 

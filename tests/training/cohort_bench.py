@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 
 from fedtune.adapters.methods import attach, initial, write
+from fedtune.common.seeds import generator
 from fedtune.data.encoded import ClientData
-from fedtune.seeds import generator
 from fedtune.training.batches import local_batches
 from fedtune.training.chunks import Task, trainable_batches
 from fedtune.training.features import FeatureStore

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from fedtune.bundle import open_bundle, receive_bundle
+from fedtune.common.seeds import generator
 from fedtune.errors import JobError, Refused
-from fedtune.seeds import generator
 from fedtune.subspace import NAME, Subspace, order, signs, small, travelling
 from fedtune.training.batches import local_batches
 from fedtune.types import TensorSpec

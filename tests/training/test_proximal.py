@@ -8,8 +8,8 @@ import torch
 
 from fedtune.adapters import methods
 from fedtune.bundle import open_bundle
+from fedtune.common.seeds import generator
 from fedtune.models.base import summed_loss
-from fedtune.seeds import generator
 from fedtune.training.batches import local_batches
 from fedtune.training.local import to_batch, train_locally
 

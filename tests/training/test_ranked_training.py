@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from fedtune.adapters.methods import read, write
+from fedtune.common.seeds import generator
 from fedtune.errors import Refused
-from fedtune.seeds import generator
 from fedtune.training.batches import local_batches
 from fedtune.training.evaluate import score
 from fedtune.training.local import to_batch

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from fedtune.common.metrics import tenth, value, worst_tenth
+from fedtune.common.storage import write_json
 from fedtune.errors import RunError
-from fedtune.metrics import tenth, value, worst_tenth
 from fedtune.report import facts
 from fedtune.report.summary import LISTED, check, few
-from fedtune.storage import write_json
 from fedtune.training.clients import ClientStore, Stream, memory
 from fedtune.training.evaluate import ClientScores, by_client, features, score
 from fedtune.workflows.baselines import listed
