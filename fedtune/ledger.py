@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.errors import RunError
-from fedtune.waits import LEDGER_SECONDS
+from fedtune.process.waits import LEDGER_SECONDS
 
 _GENESIS = "0" * 64
 

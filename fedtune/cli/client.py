@@ -10,10 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
-from fedtune.address import is_loopback, parse_address
 from fedtune.cli.common import INTERRUPTED, shell
 from fedtune.cli.journal import Journal
 from fedtune.errors import UserError
+from fedtune.process.address import is_loopback, parse_address
 
 EXAMPLES = (
     "Examples:  fedtune client --server coordinator.example:9092 --dir keys/devices/device-001 "

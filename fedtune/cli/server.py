@@ -12,7 +12,6 @@ from typing import Annotated, Any
 
 import typer
 
-from fedtune.address import is_loopback, parse_address
 from fedtune.bundle import Bundle, open_bundle
 from fedtune.cli.common import INTERRUPTED, SetOption, UnderstandOption, overrides, shell
 from fedtune.cli.journal import Journal
@@ -20,6 +19,7 @@ from fedtune.cli.simulate import round_text
 from fedtune.errors import EnvironmentProblem, UserError
 from fedtune.job import Job, load_job, to_toml
 from fedtune.privacy.plan import resolved
+from fedtune.process.address import is_loopback, parse_address
 from fedtune.report.privacy import UNSCORED
 from fedtune.rounds import Reply, Watch
 from fedtune.run import RunFolder

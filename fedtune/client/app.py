@@ -10,8 +10,8 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedtune.errors import FedtuneError, Refused
-from fedtune.flower import failure
 from fedtune.offer import Answer, Offer, job_name, one_line
+from fedtune.process.flower import failure
 from fedtune.wire import RECORD
 
 

@@ -7,9 +7,9 @@ import socket
 import ssl
 from pathlib import Path
 
-from fedtune.address import parse_address
 from fedtune.errors import UserError
-from fedtune.waits import CONNECT_SECONDS
+from fedtune.process.address import parse_address
+from fedtune.process.waits import CONNECT_SECONDS
 
 
 class Unreachable(Exception):

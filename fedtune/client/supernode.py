@@ -36,8 +36,8 @@ from flwr.supercore.interceptors import (
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
-from fedtune.flower import check_version
-from fedtune.waits import SUPERNODE_STOP, TASK_IDLE_POLL, TASK_POLL, Pace
+from fedtune.process.flower import check_version
+from fedtune.process.waits import SUPERNODE_STOP, TASK_IDLE_POLL, TASK_POLL, Pace
 
 log = logging.getLogger(__name__)
 ACQUIRE = "/flwr.proto.Runtime/AcquireTask"

@@ -18,9 +18,9 @@ import time
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 
-from fedtune.child import end_with_parent
-from fedtune.flower import check_version
-from fedtune.waits import DEVICE_IDLE_POLL, DEVICE_POLL, DEVICE_REPLY_POLL, Pace
+from fedtune.process.child import end_with_parent
+from fedtune.process.flower import check_version
+from fedtune.process.waits import DEVICE_IDLE_POLL, DEVICE_POLL, DEVICE_REPLY_POLL, Pace
 
 _IDLE = 1.0  # of Flower's sleeps, the longer ones are between questions
 

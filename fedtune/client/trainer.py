@@ -4,7 +4,7 @@ Imports no torch.
 
 The process is started by the first call, and again by a call that finds it gone: idle, killed, or out of
 memory. Its socket and settings lie in a private folder made for each start and removed when it ends; see
-`fedtune.trainer_service`.
+`fedtune.process.trainer`.
 """
 
 import contextlib
@@ -40,12 +40,12 @@ from fedtune.errors import (
     RunError,
     UserError,
 )
-from fedtune.trainer_service import CLIENT, ERROR, MAX_MESSAGE, SERVICE
-from fedtune.waits import TRAINER_DEATH as DEATH_SECONDS
-from fedtune.waits import TRAINER_HEALTH as HEALTH_SECONDS
-from fedtune.waits import TRAINER_POLL as POLL_SECONDS
-from fedtune.waits import TRAINER_START as START_SECONDS
-from fedtune.waits import TRAINER_STOP as STOP_SECONDS
+from fedtune.process.trainer import CLIENT, ERROR, MAX_MESSAGE, SERVICE
+from fedtune.process.waits import TRAINER_DEATH as DEATH_SECONDS
+from fedtune.process.waits import TRAINER_HEALTH as HEALTH_SECONDS
+from fedtune.process.waits import TRAINER_POLL as POLL_SECONDS
+from fedtune.process.waits import TRAINER_START as START_SECONDS
+from fedtune.process.waits import TRAINER_STOP as STOP_SECONDS
 
 MAX_SOCKET = 107  # bytes of a socket's path, of the 108 with its closing zero
 MAX_LOG = 2**20  # bytes from which a log is begun anew at a start

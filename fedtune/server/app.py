@@ -10,8 +10,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedtune.errors import EnvironmentProblem
 from fedtune.offer import one_line
+from fedtune.process.waits import LATE_SECONDS, SERIAL_POLL
 from fedtune.rounds import Coordinator, Reply
-from fedtune.waits import LATE_SECONDS, SERIAL_POLL
 from fedtune.wire import RECORD
 
 Pairs = Sequence[tuple[str, bytes]]

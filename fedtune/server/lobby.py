@@ -15,10 +15,10 @@ from fedtune.bundle import Bundle
 from fedtune.errors import Refused
 from fedtune.job import DeviceClass
 from fedtune.offer import Answer, Offer, class_of
+from fedtune.process.waits import ASK_AGAIN_SECONDS, OFFER_SECONDS
 from fedtune.server.app import short
 from fedtune.server.superlink import SuperLink
 from fedtune.types import ClientInfo
-from fedtune.waits import ASK_AGAIN_SECONDS, OFFER_SECONDS
 from fedtune.wire import RECORD
 
 

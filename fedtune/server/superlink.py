@@ -49,8 +49,8 @@ from flwr.superlink.servicer.runtime import runtime_handlers
 from sqlalchemy.exc import SQLAlchemyError
 
 from fedtune.errors import EnvironmentProblem, UserError
-from fedtune.flower import check_version
-from fedtune.waits import LATE_SECONDS, SUPERLINK_POLL, SUPERLINK_START, SUPERLINK_STOP
+from fedtune.process.flower import check_version
+from fedtune.process.waits import LATE_SECONDS, SUPERLINK_POLL, SUPERLINK_START, SUPERLINK_STOP
 
 log = logging.getLogger(__name__)
 DOOR = "/v1/fleet/"

@@ -21,7 +21,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedtune.errors import EnvironmentProblem
-from fedtune.flower import check_version, require_no_failure
+from fedtune.process.flower import check_version, require_no_failure
 from fedtune.wire import RECORD
 
 RUN_ID = 1

@@ -1,4 +1,4 @@
-"""The trainer process with torch; see `fedtune.trainer_service`.
+"""The trainer process with torch; see `fedtune.process.trainer`.
 
 python -m fedtune.training.service CONFIG.json
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedtune.bundle import open_bundle
-from fedtune.trainer_service import Config, run
+from fedtune.process.trainer import Config, run
 
 if TYPE_CHECKING:
     from fedtune.training.holder import Device

@@ -31,6 +31,7 @@ from fedtune.gradient_init import gather_gradients, gradient_schema
 from fedtune.job import Job
 from fedtune.privacy.contribution import message_bytes, secure_of
 from fedtune.privacy.plan import Plan, fewest, plan_of
+from fedtune.process.waits import DESK_SECONDS, GRID_POLL, LOBBY_POLL, QUEUE_POLL, ROSTER_POLL, STAGE_SECONDS
 from fedtune.provision import days_left, load_devices
 from fedtune.rounds import (
     Coordinator,
@@ -50,7 +51,6 @@ from fedtune.server.secure import SecureRounds
 from fedtune.server.superlink import LinkGrid, SuperLink, Tls, superlink
 from fedtune.stateful.methods import is_personal
 from fedtune.types import Arrays, Metrics
-from fedtune.waits import DESK_SECONDS, GRID_POLL, LOBBY_POLL, QUEUE_POLL, ROSTER_POLL, STAGE_SECONDS
 from fedtune.wire import Schema, decode, encode, packet_bytes
 from fedtune.workflows.privacy import LIGHT, spent_so_far
 from fedtune.workflows.summary import client_row, facts, final_of, follow, personal_of, write_summary

@@ -154,7 +154,7 @@ def test_a_library_is_imported_only_where_it_belongs(library):
         ("fedtune.server.app", ("torch", "transformers", "onnxruntime")),
         ("fedtune.workflows.serve", ("torch", "transformers", "onnxruntime", "ray")),
         ("fedtune.client.device", ("torch", "transformers", "onnxruntime", "ray")),
-        ("fedtune.flower", ("torch", "transformers", "flwr")),
+        ("fedtune.process.flower", ("torch", "transformers", "flwr")),
         ("fedtune.client.supernode_process", ("torch", "transformers", "flwr")),
         ("fedtune.workflows.status", ("torch", "transformers", "flwr")),
         ("fedtune.workflows.privacy", ("torch", "transformers", "flwr", "matplotlib", "opacus")),

@@ -1,5 +1,5 @@
 """No wait hides a number of its own: what sleeps, joins or times out takes it from
-fedtune.waits or from the job.
+fedtune.process.waits or from the job.
 """
 
 import ast
@@ -31,4 +31,4 @@ def test_no_wait_has_a_number_of_its_own(path):
             and n.value > 0
             and type(n.value) is not bool
         ]
-        assert not numbers, f"line {node.lineno}: {name} waits {numbers}; name it in fedtune/waits.py"
+        assert not numbers, f"line {node.lineno}: {name} waits {numbers}; name it in fedtune/process/waits.py"

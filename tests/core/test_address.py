@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.address import is_loopback, parse_address
 from fedtune.errors import UserError
+from fedtune.process.address import is_loopback, parse_address
 
 
 @pytest.mark.parametrize(

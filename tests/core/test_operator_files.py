@@ -13,12 +13,13 @@ import click
 import pytest
 import typer
 
-from fedtune import packages, waits
+from fedtune import packages
 from fedtune.cli.common import INTERRUPTED
 from fedtune.cli.main import app
 from fedtune.client.policy import Policy, load_policy
 from fedtune.errors import PrivacyRefused, UserError
 from fedtune.job import load_job
+from fedtune.process import waits
 from fedtune.server import metrics
 
 ROOT = Path(__file__).parents[2]

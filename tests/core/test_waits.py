@@ -4,8 +4,8 @@ from itertools import islice, pairwise
 
 import pytest
 
-from fedtune import waits
-from fedtune.waits import Pace, backoff
+from fedtune.process import waits
+from fedtune.process.waits import Pace, backoff
 
 
 def test_backoff_doubles_up_to_its_bound_and_never_ends():
@@ -16,7 +16,7 @@ def test_backoff_doubles_up_to_its_bound_and_never_ends():
 
 def test_a_pace_follows_how_long_nothing_has_happened(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("fedtune.waits.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("fedtune.process.waits.time.monotonic", lambda: now[0])
     pace = Pace(0.25, 3.0)
     assert pace.next() == 0.25
     now[0] += 10

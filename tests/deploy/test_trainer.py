@@ -20,11 +20,11 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fedtune import errors
-from fedtune import trainer_service as service
 from fedtune.bundle import open_bundle
 from fedtune.client import trainer as client_side
 from fedtune.client.trainer import Trainer, TrainerSettings
 from fedtune.errors import DataError, EnvironmentProblem, JobError, ModelError, Refused, RunError, UserError
+from fedtune.process import trainer as service
 from fedtune.training.device import open_device
 from fedtune.wire import Schema, decode, encode
 from fedtune.workflows.setup import data_free_frame, make_bundle, open_setup

@@ -103,7 +103,7 @@ def test_its_trainer_and_its_flower_side_import_nothing_else(hidden, prepared, t
         HIDING.partition("sys.argv = ")[0]
         + """
 from pathlib import Path
-import fedtune.client.device, fedtune.client.supernode_process, fedtune.trainer_service
+import fedtune.client.device, fedtune.client.supernode_process, fedtune.process.trainer
 from fedtune.bundle import open_bundle
 from fedtune.edge.device import open_device
 from fedtune.wire import encode

@@ -37,10 +37,10 @@ from typing import Any, Protocol
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from fedtune.child import end_with_parent, require_parent
 from fedtune.errors import ContractError, FedtuneError
-from fedtune.waits import TRAINER_CHECK as CHECK_SECONDS
-from fedtune.waits import TRAINER_CLOSE as CLOSE_SECONDS
+from fedtune.process.child import end_with_parent, require_parent
+from fedtune.process.waits import TRAINER_CHECK as CHECK_SECONDS
+from fedtune.process.waits import TRAINER_CLOSE as CLOSE_SECONDS
 
 SERVICE = "fedtune.Trainer"
 CLIENT, ERROR, BUG = "client-bin", "error", "bug"

@@ -1,0 +1,1 @@
+"""Processes and the waits between them: addresses, Flower's settings, the trainer's service."""
