@@ -118,7 +118,7 @@ def case(folder: Path, keys: list[str]) -> dict[str, Any]:
 
     from fedtune.job import parse_job
     from fedtune.rounds import Watch
-    from fedtune.run import create_run
+    from fedtune.runs.folder import create_run
     from fedtune.workflows.finish import finish
     from fedtune.workflows.setup import open_setup, run_facts
     from fedtune.workflows.simulate import Simulation

@@ -16,13 +16,13 @@ from fedtune.algorithms.dp_fed_avg import drawn_noise
 from fedtune.common.seeds import generator
 from fedtune.errors import EmptyCohort, PrivacyRefused, Refused
 from fedtune.job import Job
-from fedtune.ledger import Ledger
 from fedtune.privacy.clipping import clip
 from fedtune.privacy.noise import noise_of
 from fedtune.privacy.plan import Plan, init_batch, init_clip
 from fedtune.privacy.releases import Release
 from fedtune.rounds import Reply, Traffic
-from fedtune.run import RunFolder
+from fedtune.runs.folder import RunFolder
+from fedtune.runs.ledger import Ledger
 from fedtune.types import Arrays, ClientInfo, TensorSpec
 from fedtune.wire import Schema, decode, encode
 

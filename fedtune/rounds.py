@@ -30,19 +30,19 @@ from fedtune.algorithms.units import (
     tensors_of,
     with_scores,
 )
-from fedtune.checkpoint import Checkpoint
 from fedtune.common.metrics import PERSONAL_CLIENTS, plausible, value
 from fedtune.common.trees import norm, subtract
 from fedtune.errors import EmptyCohort, Refused, SecAggFailed
 from fedtune.job import Job
-from fedtune.ledger import Ledger, require_whole
 from fedtune.privacy.client import client_privacy
 from fedtune.privacy.contribution import Secure, message_bytes, secure_of
 from fedtune.privacy.noise import noise_of
 from fedtune.privacy.plan import Plan, fewest
 from fedtune.privacy.releases import Release, read
 from fedtune.probes import SCORES, answers
-from fedtune.run import RunFolder
+from fedtune.runs.checkpoint import Checkpoint
+from fedtune.runs.folder import RunFolder
+from fedtune.runs.ledger import Ledger, require_whole
 from fedtune.secagg.server import Sum
 from fedtune.stateful.scaffold import controls_of, steering
 from fedtune.stateful.select import held_mean

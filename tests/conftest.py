@@ -189,7 +189,7 @@ def tiny_job(tiny_settings: tuple[str, ...]) -> MakeJob:
 @pytest.fixture(scope="session")
 def run_rounds() -> Callable:
     """run_rounds(job, folder) -> Simulation, after its last round and before its summary."""
-    from fedtune.run import create_run
+    from fedtune.runs.folder import create_run
     from fedtune.workflows.setup import open_setup, run_facts
     from fedtune.workflows.simulate import Simulation
 

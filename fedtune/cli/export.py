@@ -11,7 +11,7 @@ from fedtune.cli.common import JsonOption, SetOption, err, no_dash, out, shell
 from fedtune.cli.progress import Board
 from fedtune.errors import RunError, UserError
 from fedtune.job import load_job
-from fedtune.run import RunFolder, open_run
+from fedtune.runs.folder import RunFolder, open_run
 
 EXAMPLES = (
     "Examples:  fedtune export runs/fed-sb-001   |   "

@@ -8,7 +8,7 @@ import typer
 
 from fedtune.cli import audit, calibrate
 from fedtune.cli.common import JsonOption, busy, out, shell
-from fedtune.run import open_run
+from fedtune.runs.folder import open_run
 
 EXAMPLES = (
     "Examples:  fedtune privacy report runs/fed-sb-001   |   fedtune privacy report runs/fed-sb-001 --json"

@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from fedtune.cli.common import JsonOption, out, shell
-from fedtune.ledger import require_whole
-from fedtune.run import open_run
+from fedtune.runs.folder import open_run
+from fedtune.runs.ledger import require_whole
 
 EXAMPLES = "Examples:  fedtune report runs/fed-sb-001   |   fedtune report runs/fed-sb-001 --json"
 

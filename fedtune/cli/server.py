@@ -22,7 +22,7 @@ from fedtune.privacy.plan import resolved
 from fedtune.process.address import is_loopback, parse_address
 from fedtune.report.privacy import UNSCORED
 from fedtune.rounds import Reply, Watch
-from fedtune.run import RunFolder
+from fedtune.runs.folder import RunFolder
 
 EXAMPLES = (
     "Examples:  fedtune provision --host 127.0.0.1 --devices 2 -o keys   |   "

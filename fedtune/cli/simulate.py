@@ -11,7 +11,7 @@ from fedtune.errors import UserError
 from fedtune.job import Job, load_job
 from fedtune.report.format import duration, number, size
 from fedtune.rounds import Watch
-from fedtune.run import RunFolder, create_run, next_run_path, open_run
+from fedtune.runs.folder import RunFolder, create_run, next_run_path, open_run
 
 EXAMPLES = (
     "Examples:  fedtune simulate   |   "

@@ -11,9 +11,9 @@ from fedtune.client.policy import refusing
 from fedtune.common.storage import private_folder, write_atomic
 from fedtune.errors import Refused
 from fedtune.job import Job
-from fedtune.ledger import Ledger
 from fedtune.privacy.account import OWN
 from fedtune.privacy.plan import Plan, plan_of
+from fedtune.runs.ledger import Ledger
 from fedtune.wire import kind_of, round_of
 
 

@@ -27,7 +27,7 @@ from fedtune.wire import Schema
 FORMAT, KEY = "1", "fedtune"
 BACK = 2
 """A run may be continued from so many rounds before the last: the checkpoints that
-it keeps (`fedtune.run`).
+it keeps (`fedtune.runs.folder`).
 """
 _FLOAT32 = np.dtype(np.float32)
 VERSIONS = BACK + 1

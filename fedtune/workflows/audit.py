@@ -33,7 +33,7 @@ from fedtune.privacy.canaries import ClientCanaries, rehearse
 from fedtune.privacy.example import example_privacy
 from fedtune.privacy.plan import plan_of
 from fedtune.rounds import Watch
-from fedtune.run import RunFolder, create_run
+from fedtune.runs.folder import RunFolder, create_run
 from fedtune.training.canaries import GradientCanaries, InputCanaries
 from fedtune.workflows.audited import Audited, AuditedClients, AuditedSteps, AuditedTexts, Room, spiked
 from fedtune.workflows.setup import open_setup, require_trainable, run_facts, with_noise

@@ -11,7 +11,7 @@ from fedtune.job import ModelSection
 from fedtune.report.format import count, number, size, small
 from fedtune.report.privacy import Privacy, claim, lost, sentence
 from fedtune.report.tables import EXPORTS
-from fedtune.run import RunFolder
+from fedtune.runs.folder import RunFolder
 from fedtune.workflows.privacy import privacy_of
 from fedtune.workflows.setup import Setup
 

@@ -27,7 +27,7 @@ from fedtune.onnx.frozen8 import as_integers, round_frozen
 from fedtune.onnx.lean import open_lean
 from fedtune.onnx.shared import write_graph, write_graphs
 from fedtune.onnx.training import forward_graph, step_graph
-from fedtune.run import versions
+from fedtune.runs.folder import versions
 from fedtune.types import Arrays
 from fedtune.wire import Schema
 from fedtune.workflows.card import public_name

@@ -36,7 +36,7 @@ from fedtune.onnx.export import export_graph, write_proto
 from fedtune.onnx.folder import FORMAT
 from fedtune.onnx.predict import ADAPTERS, CARD, CARD_FILE, FLOAT32, INT8, STATIC, ModelCard
 from fedtune.onnx.quantise import quantise, quantise_static
-from fedtune.run import RunFolder, versions
+from fedtune.runs.folder import RunFolder, versions
 from fedtune.stateful.methods import is_personal, kept, shared
 from fedtune.stateful.store import Kept
 from fedtune.training.batches import by_length

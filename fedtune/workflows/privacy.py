@@ -9,13 +9,13 @@ from pathlib import Path
 
 from fedtune.common.storage import write_atomic
 from fedtune.job import Job
-from fedtune.ledger import Ledger, require_whole
 from fedtune.privacy.account import Account, account, assumptions, spent
 from fedtune.privacy.accounting import ACCOUNTANTS, LARGEST
 from fedtune.privacy.plan import Plan, kept
 from fedtune.privacy.releases import Release, read
 from fedtune.report.privacy import Epsilon, Privacy
-from fedtune.run import RunFolder
+from fedtune.runs.folder import RunFolder
+from fedtune.runs.ledger import Ledger, require_whole
 
 LIGHT = ("pld", "rdp")
 """Accountants that need no torch: Opacus brings it."""

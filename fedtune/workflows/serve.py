@@ -43,7 +43,7 @@ from fedtune.rounds import (
     most_predictions,
     start,
 )
-from fedtune.run import RunFolder, create_run, open_run, versions
+from fedtune.runs.folder import RunFolder, create_run, open_run, versions
 from fedtune.secagg.terms import session_of
 from fedtune.server.app import Exchange, Pairs, run_rounds
 from fedtune.server.lobby import Guest, Lobby

@@ -25,7 +25,7 @@ from fedtune.models.load import Encoder, load_encoder, load_model, sketch_model
 from fedtune.models.sources import Source, check_hash, locate
 from fedtune.privacy.plan import plan_of, resolved, warnings_of
 from fedtune.report.summary import few
-from fedtune.run import Facts, RunFolder, versions
+from fedtune.runs.folder import Facts, RunFolder, versions
 from fedtune.subspace import travelling
 from fedtune.training.clients import ClientStore
 from fedtune.training.memory import step_memory

@@ -24,7 +24,7 @@ from fedtune.job import SimulationSection
 from fedtune.models.base import TunableModel
 from fedtune.privacy.plan import Plan, plan_of
 from fedtune.rounds import Coordinator, Traffic, Watch, evaluated, make_algorithm, start
-from fedtune.run import RunFolder, open_run
+from fedtune.runs.folder import RunFolder, open_run
 from fedtune.server.app import Ask, make_server_app, run_rounds
 from fedtune.simulation.engines import run_ray, run_serial
 from fedtune.simulation.fleet import Fleet

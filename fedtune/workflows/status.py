@@ -13,7 +13,7 @@ from fedtune.common.storage import is_held
 from fedtune.errors import RunError
 from fedtune.report.format import bound, duration, size
 from fedtune.report.privacy import UNSCORED
-from fedtune.run import RunFolder
+from fedtune.runs.folder import RunFolder
 
 RECENT = 5  # rounds whose mean length is taken for those to come
 

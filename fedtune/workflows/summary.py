@@ -12,12 +12,12 @@ from fedtune.bundle import Bundle, open_bundle
 from fedtune.common.metrics import value, worst_tenth
 from fedtune.common.storage import write_atomic, write_json
 from fedtune.errors import RunError
-from fedtune.ledger import require_whole
 from fedtune.privacy.accounting import ACCOUNTANTS
 from fedtune.report.events import Events
 from fedtune.report.summary import Summary, check, few
 from fedtune.rounds import Coordinator, Traffic, Watch
-from fedtune.run import RunFolder
+from fedtune.runs.folder import RunFolder
+from fedtune.runs.ledger import require_whole
 from fedtune.types import Metrics
 from fedtune.wire import Schema
 from fedtune.workflows.privacy import privacy_of

@@ -13,7 +13,7 @@ from PIL import Image
 from fedtune.adapters.methods import attach, initial
 from fedtune.common.seeds import generator
 from fedtune.rounds import Watch
-from fedtune.run import create_run, open_run
+from fedtune.runs.folder import create_run, open_run
 from fedtune.training.batches import local_batches
 from fedtune.training.local import to_batch
 from fedtune.training.passes import Packed

@@ -31,10 +31,10 @@ from fedtune.common.seeds import generator
 from fedtune.common.trees import digest
 from fedtune.gradient_init import gradient_schema
 from fedtune.job import to_toml
-from fedtune.ledger import Ledger
 from fedtune.probes import answers
 from fedtune.rounds import make_algorithm
-from fedtune.run import create_run
+from fedtune.runs.folder import create_run
+from fedtune.runs.ledger import Ledger
 from fedtune.subspace import signs
 from fedtune.training.batches import local_batches
 from fedtune.wire import Schema, decode, encode

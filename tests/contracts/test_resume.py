@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedtune.ledger import Ledger
-from fedtune.run import RunFolder, open_run
+from fedtune.runs.folder import RunFolder, open_run
+from fedtune.runs.ledger import Ledger
 
 GRADIENT = (
     "adapter.init=gradient",
@@ -174,10 +174,17 @@ def never_stopped(start, tiny_settings, tmp_path_factory):
 INSTANTS = {
     "the folder is there, nothing else": ("fedtune.workflows.simulate:Simulation", "rounds", True, "", 1, ()),
     "the frame is written, the manifest not": ("fedtune.bundle", "write_json", True, "manifest", 1, ()),
-    "the bundle is whole, no checkpoint yet": ("fedtune.run:RunFolder", "append_metrics", True, "", 1, ()),
+    "the bundle is whole, no checkpoint yet": (
+        "fedtune.runs.folder:RunFolder",
+        "append_metrics",
+        True,
+        "",
+        1,
+        (),
+    ),
     "some gradients came": ("fedtune.training.worker:Worker", "handle", False, "", 1, GRADIENT),
     "all gradients came, no frame yet": ("fedtune.adapters.frames", "from_gradients", True, "", 1, GRADIENT),
-    "the ledger says round 2 goes out": ("fedtune.ledger:Ledger", "record", False, "2, {", 1, ()),
+    "the ledger says round 2 goes out": ("fedtune.runs.ledger:Ledger", "record", False, "2, {", 1, ()),
     "round 2's clients are trained": ("fedtune.training.cohort:CohortTrainer", "train", False, "", 2, ()),
     "drawn units: some clients are trained": (
         "fedtune.training.cohort:CohortTrainer",
@@ -188,7 +195,7 @@ INSTANTS = {
         LISA,
     ),
     "drawn units: round 2 is in metrics, not in a checkpoint": (
-        "fedtune.run:RunFolder",
+        "fedtune.runs.folder:RunFolder",
         "append_metrics",
         False,
         "'round': 2",
@@ -205,7 +212,7 @@ INSTANTS = {
     ),
     "one of round 2's clients answered": ("fedtune.training.worker:Worker", "handle", False, "", 3, SERIAL),
     "round 2 is in metrics, not in a checkpoint": (
-        "fedtune.run:RunFolder",
+        "fedtune.runs.folder:RunFolder",
         "append_metrics",
         False,
         "'round': 2",
@@ -221,7 +228,7 @@ INSTANTS = {
         FLEET,
     ),
     "devices: round 2 is in metrics, not in a checkpoint": (
-        "fedtune.run:RunFolder",
+        "fedtune.runs.folder:RunFolder",
         "append_metrics",
         False,
         "'round': 2",
@@ -245,7 +252,7 @@ INSTANTS = {
         (*FLEET, *CLIENT, *NOISY, "federation.rounds=2"),
     ),
     "example level: round 2 is charged, nobody asked": (
-        "fedtune.ledger:Ledger",
+        "fedtune.runs.ledger:Ledger",
         "record",
         False,
         "2, {",
@@ -253,7 +260,7 @@ INSTANTS = {
         EXAMPLE,
     ),
     "client level: round 2's noise is drawn, nothing kept": (
-        "fedtune.run:RunFolder",
+        "fedtune.runs.folder:RunFolder",
         "save",
         True,
         "State(round=2",
@@ -261,7 +268,7 @@ INSTANTS = {
         CLIENT,
     ),
     "client level: round 2's model is kept, not scored": (
-        "fedtune.run:RunFolder",
+        "fedtune.runs.folder:RunFolder",
         "save",
         False,
         "State(round=2",
@@ -269,7 +276,7 @@ INSTANTS = {
         CLIENT,
     ),
     "client level: round 2 is in metrics, its checkpoint unfinished": (
-        "fedtune.run:RunFolder",
+        "fedtune.runs.folder:RunFolder",
         "append_metrics",
         False,
         "'round': 2",
@@ -286,7 +293,7 @@ INSTANTS = {
     ),
     "round 2's checkpoint is written, not in its place": ("os", "replace", True, "round-00002", 1, ()),
     "round 3's checkpoint is there, the old one too": (
-        "fedtune.run",
+        "fedtune.runs.folder",
         "save_checkpoint",
         False,
         "round-00003",
@@ -302,7 +309,7 @@ INSTANTS = {
         DITTO,
     ),
     "own models: all of round 3's clients answered, no checkpoint": (
-        "fedtune.run",
+        "fedtune.runs.folder",
         "save_checkpoint",
         True,
         "round-00003",
@@ -372,9 +379,9 @@ def test_of_a_noisy_frame_one_version_is_ever_seen(start, tiny_settings, tmp_pat
 @pytest.mark.parametrize(
     "instant",
     [
-        ("fedtune.run:RunFolder", "save", False, "State(round=2", 1),
+        ("fedtune.runs.folder:RunFolder", "save", False, "State(round=2", 1),
         ("fedtune.workflows.simulate:Simulation", "scores", False, "", 2),
-        ("fedtune.run:RunFolder", "append_metrics", False, "'round': 2", 1),
+        ("fedtune.runs.folder:RunFolder", "append_metrics", False, "'round': 2", 1),
     ],
     ids=["kept", "scored", "shown"],
 )

@@ -5,9 +5,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from fedtune.algorithms import State
-from fedtune.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedtune.common import storage
 from fedtune.errors import EnvironmentProblem, RunError, UserError
+from fedtune.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 
 STATE = State(
     7,

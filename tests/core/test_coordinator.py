@@ -8,9 +8,9 @@ import pytest
 from fedtune.algorithms import fed_avg
 from fedtune.errors import RunError
 from fedtune.job import parse_job
-from fedtune.ledger import Ledger
 from fedtune.rounds import Reply, Traffic, start
-from fedtune.run import create_run
+from fedtune.runs.folder import create_run
+from fedtune.runs.ledger import Ledger
 from fedtune.types import ClientInfo, TensorSpec
 from fedtune.wire import Schema, decode, encode
 

@@ -6,7 +6,7 @@ from contextlib import closing
 import pytest
 
 from fedtune.errors import RunError
-from fedtune.ledger import Ledger, require_whole
+from fedtune.runs.ledger import Ledger, require_whole
 
 FACTS = {"release": "updates", "clients": 3}
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from fedtune.algorithms import State
-from fedtune.checkpoint import Checkpoint
 from fedtune.errors import RunError, UserError
 from fedtune.job import Job, parse_job
-from fedtune.run import create_run, next_run_path, open_run
+from fedtune.runs.checkpoint import Checkpoint
+from fedtune.runs.folder import create_run, next_run_path, open_run
 
 FACTS = {"created": "now", "versions": {"fedtune": "1"}, "sha256": "00", "split": []}
 
@@ -148,7 +148,7 @@ def test_damaged_metrics_are_said(text, run):
 
 def test_a_run_is_held_by_one_process(run):
     held = (
-        "import sys; from pathlib import Path; from fedtune.run import open_run\n"
+        "import sys; from pathlib import Path; from fedtune.runs.folder import open_run\n"
         "with open_run(Path(sys.argv[1])).locked(): pass"
     )
     with run.locked():

@@ -29,11 +29,11 @@ from fedtune.algorithms.units import (
 from fedtune.common.seeds import generator
 from fedtune.errors import JobError
 from fedtune.job import parse_job
-from fedtune.ledger import Ledger
 from fedtune.privacy.client import ClientPrivacy
 from fedtune.privacy.noise import SystemNoise
 from fedtune.rounds import Reply, make_algorithm, start
-from fedtune.run import create_run
+from fedtune.runs.folder import create_run
+from fedtune.runs.ledger import Ledger
 from fedtune.types import ClientInfo, TensorSpec, Update
 from fedtune.wire import Schema, decode, encode, packet_bytes
 

@@ -14,8 +14,8 @@ from live_federation import Federation, Process, until
 
 from fedtune.bundle import open_bundle
 from fedtune.job import parse_job
-from fedtune.ledger import Ledger
-from fedtune.run import open_run
+from fedtune.runs.folder import open_run
+from fedtune.runs.ledger import Ledger
 from fedtune.training.device import open_device
 from fedtune.wire import decode, encode
 from fedtune.workflows.prepare import prepare

@@ -22,8 +22,8 @@ import pytest
 from live_federation import DOMAINS, Federation, Process, free_port, until
 
 from fedtune.job import parse_job
-from fedtune.ledger import Ledger
-from fedtune.run import open_run
+from fedtune.runs.folder import open_run
+from fedtune.runs.ledger import Ledger
 
 pytestmark = pytest.mark.slow
 

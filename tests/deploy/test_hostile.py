@@ -18,7 +18,7 @@ from live_federation import DOMAINS, Federation, until
 
 from fedtune import provision
 from fedtune.job import parse_job
-from fedtune.run import open_run
+from fedtune.runs.folder import open_run
 
 pytestmark = pytest.mark.slow
 # some pass until the hostile devices are there, and they take part in those that are left

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fedtune.job import parse_job
-from fedtune.run import open_run
+from fedtune.runs.folder import open_run
 from fedtune.simulation.devices import assign
 
 pytestmark = pytest.mark.slow

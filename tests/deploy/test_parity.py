@@ -8,8 +8,8 @@ import pytest
 
 from fedtune.bundle import open_bundle
 from fedtune.job import parse_job
-from fedtune.ledger import Ledger
-from fedtune.run import open_run
+from fedtune.runs.folder import open_run
+from fedtune.runs.ledger import Ledger
 from fedtune.stateful.methods import kept
 from fedtune.stateful.store import Kept
 

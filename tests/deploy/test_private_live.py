@@ -9,10 +9,10 @@ import pytest
 from live_federation import until
 
 from fedtune.job import load_job, parse_job
-from fedtune.ledger import Ledger
 from fedtune.privacy.releases import read
 from fedtune.report.privacy import UNSCORED
-from fedtune.run import open_run
+from fedtune.runs.folder import open_run
+from fedtune.runs.ledger import Ledger
 from fedtune.workflows.export import export_run
 from fedtune.workflows.setup import open_setup
 from fedtune.workflows.status import lines as lines_of

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from live_federation import DOMAINS, until
 
-from fedtune.checkpoint import load_checkpoint
 from fedtune.job import parse_job
-from fedtune.run import open_run
+from fedtune.runs.checkpoint import load_checkpoint
+from fedtune.runs.folder import open_run
 
 pytestmark = pytest.mark.slow
 NAMES = (*DOMAINS, "songs")

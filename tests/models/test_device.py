@@ -12,7 +12,7 @@ from PIL import Image
 from fedtune.bundle import open_bundle
 from fedtune.errors import DataError, EnvironmentProblem, ModelError, Refused
 from fedtune.job import parse_job
-from fedtune.run import create_run
+from fedtune.runs.folder import create_run
 from fedtune.training import device as device_module
 from fedtune.training.device import find_base, open_device, read_data
 from fedtune.training.evaluate import score

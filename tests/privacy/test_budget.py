@@ -6,8 +6,8 @@ import pytest
 from fedtune.client.budget import Budget
 from fedtune.errors import Refused
 from fedtune.job import parse_job
-from fedtune.ledger import Ledger
 from fedtune.privacy.releases import read
+from fedtune.runs.ledger import Ledger
 from fedtune.types import TensorSpec
 from fedtune.wire import Schema, encode
 

@@ -16,12 +16,12 @@ from fedtune.common.trees import digest
 from fedtune.errors import JobError, Refused, RunError, UserError
 from fedtune.gradient_init import gather_gradients, gradient_schema, init_warnings
 from fedtune.job import parse_job
-from fedtune.ledger import Ledger
 from fedtune.privacy.account import assumptions
 from fedtune.privacy.plan import plan_of, resolved
 from fedtune.privacy.releases import read
 from fedtune.rounds import Reply
-from fedtune.run import create_run, open_run
+from fedtune.runs.folder import create_run, open_run
+from fedtune.runs.ledger import Ledger
 from fedtune.wire import Schema, encode
 from fedtune.workflows.audit import audit
 from fedtune.workflows.privacy import privacy_of

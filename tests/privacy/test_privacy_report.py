@@ -24,7 +24,6 @@ from typer.testing import CliRunner
 from fedtune.cli.main import app
 from fedtune.errors import RunError
 from fedtune.job import parse_job
-from fedtune.ledger import Ledger
 from fedtune.privacy.account import SHARES, thinned
 from fedtune.privacy.plan import kept, resolved
 from fedtune.privacy.releases import Release, Step
@@ -32,7 +31,8 @@ from fedtune.report.compare import rows
 from fedtune.report.facts import notices
 from fedtune.report.format import bound
 from fedtune.report.summary import check
-from fedtune.run import RunFolder, create_run
+from fedtune.runs.folder import RunFolder, create_run
+from fedtune.runs.ledger import Ledger
 from fedtune.server.metrics import Exporter
 from fedtune.workflows.privacy import LIGHT, privacy_of, spent_so_far
 from fedtune.workflows.status import lines

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from fedtune.errors import PrivacyRefused
-from fedtune.ledger import Ledger
 from fedtune.privacy.releases import read
+from fedtune.runs.ledger import Ledger
 
 EXAMPLE = (
     "privacy.unit=example",

@@ -10,12 +10,12 @@ from fedtune.algorithms.base import State
 from fedtune.common.seeds import generator
 from fedtune.errors import JobError, PrivacyRefused
 from fedtune.job import parse_job
-from fedtune.ledger import Ledger
 from fedtune.privacy.contribution import message_bytes, secure_of
 from fedtune.privacy.noise import SeededNoise, noise_of
 from fedtune.privacy.plan import resolved
 from fedtune.privacy.releases import read
 from fedtune.rounds import make_algorithm
+from fedtune.runs.ledger import Ledger
 from fedtune.secagg.client import ClientRound
 from fedtune.secagg.masks import sum_plainly
 from fedtune.secagg.server import ServerRound, run_round

@@ -11,7 +11,7 @@ from fedtune.algorithms import fed_avg
 from fedtune.job import parse_job
 from fedtune.probes import SCORES, answers, probe_bytes
 from fedtune.rounds import Reply, make_algorithm, start
-from fedtune.run import create_run
+from fedtune.runs.folder import create_run
 from fedtune.server.app import run_rounds
 from fedtune.simulation.fleet import Fleet
 from fedtune.types import ClientInfo, TensorSpec

@@ -15,7 +15,7 @@ from fedtune.job import parse_job
 from fedtune.report import compare, facts, page, plots, terminal
 from fedtune.report.format import ABSENT, number
 from fedtune.report.summary import check, load_summary
-from fedtune.run import open_run
+from fedtune.runs.folder import open_run
 from fedtune.training.worker import Worker
 from fedtune.workflows.finish import finish
 from fedtune.workflows.fleet import make_fleet

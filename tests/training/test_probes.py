@@ -12,7 +12,7 @@ from fedtune.common.seeds import generator
 from fedtune.errors import Refused
 from fedtune.probes import SCORES, _part, answers, block_scores, kept_numbers, probe_bytes
 from fedtune.rounds import Reply
-from fedtune.run import open_run
+from fedtune.runs.folder import open_run
 from fedtune.training.batches import local_batches
 from fedtune.training.local import to_batch
 from fedtune.types import RoundReport, TensorSpec

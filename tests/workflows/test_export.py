@@ -24,7 +24,7 @@ from fedtune.errors import ModelError, RunError
 from fedtune.job import Job
 from fedtune.models.base import TunableModel
 from fedtune.onnx.predict import ADAPTERS, INT8, STATIC, Predictor
-from fedtune.run import RunFolder
+from fedtune.runs.folder import RunFolder
 from fedtune.workflows import export
 from fedtune.workflows.export import export_run
 from fedtune.workflows.setup import Setup

@@ -21,7 +21,7 @@ from fedtune.errors import JobError, UserError
 from fedtune.models.base import summed_loss
 from fedtune.report import facts, page, terminal
 from fedtune.report.summary import check, load_summary
-from fedtune.run import open_run
+from fedtune.runs.folder import open_run
 from fedtune.simulation.devices import MB, assign
 from fedtune.training.lean import Lean
 from fedtune.training.local import only

@@ -15,11 +15,11 @@ from fedtune.bundle import open_bundle
 from fedtune.cli.main import app
 from fedtune.cli.progress import Board
 from fedtune.cli.simulate import Progress
-from fedtune.ledger import Ledger
 from fedtune.report.facts import notices
 from fedtune.report.summary import check
 from fedtune.rounds import Traffic, round_line
-from fedtune.run import open_run
+from fedtune.runs.folder import open_run
+from fedtune.runs.ledger import Ledger
 from fedtune.training.local import weight_gradients
 from fedtune.training.worker import gradient_schema
 from fedtune.types import RoundReport

@@ -15,7 +15,7 @@ from fedtune.errors import JobError
 from fedtune.gradient_init import gradient_bytes
 from fedtune.report import compare, facts, page, terminal
 from fedtune.report.summary import check, load_summary
-from fedtune.run import open_run
+from fedtune.runs.folder import open_run
 from fedtune.simulation.devices import assign
 from fedtune.wire import packet_bytes
 from fedtune.workflows import summary as summaries

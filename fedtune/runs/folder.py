@@ -27,10 +27,10 @@ from typing import Any, NotRequired
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
-from fedtune.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedtune.common.storage import append, failing_clearly, lock, write_atomic, write_json
 from fedtune.errors import RunError
 from fedtune.job import Job, load_job, to_toml
+from fedtune.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fedtune.types import Arrays
 
 KEEP_CHECKPOINTS = 2
