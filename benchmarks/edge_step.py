@@ -132,7 +132,7 @@ class Process:
 
 def device_here(place: Path, data: Path, graphs: Path | None, lines: IO[str]) -> None:
     """In such a process: opens the device, then "train" or "score" until the lines end."""
-    from fedtune.bundle import open_bundle
+    from fedtune.bundles.bundle import open_bundle
     from fedtune.edge.memory import peak
     from fedtune.wire import Schema, decode, encode
 

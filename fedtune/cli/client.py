@@ -132,7 +132,7 @@ def join(
 
     `settings`: further ones of `DeviceSettings`. Raises UserError.
     """
-    from fedtune.offer import NAME
+    from fedtune.bundles.offer import NAME
 
     host, _ = parse_address(server)
     if insecure and not is_loopback(host):

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedtune.bundle import Bundle, open_bundle
+from fedtune.bundles.bundle import Bundle, open_bundle
 from fedtune.cli.common import INTERRUPTED, SetOption, UnderstandOption, overrides, shell
 from fedtune.cli.journal import Journal
 from fedtune.cli.simulate import round_text

@@ -9,8 +9,8 @@ from typing import Any
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from fedtune.bundles.offer import Answer, Offer, job_name, one_line
 from fedtune.errors import FedtuneError, Refused
-from fedtune.offer import Answer, Offer, job_name, one_line
 from fedtune.process.flower import failure
 from fedtune.wire import RECORD
 

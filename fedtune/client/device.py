@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedtune.algorithms.units import Limits, limits_of
-from fedtune.bundle import Bundle, open_bundle, receive_bundle
+from fedtune.bundles.bundle import Bundle, open_bundle, receive_bundle
+from fedtune.bundles.offer import Answer, Offer, class_of
 from fedtune.client.app import make_device_app
 from fedtune.client.budget import Budget
 from fedtune.client.connection import Unreachable, look
@@ -21,7 +22,6 @@ from fedtune.client.supernode import NodeSettings, SuperNode, execute
 from fedtune.client.trainer import Trainer, TrainerSettings
 from fedtune.common.storage import lock, private_folder
 from fedtune.errors import DataError, FedtuneError, ModelError, Refused, RunError, UserError
-from fedtune.offer import Answer, Offer, class_of
 from fedtune.process.waits import GOODBYE_SECONDS, OFFER_SECONDS, STEADY_SECONDS, WATCH_POLL, backoff
 from fedtune.stateful.methods import method_of
 from fedtune.training.asked import require_borne

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fedtune.bundle import Manifest
+from fedtune.bundles.bundle import Manifest
 from fedtune.errors import PrivacyRefused, Refused, UserError
 from fedtune.job import Job
 from fedtune.privacy.plan import fewest, plan_of

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fedtune.algorithms.units import selected, tensors_of
-from fedtune.bundle import Bundle
+from fedtune.bundles.bundle import Bundle
 from fedtune.common.storage import private_folder, write_atomic
 from fedtune.errors import Refused
 from fedtune.privacy.contribution import Secure, secure_of

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fedtune.bundle import Bundle
+from fedtune.bundles.bundle import Bundle
+from fedtune.bundles.subspace import NAME
 from fedtune.common.seeds import generator
 from fedtune.data.encoded import ClientData
 from fedtune.data.images import ImageEncoder
@@ -21,7 +22,6 @@ from fedtune.probes import answers, block_scores, require_probing
 from fedtune.stateful.base import Ask, Trained
 from fedtune.stateful.methods import method_of
 from fedtune.stateful.store import Kept
-from fedtune.subspace import NAME
 from fedtune.training.asked import Asked, answered, asked
 from fedtune.training.batches import probed_batches
 from fedtune.training.clients import ClientStore, Stream

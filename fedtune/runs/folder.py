@@ -3,7 +3,7 @@
 job.toml            the job as it ran, every key
 run.json            when and with what it began: versions, hashes of the job and the base,
                     who holds how much of what
-bundle/             manifest and frame (fedtune.bundle)
+bundle/             manifest and frame (fedtune.bundles.bundle)
 start.json          bytes spent on a frame that clients' gradients made, written before that frame
 checkpoints/        round-00003.safetensors…; the newest is where --resume starts
 metrics.jsonl       one line a round; tensorboard/ has the same figures

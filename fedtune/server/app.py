@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
+from fedtune.bundles.offer import one_line
 from fedtune.errors import EnvironmentProblem
-from fedtune.offer import one_line
 from fedtune.process.waits import LATE_SECONDS, SERIAL_POLL
 from fedtune.rounds import Coordinator, Reply
 from fedtune.wire import RECORD

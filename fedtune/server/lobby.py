@@ -11,10 +11,10 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
-from fedtune.bundle import Bundle
+from fedtune.bundles.bundle import Bundle
+from fedtune.bundles.offer import Answer, Offer, class_of
 from fedtune.errors import Refused
 from fedtune.job import DeviceClass
-from fedtune.offer import Answer, Offer, class_of
 from fedtune.process.waits import ASK_AGAIN_SECONDS, OFFER_SECONDS
 from fedtune.server.app import short
 from fedtune.server.superlink import SuperLink

@@ -5,7 +5,7 @@ have unequal ones. No torch.
 from dataclasses import dataclass
 
 from fedtune.algorithms.units import Limits, blocks_of, selected, unlimited
-from fedtune.bundle import Bundle
+from fedtune.bundles.bundle import Bundle
 from fedtune.errors import Refused
 from fedtune.types import Arrays
 from fedtune.wire import Packet, held_of, kind_of, require_whole, round_of, trained_of

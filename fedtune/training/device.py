@@ -6,7 +6,7 @@ What the trainer process holds in memory.
 from pathlib import Path
 
 from fedtune.algorithms.units import spec_of
-from fedtune.bundle import Bundle, Manifest
+from fedtune.bundles.bundle import Bundle, Manifest
 from fedtune.errors import EnvironmentProblem, ModelError
 from fedtune.models.base import TunableModel, layout
 from fedtune.models.load import load_encoder, load_model

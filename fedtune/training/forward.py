@@ -1,4 +1,4 @@
-"""Local training with forward passes alone; see `fedtune.subspace`.
+"""Local training with forward passes alone; see `fedtune.bundles.subspace`.
 
 No torch: `passes` is whatever runs the model.
 """
@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import numpy as np
 
+from fedtune.bundles.subspace import Subspace, order
 from fedtune.common.seeds import generator
 from fedtune.data.encoded import ClientData
 from fedtune.job import Job
-from fedtune.subspace import Subspace, order
 from fedtune.training.batches import local_batches
 from fedtune.training.clients import Stream
 from fedtune.training.rates import learning_rate

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fedtune.bundle import Bundle
+from fedtune.bundles.bundle import Bundle
 from fedtune.common.metrics import PERSONAL
 from fedtune.data import tables
 from fedtune.data.encoded import ClientData

@@ -11,7 +11,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from fedtune.adapters.spec import ADAPTER, DESCRIPTION
-from fedtune.bundle import Bundle
+from fedtune.bundles.bundle import Bundle
 from fedtune.common.seeds import generator
 from fedtune.common.storage import write_atomic, write_json
 from fedtune.data.encoded import ClientData

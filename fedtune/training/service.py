@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedtune.bundle import open_bundle
+from fedtune.bundles.bundle import open_bundle
 from fedtune.process.trainer import Config, run
 
 if TYPE_CHECKING:

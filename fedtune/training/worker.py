@@ -10,7 +10,8 @@ from fedtune.adapters.fed_sb import Leading
 from fedtune.adapters.methods import Parameters, attach, read, write
 from fedtune.adapters.ranks import at_rank
 from fedtune.adapters.spec import AdapterSpec
-from fedtune.bundle import Bundle
+from fedtune.bundles.bundle import Bundle
+from fedtune.bundles.subspace import NAME
 from fedtune.common.seeds import generator
 from fedtune.data.encoded import ClientData, Encoder
 from fedtune.errors import Refused
@@ -24,7 +25,6 @@ from fedtune.probes import answers, block_scores, require_probing
 from fedtune.stateful.base import Pull
 from fedtune.stateful.methods import method_of
 from fedtune.stateful.store import Kept
-from fedtune.subspace import NAME
 from fedtune.training.asked import Asked, answered, asked
 from fedtune.training.batches import probed_batches
 from fedtune.training.clients import Stream

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fedtune.bundle import Bundle, Manifest
+from fedtune.bundles.bundle import Bundle, Manifest
 from fedtune.job import ModelSection
 from fedtune.report.format import count, number, size, small
 from fedtune.report.privacy import Privacy, claim, lost, sentence

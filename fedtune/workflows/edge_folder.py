@@ -14,7 +14,7 @@ import torch
 
 from fedtune.adapters import methods
 from fedtune.adapters.methods import Parameters
-from fedtune.bundle import Bundle
+from fedtune.bundles.bundle import Bundle
 from fedtune.common.seeds import generator
 from fedtune.common.storage import failing_clearly, sha256_of, write_json
 from fedtune.data.encoded import made_up

@@ -25,7 +25,7 @@ from safetensors.numpy import save
 
 from fedtune.adapters import methods
 from fedtune.adapters.spec import ADAPTER, DESCRIPTION, AdapterSpec
-from fedtune.bundle import Bundle, open_bundle
+from fedtune.bundles.bundle import Bundle, open_bundle
 from fedtune.common.seeds import generator
 from fedtune.common.storage import failing_clearly, write_atomic, write_json
 from fedtune.data.encoded import ClientData, Encoder, made_up

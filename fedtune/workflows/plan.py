@@ -32,7 +32,8 @@ from fedtune.algorithms.units import (
     unlimited,
     within,
 )
-from fedtune.bundle import shipped_of
+from fedtune.bundles.bundle import shipped_of
+from fedtune.bundles.subspace import travelling
 from fedtune.data.examples import PACKAGE_READERS, load_dataset
 from fedtune.data.partition import Split, split
 from fedtune.errors import DataError, EnvironmentProblem, UserError
@@ -47,7 +48,6 @@ from fedtune.report.format import duration, size
 from fedtune.simulation.devices import able, assign, span
 from fedtune.stateful.methods import gradients, kept, method_of
 from fedtune.stateful.store import VERSIONS, file_bytes
-from fedtune.subspace import travelling
 from fedtune.training.memory import NUMBER, step_memory
 from fedtune.wire import Schema
 from fedtune.workflows.budgets import fitted, mean_examples

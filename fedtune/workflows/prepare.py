@@ -6,7 +6,7 @@ Needs torch and the base, and no client's data.
 from collections.abc import Callable
 from pathlib import Path
 
-from fedtune.bundle import Bundle
+from fedtune.bundles.bundle import Bundle
 from fedtune.common.storage import failing_clearly
 from fedtune.errors import RunError
 from fedtune.job import Job

@@ -23,7 +23,7 @@ from typing import Any
 
 from fedtune.adapters.frames import from_gradients
 from fedtune.algorithms.units import Limits, limits_of, unlimited
-from fedtune.bundle import Bundle, open_bundle, write_bundle
+from fedtune.bundles.bundle import Bundle, open_bundle, write_bundle
 from fedtune.common.metrics import merge, plausible, split_personal, value, with_personal
 from fedtune.common.storage import failing_clearly, lock, write_atomic, write_json
 from fedtune.errors import EnvironmentProblem, FedtuneError, PrivacyRefused, Refused, RunError, UserError

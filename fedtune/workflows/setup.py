@@ -13,7 +13,8 @@ from fedtune import packages
 from fedtune.adapters import frames, methods
 from fedtune.adapters.spec import AdapterSpec, Linear
 from fedtune.algorithms.units import AS_THE_JOB, Limits, require_budgets, spec_of
-from fedtune.bundle import Bundle, open_bundle, write_bundle
+from fedtune.bundles.bundle import Bundle, open_bundle, write_bundle
+from fedtune.bundles.subspace import travelling
 from fedtune.data import holdings
 from fedtune.data.examples import Dataset, load_dataset
 from fedtune.data.partition import Split, split
@@ -26,7 +27,6 @@ from fedtune.models.sources import Source, check_hash, locate
 from fedtune.privacy.plan import plan_of, resolved, warnings_of
 from fedtune.report.summary import few
 from fedtune.runs.folder import Facts, RunFolder, versions
-from fedtune.subspace import travelling
 from fedtune.training.clients import ClientStore
 from fedtune.training.memory import step_memory
 from fedtune.types import Arrays

@@ -13,7 +13,7 @@ from fedtune.adapters import frames
 from fedtune.adapters.methods import write
 from fedtune.adapters.ranks import at_rank
 from fedtune.algorithms.units import AS_THE_JOB, Limits, by_common_scores, ever, selected, tensors_of
-from fedtune.bundle import open_bundle
+from fedtune.bundles.bundle import open_bundle
 from fedtune.client.app import make_client_app
 from fedtune.common.metrics import with_personal
 from fedtune.common.seeds import generator

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedtune.algorithms.units import limits_in, round_bytes
-from fedtune.bundle import Bundle, open_bundle
+from fedtune.bundles.bundle import Bundle, open_bundle
 from fedtune.common.metrics import value, worst_tenth
 from fedtune.common.storage import write_atomic, write_json
 from fedtune.errors import RunError

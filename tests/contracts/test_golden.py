@@ -25,7 +25,8 @@ import pytest
 from PIL import Image
 
 from fedtune.algorithms.units import ROWS, limits_in, tensors_of
-from fedtune.bundle import open_bundle
+from fedtune.bundles.bundle import open_bundle
+from fedtune.bundles.subspace import signs
 from fedtune.common import seeds
 from fedtune.common.seeds import generator
 from fedtune.common.trees import digest
@@ -35,7 +36,6 @@ from fedtune.probes import answers
 from fedtune.rounds import make_algorithm
 from fedtune.runs.folder import create_run
 from fedtune.runs.ledger import Ledger
-from fedtune.subspace import signs
 from fedtune.training.batches import local_batches
 from fedtune.wire import Schema, decode, encode
 from fedtune.workflows.finish import finish

@@ -173,7 +173,14 @@ def never_stopped(start, tiny_settings, tmp_path_factory):
 
 INSTANTS = {
     "the folder is there, nothing else": ("fedtune.workflows.simulate:Simulation", "rounds", True, "", 1, ()),
-    "the frame is written, the manifest not": ("fedtune.bundle", "write_json", True, "manifest", 1, ()),
+    "the frame is written, the manifest not": (
+        "fedtune.bundles.bundle",
+        "write_json",
+        True,
+        "manifest",
+        1,
+        (),
+    ),
     "the bundle is whole, no checkpoint yet": (
         "fedtune.runs.folder:RunFolder",
         "append_metrics",
@@ -236,7 +243,7 @@ INSTANTS = {
         FLEET,
     ),
     "noisy gradients: the frame is there, no checkpoint": (
-        "fedtune.bundle",
+        "fedtune.bundles.bundle",
         "write_json",
         False,
         "manifest",
@@ -244,7 +251,7 @@ INSTANTS = {
         (*EXAMPLE, *NOISY),
     ),
     "noisy gradients, devices: the frame is there, no checkpoint": (
-        "fedtune.bundle",
+        "fedtune.bundles.bundle",
         "write_json",
         False,
         "manifest",
@@ -367,7 +374,7 @@ def test_of_a_noisy_frame_one_version_is_ever_seen(start, tiny_settings, tmp_pat
     folder, log = tmp_path / "run", tmp_path / "log"
     settings = simulate(tiny_settings, (*CLIENT, *NOISY, "privacy.noise=system"), folder)
     assert (
-        start(fedtune_killed, settings, log, "fedtune.bundle", "write_json", False, "manifest", 1)
+        start(fedtune_killed, settings, log, "fedtune.bundles.bundle", "write_json", False, "manifest", 1)
         == -signal.SIGKILL
     ), log.read_text()
     frame = (folder / "bundle" / "frame.safetensors").read_bytes()

@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from fedtune.adapters.spec import Layout, Linear, describe
-from fedtune.bundle import open_bundle, receive_bundle, write_bundle
+from fedtune.bundles.bundle import open_bundle, receive_bundle, write_bundle
 from fedtune.common.trees import digest
 from fedtune.errors import EnvironmentProblem, Refused, RunError
 from fedtune.job import AdapterSection, Job
@@ -120,7 +120,7 @@ def test_the_manifest_comes_last(tmp_path, monkeypatch):
     def full(path, value):
         raise EnvironmentProblem("disk full")
 
-    monkeypatch.setattr("fedtune.bundle.write_json", full)
+    monkeypatch.setattr("fedtune.bundles.bundle.write_json", full)
     with pytest.raises(EnvironmentProblem):
         write_bundle(tmp_path / "bundle", Job(), FRAME, INITIAL, **FACTS)
     assert sorted(p.name for p in (tmp_path / "bundle").iterdir()) == [

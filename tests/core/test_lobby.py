@@ -6,8 +6,8 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedtune.bundles.offer import Answer
 from fedtune.job import parse_job
-from fedtune.offer import Answer
 from fedtune.server.app import Exchange
 from fedtune.server.lobby import Lobby
 from fedtune.wire import RECORD

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedtune.bundles.offer import NAME, Answer, Offer, class_of, job_name, one_line
 from fedtune.errors import Refused
 from fedtune.job import parse_job
-from fedtune.offer import NAME, Answer, Offer, class_of, job_name, one_line
 
 JOB = "0123456789abcdef" * 4
 VALUES = st.one_of(

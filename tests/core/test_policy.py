@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from fedtune.adapters.spec import AdapterSpec
-from fedtune.bundle import Manifest
+from fedtune.bundles.bundle import Manifest
 from fedtune.client.policy import FILE, Policy, load_policy, own_epsilon
 from fedtune.errors import Refused, UserError
 from fedtune.job import Job, parse_job

@@ -55,11 +55,11 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from fedtune.bundle import Bundle, open_bundle
+from fedtune.bundles.bundle import Bundle, open_bundle
+from fedtune.bundles.offer import Answer, Offer
 from fedtune.client.app import make_device_app
 from fedtune.client.connection import Unreachable, look
 from fedtune.client.supernode import NodeSettings, SuperNode, execute
-from fedtune.offer import Answer, Offer
 from fedtune.wire import RECORD, Schema, decode, encode
 
 ESCAPES = "\x1b[2J\x1b]0;owned\x07\r\n\u202e"

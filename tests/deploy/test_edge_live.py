@@ -12,7 +12,7 @@ import psutil
 import pytest
 from live_federation import Federation, Process, until
 
-from fedtune.bundle import open_bundle
+from fedtune.bundles.bundle import open_bundle
 from fedtune.job import parse_job
 from fedtune.runs.folder import open_run
 from fedtune.runs.ledger import Ledger

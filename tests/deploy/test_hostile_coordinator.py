@@ -18,7 +18,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.fab import Fab
 from live_federation import Federation, free_port, until
 
-from fedtune.bundle import open_bundle
+from fedtune.bundles.bundle import open_bundle
 from fedtune.server import superlink as server
 from fedtune.wire import RECORD, decode, encode
 

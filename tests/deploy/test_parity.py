@@ -6,7 +6,7 @@ import stat
 import numpy as np
 import pytest
 
-from fedtune.bundle import open_bundle
+from fedtune.bundles.bundle import open_bundle
 from fedtune.job import parse_job
 from fedtune.runs.folder import open_run
 from fedtune.runs.ledger import Ledger

@@ -20,7 +20,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fedtune import errors
-from fedtune.bundle import open_bundle
+from fedtune.bundles.bundle import open_bundle
 from fedtune.client import trainer as client_side
 from fedtune.client.trainer import Trainer, TrainerSettings
 from fedtune.errors import DataError, EnvironmentProblem, JobError, ModelError, Refused, RunError, UserError

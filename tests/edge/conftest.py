@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 
-from fedtune.bundle import Bundle, open_bundle
+from fedtune.bundles.bundle import Bundle, open_bundle
 from fedtune.job import Job, parse_job
 from fedtune.workflows.prepare import prepare
 

@@ -156,7 +156,7 @@ def test_every_command_explains_itself(name):
 STEP = """
 import sys
 from pathlib import Path
-from fedtune.bundle import open_bundle
+from fedtune.bundles.bundle import open_bundle
 from fedtune.edge.device import open_device
 from fedtune.edge import service, bench
 from fedtune.wire import encode

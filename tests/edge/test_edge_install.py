@@ -104,7 +104,7 @@ def test_its_trainer_and_its_flower_side_import_nothing_else(hidden, prepared, t
         + """
 from pathlib import Path
 import fedtune.client.device, fedtune.client.supernode_process, fedtune.process.trainer
-from fedtune.bundle import open_bundle
+from fedtune.bundles.bundle import open_bundle
 from fedtune.edge.device import open_device
 from fedtune.wire import encode
 bundle = open_bundle(Path(sys.argv[2]))

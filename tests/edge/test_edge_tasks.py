@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedtune.bundle import open_bundle
+from fedtune.bundles.bundle import open_bundle
 from fedtune.edge import device as edge_device
 from fedtune.job import parse_job
 from fedtune.training.device import open_device

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedtune.bundle import open_bundle
+from fedtune.bundles.bundle import open_bundle
 from fedtune.errors import DataError, EnvironmentProblem, ModelError, Refused
 from fedtune.job import parse_job
 from fedtune.runs.folder import create_run

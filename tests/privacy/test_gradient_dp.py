@@ -365,6 +365,6 @@ def test_the_frame_is_that_of_the_released_gradient(tiny_job, run_rounds, tmp_pa
         ).run
         for z, seed in ((0.001, 0), (3.0, 0), (3.0, 1))
     ]
-    from fedtune.bundle import open_bundle
+    from fedtune.bundles.bundle import open_bundle
 
     assert len({digest(open_bundle(run.bundle).frame) for run in frames}) == 3

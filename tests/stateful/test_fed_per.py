@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from plain_steps import SGD, Plain, near
 
-from fedtune.bundle import open_bundle
+from fedtune.bundles.bundle import open_bundle
 from fedtune.workflows.plan import make_plan
 
 HEAD = ("personal.method=head",)

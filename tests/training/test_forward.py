@@ -8,10 +8,10 @@ from decimal import Decimal
 import numpy as np
 import pytest
 
-from fedtune.bundle import open_bundle, receive_bundle
+from fedtune.bundles.bundle import open_bundle, receive_bundle
+from fedtune.bundles.subspace import NAME, Subspace, order, signs, small, travelling
 from fedtune.common.seeds import generator
 from fedtune.errors import JobError, Refused
-from fedtune.subspace import NAME, Subspace, order, signs, small, travelling
 from fedtune.training.batches import local_batches
 from fedtune.types import TensorSpec
 from fedtune.wire import Schema, decode, encode

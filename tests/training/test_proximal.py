@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedtune.adapters import methods
-from fedtune.bundle import open_bundle
+from fedtune.bundles.bundle import open_bundle
 from fedtune.common.seeds import generator
 from fedtune.models.base import summed_loss
 from fedtune.training.batches import local_batches

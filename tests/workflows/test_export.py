@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from fedtune.adapters import methods
-from fedtune.bundle import open_bundle
+from fedtune.bundles.bundle import open_bundle
 from fedtune.errors import ModelError, RunError
 from fedtune.job import Job
 from fedtune.models.base import TunableModel

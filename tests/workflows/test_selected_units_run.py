@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from fedtune.adapters.methods import attach
 from fedtune.adapters.spec import describe
 from fedtune.algorithms.units import selected, tensors_of
-from fedtune.bundle import open_bundle
+from fedtune.bundles.bundle import open_bundle
 from fedtune.cli.main import app
 from fedtune.errors import JobError, UserError
 from fedtune.models.base import summed_loss

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from typer.testing import CliRunner
 
 from fedtune.adapters.frames import from_gradients
-from fedtune.bundle import open_bundle
+from fedtune.bundles.bundle import open_bundle
 from fedtune.cli.main import app
 from fedtune.cli.progress import Board
 from fedtune.cli.simulate import Progress

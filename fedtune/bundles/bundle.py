@@ -27,11 +27,11 @@ from safetensors.numpy import load, load_file, save
 
 from fedtune.adapters.ranks import Ranks, ranks_in
 from fedtune.adapters.spec import AdapterSpec
+from fedtune.bundles.subspace import NAME, Subspace, subspace_of, travelling
 from fedtune.common.storage import write_atomic, write_json
 from fedtune.common.trees import digest
 from fedtune.errors import FedtuneError, Refused, RunError
 from fedtune.job import Job, load_job, parse_job, to_toml
-from fedtune.subspace import NAME, Subspace, subspace_of, travelling
 from fedtune.types import Arrays
 from fedtune.wire import Schema
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from fedtune.bundle import SHIPPED
+from fedtune.bundles.bundle import SHIPPED
 from fedtune.errors import Refused
 from fedtune.job import DeviceClass, Job, toml_value
 

@@ -1,0 +1,1 @@
+"""What is made once from a job and a base, and travels to devices."""
