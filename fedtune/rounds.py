@@ -19,6 +19,7 @@ from fedtune.aggregation import robust
 from fedtune.aggregation.mean import Mean
 from fedtune.algorithms import Algorithm, State, dp_fed_avg, fed_avg, secure_avg
 from fedtune.algorithms.dp_fed_avg import CLIP
+from fedtune.algorithms.probes import SCORES, answers
 from fedtune.algorithms.server_optimizers import with_server_optimizer
 from fedtune.algorithms.units import (
     AS_THE_JOB,
@@ -39,7 +40,6 @@ from fedtune.privacy.contribution import Secure, message_bytes, secure_of
 from fedtune.privacy.noise import noise_of
 from fedtune.privacy.plan import Plan, fewest
 from fedtune.privacy.releases import Release, read
-from fedtune.probes import SCORES, answers
 from fedtune.runs.checkpoint import Checkpoint
 from fedtune.runs.folder import RunFolder
 from fedtune.runs.ledger import Ledger, require_whole

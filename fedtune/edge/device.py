@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fedtune.algorithms.probes import answers, block_scores, require_probing
 from fedtune.bundles.bundle import Bundle
 from fedtune.bundles.subspace import NAME
 from fedtune.common.seeds import generator
@@ -18,7 +19,6 @@ from fedtune.onnx.folder import EdgeCard
 from fedtune.privacy.example import example_privacy
 from fedtune.privacy.noise import noise_of
 from fedtune.privacy.plan import outward
-from fedtune.probes import answers, block_scores, require_probing
 from fedtune.stateful.base import Ask, Trained
 from fedtune.stateful.methods import method_of
 from fedtune.stateful.store import Kept

@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from fedtune.algorithms.probes import probe_bytes
 from fedtune.algorithms.units import Limits, limits_of, step_share, unlimited
 from fedtune.job import DeviceClass, Job
-from fedtune.probes import probe_bytes
 from fedtune.rounds import Coordinator, Reply, Traffic
 from fedtune.simulation.devices import (
     Chosen,

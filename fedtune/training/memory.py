@@ -16,10 +16,10 @@ from torch.overrides import TorchFunctionMode
 from fedtune.adapters.methods import attach
 from fedtune.adapters.ranks import at_rank
 from fedtune.adapters.spec import AdapterSpec
+from fedtune.algorithms.probes import kept_numbers
 from fedtune.algorithms.units import AS_THE_JOB, Limits, lowest, most_numbers, unlimited
 from fedtune.job import Job
 from fedtune.models.base import TunableModel, layout
-from fedtune.probes import kept_numbers
 from fedtune.stateful.methods import copies
 from fedtune.training.lean import Lean
 

@@ -10,6 +10,7 @@ from fedtune.adapters.fed_sb import Leading
 from fedtune.adapters.methods import Parameters, attach, read, write
 from fedtune.adapters.ranks import at_rank
 from fedtune.adapters.spec import AdapterSpec
+from fedtune.algorithms.probes import answers, block_scores, require_probing
 from fedtune.bundles.bundle import Bundle
 from fedtune.bundles.subspace import NAME
 from fedtune.common.seeds import generator
@@ -21,7 +22,6 @@ from fedtune.models.base import TunableModel
 from fedtune.privacy.example import ExamplePrivacy, example_privacy, first_gradient
 from fedtune.privacy.noise import noise_of
 from fedtune.privacy.plan import outward
-from fedtune.probes import answers, block_scores, require_probing
 from fedtune.stateful.base import Pull
 from fedtune.stateful.methods import method_of
 from fedtune.stateful.store import Kept

@@ -16,6 +16,7 @@ from safetensors.numpy import save
 from fedtune import packages
 from fedtune.adapters.ranks import ranks_in
 from fedtune.adapters.spec import describe
+from fedtune.algorithms.probes import probe_bytes
 from fedtune.algorithms.units import (
     AS_THE_JOB,
     Limits,
@@ -43,7 +44,6 @@ from fedtune.models.base import layout
 from fedtune.models.load import load_encoder, sketch_model
 from fedtune.models.sources import check_hash, locate
 from fedtune.privacy.plan import plan_of, warnings_of
-from fedtune.probes import probe_bytes
 from fedtune.report.format import duration, size
 from fedtune.simulation.devices import able, assign, span
 from fedtune.stateful.methods import gradients, kept, method_of

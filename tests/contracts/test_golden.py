@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fedtune.algorithms.probes import answers
 from fedtune.algorithms.units import ROWS, limits_in, tensors_of
 from fedtune.bundles.bundle import open_bundle
 from fedtune.bundles.subspace import signs
@@ -32,7 +33,6 @@ from fedtune.common.seeds import generator
 from fedtune.common.trees import digest
 from fedtune.gradient_init import gradient_schema
 from fedtune.job import to_toml
-from fedtune.probes import answers
 from fedtune.rounds import make_algorithm
 from fedtune.runs.folder import create_run
 from fedtune.runs.ledger import Ledger

@@ -7,10 +7,10 @@ import dataclasses
 import numpy as np
 import pytest
 
+from fedtune.algorithms.probes import answers
 from fedtune.edge import device as edge_device
 from fedtune.edge.training import Engine, pieces
 from fedtune.errors import DataError, ModelError, Refused, RunError
-from fedtune.probes import answers
 from fedtune.training.device import open_device
 from fedtune.wire import Schema, decode, encode
 

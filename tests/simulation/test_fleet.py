@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from fedtune.algorithms import fed_avg
+from fedtune.algorithms.probes import SCORES, answers, probe_bytes
 from fedtune.job import parse_job
-from fedtune.probes import SCORES, answers, probe_bytes
 from fedtune.rounds import Reply, make_algorithm, start
 from fedtune.runs.folder import create_run
 from fedtune.server.app import run_rounds

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from fedtune.adapters.methods import write
+from fedtune.algorithms.probes import SCORES, _part, answers, block_scores, kept_numbers, probe_bytes
 from fedtune.algorithms.units import ROWS, by_common_scores
 from fedtune.common.seeds import generator
 from fedtune.errors import Refused
-from fedtune.probes import SCORES, _part, answers, block_scores, kept_numbers, probe_bytes
 from fedtune.rounds import Reply
 from fedtune.runs.folder import open_run
 from fedtune.training.batches import local_batches

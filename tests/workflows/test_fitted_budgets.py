@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from fedtune.algorithms.base import State
+from fedtune.algorithms.probes import probe_bytes
 from fedtune.algorithms.units import Limits, budgets, step_share
 from fedtune.errors import JobError
-from fedtune.probes import probe_bytes
 from fedtune.rounds import make_algorithm
 from fedtune.training.memory import step_memory
 from fedtune.types import ClientInfo, TensorSpec
