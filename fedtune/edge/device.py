@@ -9,6 +9,7 @@ from fedtune.algorithms.probes import answers, block_scores, require_probing
 from fedtune.bundles.bundle import Bundle
 from fedtune.bundles.subspace import NAME
 from fedtune.common.seeds import generator
+from fedtune.data.clients import ClientStore, Stream
 from fedtune.data.encoded import ClientData
 from fedtune.data.images import ImageEncoder
 from fedtune.edge.graphs import Graphs
@@ -24,7 +25,6 @@ from fedtune.stateful.methods import method_of
 from fedtune.stateful.store import Kept
 from fedtune.training.asked import Asked, answered, asked
 from fedtune.training.batches import probed_batches
-from fedtune.training.clients import ClientStore, Stream
 from fedtune.training.forward import train_forward
 from fedtune.training.holder import Device, read_data, require_converged
 from fedtune.training.keeping import Local, own_model, own_state, train_keeping

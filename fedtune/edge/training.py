@@ -12,6 +12,7 @@ import numpy as np
 
 from fedtune.adapters.ranks import at_rank
 from fedtune.adapters.spec import AdapterSpec
+from fedtune.data.clients import Stream
 from fedtune.data.encoded import ClientData, Encoder
 from fedtune.edge.graphs import Graphs, Passed
 from fedtune.edge.optimizers import Optimizer
@@ -29,7 +30,6 @@ from fedtune.privacy.example import (
 from fedtune.privacy.noise import Noise
 from fedtune.stateful.base import Pull
 from fedtune.training.batches import by_length, local_batches
-from fedtune.training.clients import Stream
 from fedtune.types import Arrays, Metrics
 from fedtune.wire import Pieces
 

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedtune.data.clients import ClientStore
 from fedtune.data.encoded import ClientData
 from fedtune.privacy.canaries import LOUD, Canaries, Directions, Sight, View
 from fedtune.privacy.example import ExamplePrivacy
-from fedtune.training.clients import ClientStore
 
 
 @dataclass

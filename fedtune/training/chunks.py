@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fedtune.data.clients import Stream
 from fedtune.data.encoded import ClientData
 from fedtune.privacy.noise import Noise
-from fedtune.training.clients import Stream
 
 UNEVEN = 4
 """Room for rows brought together by model, as a multiple of the rows there are."""

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from fedtune.algorithms.units import spec_of
 from fedtune.bundles.bundle import Bundle, Manifest
+from fedtune.data.clients import ClientStore
 from fedtune.errors import EnvironmentProblem, ModelError
 from fedtune.models.base import TunableModel, layout
 from fedtune.models.load import load_encoder, load_model
 from fedtune.models.sources import Source, locate
-from fedtune.training.clients import ClientStore
 from fedtune.training.holder import Device, read_data
 from fedtune.training.keeping import own_state
 from fedtune.training.worker import Worker

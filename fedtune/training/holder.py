@@ -13,12 +13,12 @@ import numpy as np
 from fedtune.bundles.bundle import Bundle
 from fedtune.common.metrics import PERSONAL
 from fedtune.data import tables
+from fedtune.data.clients import ClientStore, Stream
 from fedtune.data.encoded import ClientData
 from fedtune.data.examples import Dataset, load_dataset
 from fedtune.data.partition import Split, split
 from fedtune.errors import DataError, Refused
 from fedtune.stateful.methods import shared
-from fedtune.training.clients import ClientStore, Stream
 from fedtune.types import Arrays, Metrics
 from fedtune.wire import Schema, decode, encode, require_whole
 

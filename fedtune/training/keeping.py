@@ -14,6 +14,7 @@ from fedtune.adapters.spec import ADAPTER, DESCRIPTION
 from fedtune.bundles.bundle import Bundle
 from fedtune.common.seeds import generator
 from fedtune.common.storage import write_atomic, write_json
+from fedtune.data.clients import Stream
 from fedtune.data.encoded import ClientData
 from fedtune.errors import ContractError, Refused
 from fedtune.stateful import methods
@@ -21,7 +22,6 @@ from fedtune.stateful.base import Ask, Client, Trained
 from fedtune.stateful.store import Kept
 from fedtune.training.batches import local_batches
 from fedtune.training.chunks import trainable_batches
-from fedtune.training.clients import Stream
 from fedtune.training.holder import require_converged
 from fedtune.training.rates import learning_rate
 from fedtune.types import Arrays

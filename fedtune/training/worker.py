@@ -14,6 +14,7 @@ from fedtune.algorithms.probes import answers, block_scores, require_probing
 from fedtune.bundles.bundle import Bundle
 from fedtune.bundles.subspace import NAME
 from fedtune.common.seeds import generator
+from fedtune.data.clients import Stream
 from fedtune.data.encoded import ClientData, Encoder
 from fedtune.errors import Refused
 from fedtune.gradient_init import gradient_schema
@@ -27,7 +28,6 @@ from fedtune.stateful.methods import method_of
 from fedtune.stateful.store import Kept
 from fedtune.training.asked import Asked, answered, asked
 from fedtune.training.batches import probed_batches
-from fedtune.training.clients import Stream
 from fedtune.training.evaluate import Scores, score
 from fedtune.training.forward import train_forward
 from fedtune.training.holder import require_converged

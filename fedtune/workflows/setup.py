@@ -16,6 +16,7 @@ from fedtune.algorithms.units import AS_THE_JOB, Limits, require_budgets, spec_o
 from fedtune.bundles.bundle import Bundle, open_bundle, write_bundle
 from fedtune.bundles.subspace import travelling
 from fedtune.data import holdings
+from fedtune.data.clients import ClientStore
 from fedtune.data.examples import Dataset, load_dataset
 from fedtune.data.partition import Split, split
 from fedtune.errors import DataError, ModelError, RunError, UserError
@@ -27,7 +28,6 @@ from fedtune.models.sources import Source, check_hash, locate
 from fedtune.privacy.plan import plan_of, resolved, warnings_of
 from fedtune.report.summary import few
 from fedtune.runs.folder import Facts, RunFolder, versions
-from fedtune.training.clients import ClientStore
 from fedtune.training.memory import step_memory
 from fedtune.types import Arrays
 from fedtune.wire import Schema

@@ -18,6 +18,7 @@ from fedtune.client.app import make_client_app
 from fedtune.common.metrics import with_personal
 from fedtune.common.seeds import generator
 from fedtune.common.trees import digest
+from fedtune.data.clients import CACHE_BYTES, Stream
 from fedtune.errors import EnvironmentProblem
 from fedtune.gradient_init import gather_gradients
 from fedtune.job import SimulationSection
@@ -31,7 +32,6 @@ from fedtune.simulation.fleet import Fleet
 from fedtune.simulation.vectorised import Together, memory_for
 from fedtune.stateful.methods import is_personal, kept, method_of, shared
 from fedtune.stateful.store import Kept
-from fedtune.training.clients import CACHE_BYTES, Stream
 from fedtune.training.cohort import CohortTrainer
 from fedtune.training.evaluate import Scores
 from fedtune.training.features import FeatureStore

@@ -12,10 +12,10 @@ import pytest
 
 from fedtune.common.metrics import tenth, value, worst_tenth
 from fedtune.common.storage import write_json
+from fedtune.data.clients import ClientStore, Stream, memory
 from fedtune.errors import RunError
 from fedtune.report import facts
 from fedtune.report.summary import LISTED, check, few
-from fedtune.training.clients import ClientStore, Stream, memory
 from fedtune.training.evaluate import ClientScores, by_client, features, score
 from fedtune.workflows.baselines import listed
 from fedtune.workflows.finish import finish
