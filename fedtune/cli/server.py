@@ -21,7 +21,7 @@ from fedtune.job import Job, load_job, to_toml
 from fedtune.privacy.plan import resolved
 from fedtune.process.address import is_loopback, parse_address
 from fedtune.report.privacy import UNSCORED
-from fedtune.rounds import Reply, Watch
+from fedtune.round.coordinator import Reply, Watch
 from fedtune.runs.folder import RunFolder
 
 EXAMPLES = (

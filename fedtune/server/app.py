@@ -11,7 +11,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedtune.bundles.offer import one_line
 from fedtune.errors import EnvironmentProblem
 from fedtune.process.waits import LATE_SECONDS, SERIAL_POLL
-from fedtune.rounds import Coordinator, Reply
+from fedtune.round.coordinator import Coordinator, Reply
 from fedtune.wire import RECORD
 
 Pairs = Sequence[tuple[str, bytes]]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fedtune.errors import SecAggFailed
 from fedtune.privacy.contribution import Secure
-from fedtune.rounds import Coordinator
+from fedtune.round.coordinator import Coordinator
 from fedtune.secagg.server import ServerRound, Sum, run_round
 from fedtune.server.app import Ask, Pairs
 from fedtune.types import RoundReport

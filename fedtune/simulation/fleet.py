@@ -15,7 +15,7 @@ import numpy as np
 from fedtune.algorithms.probes import probe_bytes
 from fedtune.algorithms.units import Limits, limits_of, step_share, unlimited
 from fedtune.job import DeviceClass, Job
-from fedtune.rounds import Coordinator, Reply, Traffic
+from fedtune.round.coordinator import Coordinator, Reply, Traffic
 from fedtune.simulation.devices import (
     Chosen,
     able,

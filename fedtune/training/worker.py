@@ -17,12 +17,12 @@ from fedtune.common.seeds import generator
 from fedtune.data.clients import Stream
 from fedtune.data.encoded import ClientData, Encoder
 from fedtune.errors import Refused
-from fedtune.gradient_init import gradient_schema
 from fedtune.job import Job
 from fedtune.models.base import TunableModel
 from fedtune.privacy.example import ExamplePrivacy, example_privacy, first_gradient
 from fedtune.privacy.noise import noise_of
 from fedtune.privacy.plan import outward
+from fedtune.round.gradient_init import gradient_schema
 from fedtune.stateful.base import Pull
 from fedtune.stateful.methods import method_of
 from fedtune.stateful.store import Kept

@@ -23,7 +23,7 @@ from fedtune.errors import Refused, UserError
 from fedtune.privacy.canaries import Canaries, ClientCanaries, Directions, View, coins
 from fedtune.privacy.clipping import clip as bounded
 from fedtune.privacy.plan import METRIC_CAP, Plan
-from fedtune.rounds import Coordinator, Reply, make_algorithm
+from fedtune.round.coordinator import Coordinator, Reply, make_algorithm
 from fedtune.server.app import Ask, Pairs
 from fedtune.training.canaries import GradientCanaries, InputCanaries, SpikedStore, mislabelled
 from fedtune.training.cohort import CohortTrainer

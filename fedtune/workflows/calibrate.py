@@ -21,9 +21,9 @@ from typing import Any
 
 from fedtune.adapters.spec import AdapterSpec
 from fedtune.errors import EnvironmentProblem, PrivacyRefused, UserError
-from fedtune.gradient_init import init_warnings
 from fedtune.job import Job, job_from, load_raw
 from fedtune.privacy.plan import Plan, plan_of, warnings_of
+from fedtune.round.gradient_init import init_warnings
 from fedtune.types import TensorSpec
 from fedtune.workflows.privacy import figure
 

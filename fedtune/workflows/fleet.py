@@ -2,8 +2,8 @@
 
 from fedtune.algorithms.units import limits_of, unlimited
 from fedtune.errors import JobError
-from fedtune.gradient_init import gradient_bytes
 from fedtune.report.format import size
+from fedtune.round.gradient_init import gradient_bytes
 from fedtune.simulation.devices import MB
 from fedtune.simulation.fleet import Fleet
 from fedtune.workflows.setup import Setup

@@ -38,13 +38,13 @@ from fedtune.bundles.subspace import travelling
 from fedtune.data.examples import PACKAGE_READERS, load_dataset
 from fedtune.data.partition import Split, split
 from fedtune.errors import DataError, EnvironmentProblem, UserError
-from fedtune.gradient_init import gradient_bytes, init_warnings
 from fedtune.job import DeviceClass, Job
 from fedtune.models.base import layout
 from fedtune.models.load import load_encoder, sketch_model
 from fedtune.models.sources import check_hash, locate
 from fedtune.privacy.plan import plan_of, warnings_of
 from fedtune.report.format import duration, size
+from fedtune.round.gradient_init import gradient_bytes, init_warnings
 from fedtune.simulation.devices import able, assign, span
 from fedtune.stateful.methods import gradients, kept, method_of
 from fedtune.stateful.store import VERSIONS, file_bytes

@@ -27,13 +27,12 @@ from fedtune.bundles.bundle import Bundle, open_bundle, write_bundle
 from fedtune.common.metrics import merge, plausible, split_personal, value, with_personal
 from fedtune.common.storage import failing_clearly, lock, write_atomic, write_json
 from fedtune.errors import EnvironmentProblem, FedtuneError, PrivacyRefused, Refused, RunError, UserError
-from fedtune.gradient_init import gather_gradients, gradient_schema
 from fedtune.job import Job
 from fedtune.privacy.contribution import message_bytes, secure_of
 from fedtune.privacy.plan import Plan, fewest, plan_of
 from fedtune.process.waits import DESK_SECONDS, GRID_POLL, LOBBY_POLL, QUEUE_POLL, ROSTER_POLL, STAGE_SECONDS
 from fedtune.provision import days_left, load_devices
-from fedtune.rounds import (
+from fedtune.round.coordinator import (
     Coordinator,
     Reply,
     Traffic,
@@ -43,6 +42,7 @@ from fedtune.rounds import (
     most_predictions,
     start,
 )
+from fedtune.round.gradient_init import gather_gradients, gradient_schema
 from fedtune.runs.folder import RunFolder, create_run, open_run, versions
 from fedtune.secagg.terms import session_of
 from fedtune.server.app import Exchange, Pairs, run_rounds

@@ -20,13 +20,13 @@ from fedtune.data.clients import ClientStore
 from fedtune.data.examples import Dataset, load_dataset
 from fedtune.data.partition import Split, split
 from fedtune.errors import DataError, ModelError, RunError, UserError
-from fedtune.gradient_init import init_warnings
 from fedtune.job import Job
 from fedtune.models.base import TunableModel, block_weights, layout
 from fedtune.models.load import Encoder, load_encoder, load_model, sketch_model
 from fedtune.models.sources import Source, check_hash, locate
 from fedtune.privacy.plan import plan_of, resolved, warnings_of
 from fedtune.report.summary import few
+from fedtune.round.gradient_init import init_warnings
 from fedtune.runs.folder import Facts, RunFolder, versions
 from fedtune.training.memory import step_memory
 from fedtune.types import Arrays

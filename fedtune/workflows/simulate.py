@@ -20,11 +20,11 @@ from fedtune.common.seeds import generator
 from fedtune.common.trees import digest
 from fedtune.data.clients import CACHE_BYTES, Stream
 from fedtune.errors import EnvironmentProblem
-from fedtune.gradient_init import gather_gradients
 from fedtune.job import SimulationSection
 from fedtune.models.base import TunableModel
 from fedtune.privacy.plan import Plan, plan_of
-from fedtune.rounds import Coordinator, Traffic, Watch, evaluated, make_algorithm, start
+from fedtune.round.coordinator import Coordinator, Traffic, Watch, evaluated, make_algorithm, start
+from fedtune.round.gradient_init import gather_gradients
 from fedtune.runs.folder import RunFolder, open_run
 from fedtune.server.app import Ask, make_server_app, run_rounds
 from fedtune.simulation.engines import run_ray, run_serial

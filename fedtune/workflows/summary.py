@@ -15,7 +15,7 @@ from fedtune.errors import RunError
 from fedtune.privacy.accounting import ACCOUNTANTS
 from fedtune.report.events import Events
 from fedtune.report.summary import Summary, check, few
-from fedtune.rounds import Coordinator, Traffic, Watch
+from fedtune.round.coordinator import Coordinator, Traffic, Watch
 from fedtune.runs.folder import RunFolder
 from fedtune.runs.ledger import require_whole
 from fedtune.types import Metrics

@@ -11,7 +11,7 @@ from fedtune.aggregation.mean import weighted_mean
 from fedtune.algorithms.base import State
 from fedtune.errors import JobError, Refused
 from fedtune.job import AdapterSection, parse_job
-from fedtune.rounds import make_algorithm
+from fedtune.round.coordinator import make_algorithm
 from fedtune.types import TensorSpec, Update
 from fedtune.wire import decode, encode, packet_bytes
 

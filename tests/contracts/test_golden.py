@@ -31,9 +31,9 @@ from fedtune.bundles.subspace import signs
 from fedtune.common import seeds
 from fedtune.common.seeds import generator
 from fedtune.common.trees import digest
-from fedtune.gradient_init import gradient_schema
 from fedtune.job import to_toml
-from fedtune.rounds import make_algorithm
+from fedtune.round.coordinator import make_algorithm
+from fedtune.round.gradient_init import gradient_schema
 from fedtune.runs.folder import create_run
 from fedtune.runs.ledger import Ledger
 from fedtune.training.batches import local_batches

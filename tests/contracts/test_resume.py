@@ -413,7 +413,7 @@ def test_of_a_noisy_model_one_version_is_ever_seen(instant, start, tiny_settings
     )
     resumed = ["simulate", "--resume", folder]
     assert (
-        start(fedtune_killed, resumed, log, "fedtune.rounds:Coordinator", "plan", True, "", 1)
+        start(fedtune_killed, resumed, log, "fedtune.round.coordinator:Coordinator", "plan", True, "", 1)
         == -signal.SIGKILL
     ), log.read_text()
     after = open_run(folder).newest()

@@ -8,7 +8,7 @@ import pytest
 from fedtune.algorithms import fed_avg
 from fedtune.errors import RunError
 from fedtune.job import parse_job
-from fedtune.rounds import Reply, Traffic, start
+from fedtune.round.coordinator import Reply, Traffic, start
 from fedtune.runs.folder import create_run
 from fedtune.runs.ledger import Ledger
 from fedtune.types import ClientInfo, TensorSpec

@@ -31,7 +31,7 @@ from fedtune.errors import JobError
 from fedtune.job import parse_job
 from fedtune.privacy.client import ClientPrivacy
 from fedtune.privacy.noise import SystemNoise
-from fedtune.rounds import Reply, make_algorithm, start
+from fedtune.round.coordinator import Reply, make_algorithm, start
 from fedtune.runs.folder import create_run
 from fedtune.runs.ledger import Ledger
 from fedtune.types import ClientInfo, TensorSpec, Update

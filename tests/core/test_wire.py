@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fedtune.common.trees import norm, subtract
 from fedtune.errors import Refused, ShapeMismatch
 from fedtune.job import Job
-from fedtune.rounds import Coordinator
+from fedtune.round.coordinator import Coordinator
 from fedtune.types import TensorSpec
 from fedtune.wire import Schema, decode, encode, layout, packet_bytes, quick_norm, require_whole
 

@@ -14,12 +14,12 @@ from fedtune.client.budget import Budget
 from fedtune.client.policy import Policy
 from fedtune.common.trees import digest
 from fedtune.errors import JobError, Refused, RunError, UserError
-from fedtune.gradient_init import gather_gradients, gradient_schema, init_warnings
 from fedtune.job import parse_job
 from fedtune.privacy.account import assumptions
 from fedtune.privacy.plan import plan_of, resolved
 from fedtune.privacy.releases import read
-from fedtune.rounds import Reply
+from fedtune.round.coordinator import Reply
+from fedtune.round.gradient_init import gather_gradients, gradient_schema, init_warnings
 from fedtune.runs.folder import create_run, open_run
 from fedtune.runs.ledger import Ledger
 from fedtune.wire import Schema, encode

@@ -10,7 +10,7 @@ import pytest
 from fedtune.algorithms import fed_avg
 from fedtune.algorithms.probes import SCORES, answers, probe_bytes
 from fedtune.job import parse_job
-from fedtune.rounds import Reply, make_algorithm, start
+from fedtune.round.coordinator import Reply, make_algorithm, start
 from fedtune.runs.folder import create_run
 from fedtune.server.app import run_rounds
 from fedtune.simulation.fleet import Fleet

@@ -17,7 +17,7 @@ from fedtune.cli.progress import Board
 from fedtune.cli.simulate import Progress
 from fedtune.report.facts import notices
 from fedtune.report.summary import check
-from fedtune.rounds import Traffic, round_line
+from fedtune.round.coordinator import Traffic, round_line
 from fedtune.runs.folder import open_run
 from fedtune.runs.ledger import Ledger
 from fedtune.training.local import weight_gradients

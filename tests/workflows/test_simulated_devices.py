@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from fedtune.cli.main import app
 from fedtune.errors import JobError
-from fedtune.gradient_init import gradient_bytes
 from fedtune.report import compare, facts, page, terminal
 from fedtune.report.summary import check, load_summary
+from fedtune.round.gradient_init import gradient_bytes
 from fedtune.runs.folder import open_run
 from fedtune.simulation.devices import assign
 from fedtune.wire import packet_bytes

@@ -20,7 +20,7 @@ from fedtune.privacy.clipping import clip
 from fedtune.privacy.noise import noise_of
 from fedtune.privacy.plan import Plan, init_batch, init_clip
 from fedtune.privacy.releases import Release
-from fedtune.rounds import Reply, Traffic
+from fedtune.round.coordinator import Reply, Traffic
 from fedtune.runs.folder import RunFolder
 from fedtune.runs.ledger import Ledger
 from fedtune.types import Arrays, ClientInfo, TensorSpec
