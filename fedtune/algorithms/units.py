@@ -7,9 +7,9 @@ order, of which a client of budget b takes the first b: so what a smaller budget
 too. top, bottom and both are the baselines of arXiv:2408.15600; lisa draws the order anew for each round, as
 LISA (Pan et al. 2024, arXiv:2403.17919, Algorithm 1) does every K steps, here for all clients alike.
 
-gradient, rgn, snr and fisher go by what clients were asked (`fedtune.algorithms.probes`): in a round that begins
-with a probe each client's own scores count (of one that did not answer, the mean), in the rounds up to the next the
-mean of those scores stands for everybody.
+gradient, rgn, snr and fisher go by what clients were asked (`fedtune.algorithms.probes`): in a round that
+begins with a probe each client's own scores count (of one that did not answer, the mean), in the rounds up to
+the next the mean of those scores stands for everybody.
 """
 
 from collections.abc import Callable, Sequence
