@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
-from fedtune.adapters.spec import AdapterSpec, Linear
+from fedtune.adapters.spec import AdapterSpec
 from fedtune.common.seeds import generator
+from fedtune.models.layout import Linear
 from fedtune.types import Arrays
 
 

@@ -14,8 +14,9 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedtune.adapters.spec import Inverted, lite_groups, lite_kernel
+from fedtune.adapters.spec import lite_groups, lite_kernel
 from fedtune.common.seeds import generator
+from fedtune.models.layout import Inverted
 
 CHILD = "lite"
 """Name of the branch among a block's children, and so in the names of its tensors."""

@@ -6,8 +6,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from fedtune.adapters.spec import Layout, Linear
 from fedtune.models.inverted import inverted_blocks
+from fedtune.models.layout import Layout, Linear
 from fedtune.types import TensorSpec
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from fedtune import packages
 from fedtune.adapters import frames, methods
-from fedtune.adapters.spec import AdapterSpec, Linear
+from fedtune.adapters.spec import AdapterSpec
 from fedtune.algorithms.units import AS_THE_JOB, Limits, require_budgets, spec_of
 from fedtune.bundles.bundle import Bundle, open_bundle, write_bundle
 from fedtune.bundles.subspace import travelling
@@ -22,6 +22,7 @@ from fedtune.data.partition import Split, split
 from fedtune.errors import DataError, ModelError, RunError, UserError
 from fedtune.job import Job
 from fedtune.models.base import TunableModel, block_weights, layout
+from fedtune.models.layout import Linear
 from fedtune.models.load import Encoder, load_encoder, load_model, sketch_model
 from fedtune.models.sources import Source, check_hash, locate
 from fedtune.privacy.plan import plan_of, resolved, warnings_of

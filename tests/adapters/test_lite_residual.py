@@ -11,10 +11,11 @@ from torch.nn import functional as F
 
 from fedtune.adapters import methods
 from fedtune.adapters.lite_residual import LiteResidual, start
-from fedtune.adapters.spec import Inverted, describe, lite_kernel, lite_tensors
+from fedtune.adapters.spec import describe, lite_kernel, lite_tensors
 from fedtune.errors import ModelError
 from fedtune.job import AdapterSection
 from fedtune.models.base import TunableModel, layout
+from fedtune.models.layout import Inverted
 from fedtune.workflows.setup import open_setup
 
 

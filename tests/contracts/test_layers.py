@@ -15,7 +15,7 @@ LAYERS = (  # from the bottom up; a module stands where its longest prefix here 
     ("errors", "types"),
     ("process.waits", "process.child"),
     ("common", "process"),
-    ("job", "wire", "provision", "packages"),
+    ("job", "wire", "provision", "packages", "models.layout"),
     ("algorithms.probes",),
     ("secagg",),
     ("aggregation", "runs.ledger", "privacy", "adapters.spec", "data", "report"),
