@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedtune.adapters import lite_residual
-from fedtune.adapters.fed_sb import SBLinear
-from fedtune.adapters.frames import lora_factor
-from fedtune.adapters.lora import LoRALinear
+from fedtune.adapters.kinds.table import METHODS
+from fedtune.adapters.layers import lite_residual
+from fedtune.adapters.layers.fed_sb import SBLinear
+from fedtune.adapters.layers.lora import LoRALinear
 from fedtune.adapters.spec import AdapterSpec
 from fedtune.errors import ShapeMismatch
 from fedtune.models.base import TunableModel, layout
@@ -65,13 +65,14 @@ def initial(model: TunableModel, spec: AdapterSpec, start: Arrays, seed: int) ->
         f"head.{n}": p for n, p in (model.head.named_parameters() if model.head is not None else ())
     }
     arrays: Arrays = {}
+    draw = METHODS[spec.method].start
     for t in spec.trainable:
         if t.name in start:
             arrays[t.name] = start[t.name]
         elif t.name in own:
             arrays[t.name] = own[t.name].detach().numpy().astype(np.float32, copy=True)
         else:
-            arrays[t.name] = _START[spec.method](t.name, t.shape, seed)
+            arrays[t.name] = draw(t.name, t.shape, seed)
     return arrays
 
 
@@ -85,26 +86,16 @@ def merge(model: TunableModel, spec: AdapterSpec, frame: Arrays, arrays: Arrays)
     weights = dict(model.body.named_parameters()) | {
         f"head.{n}": p for n, p in (model.head.named_parameters() if model.head is not None else ())
     }
-    factors = {linear.name: lora_factors(spec, frame, arrays, linear.name) for linear in spec.linears}
+    factors = METHODS[spec.method].lora_factors
     with torch.no_grad():
-        for name, (b, a) in factors.items():
-            delta = spec.scale * (b.astype(np.float64) @ a.astype(np.float64))
-            weights[f"{name}.weight"].add_(torch.from_numpy(delta.astype(np.float32)))
+        if factors is not None:
+            for linear in spec.linears:
+                b, a = factors(frame, arrays, linear.name)
+                delta = spec.scale * (b.astype(np.float64) @ a.astype(np.float64))
+                weights[f"{linear.name}.weight"].add_(torch.from_numpy(delta.astype(np.float32)))
         for name, array in arrays.items():
             if name in weights:
                 weights[name].copy_(torch.from_numpy(array))
-
-
-def lora_factors(
-    spec: AdapterSpec, frame: Arrays, arrays: Arrays, linear: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """(B, A) with update = scale·B·A, B [outputs, r], A [r, inputs].
-
-    For Fed-SB the core is folded into B: (B·R, A).
-    """
-    if spec.method == "fed-sb":
-        return frame[f"{linear}.B"] @ arrays[f"{linear}.R"], frame[f"{linear}.A"]
-    return arrays[f"{linear}.B"], arrays.get(f"{linear}.A", frame.get(f"{linear}.A"))  # type: ignore[return-value]
 
 
 def _replace(model: TunableModel, name: str, new: nn.Module) -> None:
@@ -144,14 +135,6 @@ def _attach_tinytl(model: TunableModel, spec: AdapterSpec, frame: Arrays) -> Map
     return dict(model.body.named_parameters())
 
 
-def _zeros(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    return np.zeros(shape, np.float32)
-
-
-def _lora_start(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    return np.zeros(shape, np.float32) if name.endswith(".B") else lora_factor(name, shape, seed)
-
-
 _ATTACH: dict[str, Callable[[TunableModel, AdapterSpec, Arrays], Mapping[str, Tensor]]] = {
     "fed-sb": _attach_fed_sb,
     "lora": _attach_lora,
@@ -160,10 +143,4 @@ _ATTACH: dict[str, Callable[[TunableModel, AdapterSpec, Arrays], Mapping[str, Te
     "tinytl": _attach_tinytl,
     "full": _attach_own,
     "head": _attach_own,
-}
-_START: dict[str, Callable[[str, tuple[int, ...], int], np.ndarray]] = {
-    "fed-sb": _zeros,
-    "lora": _lora_start,
-    "ffa-lora": _zeros,
-    "tinytl": lite_residual.start,
 }

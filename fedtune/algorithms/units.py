@@ -19,7 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedtune.adapters.spec import AdapterSpec, describe, of_units
+from fedtune.adapters.describe import describe
+from fedtune.adapters.spec import AdapterSpec, of_units
 from fedtune.algorithms.base import Algorithm, State
 from fedtune.algorithms.selection import choose, normalised
 from fedtune.common.seeds import generator

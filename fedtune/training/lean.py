@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from fedtune.adapters.fed_sb import SBLinear, SBProduct
+from fedtune.adapters.layers.fed_sb import SBLinear, SBProduct
 from fedtune.training.lean_functions import ALL, EXACT
 
 Forward = Callable[..., Any]

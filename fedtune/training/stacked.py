@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedtune.adapters.fed_sb import SBLinear, SBProduct
-from fedtune.adapters.lora import LoRALinear
+from fedtune.adapters.layers.fed_sb import SBLinear, SBProduct
+from fedtune.adapters.layers.lora import LoRALinear
 from fedtune.adapters.methods import Parameters
 
 

@@ -24,6 +24,7 @@ import torch
 from safetensors.numpy import save
 
 from fedtune.adapters import methods
+from fedtune.adapters.kinds.table import METHODS
 from fedtune.adapters.spec import ADAPTER, DESCRIPTION, AdapterSpec
 from fedtune.bundles.bundle import Bundle, open_bundle
 from fedtune.common.seeds import generator
@@ -50,12 +51,6 @@ Stage = Callable[[str], None]
 
 EXAMPLES = 512
 PARTS = ("adapter", "peft", "onnx", "README.md")
-NOT_LORA = {
-    "bias": "bias trains biases, which a LoRA does not hold",
-    "tinytl": "tinytl trains biases and small convolutions, which a LoRA does not hold",
-    "head": "head trains nothing but the head, which is in adapter/",
-    "full": "full trains every weight, which a LoRA does not hold",
-}
 CALIBRATION, CALIBRATED = 64, 8
 """Training examples that static ranges are found on, and how many at once."""
 _CHUNK = 256  # examples encoded at once, so that images do not fill the memory
@@ -288,12 +283,13 @@ def _write_adapter(trained: _Trained, folder: Path) -> dict[str, Any]:
 def _write_peft(trained: _Trained, folder: Path) -> dict[str, Any]:
     """The adapter as PEFT's LoRA: W + alpha/r · lora_B · lora_A, with Fed-SB's core folded into lora_B."""
     spec, source = trained.spec, trained.bundle.manifest.source
-    if spec.method in NOT_LORA:
-        return {"note": NOT_LORA[spec.method]}
+    method = METHODS[spec.method]
+    if method.lora_factors is None:
+        return {"note": method.no_lora}
     folder.mkdir()
     tensors: Arrays = {}
     for linear in spec.linears:
-        b, a = methods.lora_factors(spec, trained.bundle.frame, trained.arrays, linear.name)
+        b, a = method.lora_factors(trained.bundle.frame, trained.arrays, linear.name)
         tensors[f"base_model.model.{linear.name}.lora_A.weight"] = np.ascontiguousarray(a)
         tensors[f"base_model.model.{linear.name}.lora_B.weight"] = np.ascontiguousarray(b)
     write_atomic(folder / "adapter_model.safetensors", save(tensors, {"format": "pt"}))

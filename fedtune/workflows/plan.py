@@ -14,8 +14,9 @@ import numpy as np
 from safetensors.numpy import save
 
 from fedtune import packages
+from fedtune.adapters.describe import describe
+from fedtune.adapters.kinds.table import METHODS
 from fedtune.adapters.ranks import ranks_in
-from fedtune.adapters.spec import describe
 from fedtune.algorithms.probes import probe_bytes
 from fedtune.algorithms.units import (
     AS_THE_JOB,
@@ -403,7 +404,7 @@ def _devices(
             len(within(schema, device.depth)) if job.units.probes else 0,
             probes(device),
             probing(device),
-            (device.rank or job.adapter.rank) if job.adapter.method == "fed-sb" else 0,
+            (device.rank or job.adapter.rank) if METHODS[job.adapter.method].cores else 0,
             most_numbers(job, schema, limits_of(device)),
             *bytes_,
             memory=steps[limits_of(device)],

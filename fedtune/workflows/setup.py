@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from fedtune import packages
-from fedtune.adapters import frames, methods
+from fedtune.adapters import methods
+from fedtune.adapters.kinds.table import METHODS
 from fedtune.adapters.spec import AdapterSpec
 from fedtune.algorithms.units import AS_THE_JOB, Limits, require_budgets, spec_of
 from fedtune.bundles.bundle import Bundle, open_bundle, write_bundle
@@ -168,17 +169,13 @@ def make_bundle(setup: OpenBase, folder: Path, frame: Arrays, model: TunableMode
 
 def data_free_frame(setup: OpenBase, model: TunableModel) -> Arrays:
     """The frame of init "weights" or "random"; empty for methods without one."""
-    if setup.job.adapter.method == "ffa-lora":
-        return frames.ffa_frame(setup.spec, setup.job.federation.seed)
-    if setup.job.adapter.method != "fed-sb":
-        return {}
-    if setup.job.adapter.init == "random":
-        return frames.random_frame(setup.spec, setup.job.federation.seed)
+    job = setup.job
 
     def weight(linear: Linear) -> np.ndarray:
         return model.linear(linear.name).weight.detach().numpy()
 
-    return frames.from_weights(setup.spec, weight)
+    frame = METHODS[job.adapter.method].frame
+    return frame(setup.spec, job.adapter.init, job.federation.seed, weight)
 
 
 def run_facts(setup: Setup) -> dict[str, Any]:

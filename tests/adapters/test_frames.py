@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedtune.adapters import frames
-from fedtune.adapters.spec import describe
+from fedtune.adapters.describe import describe
 from fedtune.job import AdapterSection
 from fedtune.models.layout import Layout, Linear
 from fedtune.types import TensorSpec

@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedtune.adapters import methods
-from fedtune.adapters.lite_residual import LiteResidual, start
-from fedtune.adapters.spec import describe, lite_kernel, lite_tensors
+from fedtune.adapters.describe import describe
+from fedtune.adapters.kinds.tinytl import lite_kernel, lite_tensors, start
+from fedtune.adapters.layers.lite_residual import LiteResidual
 from fedtune.errors import ModelError
 from fedtune.job import AdapterSection
 from fedtune.models.base import TunableModel, layout

@@ -5,8 +5,8 @@ from itertools import pairwise, product
 import numpy as np
 import pytest
 
+from fedtune.adapters.describe import describe
 from fedtune.adapters.ranks import Ranks, at_rank, join, places, ranks_of, split
-from fedtune.adapters.spec import describe
 from fedtune.aggregation.mean import weighted_mean
 from fedtune.algorithms.base import State
 from fedtune.errors import JobError, Refused

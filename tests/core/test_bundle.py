@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from fedtune.adapters.spec import describe
+from fedtune.adapters.describe import describe
 from fedtune.bundles.bundle import open_bundle, receive_bundle, write_bundle
 from fedtune.common.trees import digest
 from fedtune.errors import EnvironmentProblem, Refused, RunError

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.adapters import methods
-from fedtune.adapters.spec import describe
+from fedtune.adapters.describe import describe
 from fedtune.errors import ModelError, RunError
 from fedtune.job import parse_job
 from fedtune.models.base import TunableModel, layout, summed_loss

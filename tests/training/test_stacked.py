@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fedtune.adapters.fed_sb import SBLinear
-from fedtune.adapters.lora import LoRALinear
+from fedtune.adapters.layers.fed_sb import SBLinear
+from fedtune.adapters.layers.lora import LoRALinear
 from fedtune.errors import EnvironmentProblem
 from fedtune.job import FederationSection
 from fedtune.models.packed import NotPackable, PackedModel, Packing

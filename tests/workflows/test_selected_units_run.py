@@ -12,8 +12,8 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
+from fedtune.adapters.describe import describe
 from fedtune.adapters.methods import attach
-from fedtune.adapters.spec import describe
 from fedtune.algorithms.units import selected, tensors_of
 from fedtune.bundles.bundle import open_bundle
 from fedtune.cli.main import app

@@ -10,12 +10,10 @@ random branches, against branches trained on ImageNet with the base (their Rando
 
 import math
 
-import numpy as np
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedtune.adapters.spec import lite_groups, lite_kernel
-from fedtune.common.seeds import generator
+from fedtune.adapters.kinds.tinytl import lite_groups, lite_kernel
 from fedtune.models.layout import Inverted
 
 CHILD = "lite"
@@ -59,17 +57,6 @@ def insert(body: nn.Module, blocks: tuple[Inverted, ...]) -> None:
 def _add_branch(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
     branch = module.get_submodule(CHILD)
     return out + branch(args[0], (out.shape[2], out.shape[3]))
-
-
-def start(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """Round 0 of a tensor of a branch: kernels by He's normal draw from the seed,
-    the first norm 1 and 0, the last scale 0.
-    """
-    if len(shape) == 4:
-        return (
-            generator(seed, f"lite:{name}").standard_normal(shape) * math.sqrt(2 / math.prod(shape[1:]))
-        ).astype(np.float32)
-    return np.ones(shape, np.float32) if name.endswith(".norm.weight") else np.zeros(shape, np.float32)
 
 
 def _norm_groups(channels: int) -> int:
