@@ -3,19 +3,19 @@
 Needs torch.
 """
 
-from collections.abc import Callable, Mapping
-
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedtune.adapters.kinds.table import METHODS
-from fedtune.adapters.layers import lite_residual
-from fedtune.adapters.layers.fed_sb import SBLinear
-from fedtune.adapters.layers.lora import LoRALinear
+from fedtune.adapters.layers.attachment import Attachment
+from fedtune.adapters.layers.fed_sb import FED_SB
+from fedtune.adapters.layers.lite_residual import TINYTL
+from fedtune.adapters.layers.lora import LORA
+from fedtune.adapters.layers.own import OWN
 from fedtune.adapters.spec import AdapterSpec
 from fedtune.errors import ShapeMismatch
-from fedtune.models.base import TunableModel, layout
+from fedtune.models.base import TunableModel
 from fedtune.types import Arrays
 
 Parameters = dict[str, Tensor]
@@ -36,7 +36,7 @@ def attach(model: TunableModel, spec: AdapterSpec, frame: Arrays) -> Parameters:
                 f"{frame[t.name].shape if t.name in frame else 'missing'}, expected {t.shape}"
             )
     model.requires_grad_(False)
-    parameters = dict(_ATTACH[spec.method](model, spec, frame))
+    parameters = dict(ATTACHMENTS[spec.method].attach(model, spec, frame))
     if model.head is not None:
         parameters |= {f"head.{name}": p for name, p in model.head.named_parameters()}
     chosen = {t.name: parameters[t.name] for t in spec.trainable}
@@ -80,9 +80,7 @@ def merge(model: TunableModel, spec: AdapterSpec, frame: Arrays, arrays: Arrays)
     """Folds trained values into an un-adapted model's own weights: W + s·B·R·A, W + s·B·A, or the values
     themselves. Lite residuals stay beside it.
     """
-    if spec.method == "tinytl":
-        lite_residual.insert(model.body, layout(model).inverted)
-        model.requires_grad_(False)
+    ATTACHMENTS[spec.method].insert(model)
     weights = dict(model.body.named_parameters()) | {
         f"head.{n}": p for n, p in (model.head.named_parameters() if model.head is not None else ())
     }
@@ -98,49 +96,15 @@ def merge(model: TunableModel, spec: AdapterSpec, frame: Arrays, arrays: Arrays)
                 weights[name].copy_(torch.from_numpy(array))
 
 
-def _replace(model: TunableModel, name: str, new: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.body.get_submodule(parent), child, new)
-
-
-def _attach_fed_sb(model: TunableModel, spec: AdapterSpec, frame: Arrays) -> Mapping[str, Tensor]:
-    parameters: Parameters = {}
-    for linear in spec.linears:
-        new = SBLinear(
-            model.linear(linear.name), frame[f"{linear.name}.A"], frame[f"{linear.name}.B"], spec.scale
-        )
-        _replace(model, linear.name, new)
-        parameters[f"{linear.name}.R"] = new.core.weight
-    return parameters
-
-
-def _attach_lora(model: TunableModel, spec: AdapterSpec, frame: Arrays) -> Mapping[str, Tensor]:
-    parameters: Parameters = {}
-    for linear in spec.linears:
-        new = LoRALinear(model.linear(linear.name), spec.rank, spec.scale)
-        _replace(model, linear.name, new)
-        parameters |= {f"{linear.name}.A": new.down.weight, f"{linear.name}.B": new.up.weight}
-        if f"{linear.name}.A" in frame:  # FFA-LoRA: it stays
-            new.down.weight.requires_grad_(False).copy_(torch.from_numpy(frame[f"{linear.name}.A"]))
-    return parameters
-
-
-def _attach_own(model: TunableModel, spec: AdapterSpec, frame: Arrays) -> Mapping[str, Tensor]:
-    return dict(model.body.named_parameters())
-
-
-def _attach_tinytl(model: TunableModel, spec: AdapterSpec, frame: Arrays) -> Mapping[str, Tensor]:
-    lite_residual.insert(model.body, layout(model).inverted)
-    model.body.requires_grad_(False)
-    return dict(model.body.named_parameters())
-
-
-_ATTACH: dict[str, Callable[[TunableModel, AdapterSpec, Arrays], Mapping[str, Tensor]]] = {
-    "fed-sb": _attach_fed_sb,
-    "lora": _attach_lora,
-    "ffa-lora": _attach_lora,
-    "bias": _attach_own,
-    "tinytl": _attach_tinytl,
-    "full": _attach_own,
-    "head": _attach_own,
+ATTACHMENTS: dict[str, Attachment] = {
+    "fed-sb": FED_SB,
+    "lora": LORA,
+    "ffa-lora": LORA,
+    "bias": OWN,
+    "tinytl": TINYTL,
+    "full": OWN,
+    "head": OWN,
 }
+"""The torch half of each method of `kinds.table.METHODS`."""
+STACKED = {module: twin for half in ATTACHMENTS.values() for module, twin in half.stacked.items()}
+LEAN = {module: forward for half in ATTACHMENTS.values() for module, forward in half.lean.items()}

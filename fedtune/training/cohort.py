@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedtune.adapters.layers.stacked import Examples
 from fedtune.adapters.methods import Parameters
 from fedtune.job import FederationSection
 from fedtune.models.base import TunableModel
@@ -24,7 +25,7 @@ from fedtune.training.local import TINY
 from fedtune.training.passes import Pass
 from fedtune.training.private import NUMBERS, Audit, clipped
 from fedtune.training.rates import learning_rate
-from fedtune.training.stacked import Examples, Stack
+from fedtune.training.stacked import Stack
 from fedtune.types import TensorSpec
 from fedtune.wire import Schema
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedtune.adapters.layers.stacked import NotStackable
 from fedtune.adapters.methods import Parameters, write
 from fedtune.adapters.spec import AdapterSpec
 from fedtune.data.encoded import ClientData, Encoder
@@ -23,7 +24,7 @@ from fedtune.training.cohort import CohortTrainer
 from fedtune.training.features import FeatureStore
 from fedtune.training.local import device_of, to_batch
 from fedtune.training.passes import Packed, Padded, Pass
-from fedtune.training.stacked import NotStackable, Stack
+from fedtune.training.stacked import Stack
 from fedtune.types import Arrays
 from fedtune.wire import Pieces
 

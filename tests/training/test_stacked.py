@@ -11,13 +11,14 @@ from torch import nn
 
 from fedtune.adapters.layers.fed_sb import SBLinear
 from fedtune.adapters.layers.lora import LoRALinear
+from fedtune.adapters.layers.stacked import Examples, NotStackable, Rows
 from fedtune.errors import EnvironmentProblem
 from fedtune.job import FederationSection
 from fedtune.models.packed import NotPackable, PackedModel, Packing
 from fedtune.training import optimizers
 from fedtune.training.chunks import UNEVEN, Picked, balanced, stretches
 from fedtune.training.features import FeatureStore
-from fedtune.training.stacked import Examples, NotStackable, Rows, Stack
+from fedtune.training.stacked import Stack
 
 CPU = torch.device("cpu")
 MODELS = 3

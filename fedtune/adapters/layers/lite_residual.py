@@ -9,12 +9,17 @@ random branches, against branches trained on ImageNet with the base (their Rando
 """
 
 import math
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedtune.adapters.kinds.tinytl import lite_groups, lite_kernel
+from fedtune.adapters.layers.attachment import Attachment
+from fedtune.adapters.spec import AdapterSpec
+from fedtune.models.base import TunableModel, layout
 from fedtune.models.layout import Inverted
+from fedtune.types import Arrays
 
 CHILD = "lite"
 """Name of the branch among a block's children, and so in the names of its tensors."""
@@ -62,3 +67,16 @@ def _add_branch(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Ten
 def _norm_groups(channels: int) -> int:
     """Groups of 8 channels, or of the largest number below that divides them."""
     return channels // math.gcd(channels, _PER_GROUP)
+
+
+def _insert(model: TunableModel) -> None:
+    insert(model.body, layout(model).inverted)
+    model.requires_grad_(False)
+
+
+def _attach(model: TunableModel, spec: AdapterSpec, frame: Arrays) -> Mapping[str, Tensor]:
+    _insert(model)
+    return dict(model.body.named_parameters())
+
+
+TINYTL = Attachment(_attach, _insert)
