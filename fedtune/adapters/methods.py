@@ -8,11 +8,8 @@ import torch
 from torch import Tensor
 
 from fedtune.adapters.kinds.table import METHODS
+from fedtune.adapters.layers import fed_sb, lite_residual, lora, own
 from fedtune.adapters.layers.attachment import Attachment
-from fedtune.adapters.layers.fed_sb import FED_SB
-from fedtune.adapters.layers.lite_residual import TINYTL
-from fedtune.adapters.layers.lora import LORA
-from fedtune.adapters.layers.own import OWN
 from fedtune.adapters.spec import AdapterSpec
 from fedtune.errors import ShapeMismatch
 from fedtune.models.base import TunableModel
@@ -61,7 +58,7 @@ def initial(model: TunableModel, spec: AdapterSpec, start: Arrays, seed: int) ->
     """Round 0: `start` where it says (a gradient init's cores), else the method's own start,
     else the base's own values.
     """
-    own = dict(model.body.named_parameters()) | {
+    base = dict(model.body.named_parameters()) | {
         f"head.{n}": p for n, p in (model.head.named_parameters() if model.head is not None else ())
     }
     arrays: Arrays = {}
@@ -69,8 +66,8 @@ def initial(model: TunableModel, spec: AdapterSpec, start: Arrays, seed: int) ->
     for t in spec.trainable:
         if t.name in start:
             arrays[t.name] = start[t.name]
-        elif t.name in own:
-            arrays[t.name] = own[t.name].detach().numpy().astype(np.float32, copy=True)
+        elif t.name in base:
+            arrays[t.name] = base[t.name].detach().numpy().astype(np.float32, copy=True)
         else:
             arrays[t.name] = draw(t.name, t.shape, seed)
     return arrays
@@ -97,14 +94,15 @@ def merge(model: TunableModel, spec: AdapterSpec, frame: Arrays, arrays: Arrays)
 
 
 ATTACHMENTS: dict[str, Attachment] = {
-    "fed-sb": FED_SB,
-    "lora": LORA,
-    "ffa-lora": LORA,
-    "bias": OWN,
-    "tinytl": TINYTL,
-    "full": OWN,
-    "head": OWN,
+    "fed-sb": fed_sb.ATTACHMENT,
+    "lora": lora.ATTACHMENT,
+    "ffa-lora": lora.ATTACHMENT,
+    "bias": own.ATTACHMENT,
+    "tinytl": lite_residual.ATTACHMENT,
+    "head": own.ATTACHMENT,
+    "full": own.ATTACHMENT,
 }
 """The torch half of each method of `kinds.table.METHODS`."""
+
 STACKED = {module: twin for half in ATTACHMENTS.values() for module, twin in half.stacked.items()}
 LEAN = {module: forward for half in ATTACHMENTS.values() for module, forward in half.lean.items()}

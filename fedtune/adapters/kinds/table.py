@@ -6,7 +6,7 @@ To add one takes three files and a row in each of two tables:
    row is in METHODS, and its word in `adapter.method` of `job.sections`, which is all that a file can name.
 2. `adapters/layers/NAME.py`: an `Attachment`, which puts it on a model, with the stacked and lean twins of
    modules of its own; its row is in ATTACHMENTS of `adapters.methods`. A method that trains parameters of the
-   base alone has nothing to put there and takes `layers.own.OWN`.
+   base alone has nothing to put there and takes that of `layers.own`.
 3. A test of its maths in `tests/adapters`. What all methods share is tested in
    `tests/contracts/test_adapter_methods.py` for each row of METHODS.
 """

@@ -161,6 +161,6 @@ def _attach(model: TunableModel, spec: AdapterSpec, frame: Arrays) -> Mapping[st
     return parameters
 
 
-FED_SB = Attachment(
+ATTACHMENT = Attachment(
     _attach, stacked={SBLinear: (StackedSB, frozenset({"core.weight"}))}, lean={SBLinear: _lean}
 )

@@ -79,4 +79,4 @@ def _attach(model: TunableModel, spec: AdapterSpec, frame: Arrays) -> Mapping[st
     return dict(model.body.named_parameters())
 
 
-TINYTL = Attachment(_attach, _insert)
+ATTACHMENT = Attachment(_attach, _insert)

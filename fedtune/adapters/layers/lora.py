@@ -55,4 +55,4 @@ def _attach(model: TunableModel, spec: AdapterSpec, frame: Arrays) -> Mapping[st
     return parameters
 
 
-LORA = Attachment(_attach, stacked={LoRALinear: (StackedLoRA, frozenset({"up.weight", "down.weight"}))})
+ATTACHMENT = Attachment(_attach, stacked={LoRALinear: (StackedLoRA, frozenset({"up.weight", "down.weight"}))})

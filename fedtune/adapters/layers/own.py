@@ -14,4 +14,4 @@ def _attach(model: TunableModel, spec: AdapterSpec, frame: Arrays) -> Mapping[st
     return dict(model.body.named_parameters())
 
 
-OWN = Attachment(_attach)
+ATTACHMENT = Attachment(_attach)
