@@ -7,6 +7,8 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from fedtune.adapters.kinds.table import METHODS
+
 
 def _key(
     default: Any,
@@ -105,7 +107,7 @@ class AdapterSection(Section):
         "fed-sb",
         "fed-sb (r x r cores), lora, ffa-lora (lora with A frozen), bias, tinytl (biases and lite residuals; "
         "for inverted bottlenecks), head or full",
-        available=("fed-sb", "lora", "ffa-lora", "bias", "tinytl", "head", "full"),
+        available=tuple(METHODS),
     )
     rank: int = _key(16, "rank r", ge=1, le=4096)
     alpha: float = _key(0.0, "scale is alpha / rank; 0 means alpha = rank, scale 1", ge=0.0, le=1e6)
