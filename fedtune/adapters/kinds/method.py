@@ -36,7 +36,7 @@ class AdapterMethod:
         frame: the frozen tensors that need no data, from the spec, adapter.init, the seed and the weights.
         lora_factors: of a linear, from the frame and the trained values. None: no LoRA holds what is trained.
         no_lora: says so to users; empty where there are factors.
-        cores: trains a core LINEAR.R [r, r] for each linear, whose leading blocks are the cores of lower ranks
+        cores: trains a core LINEAR.R [r, r] for each linear, whose leading blocks are those of lower ranks
             (`adapters.ranks`).
         gradient_frame: the frame can be made from gradients of the first step.
         head_only: trains nothing but the task head.
