@@ -15,7 +15,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from fedtune.adapters import methods
-from fedtune.adapters.spec import AdapterSpec, describe
+from fedtune.adapters.describe import describe
+from fedtune.adapters.spec import AdapterSpec
 from fedtune.algorithms.fed_avg import draw_cohort
 from fedtune.common.seeds import generator
 from fedtune.data.encoded import ClientData
