@@ -8,6 +8,7 @@ from fedtune.adapters.kinds.table import BIASES_ONLY, HEAD_ONLY, WITH_CORES, WIT
 from fedtune.job.private import privacy_disagreements
 from fedtune.job.sections import PROBING, EdgeSection, Section, Sections, tables
 from fedtune.job.text import CONTROL, or_, toml_value
+from fedtune.tasks import task_named
 
 
 def disagreements(job: Sections) -> Iterator[str]:
@@ -57,9 +58,9 @@ def disagreements(job: Sections) -> Iterator[str]:
             f'federation.momentum = {fed.momentum}: only used by optimizer = "sgd"; '
             f"remove it or change the optimizer from {toml_value(fed.optimizer)}"
         )
-    if job.model.task == "causal-lm" and adapter.method in HEAD_ONLY:
+    if not task_named(job.model.task).has_head and adapter.method in HEAD_ONLY:
         yield (
-            f"adapter.method = {toml_value(adapter.method)}: a causal-lm has no task head; "
+            f"adapter.method = {toml_value(adapter.method)}: a {job.model.task} has no task head; "
             "use fed-sb, lora, bias or full"
         )
     if adapter.asks_gradients and adapter.method not in WITH_GRADIENT_FRAME:
@@ -223,8 +224,8 @@ def _personal_disagreements(job: Sections) -> Iterator[str]:
     if personal.method == "none":
         return
     heads = personal.method in ("head", "loge")
-    if heads and job.model.task == "causal-lm":
-        yield f'{chosen}: a causal-lm has no task head; use "ditto"'
+    if heads and not task_named(job.model.task).has_head:
+        yield f'{chosen}: a {job.model.task} has no task head; use "ditto"'
     elif heads and not job.adapter.train_head:
         yield f"adapter.train-head = false: {chosen} is a head that each client trains; set it to true"
     elif heads and job.adapter.method in HEAD_ONLY:
@@ -249,7 +250,8 @@ def _select_disagreements(job: Sections, chosen: str) -> Iterator[str]:
             f"{chosen}: the coordinator takes the mean of each entry over the clients that do not keep it, "
             f'and {found}; set them to "average" and "mean"'
         )
-    if job.adapter.method in BIASES_ONLY and (job.model.task == "causal-lm" or not job.adapter.train_head):
+    headed = task_named(job.model.task).has_head and job.adapter.train_head
+    if job.adapter.method in BIASES_ONLY and not headed:
         yield (
             f"adapter.method = {toml_value(job.adapter.method)}: {chosen} leaves biases to all, "
             "so that nothing would be a client's "

@@ -8,6 +8,8 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 from fedtune.adapters.kinds.table import METHODS
+from fedtune.tasks import TASKS, TaskName
+from fedtune.tasks.texts import TEXT_CLASSIFICATION
 
 
 def _key(
@@ -48,9 +50,7 @@ class ModelSection(Section):
     sha256: str = _key(
         "", "sha256 of the weights; when given, any other file is refused", pattern=r"^([0-9a-f]{64})?$"
     )
-    task: Literal["text-classification", "image-classification", "causal-lm"] = _key(
-        "text-classification", "text-classification, image-classification or causal-lm"
-    )
+    task: TaskName = _key(TEXT_CLASSIFICATION.name, f"{', '.join([*TASKS][:-1])} or {[*TASKS][-1]}")
     max_length: int = _key(64, "tokens kept of each text", ge=4, le=8192)
     image_size: int = _key(224, "side of the square that images are scaled to, in pixels", ge=32, le=1024)
     pooling: Literal["mean", "first"] = _key(

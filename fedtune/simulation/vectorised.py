@@ -22,6 +22,7 @@ from fedtune.privacy.plan import outward
 from fedtune.round.coordinator import Reply
 from fedtune.stateful.base import Ask
 from fedtune.stateful.methods import asks, method_of
+from fedtune.tasks import task_named
 from fedtune.training import keeping
 from fedtune.training.asked import Asked, asked
 from fedtune.training.batches import local_batches
@@ -197,7 +198,7 @@ class Together:
             fed.local_steps,
             generator(fed.seed, "local", round, client),
         )
-        return Task(client, data, trainable_batches(data, list(batches), job.model.task))
+        return Task(client, data, trainable_batches(data, list(batches), task_named(job.model.task)))
 
     def _reply(
         self, task: Task, trained: Schema, sent: Header, vector: np.ndarray, metrics: Metrics

@@ -8,6 +8,7 @@ import numpy as np
 from fedtune.data.clients import Stream
 from fedtune.data.encoded import ClientData
 from fedtune.privacy.noise import Noise
+from fedtune.tasks import base
 
 UNEVEN = 4
 """Room for rows brought together by model, as a multiple of the rows there are."""
@@ -57,7 +58,7 @@ class Picked:
         )
 
 
-def pick(tasks: Sequence[Task], step: int, kind: str) -> Picked:
+def pick(tasks: Sequence[Task], step: int, kind: base.Task) -> Picked:
     """What all tasks see in a step; task i trains model i.
 
     A model's loss is the mean over the predictions of its batch.
@@ -65,19 +66,15 @@ def pick(tasks: Sequence[Task], step: int, kind: str) -> Picked:
     return join([(row, task, task.batches[step]) for row, task in enumerate(tasks)], kind)
 
 
-def join(parts: Sequence[tuple[int, Task, np.ndarray]], kind: str) -> Picked:
+def join(parts: Sequence[tuple[int, Task, np.ndarray]], kind: base.Task) -> Picked:
     """Examples of several (model, task, places in its data)."""
     places = [index.tolist() for _, _, index in parts]
     keys = [(task.client, i) for (_, task, _), index in zip(parts, places) for i in index]
     encoded = [task.data.encoded[i] for (_, task, _), index in zip(parts, places) for i in index]
-    lengths = (
-        np.ones(len(encoded), np.int64)
-        if kind == "image-classification"
-        else np.array([len(next(iter(e.values()))) for e in encoded], np.int64)
-    )
+    lengths = kind.inputs.rows(np.array([len(next(iter(e.values()))) for e in encoded], np.int64))
     counts = [len(index) for index in places]
     part = np.repeat(np.arange(len(parts)), counts)
-    made = np.bincount(part, predictions(lengths, kind), len(parts))
+    made = np.bincount(part, kind.predictions(lengths), len(parts))
     return Picked(
         keys,
         encoded,
@@ -88,21 +85,14 @@ def join(parts: Sequence[tuple[int, Task, np.ndarray]], kind: str) -> Picked:
     )
 
 
-def predictions(lengths: np.ndarray, kind: str) -> np.ndarray:
-    """Predictions that each example gives: one, or for a causal language model one
-    per token after the first.
-    """
-    return np.maximum(lengths - 1, 0) if kind == "causal-lm" else np.ones_like(lengths)
-
-
 def trainable_batches(
-    data: ClientData | Stream, batches: Sequence[np.ndarray], kind: str
+    data: ClientData | Stream, batches: Sequence[np.ndarray], kind: base.Task
 ) -> list[np.ndarray]:
     """Without those that predict nothing (one-token texts): they make no step."""
-    if kind != "causal-lm":
+    if kind.has_head:
         return list(batches)
     lengths = np.array(data.lengths)
-    return [index for index in batches if predictions(lengths[index], kind).sum() > 0]
+    return [index for index in batches if kind.predictions(lengths[index]).sum() > 0]
 
 
 def stretches(lengths: np.ndarray, rows: int, padded: bool) -> list[np.ndarray]:

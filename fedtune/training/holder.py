@@ -19,6 +19,7 @@ from fedtune.data.examples import Dataset, load_dataset
 from fedtune.data.partition import Split, split
 from fedtune.errors import DataError, Refused
 from fedtune.stateful.methods import shared
+from fedtune.tasks import task_named
 from fedtune.types import Arrays, Metrics
 from fedtune.wire import Schema, decode, encode, require_whole
 
@@ -61,7 +62,7 @@ class Device:
     streams: bool = False
 
     def facts(self) -> dict[str, Any]:
-        """Training examples, held-out examples, and training examples by label name ({} for causal-lm)."""
+        """Training examples, held-out examples, and training examples by label name ({} without labels)."""
         names, train = self.store.dataset.label_names, self.store.split.train[0]
         counts = np.bincount(self.store.dataset.examples.labels[train], minlength=len(names)).tolist()
         return {
@@ -133,7 +134,7 @@ def read_data(bundle: Bundle, path: Path) -> tuple[Dataset, Split]:
     """
     job = bundle.job
     path = path.expanduser().absolute()  # absolute also so that no name is taken for package:NAME
-    _require_kind(path, job.model.task == "image-classification")
+    _require_kind(path, task_named(job.model.task).inputs.in_folder)
     # a device is one client: how a simulation deals rows out does not matter,
     # and the column it deals by need not be there
     data = job.data.model_copy(

@@ -20,6 +20,7 @@ from fedtune.errors import ContractError, Refused
 from fedtune.stateful import methods
 from fedtune.stateful.base import Ask, Client, Trained
 from fedtune.stateful.store import Kept
+from fedtune.tasks import task_named
 from fedtune.training.batches import local_batches
 from fedtune.training.chunks import trainable_batches
 from fedtune.training.holder import require_converged
@@ -149,4 +150,4 @@ def batches_of(
         fed.local_steps,
         generator(fed.seed, purpose, round, client),
     )
-    return trainable_batches(data, list(drawn), bundle.job.model.task)
+    return trainable_batches(data, list(drawn), task_named(bundle.job.model.task))

@@ -25,6 +25,7 @@ from fedtune.errors import EnvironmentProblem, PrivacyRefused, UserError
 from fedtune.job import Job, job_from, load_raw
 from fedtune.privacy.plan import Plan, plan_of, warnings_of
 from fedtune.round.gradient_init import init_warnings
+from fedtune.tasks import task_named
 from fedtune.types import TensorSpec
 from fedtune.workflows.privacy import figure
 
@@ -244,7 +245,7 @@ def _spec(job: Job) -> tuple[AdapterSpec, list[str]]:
     from fedtune.models.sources import locate
 
     source, classes, notes = locate(job.model.source), len(job.data.labels), []
-    if job.model.task == "causal-lm":
+    if not task_named(job.model.task).has_head:
         classes = 1
     elif not classes:
         try:

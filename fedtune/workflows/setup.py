@@ -30,6 +30,7 @@ from fedtune.privacy.plan import plan_of, resolved, warnings_of
 from fedtune.report.summary import few
 from fedtune.round.gradient_init import init_warnings
 from fedtune.runs.folder import Facts, RunFolder, versions
+from fedtune.tasks import Task, task_named
 from fedtune.training.memory import step_memory
 from fedtune.types import Arrays
 from fedtune.wire import Schema
@@ -48,6 +49,10 @@ class OpenBase:
     @property
     def classes(self) -> int:
         return max(1, len(self.labels))
+
+    @property
+    def task(self) -> Task:
+        return task_named(self.job.model.task)
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -102,7 +107,7 @@ def open_base(job: Job) -> OpenBase:
     source = locate(job.model.source)
     sha256 = check_hash(source, job.model.sha256) if source.weights else ""
     labels = job.data.labels
-    if not labels and job.model.task != "causal-lm":
+    if not labels and task_named(job.model.task).has_head:
         try:
             labels = load_dataset(job.data, job.model, job.federation.seed).label_names
         except UserError as e:
@@ -202,7 +207,7 @@ def run_facts(setup: Setup) -> dict[str, Any]:
 
 
 def data_digest(setup: Setup) -> str:
-    return holdings.digest(setup.split, setup.dataset, inputs=setup.job.model.task != "image-classification")
+    return holdings.digest(setup.split, setup.dataset, inputs=not setup.task.inputs.in_folder)
 
 
 def require_unchanged(setup: Setup, run: RunFolder) -> None:

@@ -15,6 +15,7 @@ LAYERS = (  # from the bottom up; a module stands where its longest prefix here 
     ("errors", "types"),
     ("process.waits", "process.child"),
     ("common", "process"),
+    ("tasks",),
     ("wire", "provision", "packages", "models.layout"),
     ("adapters.spec", "adapters.frames", "adapters.kinds"),
     ("job",),

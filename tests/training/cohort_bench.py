@@ -7,6 +7,7 @@ import numpy as np
 from fedtune.adapters.methods import attach, initial, write
 from fedtune.common.seeds import generator
 from fedtune.data.encoded import ClientData
+from fedtune.tasks import task_named
 from fedtune.training.batches import local_batches
 from fedtune.training.chunks import Task, trainable_batches
 from fedtune.training.features import FeatureStore
@@ -63,7 +64,7 @@ class Bench:
                     generator(0, "local", 2, name),
                 )
             ),
-            self.job.model.task,
+            task_named(self.job.model.task),
         )
 
     def tasks(self, trained=None):
