@@ -10,7 +10,7 @@ from fedtune.cli.progress import Board
 from fedtune.errors import UserError
 from fedtune.job import Job, load_job
 from fedtune.report.format import duration, number, size
-from fedtune.round.coordinator import Watch
+from fedtune.round.watch import Watch
 from fedtune.runs.folder import RunFolder, create_run, next_run_path, open_run
 
 EXAMPLES = (

@@ -32,7 +32,7 @@ from fedtune.privacy.audit import (
 from fedtune.privacy.canaries import ClientCanaries, rehearse
 from fedtune.privacy.example import example_privacy
 from fedtune.privacy.plan import plan_of
-from fedtune.round.coordinator import Watch
+from fedtune.round.watch import Watch
 from fedtune.runs.folder import RunFolder, create_run
 from fedtune.training.canaries import GradientCanaries, InputCanaries
 from fedtune.workflows.audited import Audited, AuditedClients, AuditedSteps, AuditedTexts, Room, spiked

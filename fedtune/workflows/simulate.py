@@ -24,10 +24,16 @@ from fedtune.errors import EnvironmentProblem
 from fedtune.job import SimulationSection
 from fedtune.models.base import TunableModel
 from fedtune.privacy.plan import Plan, plan_of
-from fedtune.round.coordinator import Coordinator, Traffic, Watch, evaluated, make_algorithm, start
+from fedtune.round.algorithm import make_algorithm
+from fedtune.round.coordinator import Coordinator, start
 from fedtune.round.gradient_init import gather_gradients
+from fedtune.round.lines import evaluated
+from fedtune.round.loop import run_rounds
+from fedtune.round.replies import Exchange
+from fedtune.round.traffic import Traffic
+from fedtune.round.watch import Watch
 from fedtune.runs.folder import RunFolder, open_run
-from fedtune.server.app import Ask, make_server_app, run_rounds
+from fedtune.server.app import make_server_app
 from fedtune.simulation.engines import run_ray, run_serial
 from fedtune.simulation.fleet import Fleet
 from fedtune.simulation.vectorised import Together, memory_for
@@ -121,7 +127,7 @@ class Simulation:
         else:
             run_serial(server, make_client_app(self.answer))
 
-    def run_over(self, ask: Ask) -> None:
+    def run_over(self, ask: Exchange) -> None:
         """The rounds on whatever answers, with the effects of the job's devices around it."""
         if self.fleet is None:
             run_rounds(self.coordinator(ask), ask)
@@ -187,7 +193,7 @@ class Simulation:
             self._noted = True
             return None
 
-    def coordinator(self, exchange: Ask) -> Coordinator:
+    def coordinator(self, exchange: Exchange) -> Coordinator:
         """Opens or makes the bundle (asking clients for gradients where the job says so) and stands
         at the newest checkpoint.
         """
@@ -294,7 +300,7 @@ class Simulation:
             rng.choice(count, size=min(self.setup.job.evaluation.max_examples, count), replace=False)
         )
 
-    def _make_frame(self, exchange: Ask, plan: Plan | None) -> tuple[Arrays, Arrays, Traffic]:
+    def _make_frame(self, exchange: Exchange, plan: Plan | None) -> tuple[Arrays, Arrays, Traffic]:
         job = self.setup.job
         if not job.adapter.asks_gradients:
             self.watch.stage("making the frame", 0)

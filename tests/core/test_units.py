@@ -31,7 +31,9 @@ from fedtune.errors import JobError
 from fedtune.job import parse_job
 from fedtune.privacy.client import ClientPrivacy
 from fedtune.privacy.noise import SystemNoise
-from fedtune.round.coordinator import Reply, make_algorithm, start
+from fedtune.round.algorithm import make_algorithm
+from fedtune.round.coordinator import start
+from fedtune.round.replies import Reply
 from fedtune.runs.folder import create_run
 from fedtune.runs.ledger import Ledger
 from fedtune.types import ClientInfo, TensorSpec, Update
