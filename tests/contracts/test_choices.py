@@ -12,8 +12,9 @@ import fedtune
 from fedtune.aggregation.rules import RULES, own_rule
 from fedtune.aggregation.steps import STEPS
 from fedtune.errors import EmptyCohort, JobError, ShapeMismatch
-from fedtune.job import FederationSection, parse_job
+from fedtune.job import FederationSection, SimulationSection, parse_job
 from fedtune.round.algorithm import make_algorithm
+from fedtune.simulation.engines import ENGINES
 from fedtune.types import ClientInfo, TensorSpec, Update
 from fedtune.wire import Schema
 
@@ -21,6 +22,7 @@ ROOT = Path(fedtune.__file__).parent
 TABLES = {  # by the attribute that holds the name: the names, and where they are defined
     "aggregation": (RULES, "aggregation"),
     "server_optimizer": (STEPS, "aggregation"),
+    "engine": (ENGINES, "simulation"),
 }
 SETTINGS = {"trim": 0.25, "byzantine": 1, "norm_bound": 0.5}
 REFERENCE = {
@@ -78,10 +80,21 @@ def test_nobody_compares_with_a_name_of_the_table(attribute):
 
 
 @pytest.mark.parametrize("key, table", [("aggregation", RULES), ("server_optimizer", STEPS)])
-def test_a_job_can_choose_what_the_table_has(key, table):
-    assert get_args(FederationSection.model_fields[key].annotation) == tuple(table)
-    assert all(name == choice.name for name, choice in table.items())
+def test_keys_of_a_choice_are_of_its_section(key, table):
     assert all(k in FederationSection.model_fields for choice in table.values() for k in choice.keys)
+
+
+@pytest.mark.parametrize(
+    "section, key, table",
+    [
+        (FederationSection, "aggregation", RULES),
+        (FederationSection, "server_optimizer", STEPS),
+        (SimulationSection, "engine", ENGINES),
+    ],
+)
+def test_a_job_can_choose_what_the_table_has(section, key, table):
+    assert set(get_args(section.model_fields[key].annotation)) == set(table)
+    assert all(name == choice.name for name, choice in table.items())
 
 
 @pytest.fixture(params=RULES)
