@@ -8,8 +8,9 @@ from fedtune.adapters.kinds.table import BIASES_ONLY, HEAD_ONLY, WITH_CORES, WIT
 from fedtune.aggregation.rules import MEAN, RULES, Rule
 from fedtune.aggregation.steps import AVERAGE, STEPS, Step
 from fedtune.job.private import privacy_disagreements
-from fedtune.job.sections import PROBING, EdgeSection, Section, Sections, tables
+from fedtune.job.sections import EdgeSection, Section, Sections, tables
 from fedtune.job.text import CONTROL, or_, toml_value
+from fedtune.units.strategies import STRATEGIES
 
 
 def disagreements(job: Sections, rule: Rule | None = None) -> Iterator[str]:
@@ -275,7 +276,7 @@ def _stateful_disagreements(job: Sections, chosen: str) -> Iterator[str]:
         )
     if job.edge.mode == "forward":
         yield f'{chosen}: needs gradients in every step; use edge.mode = "backward"'
-    if job.units.strategy != "all":
+    if not job.units.chosen.whole:
         yield (
             f"{chosen}: what a client keeps is of all that is trained, and units.strategy = "
             f'{toml_value(job.units.strategy)} trains a part; use "all"'
@@ -283,12 +284,13 @@ def _stateful_disagreements(job: Sections, chosen: str) -> Iterator[str]:
 
 
 def _units_disagreements(job: Sections, rule: Rule) -> Iterator[str]:
+    probing = tuple(strategy.name for strategy in STRATEGIES.values() if strategy.probes)
     units, own = (
         job.units,
         [(place, device.units) for place, device in enumerate(job.simulation.devices) if device.units],
     )
     yield from _idle(
-        "units", units, "strategy", dict.fromkeys(("consistency", "probe_every", "probe_batches"), PROBING)
+        "units", units, "strategy", dict.fromkeys(("consistency", "probe_every", "probe_batches"), probing)
     )
     if units.fit and not any(
         device.memory_mb or (units.seconds and device.speed) for device in job.simulation.devices
@@ -311,7 +313,7 @@ def _units_disagreements(job: Sections, rule: Rule) -> Iterator[str]:
                     f"simulation.devices.{place}.depth = {device.depth}: only for strategies that go "
                     f"by scores, not {toml_value(units.strategy)}; remove it"
                 )
-    if units.strategy == "all":
+    if units.chosen.whole:
         if units.fit:
             yield (
                 'units.fit = true: strategy = "all" trains every block; remove it, or choose another strategy'
@@ -343,10 +345,11 @@ def _units_disagreements(job: Sections, rule: Rule) -> Iterator[str]:
             f'units.strategy = {toml_value(units.strategy)}: with edge.mode = "forward" a step moves '
             'the whole model along a direction; use "all"'
         )
-    if units.strategy == "snr" and units.probe_batches < 2:
+    score = units.chosen.score
+    if score and units.probe_batches < score.fewest:
         yield (
-            f'units.probe-batches = {units.probe_batches}: strategy = "snr" compares the gradients '
-            "of batches; give at least 2"
+            f"units.probe-batches = {units.probe_batches}: strategy = {toml_value(units.strategy)} compares "
+            f"the gradients of batches; give at least {score.fewest}"
         )
     if units.probes:
         for place, device in enumerate(job.simulation.devices):

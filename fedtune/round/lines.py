@@ -63,7 +63,7 @@ def trained_in(
     if any(t.rank for t in schema.tensors):
         ranks = Counter(planned[client].rank or job.adapter.rank for client in report.clients)
         found["ranks"] = {str(rank): ranks[rank] for rank in sorted(ranks)}
-    if job.units.strategy == "all":
+    if job.units.chosen.whole:
         return found
     counts = Counter(unit for client in report.clients for unit in planned[client].units)
     found["units"] = {unit: counts[unit] for unit in schema.units if counts[unit]}

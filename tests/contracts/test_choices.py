@@ -12,10 +12,11 @@ import fedtune
 from fedtune.aggregation.rules import RULES, own_rule
 from fedtune.aggregation.steps import STEPS
 from fedtune.errors import EmptyCohort, JobError, ShapeMismatch
-from fedtune.job import FederationSection, SimulationSection, parse_job
+from fedtune.job import FederationSection, SimulationSection, UnitsSection, parse_job
 from fedtune.round.algorithm import make_algorithm
 from fedtune.simulation.engines import ENGINES
 from fedtune.types import ClientInfo, TensorSpec, Update
+from fedtune.units.strategies import STRATEGIES
 from fedtune.wire import Schema
 
 ROOT = Path(fedtune.__file__).parent
@@ -23,6 +24,7 @@ TABLES = {  # by the attribute that holds the name: the names, and where they ar
     "aggregation": (RULES, "aggregation"),
     "server_optimizer": (STEPS, "aggregation"),
     "engine": (ENGINES, "simulation"),
+    "strategy": (STRATEGIES, "units"),
 }
 SETTINGS = {"trim": 0.25, "byzantine": 1, "norm_bound": 0.5}
 REFERENCE = {
@@ -90,6 +92,7 @@ def test_keys_of_a_choice_are_of_its_section(key, table):
         (FederationSection, "aggregation", RULES),
         (FederationSection, "server_optimizer", STEPS),
         (SimulationSection, "engine", ENGINES),
+        (UnitsSection, "strategy", STRATEGIES),
     ],
 )
 def test_a_job_can_choose_what_the_table_has(section, key, table):

@@ -16,7 +16,7 @@ LAYERS = (  # from the bottom up; a module stands where its longest prefix here 
     ("process.waits", "process.child"),
     ("common", "process"),
     ("wire", "provision", "packages", "models.layout"),
-    ("adapters.spec", "adapters.frames", "adapters.kinds", "aggregation"),
+    ("adapters.spec", "adapters.frames", "adapters.kinds", "aggregation", "units"),
     ("job",),
     ("algorithms.probes",),
     ("secagg",),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedtune.adapters.methods import write
-from fedtune.algorithms.probes import SCORES, _part, answers, block_scores, kept_numbers, probe_bytes
+from fedtune.algorithms.probes import SCORES, answers, block_scores, probe_bytes
 from fedtune.algorithms.units import ROWS, by_common_scores
 from fedtune.common.seeds import generator
 from fedtune.errors import Refused
@@ -18,6 +18,7 @@ from fedtune.runs.folder import open_run
 from fedtune.training.batches import local_batches
 from fedtune.training.local import to_batch
 from fedtune.types import RoundReport, TensorSpec
+from fedtune.units.strategies import STRATEGIES
 from fedtune.wire import Schema, decode, encode
 
 PROBED = ("units.budget=1", "units.probe-batches=3", "units.probe-every=2")
@@ -225,4 +226,5 @@ def test_one_gradient_is_no_signal_to_noise_ratio_and_rgn_needs_the_weights():
 @pytest.mark.parametrize("strategy", ["gradient", "fisher", "snr"])
 def test_a_probe_keeps_what_a_plan_counts(strategy):
     """Sums of one tensor's gradients, in float32 numbers for each of its own."""
-    assert _part(strategy, np.ones((50, 40), np.float32)).nbytes // 4 // 2000 == kept_numbers(strategy)
+    score = STRATEGIES[strategy].score
+    assert score.part(np.ones((50, 40), np.float32)).nbytes // 4 // 2000 == score.kept
