@@ -19,7 +19,7 @@ from fedtune.job import SimulationSection
 from fedtune.privacy.example import ExamplePrivacy, example_privacy, noisy_metrics, poisson_batches
 from fedtune.privacy.noise import noise_of
 from fedtune.privacy.plan import outward
-from fedtune.round.coordinator import Reply
+from fedtune.round.replies import Reply
 from fedtune.stateful.base import Ask
 from fedtune.stateful.methods import asks, method_of
 from fedtune.tasks import task_named
