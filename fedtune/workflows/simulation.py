@@ -6,6 +6,7 @@ from pathlib import Path
 from fedtune.aggregation.rules import Rule
 from fedtune.algorithms.fed_avg import Draw
 from fedtune.job import Job
+from fedtune.round.algorithm import make_algorithm
 from fedtune.round.watch import Watch
 from fedtune.runs.folder import RunFolder, create_run, next_run_path
 from fedtune.workflows.finish import finish
@@ -45,6 +46,8 @@ def simulate(
     _ = setup.encoder
     require_device(setup.job.simulation)
     make_fleet(setup)  # devices none of which could train
+    if rule or draw:
+        make_algorithm(setup.job, setup.schema, rule=rule, draw=draw)
     if run is None:
         run = create_run(
             path or next_run_path(Path("runs"), setup.job.adapter.method), setup.job, run_facts(setup)
