@@ -2,10 +2,12 @@
 
 import os
 import sys
+from typing import Annotated
 
 import click
 import typer
 
+from fedtune import __version__
 from fedtune.cli import (
     client,
     compare,
@@ -33,6 +35,24 @@ app = typer.Typer(
     suggest_commands=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fedtune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    """What `fedtune` takes before a command."""
+
+
 for module in (
     init,
     validate,
