@@ -8,13 +8,18 @@ from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from fedtune.errors import JobError
-from fedtune.job.sections import Section, fields, table_of
+from fedtune.job.agreement import disagreements
+from fedtune.job.sections import Section, Sections, fields, table_of
 from fedtune.job.text import one_line, or_, shown, toml_value
 from fedtune.job.whole import Job
 
 _SUGGEST = 0.6
+
+Place = tuple[int | str, ...]
+"""Section, key, and in a list of tables its place and key; as written, with - or with _."""
 
 
 def parse_job(text: str, overrides: Iterable[str] = (), source: str = "job") -> Job:
@@ -72,15 +77,71 @@ def load_raw(path: Path | None, overrides: Iterable[str] = ()) -> tuple[dict[str
 
 def job_from(raw: dict[str, Any], source: str = "job") -> Job:
     """Checks a parsed TOML table. Raises JobError."""
-    problems: list[str] = []
-    try:
-        job = Job.model_validate(_tuples(raw))
-    except ValidationError as e:
-        problems += _describe(e)
-    problems += _unavailable(_tuples(raw))
+    values = _tuples(raw)
+    errors = _errors(values)
+    planned = dict(_unavailable(values))
+    valid = _valid_sections(values, [*(e["loc"] for e in errors), *planned])
+    problems = [*_describe(errors), *disagreements(valid), *planned.values()]
     if problems:
         raise JobError(problems, source)
-    return job
+    return Job.model_validate(values)
+
+
+def _errors(values: dict[str, Any]) -> list[ErrorDetails]:
+    """What is wrong with single keys."""
+    try:
+        Sections.model_validate(values)
+    except ValidationError as e:
+        return e.errors()
+    return []
+
+
+def _valid_sections(values: dict[str, Any], places: Iterable[Place]) -> Sections:
+    """The job without the keys at these places: to read one of them raises MissingKey."""
+    inside = _by_first(places)
+    return Sections.model_construct(
+        None,
+        **{
+            name: _valid_section(type(field.default), values.get(name, {}), inside.get(name, []))
+            for name, field in Sections.model_fields.items()
+        },
+    )
+
+
+def _valid_section(kind: type[Section], values: Any, places: list[Place]) -> Section:
+    """As `_valid_sections`, of a section or of a table in a list of tables; the empty place is all of it."""
+    inside = {key: [()] for key in kind.model_fields} if () in places else _by_first(places)
+    given = {_name(key): value for key, value in values.items()} if isinstance(values, dict) else {}
+    needed = {
+        name: field.json_schema_extra["example"]
+        for name, field in fields(kind).items()
+        if field.is_required() and name in inside
+    }
+    kept = {name: given[name] for name in given.keys() & kind.model_fields.keys() - inside.keys()}
+    section = kind.model_validate(kept | needed).model_copy()
+    for name in inside.keys() & kind.model_fields.keys():
+        table = table_of(kind.model_fields[name])
+        if table is None or () in inside[name]:
+            del section.__dict__[name]
+        else:
+            rows = _by_first(inside[name])
+            section.__dict__[name] = tuple(
+                _valid_section(table, row, rows.get(str(number), []))
+                for number, row in enumerate(given[name])
+            )
+    return section
+
+
+def _by_first(places: Iterable[Place]) -> dict[str, list[Place]]:
+    """What follows the first part of each place, by that part as a field is called."""
+    found: dict[str, list[Place]] = {}
+    for first, *rest in places:
+        found.setdefault(_name(first), []).append(tuple(rest))
+    return found
+
+
+def _name(key: int | str) -> str:
+    return str(key).replace("-", "_")
 
 
 def _tuples(value: Any) -> Any:
@@ -125,15 +186,18 @@ def _apply(raw: dict[str, Any], override: str) -> list[str]:
     return []
 
 
-def _unavailable(raw: dict[str, Any]) -> Iterator[str]:
-    """A line for each value given whose feature is not built yet; works on unchecked values too."""
+def _unavailable(raw: dict[str, Any]) -> Iterator[tuple[Place, str]]:
+    """The place of, and a line for, each value given whose feature is not built yet; works on unchecked
+    values too.
+    """
     for section, values in raw.items():
         for key, value in values.items() if isinstance(values, dict) else ():
             field = _field((section, key))
             if field is not None and isinstance(value, str) and value in _planned(field):
                 yield (
+                    (section, key),
                     f"{section}.{key} = {shown(value)}: not available yet; "
-                    f"use {or_(field.json_schema_extra['available'])}"
+                    f"use {or_(field.json_schema_extra['available'])}",
                 )
 
 
@@ -143,13 +207,11 @@ def _planned(field: Any) -> set[Any]:
     return set() if available is None else set(get_args(field.annotation)) - set(available)
 
 
-def _describe(error: ValidationError) -> Iterator[str]:
-    for e in error.errors():
+def _describe(errors: Iterable[ErrorDetails]) -> Iterator[str]:
+    for e in errors:
         where = one_line(".".join(str(part).replace("_", "-") for part in e["loc"]))
         value, ctx = e.get("input"), e.get("ctx", {})
-        if e["type"] == "value_error":
-            yield from str(ctx["error"]).split("\n")
-        elif e["type"] == "extra_forbidden":
+        if e["type"] == "extra_forbidden":
             yield f"{where}: unknown {'key' if len(e['loc']) > 1 else 'section'}; {_nearest(e['loc'])}"
         elif e["type"] in ("model_type", "model_attributes_type", "dict_type"):
             yield f"{where} = {shown(value)}: is a {_kind(e['loc'])} above its keys"

@@ -3,7 +3,7 @@ keys must agree on is in `agreement`.
 """
 
 from collections.abc import Iterator
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -28,6 +28,10 @@ def _key(
     return Field(default=default, description=description, json_schema_extra=extra, **limits)
 
 
+class MissingKey(Exception):
+    """A key was read of a section that lacks it, as its value is not valid (`reading`)."""
+
+
 class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True,
@@ -38,6 +42,13 @@ class Section(BaseModel):
         validate_by_alias=True,
         allow_inf_nan=False,
     )
+
+    if not TYPE_CHECKING:  # a type checker would take it that every name is there
+
+        def __getattr__(self, name: str) -> Any:
+            if name in type(self).model_fields:
+                raise MissingKey(name)
+            return super().__getattr__(name)
 
 
 class ModelSection(Section):
@@ -639,9 +650,9 @@ class Sections(Section):
 
 def tables(section: Section) -> Iterator[tuple[str, tuple[Section, ...]]]:
     """The keys of a section that hold lists of tables."""
-    for name, field in type(section).model_fields.items():
-        if table_of(field) is not None:
-            yield name.replace("_", "-"), getattr(section, name)
+    for name, value in section:
+        if table_of(type(section).model_fields[name]) is not None:
+            yield name.replace("_", "-"), value
 
 
 def table_of(field: Any) -> type[Section] | None:
