@@ -3,7 +3,7 @@
 from typing import get_args
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -89,9 +89,9 @@ def lines(raw):
     return []
 
 
-def nested(settings):
+def nested(by_key):
     raw = {}
-    for key, value in settings.items():
+    for key, value in by_key.items():
         section, _, name = key.partition(".")
         raw.setdefault(section, {})[name] = value
     return raw
@@ -116,17 +116,18 @@ VALUES = {key: values(*field) for key, field in FIELDS.items()}
 CLASS_VALUES = {key: values(*field) for key, field in CLASS_FIELDS.items()}
 
 
-def some(values):
-    return st.lists(st.sampled_from(sorted(values)), max_size=8, unique=True).flatmap(
+def some(values, most):
+    return st.lists(st.sampled_from(sorted(values)), max_size=most, unique=True).flatmap(
         lambda keys: st.fixed_dictionaries({key: st.sampled_from(values[key]) for key in keys})
     )
 
 
+@settings(deadline=None)
 @given(st.sets(st.sampled_from(sorted(RULES))), st.sets(st.sampled_from(sorted(WRONG))))
 def test_each_wrong_key_and_each_rule_whose_keys_are_valid(rules, wrong):
-    settings = {key: value for rule in rules for key, value in RULES[rule][0].items()}
+    changed = {key: value for rule in rules for key, value in RULES[rule][0].items()}
     with_classes = rules | ({"depth", "rank"} if rules & {"depth", "rank"} else set())
-    found = lines(nested(settings | {key: WRONG[key][0] for key in wrong}))
+    found = lines(nested(changed | {key: WRONG[key][0] for key in wrong}))
     expected = [WRONG[key][1] for key in wrong] + [
         RULES[rule][1] for rule in with_classes if not RULES[rule][2] & wrong
     ]
@@ -134,14 +135,15 @@ def test_each_wrong_key_and_each_rule_whose_keys_are_valid(rules, wrong):
     assert all(any(line.startswith(begin) for line in found) for begin in expected)
 
 
+@settings(deadline=None)
 @given(
-    some(VALUES),
-    st.lists(some(CLASS_VALUES), max_size=3),
-    st.sets(st.sampled_from(sorted(VALUES)), max_size=3),
+    some(VALUES, most=60),
+    st.lists(some(CLASS_VALUES, most=6), max_size=3),
+    st.sets(st.sampled_from(sorted(VALUES)), max_size=20),
     st.sets(st.tuples(st.integers(0, 2), st.sampled_from(sorted(CLASS_VALUES))), max_size=2),
     st.data(),
 )
-def test_a_line_beside_a_wrong_key_stands_whatever_that_key_becomes(settings, classes, wrong, in_class, data):
+def test_a_line_beside_a_wrong_key_stands_whatever_that_key_becomes(changed, classes, wrong, in_class, data):
     classes = [{"name": f"c{place}"} | own for place, own in enumerate(classes)]
     in_class = {(place, key) for place, key in in_class if place < len(classes)}
 
@@ -150,7 +152,7 @@ def test_a_line_beside_a_wrong_key_stands_whatever_that_key_becomes(settings, cl
             own | {key: other_in_class[place, key] for at, key in in_class if at == place}
             for place, own in enumerate(classes)
         ]
-        return nested(settings | other | {"simulation.devices": rows})
+        return nested(changed | other | {"simulation.devices": rows})
 
     found = lines(job(dict.fromkeys(wrong, NONE_TAKES), dict.fromkeys(in_class, NONE_TAKES)))
     keys = [*wrong, *(f"simulation.devices.{place}.{key}" for place, key in in_class)]
