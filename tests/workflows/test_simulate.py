@@ -11,10 +11,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from typer.testing import CliRunner
 
 from fedtune.adapters.frames import from_gradients
+from fedtune.aggregation.rules import own_rule
 from fedtune.bundles.bundle import open_bundle
 from fedtune.cli.main import app
 from fedtune.cli.progress import Board
 from fedtune.cli.simulate import Progress
+from fedtune.errors import JobError
 from fedtune.report.facts import notices
 from fedtune.report.summary import check
 from fedtune.round.lines import round_line
@@ -26,6 +28,7 @@ from fedtune.training.worker import gradient_schema
 from fedtune.types import RoundReport
 from fedtune.wire import Schema, encode
 from fedtune.workflows.finish import finish
+from fedtune.workflows.simulation import simulate
 from fedtune.workflows.summary import facts
 
 METHODS = ("fed-sb", "lora", "ffa-lora", "bias", "head", "full")
@@ -298,3 +301,27 @@ def test_a_loss_that_is_not_a_number_is_said(tiny_job, run_rounds, tmp_path):
     shown = Console(file=io.StringIO(), width=200)
     Progress(Board(shown), 1).line(line)
     assert "accuracy 0.500, loss — on 4 held-out" in shown.file.getvalue()
+
+
+def test_a_whole_simulation_with_a_rule_and_a_draw_of_ones_own(tiny_job, tmp_path):
+    """simulate() from the job to the finished folder; a rule that moves nothing leaves the start."""
+    asked, begun = [], []
+
+    def draw(clients, round, rng):
+        asked.append(round)
+        return clients[:1]
+
+    job = tiny_job("federation.rounds=1")
+    still = own_rule(lambda updates, reference: {})
+    run = simulate(job, path=tmp_path / "run", began=begun.append, rule=still, draw=draw)
+    assert begun == [run] and run.summary.exists() and 1 in asked
+    start = open_bundle(run.bundle).start
+    assert all(np.array_equal(run.newest().state.arrays[name], array) for name, array in start.items())
+    assert run.metrics()[-1]["clients"] == [run.facts()["split"][0]["name"]]
+
+
+def test_a_rule_that_does_not_go_with_the_job_leaves_no_folder(tiny_job, tmp_path):
+    job = tiny_job("federation.drift=scaffold", "federation.optimizer=sgd", "federation.weighting=equal")
+    with pytest.raises(JobError, match='aggregation = "own"'):
+        simulate(job, path=tmp_path / "run", rule=own_rule(lambda updates, reference: {}))
+    assert not (tmp_path / "run").exists()
