@@ -23,8 +23,8 @@ from fedtune.client.trainer import Trainer, TrainerSettings
 from fedtune.common.storage import lock, private_folder
 from fedtune.errors import DataError, FedtuneError, ModelError, Refused, RunError, UserError
 from fedtune.process.waits import GOODBYE_SECONDS, OFFER_SECONDS, STEADY_SECONDS, WATCH_POLL, backoff
+from fedtune.round.asked import require_borne
 from fedtune.stateful.methods import method_of
-from fedtune.training.asked import require_borne
 from fedtune.wire import kind_of
 
 log = logging.getLogger(__name__)

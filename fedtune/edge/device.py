@@ -20,11 +20,11 @@ from fedtune.onnx.folder import EdgeCard
 from fedtune.privacy.example import example_privacy
 from fedtune.privacy.noise import noise_of
 from fedtune.privacy.plan import outward
+from fedtune.round.asked import Asked, answered, asked
+from fedtune.round.batches import probed_batches
 from fedtune.stateful.base import Ask, Trained
 from fedtune.stateful.methods import method_of
 from fedtune.stateful.store import Kept
-from fedtune.training.asked import Asked, answered, asked
-from fedtune.training.batches import probed_batches
 from fedtune.training.forward import train_forward
 from fedtune.training.holder import Device, read_data, require_converged
 from fedtune.training.keeping import Local, own_model, own_state, train_keeping

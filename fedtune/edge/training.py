@@ -28,8 +28,8 @@ from fedtune.privacy.example import (
     poisson_batches,
 )
 from fedtune.privacy.noise import Noise
+from fedtune.round.batches import by_length, local_batches
 from fedtune.stateful.base import Pull
-from fedtune.training.batches import by_length, local_batches
 from fedtune.types import Arrays, Metrics
 from fedtune.wire import Pieces
 

@@ -19,12 +19,12 @@ from fedtune.job import SimulationSection
 from fedtune.privacy.example import ExamplePrivacy, example_privacy, noisy_metrics, poisson_batches
 from fedtune.privacy.noise import noise_of
 from fedtune.privacy.plan import outward
+from fedtune.round.asked import Asked, asked
+from fedtune.round.batches import local_batches
 from fedtune.round.coordinator import Reply
 from fedtune.stateful.base import Ask
 from fedtune.stateful.methods import asks, method_of
 from fedtune.training import keeping
-from fedtune.training.asked import Asked, asked
-from fedtune.training.batches import local_batches
 from fedtune.training.chunks import Task, trainable_batches
 from fedtune.training.cohort import CohortTrainer, Pulls
 from fedtune.training.holder import require_converged

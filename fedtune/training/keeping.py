@@ -17,13 +17,13 @@ from fedtune.common.storage import write_atomic, write_json
 from fedtune.data.clients import Stream
 from fedtune.data.encoded import ClientData
 from fedtune.errors import ContractError, Refused
+from fedtune.round.batches import local_batches
+from fedtune.round.rates import learning_rate
 from fedtune.stateful import methods
 from fedtune.stateful.base import Ask, Client, Trained
 from fedtune.stateful.store import Kept
-from fedtune.training.batches import local_batches
 from fedtune.training.chunks import trainable_batches
 from fedtune.training.holder import require_converged
-from fedtune.training.rates import learning_rate
 from fedtune.types import Arrays
 from fedtune.wire import Packet
 

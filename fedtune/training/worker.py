@@ -22,12 +22,12 @@ from fedtune.models.base import TunableModel
 from fedtune.privacy.example import ExamplePrivacy, example_privacy, first_gradient
 from fedtune.privacy.noise import noise_of
 from fedtune.privacy.plan import outward
+from fedtune.round.asked import Asked, answered, asked
+from fedtune.round.batches import probed_batches
 from fedtune.round.gradient_init import gradient_schema
 from fedtune.stateful.base import Pull
 from fedtune.stateful.methods import method_of
 from fedtune.stateful.store import Kept
-from fedtune.training.asked import Asked, answered, asked
-from fedtune.training.batches import probed_batches
 from fedtune.training.evaluate import Scores, score
 from fedtune.training.forward import train_forward
 from fedtune.training.holder import require_converged

@@ -36,10 +36,10 @@ from fedtune.onnx.export import export_graph, write_proto
 from fedtune.onnx.folder import FORMAT
 from fedtune.onnx.predict import ADAPTERS, CARD, CARD_FILE, FLOAT32, INT8, STATIC, ModelCard
 from fedtune.onnx.quantise import quantise, quantise_static
+from fedtune.round.batches import by_length
 from fedtune.runs.folder import RunFolder, versions
 from fedtune.stateful.methods import is_personal, kept, shared
 from fedtune.stateful.store import Kept
-from fedtune.training.batches import by_length
 from fedtune.training.keeping import personal_model
 from fedtune.training.local import to_batch
 from fedtune.types import Arrays

@@ -7,7 +7,7 @@ import numpy as np
 from fedtune.adapters.methods import attach, initial, write
 from fedtune.common.seeds import generator
 from fedtune.data.encoded import ClientData
-from fedtune.training.batches import local_batches
+from fedtune.round.batches import local_batches
 from fedtune.training.chunks import Task, trainable_batches
 from fedtune.training.features import FeatureStore
 from fedtune.training.local import train_locally
