@@ -230,7 +230,11 @@ class Work:
         coordinator could fill the disk, and only the owner can say what may go.
         """
         folder = self.settings.folder / OWN / bundle.digest[:16]
-        if method_of(bundle.job) and not folder.exists() and len(list(folder.parent.glob("*"))) >= KEEP_OWN:
+        if (
+            method_of(bundle.job).keeps
+            and not folder.exists()
+            and len(list(folder.parent.glob("*"))) >= KEEP_OWN
+        ):
             raise Refused(
                 "personal",
                 f"this device keeps something of {KEEP_OWN} jobs already; "

@@ -22,7 +22,7 @@ from fedtune.privacy.noise import noise_of
 from fedtune.privacy.plan import outward
 from fedtune.round.asked import Asked, answered, asked
 from fedtune.round.batches import probed_batches
-from fedtune.stateful.base import Ask, Trained
+from fedtune.stateful.base import Trained, Training
 from fedtune.stateful.methods import method_of
 from fedtune.stateful.store import Kept
 from fedtune.training.forward import train_forward
@@ -58,7 +58,7 @@ class EdgeWorker:
         if packet.header.kind == "probe":
             return self._probe(packet, work, values, client, data)
         fed, round, private = job.federation, packet.header.round, example_privacy(job)
-        if method_of(job):
+        if method_of(job).keeps:
             update, metrics = train_keeping(
                 self.bundle, self.kept, packet, client, data, self._local(client, data, round)
             )
@@ -140,7 +140,7 @@ class EdgeWorker:
     def _local(self, client: str, data: ClientData | Stream, round: int) -> Local:
         fed, spec = self.bundle.job.federation, self.bundle.manifest.spec.schema
 
-        def local(ask: Ask) -> Trained:
+        def local(ask: Training) -> Trained:
             values = Pieces(np.concatenate([ask.start[t.name].ravel() for t in spec.tensors]), spec.layout)
             metrics = train_locally(
                 self.engine,

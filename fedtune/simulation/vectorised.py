@@ -22,8 +22,8 @@ from fedtune.privacy.plan import outward
 from fedtune.round.asked import Asked, asked
 from fedtune.round.batches import local_batches
 from fedtune.round.coordinator import Reply
-from fedtune.stateful.base import Ask
-from fedtune.stateful.methods import asks, method_of
+from fedtune.stateful.base import Training
+from fedtune.stateful.methods import method_of
 from fedtune.training import keeping
 from fedtune.training.chunks import Task, trainable_batches
 from fedtune.training.cohort import CohortTrainer, Pulls
@@ -99,7 +99,7 @@ class Together:
             if trainer is None:
                 yield from self._one_by_one(payload, clients)
                 continue
-            keeps = bool(method_of(self.worker.job))
+            keeps = method_of(self.worker.job).keeps is not None
             size = self.settings.block or block_size(
                 trainer.schema.size * (KEPT if keeps else 1), memory_for(self.settings) // 2
             )
@@ -148,7 +148,7 @@ class Together:
         )
         held = [self.data(client) for client in clients]
         found = [keeping.begin(bundle, kept, packet, client, data) for client, data in zip(clients, held)]
-        wanted = [asks(bundle.job, one) for one in found]
+        wanted = [method_of(bundle.job).trainings(bundle.job, one) for one in found]
         asked = [(client, data, ask) for client, data, its in zip(clients, held, wanted) for ask in its]
         tasks = [
             Task(client, data, keeping.batches_of(bundle, client, data, round, ask.purpose))
@@ -229,7 +229,7 @@ class Together:
         )
 
 
-def _turns(asked: Sequence[Ask], schema: Schema) -> list[list[int]]:
+def _turns(asked: Sequence[Training], schema: Schema) -> list[list[int]]:
     """Places of trainings that go together, in the order of time: one that begins where the one before it
     ended comes a turn later.
     """
@@ -242,7 +242,7 @@ def _turns(asked: Sequence[Ask], schema: Schema) -> list[list[int]]:
     return turns
 
 
-def _stacked(asked: Sequence[Ask], schema: Schema) -> tuple[np.ndarray, Pulls]:
+def _stacked(asked: Sequence[Training], schema: Schema) -> tuple[np.ndarray, Pulls]:
     """(starts, float32 [K, P], and pulls) of trainings, in the order of the schema."""
 
     def flat(arrays: Arrays) -> np.ndarray:

@@ -18,7 +18,7 @@ from fedtune.data.encoded import ClientData
 from fedtune.data.examples import Dataset, load_dataset
 from fedtune.data.partition import Split, split
 from fedtune.errors import DataError, Refused
-from fedtune.stateful.methods import shared
+from fedtune.stateful.methods import method_of
 from fedtune.types import Arrays, Metrics
 from fedtune.wire import Schema, decode, encode, require_whole
 
@@ -87,7 +87,7 @@ class Device:
         model = decode(packet, self.bundle.schema, kinds=["model"], frame=self.bundle.frame_digest)
         require_whole(model)
         held_out = self._held_out()
-        metrics = self.worker.metrics(shared(self.bundle.job, model.arrays), held_out)
+        metrics = self.worker.metrics(method_of(self.bundle.job).shared(model.arrays), held_out)
         own = self.worker.personal(model.arrays, "", held_out, model.header.round)
         metrics = metrics | {PERSONAL + name: found for name, found in (own or {}).items()}
         if not all(math.isfinite(total) for total, _ in metrics.values()):

@@ -19,8 +19,8 @@ from fedtune.data.encoded import ClientData
 from fedtune.errors import ContractError, Refused
 from fedtune.round.batches import local_batches
 from fedtune.round.rates import learning_rate
-from fedtune.stateful import methods
-from fedtune.stateful.base import Ask, Client, Trained
+from fedtune.stateful.base import Client, Trained, Training
+from fedtune.stateful.methods import method_of
 from fedtune.stateful.store import Kept
 from fedtune.training.chunks import trainable_batches
 from fedtune.training.holder import require_converged
@@ -28,7 +28,7 @@ from fedtune.types import Arrays
 from fedtune.wire import Packet
 
 log = logging.getLogger(__name__)
-Local = Callable[[Ask], Trained]
+Local = Callable[[Training], Trained]
 
 
 def train_keeping(
@@ -43,7 +43,7 @@ def train_keeping(
     """
     found = begin(bundle, kept, packet, client, data)
     trained = list[Trained]()
-    for ask in methods.asks(bundle.job, found):
+    for ask in method_of(bundle.job).trainings(bundle.job, found):
         trained.append(local(replace(ask, start=trained[-1][0] | ask.start) if trained else ask))
     return end(bundle, kept, packet, client, found, trained)
 
@@ -68,12 +68,11 @@ def end(
     bundle: Bundle, kept: Kept | None, packet: Packet, client: str, found: Client, trained: Sequence[Trained]
 ) -> Trained:
     """(update, metrics) after its trainings; what it keeps is written. Raises Refused as `train_keeping`."""
-    answer = methods.answer(bundle.job, bundle.manifest.spec.schema, found, trained)
+    method = method_of(bundle.job)
+    answer = method.answer(bundle.job, bundle.manifest.spec.schema, found, trained)
     require_converged(answer.metrics)
     if not all(np.isfinite(a).all() for a in answer.kept.values()):
-        pull = {"ditto": " or personal.strength", "fedspeed": " or federation.proximal"}.get(
-            methods.method_of(bundle.job), ""
-        )
+        pull = f" or {method.calming}" if method.calming else ""
         raise Refused(
             "not-finite",
             "what this client keeps diverged: a number of it is not finite; "
@@ -93,8 +92,9 @@ def personal_model(bundle: Bundle, kept: Kept, model: Arrays, client: str, round
     """The trained tensors with which a client predicts after this round;
     None where it has nothing of its own to predict with.
     """
-    own = kept.load(client, round) if methods.is_personal(bundle.job) else None
-    return None if own is None else methods.personal(bundle.job, bundle.trained(model), own)
+    personal = method_of(bundle.job).personal
+    own = kept.load(client, round) if personal else None
+    return None if personal is None or own is None else personal(bundle.trained(model), own)
 
 
 def own_model(bundle: Bundle, kept: Kept | None, model: Arrays, client: str, round: int) -> Arrays | None:
@@ -131,10 +131,10 @@ def own_state(bundle: Bundle, folder: Path | None) -> Kept | None:
     """Where a device, which is one client, keeps its own; None for a job whose clients keep
     nothing, or without a folder.
     """
-    job = bundle.job
-    if folder is None or not methods.method_of(job):
+    keeps = method_of(bundle.job).keeps
+    if folder is None or keeps is None:
         return None
-    return Kept(folder, methods.kept(job, bundle.manifest.spec.schema), owner="device")
+    return Kept(folder, keeps(bundle.manifest.spec.schema), owner="device")
 
 
 def batches_of(

@@ -162,7 +162,7 @@ class Worker:
 
     def _train(self, bundle: Bundle, packet: Packet, work: Asked, client: str, data: ClientData) -> bytes:
         round, private = packet.header.round, example_privacy(self.job)
-        if method_of(self.job):
+        if method_of(self.job).keeps:
             arrays, metrics = train_keeping(
                 bundle,
                 self.kept,

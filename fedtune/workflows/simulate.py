@@ -30,7 +30,7 @@ from fedtune.server.app import Ask, make_server_app, run_rounds
 from fedtune.simulation.engines import run_ray, run_serial
 from fedtune.simulation.fleet import Fleet
 from fedtune.simulation.vectorised import Together, memory_for
-from fedtune.stateful.methods import is_personal, kept, method_of, shared
+from fedtune.stateful.methods import method_of
 from fedtune.stateful.store import Kept
 from fedtune.training.cohort import CohortTrainer
 from fedtune.training.evaluate import Scores
@@ -85,11 +85,8 @@ class Simulation:
         self.model: TunableModel = self.base or self.setup.fresh_model()
         settings = self.setup.job.simulation
         require_device(settings)
-        self.kept = (
-            Kept(self.run.clients, kept(self.setup.job, self.setup.spec.schema))
-            if method_of(self.setup.job)
-            else None
-        )
+        keeps = method_of(self.setup.job).keeps
+        self.kept = Kept(self.run.clients, keeps(self.setup.spec.schema)) if keeps else None
         self.worker = Worker(
             self.setup.job,
             self.setup.spec,
@@ -232,7 +229,7 @@ class Simulation:
             with_personal(
                 metrics, [scores.metrics() for _, _, scores in self.personal_scores(round, arrays, whole)]
             )
-            if is_personal(job)
+            if method_of(job).personal
             else metrics
         )
 
@@ -266,7 +263,7 @@ class Simulation:
         if key and key in self._scored:
             return self._scored[key]
         data = self.held_out if whole else self._sample
-        scores = self.worker.scores(shared(self.setup.job, arrays), data)
+        scores = self.worker.scores(method_of(self.setup.job).shared(arrays), data)
         self._scored = {key: scores} if key else self._scored  # the last round's evaluation is the final one
         return scores
 
