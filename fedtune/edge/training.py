@@ -104,7 +104,7 @@ def pieces(lengths: Sequence[int], span: int) -> Iterator[np.ndarray]:
         yield np.arange(start, len(lengths))
 
 
-class Trained:
+class TrainedPart:
     """The tensors that a round trains, as numbers of a vector of all:
     the optimizer moves these and no others.
     """
@@ -161,7 +161,7 @@ def train_locally(
     A `pull` that names tensors is of all of them. rank: of the client,
     whose values are 0 beyond it (0: adapter.rank).
     """
-    trained, pull = Trained(engine.graphs.card.spec, names, rank), pull or Pull(settings.proximal)
+    trained, pull = TrainedPart(engine.graphs.card.spec, names, rank), pull or Pull(settings.proximal)
     optimizer, totals = Optimizer(trained.spec, settings, round), np.zeros(3)
     mu, towards = (
         np.float32(pull.strength),
@@ -232,7 +232,7 @@ def train_privately(
     Gradients are clipped, and noise is added, over these numbers alone. rank: as in `train_locally`.
     Raises Refused as that does.
     """
-    trained = Trained(engine.graphs.card.spec, names, rank)
+    trained = TrainedPart(engine.graphs.card.spec, names, rank)
     optimizer, check = Optimizer(trained.spec, settings, round), SelfCheck(privacy)
     scores, start = np.zeros(3), trained.of(values.vector).copy()
     for index in poisson_batches(len(data), privacy, noise):

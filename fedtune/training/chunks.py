@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedtune.data.clients import Stream
 from fedtune.data.encoded import ClientData
 from fedtune.privacy.noise import Noise
+from fedtune.round.batches import predictions
 
 UNEVEN = 4
 """Room for rows brought together by model, as a multiple of the rows there are."""
@@ -86,23 +86,6 @@ def join(parts: Sequence[tuple[int, Task, np.ndarray]], kind: str) -> Picked:
         np.repeat(np.array([row for row, _, _ in parts], np.int64), counts),
         (1.0 / np.maximum(made, 1.0)).astype(np.float32)[part],
     )
-
-
-def predictions(lengths: np.ndarray, kind: str) -> np.ndarray:
-    """Predictions that each example gives: one, or for a causal language model one
-    per token after the first.
-    """
-    return np.maximum(lengths - 1, 0) if kind == "causal-lm" else np.ones_like(lengths)
-
-
-def trainable_batches(
-    data: ClientData | Stream, batches: Sequence[np.ndarray], kind: str
-) -> list[np.ndarray]:
-    """Without those that predict nothing (one-token texts): they make no step."""
-    if kind != "causal-lm":
-        return list(batches)
-    lengths = np.array(data.lengths)
-    return [index for index in batches if predictions(lengths[index], kind).sum() > 0]
 
 
 def stretches(lengths: np.ndarray, rows: int, padded: bool) -> list[np.ndarray]:

@@ -37,10 +37,10 @@ from fedtune.onnx.folder import FORMAT
 from fedtune.onnx.predict import ADAPTERS, CARD, CARD_FILE, FLOAT32, INT8, STATIC, ModelCard
 from fedtune.onnx.quantise import quantise, quantise_static
 from fedtune.round.batches import by_length
+from fedtune.round.keeping import personal_model
 from fedtune.runs.folder import RunFolder, versions
 from fedtune.stateful.methods import method_of
 from fedtune.stateful.store import Kept
-from fedtune.training.keeping import personal_model
 from fedtune.training.local import to_batch
 from fedtune.types import Arrays
 from fedtune.workflows.card import Exports, model_card, public_name

@@ -25,6 +25,7 @@ from fedtune.models.base import TunableModel
 from fedtune.privacy.plan import Plan, plan_of
 from fedtune.round.coordinator import Coordinator, Traffic, Watch, evaluated, make_algorithm, start
 from fedtune.round.gradient_init import gather_gradients
+from fedtune.round.keeping import personal_model
 from fedtune.runs.folder import RunFolder, open_run
 from fedtune.server.app import Ask, make_server_app, run_rounds
 from fedtune.simulation.engines import run_ray, run_serial
@@ -35,7 +36,6 @@ from fedtune.stateful.store import Kept
 from fedtune.training.cohort import CohortTrainer
 from fedtune.training.evaluate import Scores
 from fedtune.training.features import FeatureStore
-from fedtune.training.keeping import personal_model
 from fedtune.training.local import only
 from fedtune.training.stacked import NotStackable
 from fedtune.training.together import open_trainer

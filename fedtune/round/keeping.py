@@ -1,10 +1,8 @@
-"""A round of a client that keeps something: what it kept is read, the job's method run, and what it keeps
-now written before the update leaves. No torch.
+"""What a client keeps from round to round: read before its trainings, written before its update leaves.
+No torch.
 """
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,74 +10,56 @@ from safetensors.numpy import save
 
 from fedtune.adapters.spec import ADAPTER, DESCRIPTION
 from fedtune.bundles.bundle import Bundle
-from fedtune.common.seeds import generator
 from fedtune.common.storage import write_atomic, write_json
 from fedtune.data.clients import Stream
 from fedtune.data.encoded import ClientData
 from fedtune.errors import ContractError, Refused
-from fedtune.round.batches import local_batches
+from fedtune.job import Job
+from fedtune.round.batches import training_batches
 from fedtune.round.rates import learning_rate
-from fedtune.stateful.base import Client, Trained, Training
+from fedtune.stateful.base import Client, Method
 from fedtune.stateful.methods import method_of
 from fedtune.stateful.store import Kept
-from fedtune.training.chunks import trainable_batches
-from fedtune.training.holder import require_converged
 from fedtune.types import Arrays
-from fedtune.wire import Packet
 
 log = logging.getLogger(__name__)
-Local = Callable[[Training], Trained]
-
-
-def train_keeping(
-    bundle: Bundle, kept: Kept | None, packet: Packet, client: str, data: ClientData | Stream, local: Local
-) -> Trained:
-    """(update, metrics) of one client.
-
-    Raises Refused where training diverged, RunError for what it kept and cannot be read;
-    nothing is written then.
-
-    What it kept is that of the rounds before this one, so a round that is asked for again gives the same.
-    """
-    found = begin(bundle, kept, packet, client, data)
-    trained = list[Trained]()
-    for ask in method_of(bundle.job).trainings(bundle.job, found):
-        trained.append(local(replace(ask, start=trained[-1][0] | ask.start) if trained else ask))
-    return end(bundle, kept, packet, client, found, trained)
 
 
 def begin(
-    bundle: Bundle, kept: Kept | None, packet: Packet, client: str, data: ClientData | Stream
+    job: Job,
+    bundle: Bundle,
+    kept: Kept | None,
+    model: Arrays,
+    round: int,
+    client: str,
+    data: ClientData | Stream,
 ) -> Client:
-    """A client as its method sees it, before its trainings. Raises RunError as `Kept.load`."""
-    job, round = bundle.job, packet.header.round
-    rates = {t.name: learning_rate(job.federation, t.name, round) for t in bundle.manifest.spec.trainable}
-    model = packet.arrays | bundle.trained(packet.arrays)
+    """A client as its method sees it, before its trainings. model: as it came, of the client's rank.
+
+    What it kept is that of the rounds before this one, so a round that is asked for again gives the same.
+    Raises RunError as `Kept.load`.
+    """
+    if method_of(job).keeps is None:
+        return Client(model, None)
     return Client(
-        model,
+        model | bundle.trained(model),
         _place(kept).load(client, round - 1),
-        len(batches_of(bundle, client, data, round)),
-        rates,
+        len(training_batches(job, client, data, round)),
+        {t.name: learning_rate(job.federation, t.name, round) for t in bundle.manifest.spec.trainable},
         data.labels,
     )
 
 
-def end(
-    bundle: Bundle, kept: Kept | None, packet: Packet, client: str, found: Client, trained: Sequence[Trained]
-) -> Trained:
-    """(update, metrics) after its trainings; what it keeps is written. Raises Refused as `train_keeping`."""
-    method = method_of(bundle.job)
-    answer = method.answer(bundle.job, bundle.manifest.spec.schema, found, trained)
-    require_converged(answer.metrics)
-    if not all(np.isfinite(a).all() for a in answer.kept.values()):
+def keep(method: Method, kept: Kept | None, client: str, round: int, arrays: Arrays) -> None:
+    """Writes what a client keeps after a round. Raises Refused, and writes nothing, where it diverged."""
+    if not all(np.isfinite(a).all() for a in arrays.values()):
         pull = f" or {method.calming}" if method.calming else ""
         raise Refused(
             "not-finite",
             "what this client keeps diverged: a number of it is not finite; "
             f"a lower federation.lr{pull} may help",
         )
-    _place(kept).save(client, packet.header.round, answer.kept)
-    return answer.update, answer.metrics
+    _place(kept).save(client, round, arrays)
 
 
 def _place(kept: Kept | None) -> Kept:
@@ -135,18 +115,3 @@ def own_state(bundle: Bundle, folder: Path | None) -> Kept | None:
     if folder is None or keeps is None:
         return None
     return Kept(folder, keeps(bundle.manifest.spec.schema), owner="device")
-
-
-def batches_of(
-    bundle: Bundle, client: str, data: ClientData | Stream, round: int, purpose: str = "local"
-) -> list[np.ndarray]:
-    """The examples of each optimizer step of a training, from the same draw as the steps themselves."""
-    fed = bundle.job.federation
-    drawn = local_batches(
-        data.lengths,
-        fed.batch_size,
-        fed.local_epochs,
-        fed.local_steps,
-        generator(fed.seed, purpose, round, client),
-    )
-    return trainable_batches(data, list(drawn), bundle.job.model.task)
