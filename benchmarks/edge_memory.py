@@ -40,7 +40,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fedtune.adapters import frames, methods
-from fedtune.adapters.spec import AdapterSpec, describe
+from fedtune.adapters.describe import describe
+from fedtune.adapters.spec import AdapterSpec
 from fedtune.job import AdapterSection, ModelSection
 from fedtune.models.base import TunableModel, layout
 from fedtune.models.load import load_model, sketch_model

@@ -15,7 +15,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from fedtune.adapters import methods
-from fedtune.adapters.spec import AdapterSpec, describe
+from fedtune.adapters.describe import describe
+from fedtune.adapters.spec import AdapterSpec
 from fedtune.algorithms.fed_avg import draw_cohort
 from fedtune.common.seeds import generator
 from fedtune.data.encoded import ClientData
@@ -25,6 +26,7 @@ from fedtune.data.slices import Names, Slices
 from fedtune.job import Job, parse_job
 from fedtune.models.base import TunableModel, layout
 from fedtune.models.sources import Source
+from fedtune.tasks import TASKS
 from fedtune.types import Arrays
 from fedtune.workflows.setup import Setup, data_free_frame, open_setup
 
@@ -149,7 +151,7 @@ class DigitsSetup(Setup):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.job.federation.seed)
             body, head = nn.Sequential(nn.Linear(64, 64), nn.ReLU()), nn.Linear(64, self.classes)
-        return TunableModel(body, self.job.model.task, head).eval().requires_grad_(False)
+        return TunableModel(body, TASKS[self.job.model.task], head).eval().requires_grad_(False)
 
 
 def digits(job: Job) -> DigitsSetup:

@@ -1,4 +1,4 @@
 """What is trained beside the frozen base.
 
-`spec` is numpy only; the methods need torch and are imported by name.
+`layers` and `methods` need torch; the rest is numpy only. How to add a method: `kinds.table`.
 """

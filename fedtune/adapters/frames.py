@@ -1,5 +1,4 @@
-"""Frames: the frozen A and B of Fed-SB (of FFA-LoRA: A), made once, on the coordinator,
-and shipped with a hash. NumPy only.
+"""Frames: the frozen A and B of Fed-SB, made once, on the coordinator, and shipped with a hash. NumPy only.
 
 Devices never recompute them: signs and ties of an SVD differ between machines, and a core means nothing in
 another frame. All frames of Fed-SB have orthonormal rows of A and columns of B, so that with scale 1 the
@@ -10,8 +9,9 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
-from fedtune.adapters.spec import AdapterSpec, Linear
+from fedtune.adapters.spec import AdapterSpec
 from fedtune.common.seeds import generator
+from fedtune.models.layout import Linear
 from fedtune.types import Arrays
 
 
@@ -53,20 +53,6 @@ def random_frame(spec: AdapterSpec, seed: int) -> Arrays:
         q, _ = np.linalg.qr(generator(seed, f"frame:{t.name}").standard_normal((rows, columns)))
         frame[t.name] = np.ascontiguousarray(q if tall else q.T).astype(np.float32)
     return frame
-
-
-def lora_factor(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """A [r, inputs] ~ uniform(±1/sqrt(inputs)), as Kaiming's with a = sqrt(5) (Hu et al. 2021,
-    arXiv:2106.09685, section 4.1).
-    """
-    return generator(seed, f"lora:{name}").uniform(-1, 1, shape).astype(np.float32) / np.sqrt(
-        shape[1], dtype=np.float32
-    )
-
-
-def ffa_frame(spec: AdapterSpec, seed: int) -> Arrays:
-    """The A of FFA-LoRA, as LoRA would start it."""
-    return {t.name: lora_factor(t.name, t.shape, seed) for t in spec.frame}
 
 
 def from_gradients(

@@ -3,19 +3,16 @@
 Needs torch.
 """
 
-from collections.abc import Callable, Mapping
-
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fedtune.adapters import lite_residual
-from fedtune.adapters.fed_sb import SBLinear
-from fedtune.adapters.frames import lora_factor
-from fedtune.adapters.lora import LoRALinear
+from fedtune.adapters.kinds.table import METHODS
+from fedtune.adapters.layers import fed_sb, lite_residual, lora, own
+from fedtune.adapters.layers.attachment import Attachment
 from fedtune.adapters.spec import AdapterSpec
 from fedtune.errors import ShapeMismatch
-from fedtune.models.base import TunableModel, layout
+from fedtune.models.base import TunableModel
 from fedtune.types import Arrays
 
 Parameters = dict[str, Tensor]
@@ -36,7 +33,7 @@ def attach(model: TunableModel, spec: AdapterSpec, frame: Arrays) -> Parameters:
                 f"{frame[t.name].shape if t.name in frame else 'missing'}, expected {t.shape}"
             )
     model.requires_grad_(False)
-    parameters = dict(_ATTACH[spec.method](model, spec, frame))
+    parameters = dict(ATTACHMENTS[spec.method].attach(model, spec, frame))
     if model.head is not None:
         parameters |= {f"head.{name}": p for name, p in model.head.named_parameters()}
     chosen = {t.name: parameters[t.name] for t in spec.trainable}
@@ -61,17 +58,18 @@ def initial(model: TunableModel, spec: AdapterSpec, start: Arrays, seed: int) ->
     """Round 0: `start` where it says (a gradient init's cores), else the method's own start,
     else the base's own values.
     """
-    own = dict(model.body.named_parameters()) | {
+    base = dict(model.body.named_parameters()) | {
         f"head.{n}": p for n, p in (model.head.named_parameters() if model.head is not None else ())
     }
     arrays: Arrays = {}
+    draw = METHODS[spec.method].start
     for t in spec.trainable:
         if t.name in start:
             arrays[t.name] = start[t.name]
-        elif t.name in own:
-            arrays[t.name] = own[t.name].detach().numpy().astype(np.float32, copy=True)
+        elif t.name in base:
+            arrays[t.name] = base[t.name].detach().numpy().astype(np.float32, copy=True)
         else:
-            arrays[t.name] = _START[spec.method](t.name, t.shape, seed)
+            arrays[t.name] = draw(t.name, t.shape, seed)
     return arrays
 
 
@@ -79,91 +77,32 @@ def merge(model: TunableModel, spec: AdapterSpec, frame: Arrays, arrays: Arrays)
     """Folds trained values into an un-adapted model's own weights: W + s·B·R·A, W + s·B·A, or the values
     themselves. Lite residuals stay beside it.
     """
-    if spec.method == "tinytl":
-        lite_residual.insert(model.body, layout(model).inverted)
-        model.requires_grad_(False)
+    ATTACHMENTS[spec.method].insert(model)
     weights = dict(model.body.named_parameters()) | {
         f"head.{n}": p for n, p in (model.head.named_parameters() if model.head is not None else ())
     }
-    factors = {linear.name: lora_factors(spec, frame, arrays, linear.name) for linear in spec.linears}
+    factors = METHODS[spec.method].lora_factors
     with torch.no_grad():
-        for name, (b, a) in factors.items():
-            delta = spec.scale * (b.astype(np.float64) @ a.astype(np.float64))
-            weights[f"{name}.weight"].add_(torch.from_numpy(delta.astype(np.float32)))
+        if factors is not None:
+            for linear in spec.linears:
+                b, a = factors(frame, arrays, linear.name)
+                delta = spec.scale * (b.astype(np.float64) @ a.astype(np.float64))
+                weights[f"{linear.name}.weight"].add_(torch.from_numpy(delta.astype(np.float32)))
         for name, array in arrays.items():
             if name in weights:
                 weights[name].copy_(torch.from_numpy(array))
 
 
-def lora_factors(
-    spec: AdapterSpec, frame: Arrays, arrays: Arrays, linear: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """(B, A) with update = scale·B·A, B [outputs, r], A [r, inputs].
-
-    For Fed-SB the core is folded into B: (B·R, A).
-    """
-    if spec.method == "fed-sb":
-        return frame[f"{linear}.B"] @ arrays[f"{linear}.R"], frame[f"{linear}.A"]
-    return arrays[f"{linear}.B"], arrays.get(f"{linear}.A", frame.get(f"{linear}.A"))  # type: ignore[return-value]
-
-
-def _replace(model: TunableModel, name: str, new: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.body.get_submodule(parent), child, new)
-
-
-def _attach_fed_sb(model: TunableModel, spec: AdapterSpec, frame: Arrays) -> Mapping[str, Tensor]:
-    parameters: Parameters = {}
-    for linear in spec.linears:
-        new = SBLinear(
-            model.linear(linear.name), frame[f"{linear.name}.A"], frame[f"{linear.name}.B"], spec.scale
-        )
-        _replace(model, linear.name, new)
-        parameters[f"{linear.name}.R"] = new.core.weight
-    return parameters
-
-
-def _attach_lora(model: TunableModel, spec: AdapterSpec, frame: Arrays) -> Mapping[str, Tensor]:
-    parameters: Parameters = {}
-    for linear in spec.linears:
-        new = LoRALinear(model.linear(linear.name), spec.rank, spec.scale)
-        _replace(model, linear.name, new)
-        parameters |= {f"{linear.name}.A": new.down.weight, f"{linear.name}.B": new.up.weight}
-        if f"{linear.name}.A" in frame:  # FFA-LoRA: it stays
-            new.down.weight.requires_grad_(False).copy_(torch.from_numpy(frame[f"{linear.name}.A"]))
-    return parameters
-
-
-def _attach_own(model: TunableModel, spec: AdapterSpec, frame: Arrays) -> Mapping[str, Tensor]:
-    return dict(model.body.named_parameters())
-
-
-def _attach_tinytl(model: TunableModel, spec: AdapterSpec, frame: Arrays) -> Mapping[str, Tensor]:
-    lite_residual.insert(model.body, layout(model).inverted)
-    model.body.requires_grad_(False)
-    return dict(model.body.named_parameters())
-
-
-def _zeros(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    return np.zeros(shape, np.float32)
-
-
-def _lora_start(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    return np.zeros(shape, np.float32) if name.endswith(".B") else lora_factor(name, shape, seed)
-
-
-_ATTACH: dict[str, Callable[[TunableModel, AdapterSpec, Arrays], Mapping[str, Tensor]]] = {
-    "fed-sb": _attach_fed_sb,
-    "lora": _attach_lora,
-    "ffa-lora": _attach_lora,
-    "bias": _attach_own,
-    "tinytl": _attach_tinytl,
-    "full": _attach_own,
-    "head": _attach_own,
+ATTACHMENTS: dict[str, Attachment] = {
+    "fed-sb": fed_sb.ATTACHMENT,
+    "lora": lora.ATTACHMENT,
+    "ffa-lora": lora.ATTACHMENT,
+    "bias": own.ATTACHMENT,
+    "tinytl": lite_residual.ATTACHMENT,
+    "head": own.ATTACHMENT,
+    "full": own.ATTACHMENT,
 }
-_START: dict[str, Callable[[str, tuple[int, ...], int], np.ndarray]] = {
-    "fed-sb": _zeros,
-    "lora": _lora_start,
-    "ffa-lora": _zeros,
-    "tinytl": lite_residual.start,
-}
+"""The torch half of each method of `kinds.table.METHODS`."""
+
+STACKED = {module: twin for half in ATTACHMENTS.values() for module, twin in half.stacked.items()}
+LEAN = {module: forward for half in ATTACHMENTS.values() for module, forward in half.lean.items()}

@@ -6,58 +6,17 @@ edge need no more than this.
 """
 
 import fnmatch
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from fedtune.errors import ModelError
-from fedtune.job import AdapterSection
+from fedtune.models.layout import Layout, Linear
 from fedtune.types import TensorSpec
 from fedtune.wire import Schema
 
 ADAPTER, DESCRIPTION = "adapter.safetensors", "adapter.json"
 """The files that an adapter is outside a run: its trained values, and what they are of."""
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A linear map y = W x of the base: W is [outputs, inputs]. `short` is its name inside its block."""
-
-    name: str
-    short: str
-    outputs: int
-    inputs: int
-    unit: str
-
-
-@dataclass(frozen=True)
-class Inverted:
-    """An inverted bottleneck of a CNN: channels in and out, its stride, and how much smaller its input is
-    than the image, along a side.
-    """
-
-    name: str
-    inputs: int
-    outputs: int
-    stride: int
-    reduction: int
-    unit: str = "outside"
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The shape of a base: its linears, all its parameters, the task head beside it (empty for causal-lm),
-    and its inverted bottlenecks.
-    """
-
-    linears: tuple[Linear, ...]
-    parameters: tuple[TensorSpec, ...]
-    head: tuple[TensorSpec, ...]
-    inverted: tuple[Inverted, ...] = ()
-
-    @property
-    def size(self) -> int:
-        return sum(p.size for p in self.parameters)
 
 
 @dataclass(frozen=True)
@@ -88,22 +47,6 @@ class AdapterSpec:
     @property
     def head_size(self) -> int:
         return sum(t.size for t in self.trainable if t.unit == "head")
-
-
-def describe(layout: Layout, section: AdapterSection) -> AdapterSpec:
-    """The spec of the job's method on this base.
-
-    Raises:
-        ModelError: the base has nothing this method can train, or a target names no linear of it.
-    """
-    linears, trainable, frame = _METHODS[section.method](layout, section)
-    head = layout.head if section.train_head or section.method == "head" else ()
-    if not trainable + head:
-        raise ModelError(
-            f"adapter.method = {section.method!r}: this base has nothing it can train; use another method"
-        )
-    scale = section.alpha / section.rank if section.alpha else 1.0
-    return AdapterSpec(section.method, section.rank, scale, linears, (*trainable, *head), frame)
 
 
 def of_units(spec: AdapterSpec, units: Collection[str]) -> AdapterSpec:
@@ -141,48 +84,9 @@ def target_linears(layout: Layout, targets: Sequence[str], method: str = "fed-sb
     )
 
 
-_Tensors = tuple[tuple[Linear, ...], tuple[TensorSpec, ...], tuple[TensorSpec, ...]]
-
-
-def _fed_sb(layout: Layout, section: AdapterSection) -> _Tensors:
-    linears = _with_rank(target_linears(layout, section.targets, section.method), section.rank)
-    r = section.rank
-    cores = tuple(TensorSpec(f"{x.name}.R", (r, r), x.unit) for x in linears)
-    frame = tuple(
-        t
-        for x in linears
-        for t in (
-            TensorSpec(f"{x.name}.A", (r, x.inputs), x.unit),
-            TensorSpec(f"{x.name}.B", (x.outputs, r), x.unit),
-        )
-    )
-    return linears, cores, frame
-
-
-def _lora(layout: Layout, section: AdapterSection) -> _Tensors:
-    linears = _with_rank(target_linears(layout, section.targets, section.method), section.rank)
-    r = section.rank
-    factors = tuple(
-        t
-        for x in linears
-        for t in (
-            TensorSpec(f"{x.name}.A", (r, x.inputs), x.unit),
-            TensorSpec(f"{x.name}.B", (x.outputs, r), x.unit),
-        )
-    )
-    return linears, factors, ()
-
-
-def _ffa_lora(layout: Layout, section: AdapterSection) -> _Tensors:
-    """FFA-LoRA (Sun et al. 2024, arXiv:2403.12313): A is drawn once and stays, B is trained from 0, so
-    that the mean over clients is exact.
-    """
-    linears, factors, _ = _lora(layout, section)
-    frame, trained = (tuple(t for t in factors if t.name.endswith(end)) for end in (".A", ".B"))
-    return linears, trained, frame
-
-
-def _with_rank(linears: tuple[Linear, ...], rank: int) -> tuple[Linear, ...]:
+def ranked_linears(layout: Layout, targets: Sequence[str], rank: int, method: str) -> tuple[Linear, ...]:
+    """The linears a job names, all of which have room for this rank."""
+    linears = target_linears(layout, targets, method)
     small = min(linears, key=lambda x: min(x.inputs, x.outputs))
     if rank > min(small.inputs, small.outputs):
         raise ModelError(
@@ -192,65 +96,13 @@ def _with_rank(linears: tuple[Linear, ...], rank: int) -> tuple[Linear, ...]:
     return linears
 
 
-def _bias(layout: Layout, section: AdapterSection) -> _Tensors:
-    return (), tuple(p for p in layout.parameters if p.name.rpartition(".")[2] == "bias"), ()
-
-
-def _tinytl(layout: Layout, section: AdapterSection) -> _Tensors:
-    """TinyTL's L+B: all biases, and a lite residual beside each inverted bottleneck
-    (`adapters.lite_residual`).
-    """
-    if not layout.inverted:
-        raise ModelError(
-            'adapter.method = "tinytl": this base has no inverted bottlenecks (1x1, '
-            'depthwise and 1x1 convolution); use "bias", "head" or "full", or for a text model "fed-sb"'
+def factors(linears: Sequence[Linear], rank: int) -> tuple[TensorSpec, ...]:
+    """A [rank, inputs] and B [outputs, rank] of each linear."""
+    return tuple(
+        t
+        for x in linears
+        for t in (
+            TensorSpec(f"{x.name}.A", (rank, x.inputs), x.unit),
+            TensorSpec(f"{x.name}.B", (x.outputs, rank), x.unit),
         )
-    return (
-        (),
-        (*_bias(layout, section)[1], *(t for block in layout.inverted for t in lite_tensors(block))),
-        (),
     )
-
-
-def lite_tensors(block: Inverted) -> tuple[TensorSpec, ...]:
-    """What is trained of a block's lite residual."""
-    c, k = block.inputs, lite_kernel(block)
-    shapes = {
-        "conv.weight": (c, c // lite_groups(c), k, k),
-        "norm.weight": (c,),
-        "norm.bias": (c,),
-        "point.weight": (block.outputs, c, 1, 1),
-        "last.weight": (block.outputs,),
-    }
-    return tuple(TensorSpec(f"{block.name}.lite.{name}", shape, block.unit) for name, shape in shapes.items())
-
-
-def lite_kernel(block: Inverted) -> int:
-    """Side of the grouped kernel: 5, or 3 or 1 where the pooled input of an image of 256 pixels is smaller
-    (the authors' rule, whatever the image).
-    """
-    side = max(1, 256 // block.reduction // 2)
-    return 5 if side >= 5 else 3 if side >= 3 else 1
-
-
-def lite_groups(channels: int) -> int:
-    return 2 if channels % 2 == 0 else 1
-
-
-def _full(layout: Layout, section: AdapterSection) -> _Tensors:
-    return (), layout.parameters, ()
-
-
-def _head(layout: Layout, section: AdapterSection) -> _Tensors:
-    return (), (), ()
-
-
-_METHODS: dict[str, Callable[[Layout, AdapterSection], _Tensors]] = {
-    "fed-sb": _fed_sb,
-    "lora": _lora,
-    "ffa-lora": _ffa_lora,
-    "bias": _bias,
-    "tinytl": _tinytl,
-    "full": _full,
-    "head": _head,
-}

@@ -19,12 +19,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedtune.adapters.spec import AdapterSpec, Layout, describe, of_units
+from fedtune.adapters.describe import describe
+from fedtune.adapters.spec import AdapterSpec, of_units
 from fedtune.algorithms.base import Algorithm, State
 from fedtune.algorithms.selection import choose, normalised
 from fedtune.common.seeds import generator
 from fedtune.errors import JobError
 from fedtune.job import DeviceClass, Job
+from fedtune.models.layout import Layout
 from fedtune.types import Assignment, ClientInfo, RoundReport
 from fedtune.wire import Schema, packet_bytes
 

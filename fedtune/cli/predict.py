@@ -128,7 +128,7 @@ def gather(predictor: "Predictor", inputs: list[str], files: list[Path], column:
     from fedtune.data.images import SUFFIXES
 
     inputs = [line for text in inputs for line in (_lines() if text == "-" else [text])]
-    if not predictor.reads_images:
+    if not predictor.task.inputs.in_folder:
         for text in inputs:  # a file's name is a text too, but nobody means it
             if Path(text).suffix.lower() in (*TABLES, ".txt", *SUFFIXES) and os.path.isfile(text):
                 raise UserError(f"{text}: is a file; to label what it holds, give --file {text}")

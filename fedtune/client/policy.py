@@ -13,6 +13,7 @@ from fedtune.bundles.bundle import Manifest
 from fedtune.errors import PrivacyRefused, Refused, UserError
 from fedtune.job import Job
 from fedtune.privacy.plan import fewest, plan_of
+from fedtune.tasks import TaskName
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 FILE = "policy.toml"
@@ -33,7 +34,7 @@ class Policy(BaseModel):
     )
 
     allowed_bases: list[Digest] | None = None
-    allowed_tasks: list[Literal["text-classification", "image-classification", "causal-lm"]] | None = None
+    allowed_tasks: list[TaskName] | None = None
     allowed_methods: list[str] | None = None
     privacy_unit: Literal["example", "client"] | None = None
     min_noise_multiplier: Annotated[float, Field(gt=0)] | None = None

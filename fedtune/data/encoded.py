@@ -1,48 +1,79 @@
 """Examples as a model takes them. numpy, without torch: every kind of device holds its data like this."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
 from fedtune.data.images import ImageEncoder
 from fedtune.data.text import TextEncoder
+from fedtune.tasks.base import Inputs
+from fedtune.tasks.images import IMAGES
+from fedtune.tasks.texts import TEXTS
 
-Encoder = TextEncoder | ImageEncoder
+
+class Encoder(Protocol):
+    """What makes a model's inputs of examples: `TextEncoder` or `ImageEncoder`."""
+
+    def encode(self, inputs: Sequence[str], /) -> list[dict[str, np.ndarray]]:
+        """The arrays of each text, or of the image at each path. Raises DataError for a broken image."""
+        ...
+
+    def lengths(self, inputs: Sequence[str], /) -> list[int]:
+        """What orders examples into batches of about equal length, without encoding them."""
+        ...
+
+    def collate(self, encoded: Sequence[Mapping[str, np.ndarray]], /) -> dict[str, np.ndarray]:
+        """A batch: arrays [n, ...], shorter examples padded. Raises ContractError for no examples."""
+        ...
+
+    def made_up(self, lengths: Sequence[int], draw: np.random.Generator, /) -> list[dict[str, np.ndarray]]:
+        """Encoded examples to trace, try or time a model with, one for each length."""
+        ...
+
+    def sides(self, lengths: Sequence[int], /) -> Sequence[int]:
+        """Of encoded examples with these `ClientData.lengths`: tokens of a text, rows of pixels of an
+        image.
+        """
+        ...
+
+    def span(self, tokens: int, images: int, /) -> int:
+        """So many tokens of texts, or the rows of pixels of so many images: in the unit of `sides`."""
+        ...
+
+    def decode(self, place: int, /) -> str:
+        """The token of this id, as text. Raises ContractError where there are none."""
+        ...
+
+    def to_config(self) -> dict[str, Any]:
+        """Its settings as plain values."""
+        ...
+
+    def save(self, folder: Path, /) -> None:
+        """Writes what `open_encoder` reads."""
+        ...
 
 
-def open_encoder(folder: Path, task: str, max_length: int) -> Encoder:
+_OPENED: Mapping[Inputs, Callable[[Path, int], Encoder]] = {
+    TEXTS: TextEncoder.from_folder,
+    IMAGES: lambda folder, _: ImageEncoder.from_folder(folder),
+}
+
+
+def open_encoder(folder: Path, inputs: Inputs, max_length: int) -> Encoder:
     """What a device finds beside its graphs; texts are cut to `max_length` tokens.
 
     Raises ModelError or DataError for a broken one.
     """
-    return (
-        ImageEncoder.from_folder(folder)
-        if task == "image-classification"
-        else TextEncoder.from_folder(folder, max_length)
-    )
-
-
-def made_up(
-    encoder: Encoder, lengths: Sequence[int], draw: np.random.Generator
-) -> list[dict[str, np.ndarray]]:
-    """Encoded examples to trace, try or time a model with: texts of so many tokens from the whole
-    vocabulary, or as many images of noise.
-    """
-    if isinstance(encoder, ImageEncoder):
-        return [
-            {"pixels": draw.standard_normal((3, encoder.size, encoder.size)).astype(np.float32)}
-            for _ in lengths
-        ]
-    types = [{"token_type_ids": np.zeros(n, np.int64)} if encoder.needs_type_ids else {} for n in lengths]
-    return [{"input_ids": draw.integers(0, encoder.vocabulary, n), **kind} for n, kind in zip(lengths, types)]
+    return _OPENED[inputs](folder, max_length)
 
 
 @dataclass(frozen=True)
 class ClientData:
-    """One client's examples, encoded: model inputs by example and labels [n] (zeros for causal-lm)."""
+    """One client's examples, encoded: model inputs by example and labels [n] (zeros without labels)."""
 
     encoded: Sequence[Mapping[str, np.ndarray]]
     labels: np.ndarray

@@ -15,7 +15,10 @@ from fedtune.common import seeds
 from fedtune.data import images, tables, vader
 from fedtune.data.tables import Table
 from fedtune.errors import DataError
-from fedtune.job import DataSection, ModelSection
+from fedtune.job import DataSection, ModelSection, toml_value
+from fedtune.tasks import Inputs, Task, task_named
+from fedtune.tasks.images import IMAGE_CLASSIFICATION, IMAGES
+from fedtune.tasks.texts import TEXT_CLASSIFICATION, TEXTS
 
 PACKAGE_READERS: Mapping[str, Callable[[Path], Table]] = {"vader-icwsm-2014": vader.read}
 """Fetched data packages that can be read, by name."""
@@ -31,7 +34,7 @@ class Examples:
 
     Attributes:
         inputs: texts, or paths of image files.
-        labels: int64 [n], places in the data set's label names; zeros for causal-lm.
+        labels: int64 [n], places in the data set's label names; zeros where the task has no labels.
         ids: what names each row; unique.
         natural: value of the job's `by` column, or () without one.
         groups: value of the job's `group` column, or (); rows of one group must never be parted.
@@ -57,7 +60,7 @@ class Examples:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Examples with the names of their labels, () for causal-lm."""
+    """Examples with the names of their labels, () where the task has none."""
 
     examples: Examples
     label_names: tuple[str, ...]
@@ -73,9 +76,8 @@ def load_dataset(data: DataSection, model: ModelSection, seed: int) -> Dataset:
         DataError: one line with the place, what was found, and what to do.
         UserError: an unknown package, or one that was not fetched.
     """
-    if model.task == "image-classification":
-        return _load_images(data, seed)
-    return _load_texts(_open_table(data), data, model.task, seed)
+    task = task_named(model.task)
+    return _READERS[task.inputs](data, task, seed)
 
 
 def _pick(values: tuple[str, ...], places: np.ndarray) -> tuple[str, ...]:
@@ -89,7 +91,8 @@ def _open_table(data: DataSection) -> Table:
     path = Path(data.source).expanduser()
     if path.is_dir():
         raise DataError(
-            f'{path}: is a folder; give a file of texts, or set model.task = "image-classification"'
+            f"{path}: is a folder; give a file of texts, or set model.task = "
+            f"{toml_value(IMAGE_CLASSIFICATION.name)}"
         )
     wanted = {data.text, data.label, data.id, data.by, data.group} - {""}
     return tables.read_table(path, sorted(wanted))
@@ -103,16 +106,16 @@ def _package_reader(name: str) -> Callable[[Path], Table]:
     return PACKAGE_READERS[name]
 
 
-def _load_texts(table: Table, data: DataSection, task: str, seed: int) -> Dataset:
+def _load_texts(data: DataSection, task: Task, seed: int) -> Dataset:
+    table = _open_table(data)
     inputs = tables.column(table, data.text, "data.text")
     _filled(inputs, f"{table.source}: text", "remove the row or fill it")
-    labelled = task != "causal-lm"
-    found = tables.column(table, data.label, "data.label") if labelled else []
-    names = _label_names(found, data.labels, table.source) if labelled else ()
+    found = tables.column(table, data.label, "data.label") if task.has_head else []
+    names = _label_names(found, data.labels, table.source) if task.has_head else ()
     examples = Examples(
         inputs=tuple(inputs),
         labels=_label_places(found, names, table.source)
-        if labelled
+        if task.has_head
         else np.zeros(table.rows, dtype=np.int64),
         ids=_ids(table, data.id),
         natural=_natural(table, data),
@@ -121,8 +124,8 @@ def _load_texts(table: Table, data: DataSection, task: str, seed: int) -> Datase
     return Dataset(examples.take(_drawn(len(examples), data.limit, seed)), names, data.source)
 
 
-def _load_images(data: DataSection, seed: int) -> Dataset:
-    root = _image_root(data)
+def _load_images(data: DataSection, task: Task, seed: int) -> Dataset:
+    root = _image_root(data, task)
     found = images.list_images(root, data.by == _FOLDER)
     names = _label_names([image.label for image in found], data.labels, str(root))
     kept = [found[place] for place in _drawn(len(found), data.limit, seed)]
@@ -137,18 +140,24 @@ def _load_images(data: DataSection, seed: int) -> Dataset:
     return Dataset(examples, names, data.source)
 
 
-def _image_root(data: DataSection) -> Path:
+_READERS: Mapping[Inputs, Callable[[DataSection, Task, int], Dataset]] = {
+    TEXTS: _load_texts,
+    IMAGES: _load_images,
+}
+
+
+def _image_root(data: DataSection, task: Task) -> Path:
     if data.source.startswith("package:"):
         raise DataError(
             f"data.source = {data.source}: holds texts; give a folder of images, "
-            'or set model.task = "text-classification"'
+            f"or set model.task = {toml_value(TEXT_CLASSIFICATION.name)}"
         )
     root = Path(data.source).expanduser()
     if not root.exists():
         raise DataError(f"{root}: does not exist; check data.source")
     if not root.is_dir():
         raise DataError(
-            f"{root}: is a file; image-classification reads a folder of images with one sub-folder per label"
+            f"{root}: is a file; {task.name} reads a folder of images with one sub-folder per label"
         )
     if data.partition == "natural" and data.by != _FOLDER:
         remedy = f'set data.by = "folder" for {root}/DOMAIN/LABEL/FILE, or data.partition = "iid"'

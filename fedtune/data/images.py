@@ -5,7 +5,7 @@ whose suffix is not that of an image, and names that start with a dot, are passe
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -128,11 +128,29 @@ class ImageEncoder:
         """What orders examples into batches of about equal length: the same for every image."""
         return [self.size] * len(paths)
 
-    def collate(self, encoded: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    def collate(self, encoded: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """{"pixels": float32 [n, 3, size, size]}. Raises ContractError for no images."""
         if not encoded:
             raise ContractError("a batch needs at least one image")
         return {"pixels": np.stack([one["pixels"] for one in encoded])}
+
+    def made_up(self, lengths: Sequence[int], draw: np.random.Generator) -> list[dict[str, np.ndarray]]:
+        """As many encoded images of noise."""
+        return [
+            {"pixels": draw.standard_normal((3, self.size, self.size)).astype(np.float32)} for _ in lengths
+        ]
+
+    def sides(self, lengths: Sequence[int]) -> Sequence[int]:
+        """Rows of pixels of each."""
+        return [self.size] * len(lengths)
+
+    def span(self, tokens: int, images: int) -> int:
+        """The rows of pixels of so many images."""
+        return images * self.size
+
+    def decode(self, place: int) -> str:
+        """Raises ContractError: an image has no tokens."""
+        raise ContractError(f"token {place}: images have none; ask a task of texts")
 
     def to_config(self) -> dict[str, Any]:
         """What `from_config` needs, as plain values."""

@@ -4,7 +4,7 @@ No torch, no transformers: devices run this.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ class TextEncoder:
             for encoding in self.tokenizer.encode_batch(list(texts[start : start + _AT_ONCE]))
         ]
 
-    def collate(self, encoded: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    def collate(self, encoded: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """Pads to the longest of the batch.
 
         Returns:
@@ -81,6 +81,25 @@ class TextEncoder:
         if self.needs_type_ids:
             batch["token_type_ids"] = _padded([one["token_type_ids"] for one in encoded], mask, 0)
         return batch
+
+    def made_up(self, lengths: Sequence[int], draw: np.random.Generator) -> list[dict[str, np.ndarray]]:
+        """Encoded texts of so many tokens from the whole vocabulary."""
+        types = [{"token_type_ids": np.zeros(n, np.int64)} if self.needs_type_ids else {} for n in lengths]
+        return [
+            {"input_ids": draw.integers(0, self.vocabulary, n), **kind} for n, kind in zip(lengths, types)
+        ]
+
+    def sides(self, lengths: Sequence[int]) -> Sequence[int]:
+        """Tokens of each."""
+        return lengths
+
+    def span(self, tokens: int, images: int) -> int:
+        """So many tokens."""
+        return tokens
+
+    def decode(self, place: int) -> str:
+        """The token of this id, as text."""
+        return self.tokenizer.decode([place], skip_special_tokens=False)
 
     def to_config(self) -> dict[str, Any]:
         """The settings beside the tokenizer itself, as plain values."""

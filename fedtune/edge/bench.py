@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fedtune.common.seeds import generator
-from fedtune.data.encoded import ClientData, made_up
+from fedtune.data.encoded import ClientData
 from fedtune.edge.device import engine_of, within
 from fedtune.edge.graphs import Graphs
 from fedtune.edge.memory import peak, resident
@@ -61,7 +61,7 @@ def bench(folder: Path, examples: int, length: int, steps: int, threads: int, me
     engine = engine_of(graphs, graphs.card.max_length)
     tokens = min(length, graphs.card.max_length) or graphs.card.max_length
     data = ClientData(
-        made_up(engine.encoder, [tokens] * examples, generator(0, "edge-bench")), np.zeros(examples, np.int64)
+        engine.encoder.made_up([tokens] * examples, generator(0, "edge-bench")), np.zeros(examples, np.int64)
     )
     long = engine.lengths(data)[0]
     weight, values = np.full(examples, 1.0 / examples, np.float32), graphs.zeros()

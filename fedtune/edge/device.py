@@ -10,7 +10,6 @@ from fedtune.bundles.bundle import Bundle
 from fedtune.common.seeds import generator
 from fedtune.data.clients import ClientStore, Stream
 from fedtune.data.encoded import ClientData
-from fedtune.data.images import ImageEncoder
 from fedtune.edge.graphs import Graphs
 from fedtune.edge.memory import rows_within
 from fedtune.edge.training import Engine, batch_gradients, score, train_locally, train_privately
@@ -122,7 +121,7 @@ def open_device(
 def engine_of(graphs: Graphs, max_length: int) -> Engine:
     """With as much at once as is fastest."""
     encoder = graphs.encoder(max_length)
-    return Engine(graphs, encoder, IMAGES * encoder.size if isinstance(encoder, ImageEncoder) else TOKENS)
+    return Engine(graphs, encoder, encoder.span(TOKENS, IMAGES))
 
 
 def within(engine: Engine, data: ClientData | Stream, memory_mb: int) -> Engine:
@@ -135,7 +134,7 @@ def within(engine: Engine, data: ClientData | Stream, memory_mb: int) -> Engine:
 
     def run(rows: int) -> None:
         taken = data.take(np.full(rows, longest))
-        batch = engine.encoder.collate(taken.encoded)  # type: ignore[arg-type]
+        batch = engine.encoder.collate(taken.encoded)
         if engine.graphs.card.mode == "backward":
             engine.graphs.step(batch, taken.labels, np.zeros(rows, np.float32), values)
         else:

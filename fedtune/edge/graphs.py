@@ -26,6 +26,7 @@ from fedtune.onnx.folder import (
     open_card,
 )
 from fedtune.onnx.lean import open_lean
+from fedtune.tasks import Task, task_named
 from fedtune.types import Arrays
 from fedtune.wire import Pieces
 
@@ -57,12 +58,16 @@ class Graphs:
         """`threads` 0: all cores. Raises RunError for a folder that is not whole."""
         return cls(folder, open_card(folder), threads)
 
+    @property
+    def task(self) -> Task:
+        return task_named(self.card.task)
+
     def encoder(self, max_length: int) -> Encoder:
         """What turns texts, cut to `max_length` tokens, or image files into inputs.
 
         Raises ModelError or DataError for a broken one.
         """
-        return open_encoder(self.folder, self.card.task, max_length)
+        return open_encoder(self.folder, self.task.inputs, max_length)
 
     def step(
         self,
@@ -79,7 +84,7 @@ class Graphs:
             values: the trained tensors.
             names: those whose gradients are wanted (None: all); the gradient is 0 for the others.
         """
-        named = {} if self.card.task == "causal-lm" else {LABELS: labels}
+        named = {LABELS: labels} if self.task.has_head else {}
         tensors = self.card.spec.trainable
         wanted = [t.name for t in tensors if names is None or t.name in names]
         found = self.session(self.card.step_of(names)).run(

@@ -59,8 +59,7 @@ class Engine:
             # texts of one token, whose loss is empty, which no graph takes
             if not self.predictions(part).any():
                 continue
-            # encoded by this encoder
-            batch = self.encoder.collate(part.encoded)  # type: ignore[arg-type]
+            batch = self.encoder.collate(part.encoded)
             found = self.graphs.step(batch, part.labels, weight[rows], values, names)
             gradient += found.gradient
             totals += found.totals
@@ -71,23 +70,17 @@ class Engine:
         totals = np.zeros(3)
         for rows in pieces(self.lengths(data), self.span):
             part = data.take(rows)
-            batch = self.encoder.collate(part.encoded)  # type: ignore[arg-type]
-            totals += summed_loss(
-                self.graphs.logits(batch, values), batch, part.labels, self.graphs.card.task
-            )
+            batch = self.encoder.collate(part.encoded)
+            totals += self.graphs.task.totals(self.graphs.logits(batch, values), batch, part.labels)
         return totals
 
     def lengths(self, data: ClientData | Stream) -> Sequence[int]:
         """In the unit of `span`."""
-        if self.graphs.card.task != "image-classification":
-            return data.lengths
-        return [self.encoder.size] * len(data)  # type: ignore[union-attr]
+        return self.encoder.sides(data.lengths)
 
     def predictions(self, data: ClientData) -> np.ndarray:
-        """Predictions that each example makes, int64 [n]: one, or one per token after the first."""
-        if self.graphs.card.task != "causal-lm":
-            return np.ones(len(data), np.int64)
-        return np.maximum(np.array(data.lengths, np.int64) - 1, 0)
+        """Predictions that each example makes, int64 [n]."""
+        return self.graphs.task.predictions(np.array(data.lengths, np.int64))
 
 
 def pieces(lengths: Sequence[int], span: int) -> Iterator[np.ndarray]:
@@ -272,21 +265,6 @@ def score(engine: Engine, values: Arrays, data: ClientData | Stream, batch_size:
     for index in by_length(data.lengths, batch_size) if len(data) else ():
         totals += engine.passes(values, data.take(index))
     return _metrics(totals)
-
-
-def summed_loss(logits: np.ndarray, batch: Arrays, labels: np.ndarray, task: str) -> np.ndarray:
-    """float64 [3]: cross-entropy, right predictions and predictions, summed; see
-    `models.base.summed_loss`.
-    """
-    if task == "causal-lm":
-        mask = batch["attention_mask"][:, 1:].astype(bool)
-        logits, labels = logits[:, :-1][mask], batch["input_ids"][:, 1:][mask]
-    if not len(labels):
-        return np.zeros(3)
-    highest = logits.max(-1, keepdims=True)
-    scale = np.log(np.exp(logits - highest).sum(-1, dtype=np.float64)) + highest[:, 0]
-    chosen = logits[np.arange(len(labels)), labels]
-    return np.array([(scale - chosen).sum(), (logits.argmax(-1) == labels).sum(), len(labels)], np.float64)
 
 
 def _metrics(totals: np.ndarray) -> Metrics:

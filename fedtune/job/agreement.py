@@ -4,9 +4,11 @@ with value, limit and remedy.
 
 from collections.abc import Iterator, Mapping
 
+from fedtune.adapters.kinds.table import BIASES_ONLY, HEAD_ONLY, WITH_CORES, WITH_GRADIENT_FRAME
 from fedtune.job.private import privacy_disagreements
 from fedtune.job.sections import PROBING, EdgeSection, Section, Sections, tables
 from fedtune.job.text import CONTROL, or_, toml_value
+from fedtune.tasks import task_named
 
 
 def disagreements(job: Sections) -> Iterator[str]:
@@ -56,11 +58,14 @@ def disagreements(job: Sections) -> Iterator[str]:
             f'federation.momentum = {fed.momentum}: only used by optimizer = "sgd"; '
             f"remove it or change the optimizer from {toml_value(fed.optimizer)}"
         )
-    if job.model.task == "causal-lm" and adapter.method == "head":
-        yield 'adapter.method = "head": a causal-lm has no task head; use fed-sb, lora, bias or full'
-    if adapter.asks_gradients and adapter.method != "fed-sb":
+    if not task_named(job.model.task).has_head and adapter.method in HEAD_ONLY:
         yield (
-            f'adapter.init = {toml_value(adapter.init)}: only for method = "fed-sb", '
+            f"adapter.method = {toml_value(adapter.method)}: a {job.model.task} has no task head; "
+            "use fed-sb, lora, bias or full"
+        )
+    if adapter.asks_gradients and adapter.method not in WITH_GRADIENT_FRAME:
+        yield (
+            f"adapter.init = {toml_value(adapter.init)}: only for method = {or_(WITH_GRADIENT_FRAME)}, "
             f'not {toml_value(adapter.method)}; use init = "weights"'
         )
     if not adapter.targets:
@@ -68,9 +73,9 @@ def disagreements(job: Sections) -> Iterator[str]:
             "adapter.targets = []: names no linear, so nothing would be adapted; "
             'use ["all-linear"] or name some'
         )
-    if adapter.method == "head" and not adapter.train_head:
+    if adapter.method in HEAD_ONLY and not adapter.train_head:
         yield (
-            'adapter.train-head = false: method = "head" trains nothing but the head; '
+            f"adapter.train-head = false: method = {toml_value(adapter.method)} trains nothing but the head; "
             "set it to true or choose another method"
         )
     yield from _forward_disagreements(job)
@@ -219,13 +224,16 @@ def _personal_disagreements(job: Sections) -> Iterator[str]:
     if personal.method == "none":
         return
     heads = personal.method in ("head", "loge")
-    if heads and job.model.task == "causal-lm":
-        yield f'{chosen}: a causal-lm has no task head; use "ditto"'
+    if heads and not task_named(job.model.task).has_head:
+        yield f'{chosen}: a {job.model.task} has no task head; use "ditto"'
     elif heads and not job.adapter.train_head:
         yield f"adapter.train-head = false: {chosen} is a head that each client trains; set it to true"
-    elif heads and job.adapter.method == "head":
+    elif heads and job.adapter.method in HEAD_ONLY:
         left = "to send" if personal.method == "head" else "to learn against the fixed head"
-        yield f'adapter.method = "head": with {chosen} nothing would be left {left}; choose another adapter'
+        yield (
+            f"adapter.method = {toml_value(job.adapter.method)}: with {chosen} nothing would be left {left}; "
+            "choose another adapter"
+        )
     if personal.method == "select":
         yield from _select_disagreements(job, chosen)
     yield from _stateful_disagreements(job, chosen)
@@ -242,9 +250,11 @@ def _select_disagreements(job: Sections, chosen: str) -> Iterator[str]:
             f"{chosen}: the coordinator takes the mean of each entry over the clients that do not keep it, "
             f'and {found}; set them to "average" and "mean"'
         )
-    if job.adapter.method == "bias" and (job.model.task == "causal-lm" or not job.adapter.train_head):
+    headed = task_named(job.model.task).has_head and job.adapter.train_head
+    if job.adapter.method in BIASES_ONLY and not headed:
         yield (
-            f'adapter.method = "bias": {chosen} leaves biases to all, so that nothing would be a client\'s '
+            f"adapter.method = {toml_value(job.adapter.method)}: {chosen} leaves biases to all, "
+            "so that nothing would be a client's "
             'own; choose another adapter, or "ditto"'
         )
 
@@ -337,9 +347,10 @@ def _units_disagreements(job: Sections) -> Iterator[str]:
             f"units.budget = 0: strategy = {toml_value(units.strategy)} needs the number of blocks that "
             "a client trains; give at least 1"
         )
-    if job.adapter.method == "head":
+    if job.adapter.method in HEAD_ONLY:
         yield (
-            f'units.strategy = {toml_value(units.strategy)}: adapter.method = "head" trains '
+            f"units.strategy = {toml_value(units.strategy)}: "
+            f"adapter.method = {toml_value(job.adapter.method)} trains "
             'nothing in the blocks; use "all"'
         )
     if job.edge.mode == "forward":
@@ -404,10 +415,10 @@ def _rank_disagreements(job: Sections) -> Iterator[str]:
     ]
     for place, device in enumerate(job.simulation.devices):
         chosen = f"simulation.devices.{place}.rank = {device.rank}"
-        if device.rank and job.adapter.method != "fed-sb":
+        if device.rank and job.adapter.method not in WITH_CORES:
             yield (
                 f"{chosen}: adapter.method = {toml_value(job.adapter.method)} has no cores with leading "
-                'blocks; remove it, or use "fed-sb"'
+                f"blocks; remove it, or use {or_(WITH_CORES)}"
             )
         elif device.rank > rank:
             yield (

@@ -7,6 +7,10 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from fedtune.adapters.kinds.table import METHODS
+from fedtune.tasks import TASKS, TaskName
+from fedtune.tasks.texts import TEXT_CLASSIFICATION
+
 
 def _key(
     default: Any,
@@ -46,9 +50,7 @@ class ModelSection(Section):
     sha256: str = _key(
         "", "sha256 of the weights; when given, any other file is refused", pattern=r"^([0-9a-f]{64})?$"
     )
-    task: Literal["text-classification", "image-classification", "causal-lm"] = _key(
-        "text-classification", "text-classification, image-classification or causal-lm"
-    )
+    task: TaskName = _key(TEXT_CLASSIFICATION.name, f"{', '.join([*TASKS][:-1])} or {[*TASKS][-1]}")
     max_length: int = _key(64, "tokens kept of each text", ge=4, le=8192)
     image_size: int = _key(224, "side of the square that images are scaled to, in pixels", ge=32, le=1024)
     pooling: Literal["mean", "first"] = _key(
@@ -105,7 +107,7 @@ class AdapterSection(Section):
         "fed-sb",
         "fed-sb (r x r cores), lora, ffa-lora (lora with A frozen), bias, tinytl (biases and lite residuals; "
         "for inverted bottlenecks), head or full",
-        available=("fed-sb", "lora", "ffa-lora", "bias", "tinytl", "head", "full"),
+        available=tuple(METHODS),
     )
     rank: int = _key(16, "rank r", ge=1, le=4096)
     alpha: float = _key(0.0, "scale is alpha / rank; 0 means alpha = rank, scale 1", ge=0.0, le=1e6)

@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
-from fedtune.adapters.spec import Layout, Linear
 from fedtune.models.inverted import inverted_blocks
+from fedtune.models.layout import Layout, Linear
+from fedtune.models.losses import LOSSES, Loss, Scores
+from fedtune.tasks import Task
 from fedtune.types import TensorSpec
 
 
@@ -18,9 +19,18 @@ class TunableModel(nn.Module):
     vocabulary] for a causal language model, which has no head of ours.
     """
 
-    def __init__(self, body: nn.Module, task: str, head: nn.Linear | None, pooling: str = "mean") -> None:
+    def __init__(
+        self,
+        body: nn.Module,
+        task: Task,
+        head: nn.Linear | None,
+        pooling: str = "mean",
+        losses: Loss | None = None,
+    ) -> None:
+        """losses: of a task whose loss is not one of ours; else found by what the task predicts."""
         super().__init__()
         self.body, self.task, self.head, self.pooling = body, task, head, pooling
+        self.losses = LOSSES[task.targets] if losses is None else losses
 
     def linear(self, name: str) -> nn.Linear:
         """The linear of the body that has this name."""
@@ -30,8 +40,8 @@ class TunableModel(nn.Module):
 
     def features(self, **inputs: Tensor) -> Tensor:
         """[batch, width]: what the head sees."""
-        if self.task == "image-classification":
-            return self.body(inputs["pixels"])
+        if not self.task.inputs.has_length:
+            return self.body(*inputs.values())
         hidden = self.body(**inputs).last_hidden_state
         if self.pooling == "first":
             return hidden[:, 0]
@@ -42,6 +52,10 @@ class TunableModel(nn.Module):
         if self.head is None:
             return self.body(**inputs).logits
         return self.head(self.features(**inputs))
+
+    def loss(self, logits: Tensor, batch: Mapping[str, Tensor], labels: Tensor) -> Scores:
+        """What the task makes of `forward`'s logits: see `losses.Loss.by_example`."""
+        return self.losses.by_example(logits, batch, labels)
 
 
 def block_weights(model: TunableModel) -> dict[str, float]:
@@ -116,23 +130,3 @@ def _alike(modules: nn.Module) -> bool:
         and len({type(c) for c in children}) == 1
         and any(True for _ in children[0].children())
     )
-
-
-def summed_loss(
-    logits: Tensor, batch: Mapping[str, Tensor], labels: Tensor, task: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy summed per example.
-
-    Returns:
-        (loss [batch], correct [batch], count [batch]): summed loss, right predictions and predictions
-        made, by example. Classification makes one prediction an example; a causal language model one
-        per token after the first.
-    """
-    if task != "causal-lm":
-        loss = nn.functional.cross_entropy(logits, labels, reduction="none")
-        return loss, (logits.argmax(-1) == labels).float(), torch.ones_like(loss)
-    targets, mask = batch["input_ids"][:, 1:], batch["attention_mask"][:, 1:].float()
-    predicted = logits[:, :-1]
-    loss = nn.functional.cross_entropy(predicted.transpose(1, 2), targets, reduction="none") * mask
-    correct = (predicted.argmax(-1) == targets).float() * mask
-    return loss.sum(1), correct.sum(1), mask.sum(1)

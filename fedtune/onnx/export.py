@@ -77,7 +77,7 @@ def _trace(model: TunableModel, example: Arrays, opset: int) -> Any:
     """The onnx.ModelProto."""
     names = tuple(example)
     inputs = tuple(torch.from_numpy(example[name]) for name in names)
-    free = {0: "batch"} if model.task == "image-classification" else {0: "batch", 1: "length"}
+    free = dict(enumerate(model.task.inputs.axes))
     try:
         with quiet():
             program = torch.onnx.export(

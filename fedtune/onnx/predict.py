@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import onnxruntime
@@ -16,12 +15,11 @@ from safetensors.numpy import load_file
 
 from fedtune.adapters.spec import ADAPTER, DESCRIPTION, AdapterSpec
 from fedtune.data.encoded import Encoder, open_encoder
-from fedtune.data.images import ImageEncoder
-from fedtune.data.text import TextEncoder
 from fedtune.errors import ModelError, RunError, UserError
 from fedtune.onnx.folder import FORWARD, LOGITS, EdgeCard, open_card, read_card
 from fedtune.onnx.lean import open_lean
 from fedtune.onnx.verify import open_graph
+from fedtune.tasks import Task, TaskName, task_named
 from fedtune.types import Arrays
 
 CARD = "model.json"
@@ -39,7 +37,7 @@ class ModelCard:
     """
 
     format: str
-    task: Literal["text-classification", "image-classification", "causal-lm"]
+    task: TaskName
     labels: tuple[str, ...]
     max_length: int
     opset: int
@@ -91,7 +89,7 @@ class Predictor:
                     f", or export the run with --set export.{'static' if name == STATIC else 'adapters'}=true"
                 )
             raise RunError(f"{folder}: has no {name}{f' ({reason})' if reason else ''}; {remedy}")
-        encoder = open_encoder(folder, card.task, card.max_length)
+        encoder = open_encoder(folder, task_named(card.task).inputs, card.max_length)
         values = (
             {}
             if adapter is None or card.spec is None
@@ -108,7 +106,7 @@ class Predictor:
             ModelError: an adapter of other tensors than the graph takes.
         """
         card = open_card(folder)
-        encoder = open_encoder(folder, card.task, card.max_length)
+        encoder = open_encoder(folder, task_named(card.task).inputs, card.max_length)
         return cls(
             card,
             encoder,
@@ -117,8 +115,8 @@ class Predictor:
         )
 
     @property
-    def reads_images(self) -> bool:
-        return isinstance(self.encoder, ImageEncoder)
+    def task(self) -> Task:
+        return task_named(self.card.task)
 
     def predict(self, inputs: Sequence[str], batch_size: int = 64) -> tuple[list[str], np.ndarray]:
         """The most likely label of each text or image file, and its probability, float32 [n].
@@ -130,9 +128,7 @@ class Predictor:
             DataError: an image file that cannot be read.
         """
         if not inputs:
-            raise UserError(
-                f"nothing to predict; give at least one {'image file' if self.reads_images else 'text'}"
-            )
+            raise UserError(f"nothing to predict; give at least one {self.task.inputs.one}")
         for place, text in enumerate(inputs, 1):
             if not text.strip():
                 raise UserError(f"input {place} is empty; remove or fill it")
@@ -144,9 +140,8 @@ class Predictor:
         """float32 [n, classes], or [n, vocabulary] for the token after each text."""
         batch = self.encoder.collate(self.encoder.encode(list(inputs)))
         logits = self.session.run([LOGITS], {**batch, **self.values})[0]
-        if self.card.task == "causal-lm":
-            logits = logits[np.arange(len(logits)), batch["attention_mask"].sum(1) - 1]
-        elif logits.shape[1] != len(self.card.labels):
+        logits = self.task.last(logits, batch)
+        if self.task.has_head and logits.shape[1] != len(self.card.labels):
             raise RunError(
                 f"{CARD}: names {len(self.card.labels)} labels, the graph has "
                 f"{logits.shape[1]}; export the run again"
@@ -155,9 +150,7 @@ class Predictor:
         return raised / raised.sum(1, keepdims=True)
 
     def _name(self, label: int) -> str:
-        if isinstance(self.encoder, TextEncoder) and self.card.task == "causal-lm":
-            return self.encoder.tokenizer.decode([label], skip_special_tokens=False)
-        return self.card.labels[label]
+        return self.card.labels[label] if self.task.has_head else self.encoder.decode(label)
 
 
 def _read_adapter(path: Path, spec: AdapterSpec, frame_sha256: str) -> Arrays:

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedtune.adapters.methods import Parameters
 from fedtune.errors import EnvironmentProblem, ModelError
-from fedtune.models.base import TunableModel, summed_loss
+from fedtune.models.base import TunableModel
 from fedtune.onnx.decompositions import TABLE
 from fedtune.onnx.export import cause, quiet, strip
 from fedtune.onnx.folder import CORRECT, COUNT, LABELS, LOGITS, LOSS, WEIGHT, gradient_of
@@ -32,9 +32,9 @@ from fedtune.types import Arrays
 def step_graph(model: TunableModel, parameters: Parameters, example: Arrays, opset: int) -> Any:
     """One pass forward and back, as an onnx.ModelProto.
 
-    Inputs: the keys of `example`; "labels" int64 [n], not for causal-lm; "weight" float32 [n]; the trained
-    tensors by name. Outputs: "loss", "correct" and "count", float32 [n], as `summed_loss` gives them;
-    "gradient:NAME" of sum(weight * loss) for each tensor.
+    Inputs: the keys of `example`; "labels" int64 [n], where the task has labels; "weight" float32 [n]; the
+    trained tensors by name. Outputs: "loss", "correct" and "count", float32 [n], as `TunableModel.loss`
+    gives them; "gradient:NAME" of sum(weight * loss) for each tensor.
 
     Args:
         model: with its adapter on it; `parameters` as `attach` returned them.
@@ -42,7 +42,7 @@ def step_graph(model: TunableModel, parameters: Parameters, example: Arrays, ops
 
     Raises ModelError: an operation of this base cannot be traced or exported.
     """
-    keys, labelled, task = tuple(example), model.task != "causal-lm", model.task
+    keys, labelled = tuple(example), model.task.has_head
     frozen, places = _divided(model, parameters)
 
     def step(fixed: list[Tensor], given: list[Tensor], values: list[Tensor]) -> list[Tensor]:
@@ -51,9 +51,7 @@ def step_graph(model: TunableModel, parameters: Parameters, example: Arrays, ops
         out = torch.func.functional_call(
             model, dict(zip(frozen, fixed)) | dict(zip(places, values)), (), inputs
         )
-        loss, correct, count = summed_loss(
-            out, inputs, given[len(keys)] if labelled else inputs["input_ids"], task
-        )
+        loss, correct, count = model.loss(out, inputs, given[len(keys)] if labelled else inputs[keys[0]])
         found = torch.autograd.grad(
             (loss * given[-1]).sum(), values, allow_unused=True, materialize_grads=True
         )
@@ -132,10 +130,9 @@ def _exported(
     model: TunableModel,
     opset: int,
 ) -> Any:
-    texts, values = model.task != "image-classification", [p.detach().clone() for p in parameters.values()]
+    axes, values = len(model.task.inputs.axes), [p.detach().clone() for p in parameters.values()]
     free: list[Any] = [
-        {i: torch.export.Dim.DYNAMIC for i in range(2 if texts and x.dim() == 2 else 1)}
-        for x in given.values()
+        {i: torch.export.Dim.DYNAMIC for i in range(axes if x.dim() == 2 else 1)} for x in given.values()
     ]
     try:
         with quiet(), sdpa_kernel(SDPBackend.MATH):

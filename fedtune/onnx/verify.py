@@ -10,9 +10,9 @@ import numpy as np
 import onnxruntime
 
 from fedtune.errors import ModelError
+from fedtune.tasks.base import UNLABELLED
 from fedtune.types import Arrays
 
-UNLABELLED = -1
 _ERRORS_ONLY = 3
 
 

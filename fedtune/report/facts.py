@@ -9,6 +9,7 @@ from fedtune.common.metrics import tenth, worst_tenth
 from fedtune.report import privacy as words
 from fedtune.report.format import ABSENT, clean, count, duration, number, percent, plural, size
 from fedtune.report.summary import Against, Round, Summary
+from fedtune.tasks import task_named
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def is_number(value: Any) -> bool:
 
 def metric(s: Summary) -> str:
     """The measure in words."""
-    return f"next-token {clean(s['metric'])}" if s["task"] == "causal-lm" else clean(s["metric"])
+    return task_named(s["task"]).metric.format(clean(s["metric"]))
 
 
 def last_evaluated(s: Summary) -> Round | None:
@@ -108,11 +109,10 @@ def rivals(s: Summary) -> list[Rival]:
     """The baselines there are, weakest idea first."""
     given, ours, found = s.get("baselines", {}), accuracy(s), []
     if "majority" in given:
-        what = "token" if s["task"] == "causal-lm" else "label"
         found.append(
             Rival(
                 "majority",
-                f"most common {what}",
+                f"most common {task_named(s['task']).answer}",
                 given["majority"]["accuracy"],
                 ours,
                 "always the same answer",

@@ -7,13 +7,14 @@ causal-lm, accuracy is that of the next token.
 
 import json
 from pathlib import Path
-from typing import Any, Literal, NotRequired
+from typing import Any, NotRequired
 
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from fedtune.errors import RunError
 from fedtune.report.privacy import Privacy
+from fedtune.tasks import TaskName
 
 FILE = "summary.json"
 LISTED = 1000
@@ -326,7 +327,7 @@ class Summary(TypedDict):
     job: dict[str, dict[str, Any]]
     engine: str
     base: Base
-    task: Literal["text-classification", "image-classification", "causal-lm"]
+    task: TaskName
     adapter: Adapter
     labels: list[str]
     metric: str

@@ -8,6 +8,7 @@ from fedtune.common.seeds import generator
 from fedtune.data.clients import Stream
 from fedtune.data.encoded import ClientData
 from fedtune.job import FederationSection, Job, UnitsSection
+from fedtune.tasks import base, task_named
 
 POOL = 8
 
@@ -61,21 +62,14 @@ def probed_batches(
         yield from np.split(batch, len(batch)) if units.strategy == "fisher" else (batch,)
 
 
-def predictions(lengths: np.ndarray, kind: str) -> np.ndarray:
-    """Predictions that each example gives: one, or for a causal language model one
-    per token after the first.
-    """
-    return np.maximum(lengths - 1, 0) if kind == "causal-lm" else np.ones_like(lengths)
-
-
 def trainable_batches(
-    data: ClientData | Stream, batches: Sequence[np.ndarray], kind: str
+    data: ClientData | Stream, batches: Sequence[np.ndarray], kind: base.Task
 ) -> list[np.ndarray]:
     """Without those that predict nothing (one-token texts): they make no step."""
-    if kind != "causal-lm":
+    if kind.has_head:
         return list(batches)
     lengths = np.array(data.lengths)
-    return [index for index in batches if predictions(lengths[index], kind).sum() > 0]
+    return [index for index in batches if kind.predictions(lengths[index]).sum() > 0]
 
 
 def training_batches(
@@ -90,4 +84,4 @@ def training_batches(
         fed.local_steps,
         generator(fed.seed, purpose, round, client),
     )
-    return trainable_batches(data, list(drawn), job.model.task)
+    return trainable_batches(data, list(drawn), task_named(job.model.task))

@@ -46,6 +46,7 @@ from fedtune.runs.ledger import Ledger, require_whole
 from fedtune.secagg.server import Sum
 from fedtune.stateful.scaffold import controls_of, steering
 from fedtune.stateful.select import held_mean
+from fedtune.tasks import task_named
 from fedtune.types import Arrays, Assignment, ClientInfo, Metrics, RoundReport, Update, Work
 from fedtune.wire import Packet, Schema, decode, encode, places
 
@@ -569,7 +570,7 @@ def start(
 
 def most_predictions(job: Job) -> float:
     """The largest number of predictions a client may claim for one pass over its data."""
-    return job.federation.max_weight * (job.model.max_length if job.model.task == "causal-lm" else 1)
+    return job.federation.max_weight * task_named(job.model.task).most_predictions(job.model.max_length)
 
 
 def evaluated(job: Job, round: int) -> bool:

@@ -7,7 +7,7 @@ import numpy as np
 
 from fedtune.data.encoded import ClientData
 from fedtune.privacy.noise import Noise
-from fedtune.round.batches import predictions
+from fedtune.tasks import base
 
 UNEVEN = 4
 """Room for rows brought together by model, as a multiple of the rows there are."""
@@ -57,7 +57,7 @@ class Picked:
         )
 
 
-def pick(tasks: Sequence[Task], step: int, kind: str) -> Picked:
+def pick(tasks: Sequence[Task], step: int, kind: base.Task) -> Picked:
     """What all tasks see in a step; task i trains model i.
 
     A model's loss is the mean over the predictions of its batch.
@@ -65,19 +65,15 @@ def pick(tasks: Sequence[Task], step: int, kind: str) -> Picked:
     return join([(row, task, task.batches[step]) for row, task in enumerate(tasks)], kind)
 
 
-def join(parts: Sequence[tuple[int, Task, np.ndarray]], kind: str) -> Picked:
+def join(parts: Sequence[tuple[int, Task, np.ndarray]], kind: base.Task) -> Picked:
     """Examples of several (model, task, places in its data)."""
     places = [index.tolist() for _, _, index in parts]
     keys = [(task.client, i) for (_, task, _), index in zip(parts, places) for i in index]
     encoded = [task.data.encoded[i] for (_, task, _), index in zip(parts, places) for i in index]
-    lengths = (
-        np.ones(len(encoded), np.int64)
-        if kind == "image-classification"
-        else np.array([len(next(iter(e.values()))) for e in encoded], np.int64)
-    )
+    lengths = kind.inputs.rows(np.array([len(next(iter(e.values()))) for e in encoded], np.int64))
     counts = [len(index) for index in places]
     part = np.repeat(np.arange(len(parts)), counts)
-    made = np.bincount(part, predictions(lengths, kind), len(parts))
+    made = np.bincount(part, kind.predictions(lengths), len(parts))
     return Picked(
         keys,
         encoded,

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedtune.adapters.layers.stacked import Examples
 from fedtune.adapters.methods import Parameters
 from fedtune.job import FederationSection
 from fedtune.models.base import TunableModel
 from fedtune.privacy.example import ExamplePrivacy, SelfCheck, capped
-from fedtune.round.batches import predictions
 from fedtune.round.rates import learning_rate
 from fedtune.training import optimizers
 from fedtune.training.chunks import Picked, Task, balanced, join, pick, stretches
@@ -25,7 +25,7 @@ from fedtune.training.features import FeatureStore
 from fedtune.training.local import TINY
 from fedtune.training.passes import Pass
 from fedtune.training.private import NUMBERS, Audit, clipped
-from fedtune.training.stacked import Examples, Stack
+from fedtune.training.stacked import Stack
 from fedtune.types import TensorSpec
 from fedtune.wire import Schema
 
@@ -190,7 +190,7 @@ class CohortTrainer:
         Every example has a model of its own in the stack, whose gradients are then the examples'.
         """
         private, gradients = check.settings, torch.zeros_like(models)
-        made = predictions(picked.lengths, self.model.task).astype(np.float32)
+        made = self.model.task.predictions(picked.lengths).astype(np.float32)
         means = replace(picked, scale=1 / np.maximum(made, 1))
         for chunk in self._chunks(means):
             for begin in range(0, len(chunk), most := max(1, NUMBERS // models.shape[1])):
@@ -256,7 +256,7 @@ class CohortTrainer:
 
     def _chunks(self, picked: Picked) -> Iterator[Picked]:
         """The examples in pieces of at most `chunk` rows: texts by length, images by client."""
-        texts = self.model.task != "image-classification"
+        texts = self.model.task.inputs.has_length
         order = np.argsort(picked.lengths if texts else picked.row, kind="stable")
         for index in stretches(picked.lengths[order], self.chunk, texts and self.through.padded):
             yield from balanced(picked.take(order[index]))
@@ -310,9 +310,7 @@ class CohortTrainer:
     def _rows(self, lengths: Sequence[np.ndarray]) -> int:
         """What the features' size goes with: tokens, or examples below the head and for images."""
         return sum(
-            len(n)
-            if self.through.unit == "head" or self.model.task == "image-classification"
-            else int(n.sum())
+            len(n) if self.through.unit == "head" or not self.model.task.inputs.has_length else int(n.sum())
             for n in lengths
         )
 

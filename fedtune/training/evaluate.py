@@ -10,7 +10,7 @@ from torch import Tensor
 from fedtune.data.clients import Stream
 from fedtune.data.encoded import ClientData, Encoder
 from fedtune.data.slices import Slices
-from fedtune.models.base import TunableModel, summed_loss
+from fedtune.models.base import TunableModel
 from fedtune.round.batches import by_length
 from fedtune.training.local import device_of, to_batch
 from fedtune.types import Metrics
@@ -78,9 +78,7 @@ def score(
     out = np.zeros((3, len(data)))
     with torch.inference_mode():
         for index, batch, labels in _batches(model, data, encoder, batch_size):
-            out[:, index] = (
-                torch.stack(summed_loss(model(**batch), batch, labels, model.task)).double().cpu().numpy()
-            )
+            out[:, index] = torch.stack(model.loss(model(**batch), batch, labels)).double().cpu().numpy()
             if progress:
                 progress(len(index))
     return Scores(*out)

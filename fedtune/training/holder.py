@@ -20,6 +20,7 @@ from fedtune.data.partition import Split, split
 from fedtune.errors import DataError, Refused
 from fedtune.round.client import Learner, personal_metrics
 from fedtune.stateful.methods import method_of
+from fedtune.tasks import task_named
 from fedtune.wire import Schema, decode, encode, require_whole
 
 _JOB_KEY = re.compile(r"\b(data|model)\.[a-z]")
@@ -51,7 +52,7 @@ class Device:
     streams: bool = False
 
     def facts(self) -> dict[str, Any]:
-        """Training examples, held-out examples, and training examples by label name ({} for causal-lm)."""
+        """Training examples, held-out examples, and training examples by label name ({} without labels)."""
         names, train = self.store.dataset.label_names, self.store.split.train[0]
         counts = np.bincount(self.store.dataset.examples.labels[train], minlength=len(names)).tolist()
         return {
@@ -115,7 +116,7 @@ def read_data(bundle: Bundle, path: Path) -> tuple[Dataset, Split]:
     """
     job = bundle.job
     path = path.expanduser().absolute()  # absolute also so that no name is taken for package:NAME
-    _require_kind(path, job.model.task == "image-classification")
+    _require_kind(path, task_named(job.model.task).inputs.in_folder)
     # a device is one client: how a simulation deals rows out does not matter,
     # and the column it deals by need not be there
     data = job.data.model_copy(

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from fedtune.adapters.fed_sb import SBLinear, SBProduct
+from fedtune.adapters.methods import LEAN
 from fedtune.training.lean_functions import ALL, EXACT
 
 Forward = Callable[..., Any]
@@ -53,16 +53,16 @@ class Lean:
         """Whether an attention is being made again whose result nobody reads."""
         self.attended: Tensor | None = None
         """The result of the attention that ran last."""
-        cores: dict[nn.Module, Forward] = {
-            m: partial(_core_forward, m) for m in model.modules() if isinstance(m, SBLinear) and not exact
+        adapters: dict[nn.Module, Forward] = {
+            m: partial(LEAN[type(m)], m) for m in model.modules() if type(m) in LEAN and not exact
         }
         attentions: dict[nn.Module, Forward] = {
             m: partial(_made_again, self, m, m.forward)
             for m in model.modules()
             if is_self_attention(m) and not exact
         }
-        self._forwards = cores | attentions
-        self._inside = {m: {c: cores[c] for c in m.modules() if c in cores} for m in attentions}
+        self._forwards = adapters | attentions
+        self._inside = {m: {own: adapters[own] for own in m.modules() if own in adapters} for m in attentions}
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -189,12 +189,3 @@ def _first(out: Any) -> Tensor:
 
 def _same_memory(one: Tensor, other: Tensor) -> bool:
     return one.untyped_storage()._cdata == other.untyped_storage()._cdata
-
-
-def _core_forward(layer: SBLinear, x: Tensor) -> Tensor:
-    if not layer.core.weight.requires_grad:  # this round: then stock torch keeps nothing either
-        return type(layer).forward(layer, x)
-    flat = x.reshape(-1, x.shape[-1])
-    return SBProduct.apply(
-        flat, layer.base.weight, layer.base.bias, layer.a, layer.b, layer.core.weight
-    ).view(*x.shape[:-1], -1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from fedtune.adapters.methods import Parameters
 from fedtune.data.encoded import ClientData, Encoder
 from fedtune.job import FederationSection
-from fedtune.models.base import TunableModel, summed_loss
+from fedtune.models.base import TunableModel
 from fedtune.round.batches import local_batches
 from fedtune.round.rates import learning_rate
 from fedtune.stateful.base import Pull
@@ -129,7 +129,7 @@ class Pulled:
                 p += self.pull.ascent / (length + TINY) * g
                 p.grad = None
         with around():
-            loss, _, count = summed_loss(self.model(**batch), batch, labels, self.model.task)
+            loss, _, count = self.model.loss(self.model(**batch), batch, labels)
         (loss.sum() / count.sum()).backward()
         with torch.no_grad():
             for (p, _), was in zip(slopes, here):
@@ -162,7 +162,7 @@ def batch_gradients(
             p.grad = None
         batch, labels = to_batch(data, index, encoder, device)
         with lean.running() if lean else nullcontext():
-            loss, _, count = summed_loss(model(**batch), batch, labels, model.task)
+            loss, _, count = model.loss(model(**batch), batch, labels)
         if count.sum() > 0:
             (loss.sum() / count.sum()).backward()
             yield {
@@ -208,7 +208,7 @@ def step(
     """
     optimizer.zero_grad(set_to_none=True)
     with around or nullcontext():
-        loss, correct, count = summed_loss(model(**batch), batch, labels, model.task)
+        loss, correct, count = model.loss(model(**batch), batch, labels)
     predictions = count.sum()
     if predictions > 0:  # a batch of one-token texts predicts nothing
         (loss.sum() / predictions).backward()
@@ -244,7 +244,7 @@ def weight_gradients(
         total = 0.0
         for start in range(0, len(index), batch_size):
             batch, labels = to_batch(data, index[start : start + batch_size], encoder)
-            loss, _, count = summed_loss(model(**batch), batch, labels, model.task)
+            loss, _, count = model.loss(model(**batch), batch, labels)
             loss.sum().backward()
             total += float(count.sum())
         return {

@@ -77,7 +77,7 @@ def step_memory(
     """
     parameters, spec = layout(sketch).size, at_rank(spec, limits.rank)
     states = {"adamw": 2, "adam": 2, "sgd": 1 if job.federation.momentum else 0}[job.federation.optimizer]
-    side = job.model.image_size if job.model.task == "image-classification" else job.model.max_length
+    side = job.model.max_length if sketch.task.inputs.has_length else job.model.image_size
     trained = {t.name for t in spec.schema.of_units(lowest(job, spec.schema, limits))}
     with torch.device("meta"):
         for name, p in attach(
@@ -202,7 +202,7 @@ def _loss(model: TunableModel, batch: int, side: int) -> Tensor:
     """Without an attention mask: code that looks into the mask cannot run so,
     and a full mask keeps the same tensors.
     """
-    if model.task == "image-classification":
+    if not model.task.inputs.has_length:
         logits = model(pixels=torch.empty(batch, 3, side, side))
     elif model.head is None:
         logits = model.body(input_ids=torch.zeros(batch, side, dtype=torch.long)).logits.flatten(0, 1)

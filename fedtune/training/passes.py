@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from fedtune.data.encoded import Encoder
-from fedtune.models.base import TunableModel, summed_loss
+from fedtune.models.base import TunableModel
 from fedtune.models.cut import Cut
-from fedtune.models.packed import PackedModel, Packing
+from fedtune.models.losses import Scores
+from fedtune.models.packed import NotPackable, PackedModel, Packing
 
 Encoded = Sequence[Mapping[str, np.ndarray]]
-Loss = tuple[Tensor, Tensor, Tensor]
-"""(summed loss, right predictions, predictions), each [examples]."""
 
 
 class Pass(Protocol):
@@ -35,7 +34,7 @@ class Pass(Protocol):
         """Inside, the other methods may be called."""
         ...
 
-    def loss(self, encoded: Encoded, labels: np.ndarray, features: Sequence[np.ndarray] | None) -> Loss:
+    def loss(self, encoded: Encoded, labels: np.ndarray, features: Sequence[np.ndarray] | None) -> Scores:
         """Through what lies above the cut where `features` are given, else through all."""
         ...
 
@@ -65,17 +64,15 @@ class Padded:
     def rows(self, lengths: np.ndarray) -> None:
         return None
 
-    def loss(self, encoded: Encoded, labels: np.ndarray, features: Sequence[np.ndarray] | None) -> Loss:
+    def loss(self, encoded: Encoded, labels: np.ndarray, features: Sequence[np.ndarray] | None) -> Scores:
         wanted = torch.from_numpy(labels).to(self.device)
         if features is not None and self._cut is None:
             return _head_loss(self.model, features, wanted, self.device)
         batch = self._batch(encoded)
         if features is None or self._cut is None:
-            return summed_loss(self.model(**batch), batch, wanted, self.model.task)
+            return self.model.loss(self.model(**batch), batch, wanted)
         hidden = torch.from_numpy(_stack(features)).to(self.device)
-        return summed_loss(
-            self._cut.above(hidden, lambda: self.model(**batch)), batch, wanted, self.model.task
-        )
+        return self.model.loss(self._cut.above(hidden, lambda: self.model(**batch)), batch, wanted)
 
     def below(self, encoded: Encoded) -> list[np.ndarray]:
         batch = self._batch(encoded)
@@ -83,12 +80,12 @@ class Padded:
             if self._cut is None:
                 return list(self.model.features(**batch).cpu().numpy().copy())
             hidden = self._cut.below(lambda: self.model(**batch)).cpu().numpy()
-        if self.model.task == "image-classification":
+        if not self.model.task.inputs.has_length:
             return [h.copy() for h in hidden]
         return [h[: len(e["input_ids"])].copy() for h, e in zip(hidden, encoded)]
 
     def _batch(self, encoded: Encoded) -> dict[str, Tensor]:
-        batch = self.encoder.collate(list(encoded))  # type: ignore[arg-type]
+        batch = self.encoder.collate(encoded)
         return {k: torch.from_numpy(v).to(self.device) for k, v in batch.items()}
 
 
@@ -108,7 +105,7 @@ class Packed:
     def rows(self, lengths: np.ndarray) -> np.ndarray:
         return lengths
 
-    def loss(self, encoded: Encoded, labels: np.ndarray, features: Sequence[np.ndarray] | None) -> Loss:
+    def loss(self, encoded: Encoded, labels: np.ndarray, features: Sequence[np.ndarray] | None) -> Scores:
         wanted = torch.from_numpy(labels).to(self.device)
         if features is not None and self._cut is None:
             return _head_loss(self.model, features, wanted, self.device)
@@ -119,8 +116,11 @@ class Packed:
             hidden = torch.from_numpy(np.concatenate(features)).to(self.device)
             out = self._cut.above(hidden[None], lambda: self.packed.run(rows, packing))
         if self.model.head is None:
-            return _causal_loss(out, rows["input_ids"], packing)
-        return summed_loss(self.model.head(self.packed.pooled(out, packing)), {}, wanted, self.model.task)
+            packed = self.model.losses.packed
+            if packed is None:
+                raise NotPackable("the loss of its task takes no packed texts")
+            return packed(out, rows["input_ids"], packing.starts, packing.lengths)
+        return self.model.loss(self.model.head(self.packed.pooled(out, packing)), {}, wanted)
 
     def below(self, encoded: Encoded) -> list[np.ndarray]:
         packing, rows = self._packed(encoded)
@@ -139,9 +139,9 @@ class Packed:
 
 def _head_loss(
     model: TunableModel, features: Sequence[np.ndarray], labels: Tensor, device: torch.device
-) -> Loss:
+) -> Scores:
     assert model.head is not None
-    return summed_loss(model.head(torch.from_numpy(np.stack(features)).to(device)), {}, labels, model.task)
+    return model.loss(model.head(torch.from_numpy(np.stack(features)).to(device)), {}, labels)
 
 
 def _stack(features: Sequence[np.ndarray]) -> np.ndarray:
@@ -153,20 +153,3 @@ def _stack(features: Sequence[np.ndarray]) -> np.ndarray:
     for row, f in zip(out, features):
         row[: len(f)] = f
     return out
-
-
-def _causal_loss(logits: Tensor, ids: Tensor, packing: Packing) -> Loss:
-    """`summed_loss` of a causal language model for one long row. logits [tokens,
-    vocabulary], ids [tokens].
-    """
-    targets = torch.roll(ids, -1)
-    lengths = torch.from_numpy(packing.lengths).to(logits.device)
-    # the last token of a text predicts nothing
-    keep = torch.ones(len(ids), device=logits.device).index_fill_(0, packing.starts + lengths - 1, 0.0)
-    text = torch.repeat_interleave(torch.arange(len(lengths), device=logits.device), lengths)
-
-    def by_text(x: Tensor) -> Tensor:
-        return torch.zeros(len(lengths), device=x.device).index_add(0, text, x * keep)
-
-    loss = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-    return by_text(loss), by_text((logits.argmax(-1) == targets).float()), (lengths - 1).float()

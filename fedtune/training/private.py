@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fedtune.adapters.methods import Parameters
 from fedtune.data.encoded import ClientData, Encoder
 from fedtune.job import FederationSection
-from fedtune.models.base import TunableModel, summed_loss
+from fedtune.models.base import TunableModel
 from fedtune.privacy.clipping import SHRINK
 from fedtune.privacy.example import (
     ExamplePrivacy,
@@ -126,7 +126,7 @@ class PerExample:
         ), scores
 
     def _losses(self, batch: Mapping[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
-        loss, correct, count = summed_loss(self.model(**batch), batch, labels, self.model.task)
+        loss, correct, count = self.model.loss(self.model(**batch), batch, labels)
         made = count.clamp(min=1)
         return loss / made, torch.stack([loss.detach() / made, correct / made, torch.ones_like(loss)], 1)
 

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedtune.adapters.layers.stacked import NotStackable
 from fedtune.adapters.methods import Parameters, write
 from fedtune.adapters.spec import AdapterSpec
 from fedtune.data.encoded import ClientData, Encoder
-from fedtune.data.images import ImageEncoder
 from fedtune.errors import EnvironmentProblem
 from fedtune.job import FederationSection
-from fedtune.models.base import TunableModel, summed_loss
+from fedtune.models.base import TunableModel
 from fedtune.models.cut import lowest_unit
 from fedtune.models.packed import NotPackable
 from fedtune.training.chunks import Task, join
@@ -23,7 +23,7 @@ from fedtune.training.cohort import CohortTrainer
 from fedtune.training.features import FeatureStore
 from fedtune.training.local import device_of, to_batch
 from fedtune.training.passes import Packed, Padded, Pass
-from fedtune.training.stacked import NotStackable, Stack
+from fedtune.training.stacked import Stack
 from fedtune.types import Arrays
 from fedtune.wire import Pieces
 
@@ -75,7 +75,7 @@ def _passes(
 ) -> Iterator[Pass]:
     """Ways to try, the fastest first. unit: below which nothing ever changes."""
     starts = dict.fromkeys(
-        [0] if isinstance(encoder, ImageEncoder) else [_first_position(model, encoder, sample, device), 0]
+        [_first_position(model, encoder, sample, device), 0] if model.task.inputs.has_length else [0]
     )
     for cut in dict.fromkeys([unit, None]):
         for first in starts:
@@ -182,7 +182,7 @@ def _plain(
     """
     write(parameters, dict(Pieces(values, spec.schema.layout)))
     batch, labels = to_batch(data, np.arange(len(data)), encoder, device_of(model))
-    loss, _, count = summed_loss(model(**batch), batch, labels, model.task)
+    loss, _, count = model.loss(model(**batch), batch, labels)
     found = torch.autograd.grad(
         loss.sum() / count.sum().clamp(min=1), list(parameters.values()), allow_unused=True
     )

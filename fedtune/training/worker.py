@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fedtune.adapters.fed_sb import Leading
+from fedtune.adapters.layers.fed_sb import Leading
 from fedtune.adapters.methods import Parameters, attach, read, write
 from fedtune.adapters.ranks import at_rank
 from fedtune.adapters.spec import AdapterSpec

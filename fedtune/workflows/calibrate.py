@@ -19,11 +19,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fedtune.adapters.kinds.table import METHODS
 from fedtune.adapters.spec import AdapterSpec
 from fedtune.errors import EnvironmentProblem, PrivacyRefused, UserError
 from fedtune.job import Job, job_from, load_raw
 from fedtune.privacy.plan import Plan, plan_of, warnings_of
 from fedtune.round.gradient_init import init_warnings
+from fedtune.tasks import task_named
 from fedtune.types import TensorSpec
 from fedtune.workflows.privacy import figure
 
@@ -207,7 +209,7 @@ def _shapes(job: Job) -> tuple[AdapterSpec | None, list[str]]:
     try:
         return _spec(job)
     except (UserError, EnvironmentProblem, ModuleNotFoundError) as e:
-        lacking = "" if job.adapter.method == "fed-sb" else ", so no signal to noise can be given"
+        lacking = "" if METHODS[job.adapter.method].cores else ", so no signal to noise can be given"
         return None, [f"the shapes of the base are not known ({str(e).splitlines()[0]}){lacking}"]
 
 
@@ -216,14 +218,14 @@ def adapter_parts(job: Job, spec: AdapterSpec | None) -> tuple[Part, ...]:
     one core where its rank says its size.
     """
     if spec is None:
-        return (Part("each core", 1, job.adapter.rank**2),) if job.adapter.method == "fed-sb" else ()
+        return (Part("each core", 1, job.adapter.rank**2),) if METHODS[job.adapter.method].cores else ()
     if not spec.size:
         return ()
     units: dict[str, int] = {}
     for t in spec.trainable:
         units[t.unit] = units.get(t.unit, 0) + t.size
     found = [Part("the whole adapter", 1, spec.size), *_alike(units)]
-    if spec.method == "fed-sb":
+    if METHODS[spec.method].cores:
         found.append(Part("each core", len(spec.linears), spec.rank**2))
     return tuple(found)
 
@@ -243,7 +245,7 @@ def _spec(job: Job) -> tuple[AdapterSpec, list[str]]:
     from fedtune.models.sources import locate
 
     source, classes, notes = locate(job.model.source), len(job.data.labels), []
-    if job.model.task == "causal-lm":
+    if not task_named(job.model.task).has_head:
         classes = 1
     elif not classes:
         try:

@@ -12,17 +12,13 @@ from fedtune.report.format import count, number, size, small
 from fedtune.report.privacy import Privacy, claim, lost, sentence
 from fedtune.report.tables import EXPORTS
 from fedtune.runs.folder import RunFolder
+from fedtune.tasks import task_named
 from fedtune.workflows.privacy import privacy_of
 from fedtune.workflows.setup import Setup
 
 Exports = dict[str, dict[str, Any]]
 """What each export is, by kind: file, bytes and figures, or a `note` alone that says why it was left out."""
 
-_PIPELINES = {
-    "text-classification": "text-classification",
-    "image-classification": "image-classification",
-    "causal-lm": "text-generation",
-}
 # those whose lower case is the name model hubs use
 _LICENCES = ("Apache-2.0", "MIT", "BSD-3-Clause", "CC-BY-4.0")
 _KINDS = EXPORTS | {"peft": "LoRA for PEFT"}
@@ -71,7 +67,7 @@ def public_name(source: str) -> str:
 
 def _front_matter(manifest: Manifest, name: str, data: str, accuracy: float | None, exports: Exports) -> str:
     """Values are JSON, which is YAML too."""
-    pipeline = _PIPELINES[manifest.task]
+    pipeline = task_named(manifest.task).pipeline
     lines: dict[str, Any] = {"base_model": public_name(manifest.source)}
     if manifest.licence in _LICENCES:
         lines["license"] = manifest.licence.lower()
@@ -106,7 +102,7 @@ def _facts(
     """Rows of name and value; an empty value is left out. `last` is the last line of metrics.jsonl."""
     spec, split, fed = manifest.spec, setup.split, setup.job.federation
     train, held_out = (count(len(part.rows)) for part in (split.train, split.held_out))
-    where = "next tokens" if manifest.task == "causal-lm" else "held-out examples of all clients"
+    where = task_named(manifest.task).scored
     measured = last.get("accuracy") is not None
     return [
         (
@@ -167,7 +163,7 @@ def _head(setup: Setup, manifest: Manifest) -> str:
     """Said where the head in the exported files is as it was drawn."""
     if setup.job.personal.method == "head":
         return "the initial one, which nobody trained: the trained heads stay with the clients"
-    drawn = manifest.task != "causal-lm" and not manifest.spec.head_size
+    drawn = task_named(manifest.task).has_head and not manifest.spec.head_size
     return (
         (
             f"the initial one, drawn at random (federation.seed = {setup.job.federation.seed}) and frozen: "
@@ -214,13 +210,13 @@ def _cell(text: str) -> str:
 def _usage(model: ModelSection, manifest: Manifest, exports: Exports) -> str:
     parts = []
     if "file" in exports.get("float32", {}):
-        given = "--file picture.png" if manifest.task == "image-classification" else '"a text"'
+        given = task_named(manifest.task).inputs.given
         parts.append(
             "With fedtune, or on a device that has a copy of onnx/ and no torch:\n\n```\n"
             f"fedtune predict . {given}\n```"
         )
     if "file" in exports.get("peft", {}):
-        code = _PEFT_LM if manifest.task == "causal-lm" else _PEFT_TEXT
+        code = _PEFT_TEXT if task_named(manifest.task).has_head else _PEFT_LM
         code = code.format(
             base=json.dumps(public_name(manifest.source)), length=model.max_length, pool=_POOLS[model.pooling]
         )

@@ -17,10 +17,9 @@ from fedtune.adapters.methods import Parameters
 from fedtune.bundles.bundle import Bundle
 from fedtune.common.seeds import generator
 from fedtune.common.storage import failing_clearly, sha256_of, write_json
-from fedtune.data.encoded import made_up
 from fedtune.errors import ModelError, RunError
 from fedtune.job import Job
-from fedtune.models.base import TunableModel, summed_loss
+from fedtune.models.base import TunableModel
 from fedtune.onnx import folder as files
 from fedtune.onnx.cut import cut
 from fedtune.onnx.frozen8 import as_integers, round_frozen
@@ -139,7 +138,7 @@ def _batch(base: OpenBase, examples: int, length: int) -> Arrays:
     """Made-up inputs; of texts, the first has `length` tokens and the others no more."""
     draw = generator(0, "edge-batch", examples, str(length))
     lengths = [length, *draw.integers(1, length + 1, examples - 1).tolist()]
-    return base.encoder.collate(made_up(base.encoder, lengths, draw))
+    return base.encoder.collate(base.encoder.made_up(lengths, draw))
 
 
 @dataclass(frozen=True)
@@ -172,7 +171,7 @@ def _trials(base: OpenBase, model: TunableModel, parameters: Parameters, gradien
         weight = draw.uniform(0.1, 1.0, examples).astype(np.float32)
         inputs = {name: torch.from_numpy(x) for name, x in batch.items()}
         out = model(**inputs)
-        loss, _, count = summed_loss(out, inputs, torch.from_numpy(labels), model.task)
+        loss, _, count = model.loss(out, inputs, torch.from_numpy(labels))
         slopes = (
             torch.autograd.grad(
                 (loss * torch.from_numpy(weight)).sum(),
@@ -183,7 +182,7 @@ def _trials(base: OpenBase, model: TunableModel, parameters: Parameters, gradien
             if gradients
             else ()
         )
-        more = {files.WEIGHT: weight} | ({files.LABELS: labels} if model.task != "causal-lm" else {})
+        more = {files.WEIGHT: weight} | ({files.LABELS: labels} if model.task.has_head else {})
         found.append(
             _Trial(
                 batch | methods.read(parameters),

@@ -24,11 +24,12 @@ import torch
 from safetensors.numpy import save
 
 from fedtune.adapters import methods
+from fedtune.adapters.kinds.table import METHODS
 from fedtune.adapters.spec import ADAPTER, DESCRIPTION, AdapterSpec
 from fedtune.bundles.bundle import Bundle, open_bundle
 from fedtune.common.seeds import generator
 from fedtune.common.storage import failing_clearly, write_atomic, write_json
-from fedtune.data.encoded import ClientData, Encoder, made_up
+from fedtune.data.encoded import ClientData, Encoder
 from fedtune.errors import ContractError, RunError, UserError
 from fedtune.models.base import TunableModel
 from fedtune.onnx import verify
@@ -41,6 +42,7 @@ from fedtune.round.keeping import personal_model
 from fedtune.runs.folder import RunFolder, versions
 from fedtune.stateful.methods import method_of
 from fedtune.stateful.store import Kept
+from fedtune.tasks import Task
 from fedtune.training.local import to_batch
 from fedtune.types import Arrays
 from fedtune.workflows.card import Exports, model_card, public_name
@@ -50,12 +52,6 @@ Stage = Callable[[str], None]
 
 EXAMPLES = 512
 PARTS = ("adapter", "peft", "onnx", "README.md")
-NOT_LORA = {
-    "bias": "bias trains biases, which a LoRA does not hold",
-    "tinytl": "tinytl trains biases and small convolutions, which a LoRA does not hold",
-    "head": "head trains nothing but the head, which is in adapter/",
-    "full": "full trains every weight, which a LoRA does not hold",
-}
 CALIBRATION, CALIBRATED = 64, 8
 """Training examples that static ranges are found on, and how many at once."""
 _CHUNK = 256  # examples encoded at once, so that images do not fill the memory
@@ -289,22 +285,22 @@ def _write_adapter(trained: _Trained, folder: Path) -> dict[str, Any]:
 def _write_peft(trained: _Trained, folder: Path) -> dict[str, Any]:
     """The adapter as PEFT's LoRA: W + alpha/r · lora_B · lora_A, with Fed-SB's core folded into lora_B."""
     spec, source = trained.spec, trained.bundle.manifest.source
-    if spec.method in NOT_LORA:
-        return {"note": NOT_LORA[spec.method]}
+    method = METHODS[spec.method]
+    if method.lora_factors is None:
+        return {"note": method.no_lora}
     folder.mkdir()
     tensors: Arrays = {}
     for linear in spec.linears:
-        b, a = methods.lora_factors(spec, trained.bundle.frame, trained.arrays, linear.name)
+        b, a = method.lora_factors(trained.bundle.frame, trained.arrays, linear.name)
         tensors[f"base_model.model.{linear.name}.lora_A.weight"] = np.ascontiguousarray(a)
         tensors[f"base_model.model.{linear.name}.lora_B.weight"] = np.ascontiguousarray(b)
     write_atomic(folder / "adapter_model.safetensors", save(tensors, {"format": "pt"}))
-    task = "CAUSAL_LM" if trained.setup.job.model.task == "causal-lm" else "FEATURE_EXTRACTION"
     alpha = spec.scale * spec.rank
     write_json(
         folder / "adapter_config.json",
         {
             "peft_type": "LORA",
-            "task_type": task,
+            "task_type": trained.setup.task.peft,
             "base_model_name_or_path": public_name(source),
             "r": spec.rank,
             "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
@@ -324,7 +320,7 @@ def _write_peft(trained: _Trained, folder: Path) -> dict[str, Any]:
 
 def _head(trained: _Trained) -> Arrays:
     """head.weight [classes, width] and head.bias [classes], also when the run left them as the seed
-    drew them; {} for causal-lm.
+    drew them; {} without one.
     """
     head = trained.merged.head
     return {} if head is None else {f"head.{name}": p.detach().numpy() for name, p in head.named_parameters()}
@@ -409,10 +405,7 @@ def _quantise_static(setup: Setup, folder: Path) -> str:
     quantise_static(
         folder / FLOAT32,
         folder / STATIC,
-        (
-            setup.encoder.collate(data.take(places).encoded)  # type: ignore[arg-type]
-            for places in by_length(data.lengths, CALIBRATED)
-        ),
+        (setup.encoder.collate(data.take(places).encoded) for places in by_length(data.lengths, CALIBRATED)),
     )
     return ""
 
@@ -421,7 +414,7 @@ def _example(encoder: Encoder) -> Arrays:
     """A batch of 2 to trace with; its sides differ, so that the exporter does not
     take two free axes for one.
     """
-    return encoder.collate(made_up(encoder, (4, 3), generator(0, "export-example")))
+    return encoder.collate(encoder.made_up((4, 3), generator(0, "export-example")))
 
 
 def _drawn(index: np.ndarray, limit: int, seed: int) -> np.ndarray:
@@ -442,16 +435,9 @@ def _checks(model: TunableModel, setup: Setup, index: np.ndarray) -> Iterator[ve
             yield _check({name: x.numpy() for name, x in batch.items()}, logits, labels.numpy(), model.task)
 
 
-def _check(inputs: Arrays, logits: np.ndarray, labels: np.ndarray, task: str) -> verify.Check:
-    """A causal language model predicts at every token; the target is the token after,
-    which the last one has not.
-    """
-    if task != "causal-lm":
-        return verify.Check(inputs, np.ones(len(labels), bool), logits, labels)
-    ids, rows = inputs["input_ids"], inputs["attention_mask"].astype(bool)
-    targets = np.full_like(ids, verify.UNLABELLED)
-    targets[:, :-1][rows[:, 1:]] = ids[:, 1:][rows[:, 1:]]
-    return verify.Check(inputs, rows, logits[rows], targets[rows])
+def _check(inputs: Arrays, logits: np.ndarray, labels: np.ndarray, task: Task) -> verify.Check:
+    rows, classes = task.targets(inputs, labels)
+    return verify.Check(inputs, rows, logits[rows], classes[rows])
 
 
 def _entry(path: Path) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def finish(simulation: Simulation) -> dict[str, Any]:
     )
     if method_of(simulation.setup.job).personal:
         summary["personal"] = personal(own, scores, len(simulation.setup.split.clients))
-    if simulation.setup.job.model.task != "causal-lm":
+    if simulation.setup.task.has_head:
         summary["by_label"] = by_label(simulation.setup, scores, own)
     write_summary(run, summary)
     summary["export"] = export_run(run, simulation.setup, lambda text: watch.stage(text, 0))
@@ -114,7 +114,7 @@ def by_label(setup: Setup, scores: Scores, own: Own) -> list[dict[str, Any]]:
 def measure(simulation: Simulation, scores: Scores, took_part: dict[str, int]) -> dict[str, Any]:
     """The baselines of the job. `scores` are the federated model's; `took_part`: rounds by client."""
     setup, found = simulation.setup, {}
-    classify, wanted = setup.job.model.task != "causal-lm", setup.job.evaluation.baselines
+    classify, wanted = setup.task.has_head, setup.job.evaluation.baselines
     if classify:
         found["majority"] = baselines.majority(setup)
     if "local" in wanted:

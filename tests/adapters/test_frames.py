@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from fedtune.adapters import frames
-from fedtune.adapters.spec import Layout, Linear, describe
+from fedtune.adapters.describe import describe
 from fedtune.job import AdapterSection
+from fedtune.models.layout import Layout, Linear
 from fedtune.types import TensorSpec
 
 LINEARS = (Linear("b.0.up", "up", 12, 7, "block.0"), Linear("b.0.down", "down", 7, 12, "block.0"))

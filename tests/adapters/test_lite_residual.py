@@ -10,11 +10,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedtune.adapters import methods
-from fedtune.adapters.lite_residual import LiteResidual, start
-from fedtune.adapters.spec import Inverted, describe, lite_kernel, lite_tensors
+from fedtune.adapters.describe import describe
+from fedtune.adapters.kinds.tinytl import lite_kernel, lite_tensors, start
+from fedtune.adapters.layers.lite_residual import LiteResidual
 from fedtune.errors import ModelError
 from fedtune.job import AdapterSection
 from fedtune.models.base import TunableModel, layout
+from fedtune.models.layout import Inverted
+from fedtune.tasks import TASKS
 from fedtune.workflows.setup import open_setup
 
 
@@ -47,7 +50,7 @@ class Body(nn.Module):
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return TunableModel(Body(), "image-classification", nn.Linear(12, 3)).eval()
+    return TunableModel(Body(), TASKS["image-classification"], nn.Linear(12, 3)).eval()
 
 
 def test_what_is_trained_is_all_biases_a_branch_for_each_block_and_the_head(model):

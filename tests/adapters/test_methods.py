@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from fedtune.adapters import methods
-from fedtune.adapters.fed_sb import SBLinear
-from fedtune.adapters.lora import LoRALinear
-from fedtune.adapters.spec import describe, target_linears
+from fedtune.adapters.describe import describe
+from fedtune.adapters.layers.fed_sb import SBLinear
+from fedtune.adapters.layers.lora import LoRALinear
+from fedtune.adapters.spec import target_linears
 from fedtune.errors import ModelError, ShapeMismatch
 from fedtune.job import AdapterSection
 from fedtune.models.base import layout

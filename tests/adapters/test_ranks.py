@@ -5,12 +5,13 @@ from itertools import pairwise, product
 import numpy as np
 import pytest
 
+from fedtune.adapters.describe import describe
 from fedtune.adapters.ranks import Ranks, at_rank, join, places, ranks_of, split
-from fedtune.adapters.spec import Layout, Linear, describe
 from fedtune.aggregation.mean import weighted_mean
 from fedtune.algorithms.base import State
 from fedtune.errors import JobError, Refused
 from fedtune.job import AdapterSection, parse_job
+from fedtune.models.layout import Layout, Linear
 from fedtune.round.coordinator import make_algorithm
 from fedtune.types import TensorSpec, Update
 from fedtune.wire import decode, encode, packet_bytes

@@ -18,6 +18,7 @@ from fedtune.data.images import ImageEncoder
 from fedtune.job import Job
 from fedtune.models.base import TunableModel
 from fedtune.onnx.export import export_graph
+from fedtune.tasks import TASKS
 from fedtune.workflows.summary import facts, write_summary
 
 TEXTS = ["the film was lovely", "a dull and awful book", "quite fine"]
@@ -51,7 +52,7 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         head.bias.zero_()
     encoder = ImageEncoder(32)
     encoder.save(folder)
-    model = TunableModel(_Pixels(body), "image-classification", head).eval()
+    model = TunableModel(_Pixels(body), TASKS["image-classification"], head).eval()
     export_graph(model, {"pixels": np.zeros((2, 3, 32, 32), np.float32)}, folder / "model.onnx", 20, {})
     card = {
         "format": "1",

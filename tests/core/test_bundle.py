@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from fedtune.adapters.spec import Layout, Linear, describe
+from fedtune.adapters.describe import describe
 from fedtune.bundles.bundle import open_bundle, receive_bundle, write_bundle
 from fedtune.common.trees import digest
 from fedtune.errors import EnvironmentProblem, Refused, RunError
 from fedtune.job import AdapterSection, Job
+from fedtune.models.layout import Layout, Linear
 from fedtune.types import TensorSpec
 
 LINEAR = Linear("block.0.up", "up", 6, 4, "block.0")

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from fedtune.algorithms.probes import answers
+from fedtune.data.encoded import ClientData
+from fedtune.data.images import ImageEncoder
 from fedtune.edge import device as edge_device
 from fedtune.edge.training import Engine, pieces
 from fedtune.errors import DataError, ModelError, Refused, RunError
@@ -430,9 +432,8 @@ def test_mistakes_in_the_data_are_those_of_any_device(prepared, tmp_path):
 
 
 def test_a_span_counts_padding_of_images_by_rows():
-    class Images:
-        size = 8
-
     card = type("Card", (), {"task": "image-classification"})
-    engine = Engine(type("Graphs", (), {"card": card}), Images(), 16)
-    assert [len(rows) for rows in pieces(engine.lengths(range(5)), engine.span)] == [2, 2, 1]
+    encoder = ImageEncoder(8)
+    engine = Engine(type("Graphs", (), {"card": card}), encoder, encoder.span(256, 2))
+    five = ClientData(encoder.made_up([1] * 5, np.random.default_rng(0)), np.zeros(5, np.int64))
+    assert [len(rows) for rows in pieces(engine.lengths(five), engine.span)] == [2, 2, 1]

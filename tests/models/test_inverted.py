@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from fedtune.adapters.spec import Inverted
 from fedtune.job import ModelSection
 from fedtune.models.inverted import inverted_blocks
+from fedtune.models.layout import Inverted
 from fedtune.models.load import sketch_model
 from fedtune.models.sources import Source
 

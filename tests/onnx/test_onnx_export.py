@@ -26,6 +26,7 @@ from fedtune.onnx.verify import (
     reason_against,
     require_equal,
 )
+from fedtune.tasks import TASKS
 from fedtune.types import Arrays
 
 VOCABULARY = 50
@@ -42,7 +43,7 @@ def bert() -> TunableModel:
         max_position_embeddings=32,
     )
     body = BertModel(config, add_pooling_layer=False)
-    return TunableModel(body, "text-classification", nn.Linear(32, 3)).eval()
+    return TunableModel(body, TASKS["text-classification"], nn.Linear(32, 3)).eval()
 
 
 def batch(lengths: list[int]) -> Arrays:
@@ -95,7 +96,7 @@ class _Branching(nn.Module):
 
 
 def test_an_architecture_that_cannot_be_exported_is_named_on_one_line(tmp_path: Path) -> None:
-    model = TunableModel(_Branching(), "image-classification", nn.Linear(3, 2)).eval()
+    model = TunableModel(_Branching(), TASKS["image-classification"], nn.Linear(3, 2)).eval()
     with pytest.raises(ModelError, match=r"cannot export _Branching .*export\.onnx = false") as e:
         export_graph(model, {"pixels": np.zeros((2, 3, 8, 8), np.float32)}, tmp_path / "model.onnx", 20, {})
     assert "\n" not in str(e.value) and not list(tmp_path.iterdir())
@@ -103,7 +104,7 @@ def test_an_architecture_that_cannot_be_exported_is_named_on_one_line(tmp_path: 
 
 def test_a_model_too_large_for_one_file_is_refused_before_work(tmp_path: Path) -> None:
     with torch.device("meta"):
-        model = TunableModel(nn.Linear(2**15, 2**15), "text-classification", nn.Linear(1, 1))
+        model = TunableModel(nn.Linear(2**15, 2**15), TASKS["text-classification"], nn.Linear(1, 1))
     with pytest.raises(ModelError, match=r"4\.0 GiB .* holds 2 GiB"):
         export_graph(model, {}, tmp_path / "model.onnx", 20, {})
 

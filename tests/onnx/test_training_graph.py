@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.adapters import methods
-from fedtune.adapters.spec import describe
+from fedtune.adapters.describe import describe
 from fedtune.errors import ModelError, RunError
 from fedtune.job import parse_job
-from fedtune.models.base import TunableModel, layout, summed_loss
+from fedtune.models.base import TunableModel, layout
 from fedtune.onnx import folder as files
 from fedtune.onnx.shared import WEIGHTS, write_graphs
 from fedtune.onnx.training import forward_graph, step_graph
+from fedtune.tasks import TASKS
 from fedtune.types import Arrays
 from fedtune.workflows.prepare import prepare
 from fedtune.workflows.setup import data_free_frame, open_base
@@ -52,7 +53,7 @@ class Cnn(nn.Module):
 
 def cnn() -> TunableModel:
     torch.manual_seed(0)
-    model = TunableModel(Cnn(), "image-classification", nn.Linear(4, 3)).eval()
+    model = TunableModel(Cnn(), TASKS["image-classification"], nn.Linear(4, 3)).eval()
     for m in model.modules():
         if isinstance(m, nn.BatchNorm2d):
             m.running_mean.normal_(), m.running_var.uniform_(0.5, 2)
@@ -73,11 +74,11 @@ def against_torch(
 ) -> None:
     n = len(next(iter(batch.values())))
     labels, weight = np.arange(n) % 2, np.linspace(0.2, 1, n, dtype=np.float32)
-    named = {files.LABELS: labels} if model.task != "causal-lm" else {}
+    named = {files.LABELS: labels} if model.task.has_head else {}
     found = run(step, batch | named | {files.WEIGHT: weight} | methods.read(parameters))
     inputs = {name: torch.from_numpy(x) for name, x in batch.items()}
     out = model(**inputs)
-    loss, correct, count = summed_loss(out, inputs, torch.from_numpy(labels), model.task)
+    loss, correct, count = model.loss(out, inputs, torch.from_numpy(labels))
     truth = torch.autograd.grad(
         (loss * torch.from_numpy(weight)).sum(),
         list(parameters.values()),

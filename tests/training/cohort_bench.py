@@ -8,6 +8,7 @@ from fedtune.adapters.methods import attach, initial, write
 from fedtune.common.seeds import generator
 from fedtune.data.encoded import ClientData
 from fedtune.round.batches import local_batches, trainable_batches
+from fedtune.tasks import task_named
 from fedtune.training.chunks import Task
 from fedtune.training.features import FeatureStore
 from fedtune.training.local import train_locally
@@ -63,7 +64,7 @@ class Bench:
                     generator(0, "local", 2, name),
                 )
             ),
-            self.job.model.task,
+            task_named(self.job.model.task),
         )
 
     def tasks(self, trained=None):

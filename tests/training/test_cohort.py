@@ -90,8 +90,8 @@ def test_causal_language_models(model, method, bench, request):
 
     A gpt2 has layers of its own kind: it is trained one by one, or where it can be, together.
     """
+    from fedtune.adapters.layers.stacked import NotStackable
     from fedtune.errors import ModelError
-    from fedtune.training.stacked import NotStackable
 
     changes = (
         f"model.source={request.getfixturevalue(model)}",

@@ -9,7 +9,6 @@ import torch
 from fedtune.adapters import methods
 from fedtune.bundles.bundle import open_bundle
 from fedtune.common.seeds import generator
-from fedtune.models.base import summed_loss
 from fedtune.round.batches import local_batches
 from fedtune.training.local import to_batch, train_locally
 
@@ -49,7 +48,7 @@ def test_steps_are_those_of_the_loss_with_its_term(optimizer, rate, tiny_job, ru
     )
     for index in local_batches(data.lengths, fed.batch_size, 1, 0, generator(0, "x")):
         batch, labels = to_batch(data, index, setup.encoder)
-        loss, _, count = summed_loss(plain(**batch), batch, labels, plain.task)
+        loss, _, count = plain.loss(plain(**batch), batch, labels)
         term = sum(((p - start[n]) ** 2).sum() for n, p in truth.items())
         made.zero_grad()
         (loss.sum() / count.sum() + MU / 2 * term).backward()

@@ -10,7 +10,6 @@ import torch
 from cohort_bench import SETTINGS, Bench, agree
 
 from fedtune.adapters.methods import read, write
-from fedtune.models.base import summed_loss
 from fedtune.training.features import FeatureStore
 from fedtune.training.local import only, step, to_batch
 from fedtune.training.private import PerExample
@@ -92,7 +91,7 @@ def test_a_backward_pass_ends_at_the_lowest_and_keeps_nothing_below(method, tiny
 
     def kept(*units):
         with only(made.parameters, of_units(made.spec.schema, *units)), kept_bytes(made.model) as found:
-            loss = summed_loss(made.model(**batch), batch, labels, made.model.task)[0].sum()
+            loss = made.model.loss(made.model(**batch), batch, labels)[0].sum()
             loss.backward()
             touched = {n for n, p in made.parameters.items() if p.grad is not None}
         return sum(found.values()), touched

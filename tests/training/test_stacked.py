@@ -9,15 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fedtune.adapters.fed_sb import SBLinear
-from fedtune.adapters.lora import LoRALinear
+from fedtune.adapters.layers.fed_sb import SBLinear
+from fedtune.adapters.layers.lora import LoRALinear
+from fedtune.adapters.layers.stacked import Examples, NotStackable, Rows
 from fedtune.errors import EnvironmentProblem
 from fedtune.job import FederationSection
 from fedtune.models.packed import NotPackable, PackedModel, Packing
+from fedtune.tasks import TASKS
 from fedtune.training import optimizers
 from fedtune.training.chunks import UNEVEN, Picked, balanced, stretches
 from fedtune.training.features import FeatureStore
-from fedtune.training.stacked import Examples, NotStackable, Rows, Stack
+from fedtune.training.stacked import Stack
 
 CPU = torch.device("cpu")
 MODELS = 3
@@ -202,7 +204,7 @@ def test_images_do_not_pack():
     from fedtune.models.base import TunableModel
 
     with pytest.raises(NotPackable):
-        PackedModel(TunableModel(nn.Identity(), "image-classification", nn.Linear(2, 2)))
+        PackedModel(TunableModel(nn.Identity(), TASKS["image-classification"], nn.Linear(2, 2)))
 
 
 @pytest.mark.parametrize("disk", [False, True])

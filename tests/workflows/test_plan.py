@@ -11,9 +11,10 @@ from torch import nn
 
 from fedtune.adapters import methods
 from fedtune.errors import DataError, ModelError, UserError
-from fedtune.models.base import TunableModel, summed_loss
+from fedtune.models.base import TunableModel
 from fedtune.models.load import sketch_model
 from fedtune.models.sources import check_hash, locate
+from fedtune.tasks import TASKS
 from fedtune.training.lean import Lean
 from fedtune.training.memory import saved_bytes
 from fedtune.training.together import kept_bytes
@@ -141,7 +142,7 @@ def test_saved_bytes_are_those_that_autograd_keeps(tiny_job, method, lean):
         kept_bytes(model) as kept,
         Lean(model, lean == "exact").running() if lean != "off" else nullcontext(),
     ):
-        summed_loss(model(**batch), batch, torch.zeros(8, dtype=torch.long), "text-classification")[0].sum()
+        model.loss(model(**batch), batch, torch.zeros(8, dtype=torch.long))[0].sum()
 
     sketch = sketch_model(job.model, setup.source, setup.classes)
     with torch.device("meta"):
@@ -205,7 +206,7 @@ class Gated(nn.Module):
 def test_curved_activations_and_gates_are_told_what_they_cost(activation, gate, kept, curved):
     """Bytes a value, from shapes alone."""
     model = (
-        TunableModel(Gated(activation, gate), "image-classification", nn.Linear(8, 2))
+        TunableModel(Gated(activation, gate), TASKS["image-classification"], nn.Linear(8, 2))
         .eval()
         .requires_grad_(False)
     )

@@ -12,13 +12,12 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
+from fedtune.adapters.describe import describe
 from fedtune.adapters.methods import attach
-from fedtune.adapters.spec import describe
 from fedtune.algorithms.units import selected, tensors_of
 from fedtune.bundles.bundle import open_bundle
 from fedtune.cli.main import app
 from fedtune.errors import JobError, UserError
-from fedtune.models.base import summed_loss
 from fedtune.report import facts, page, terminal
 from fedtune.report.summary import check, load_summary
 from fedtune.runs.folder import open_run
@@ -160,7 +159,7 @@ def test_planned_activations_are_those_that_a_step_keeps(method, lean, strategy,
     batch = {"input_ids": torch.full((8, 16), 5), "attention_mask": torch.ones(8, 16, dtype=torch.long)}
     around = Lean(model, lean == "exact").running() if lean != "off" else nullcontext()
     with only(parameters, tensors_of(schema, selected(job, schema, 1))), kept_bytes(model) as kept, around:
-        summed_loss(model(**batch), batch, torch.zeros(8, dtype=torch.long), "text-classification")[0].sum()
+        model.loss(model(**batch), batch, torch.zeros(8, dtype=torch.long))[0].sum()
     assert make_plan(job).device["activations"] == pytest.approx(sum(kept.values()), rel=0.03)
 
 

@@ -7,12 +7,18 @@ two functions' docstrings.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from fedtune.adapters.layers.attachment import Attachment, replace_linear
+from fedtune.adapters.layers.stacked import Rows, Stacked
+from fedtune.adapters.spec import AdapterSpec
+from fedtune.models.base import TunableModel
+from fedtune.types import Arrays
 
 
 class SBLinear(nn.Module):
@@ -71,14 +77,6 @@ def _set(layers: list[tuple[SBLinear, dict[str, Any]]]) -> None:
             setattr(layer, name, value)
 
 
-class Rows(Protocol):
-    """Brings rows together by the model they are of: [n, ...] -> [models, width, ...], and back."""
-
-    def gather(self, x: Tensor) -> Tensor: ...
-
-    def scatter(self, x: Tensor) -> Tensor: ...
-
-
 class SBProduct(torch.autograd.Function):
     """x W' + bias + (x A') R' B' with gradients to x, bias and R alone,
     in as few passes over the wide side as there are products.
@@ -125,3 +123,44 @@ class SBProduct(torch.autograd.Function):
             dr,
             None,
         )
+
+
+class StackedSB(Stacked):
+    def forward(self, x: Tensor) -> Tensor:
+        plain: SBLinear = self.plain
+        flat = x.reshape(-1, x.shape[-1])
+        y = SBProduct.apply(
+            flat,
+            plain.base.weight,
+            plain.base.bias,
+            plain.a,
+            plain.b,
+            self.values["core.weight"],
+            self.rows(*x.shape[:-1]),
+        )
+        return y.view(*x.shape[:-1], -1)
+
+
+def _lean(layer: SBLinear, x: Tensor) -> Tensor:
+    if not layer.core.weight.requires_grad:  # this round: then stock torch keeps nothing either
+        return type(layer).forward(layer, x)
+    flat = x.reshape(-1, x.shape[-1])
+    return SBProduct.apply(
+        flat, layer.base.weight, layer.base.bias, layer.a, layer.b, layer.core.weight
+    ).view(*x.shape[:-1], -1)
+
+
+def _attach(model: TunableModel, spec: AdapterSpec, frame: Arrays) -> Mapping[str, Tensor]:
+    parameters: dict[str, Tensor] = {}
+    for linear in spec.linears:
+        new = SBLinear(
+            model.linear(linear.name), frame[f"{linear.name}.A"], frame[f"{linear.name}.B"], spec.scale
+        )
+        replace_linear(model, linear.name, new)
+        parameters[f"{linear.name}.R"] = new.core.weight
+    return parameters
+
+
+ATTACHMENT = Attachment(
+    _attach, stacked={SBLinear: (StackedSB, frozenset({"core.weight"}))}, lean={SBLinear: _lean}
+)

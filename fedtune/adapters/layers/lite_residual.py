@@ -9,13 +9,17 @@ random branches, against branches trained on ImageNet with the base (their Rando
 """
 
 import math
+from collections.abc import Mapping
 
-import numpy as np
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedtune.adapters.spec import Inverted, lite_groups, lite_kernel
-from fedtune.common.seeds import generator
+from fedtune.adapters.kinds.tinytl import lite_groups, lite_kernel
+from fedtune.adapters.layers.attachment import Attachment
+from fedtune.adapters.spec import AdapterSpec
+from fedtune.models.base import TunableModel, layout
+from fedtune.models.layout import Inverted
+from fedtune.types import Arrays
 
 CHILD = "lite"
 """Name of the branch among a block's children, and so in the names of its tensors."""
@@ -60,17 +64,19 @@ def _add_branch(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Ten
     return out + branch(args[0], (out.shape[2], out.shape[3]))
 
 
-def start(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """Round 0 of a tensor of a branch: kernels by He's normal draw from the seed,
-    the first norm 1 and 0, the last scale 0.
-    """
-    if len(shape) == 4:
-        return (
-            generator(seed, f"lite:{name}").standard_normal(shape) * math.sqrt(2 / math.prod(shape[1:]))
-        ).astype(np.float32)
-    return np.ones(shape, np.float32) if name.endswith(".norm.weight") else np.zeros(shape, np.float32)
-
-
 def _norm_groups(channels: int) -> int:
     """Groups of 8 channels, or of the largest number below that divides them."""
     return channels // math.gcd(channels, _PER_GROUP)
+
+
+def _insert(model: TunableModel) -> None:
+    insert(model.body, layout(model).inverted)
+    model.requires_grad_(False)
+
+
+def _attach(model: TunableModel, spec: AdapterSpec, frame: Arrays) -> Mapping[str, Tensor]:
+    _insert(model)
+    return dict(model.body.named_parameters())
+
+
+ATTACHMENT = Attachment(_attach, _insert)

@@ -1,0 +1,1 @@
+"""What each adapter method trains, by names and shapes: no torch."""
