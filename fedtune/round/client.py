@@ -197,17 +197,23 @@ def updates(
     clients: Sequence[tuple[str, ClientData | Stream]],
     close: Close[Made],
 ) -> Iterator[tuple[str, Made | Refused]]:
-    """What clients answer to this model, which `train` trains together.
+    """What clients answer to this model, which `train` trains together: each an update, or why there is
+    none; what they keep is written before.
 
     Raises RunError for what one kept and cannot be read.
     """
     job, bundle = learner.job, learner.open()
     method, privacy, round = method_of(job), example_privacy(job), packet.header.round
     names = None if method.keeps else work.names
-    begun = [
-        keeping.begin(job, bundle, learner.kept, work.model, round, client, data) for client, data in clients
-    ]
-    wanted = [method.trainings(job, one) for one in begun]
+    if method.keeps:
+        begun = [
+            keeping.begin(job, bundle, learner.kept, work.model, round, client, data)
+            for client, data in clients
+        ]
+        wanted = [method.trainings(job, one) for one in begun]
+    else:  # then one client begins like any other
+        begun = [Client(work.model, None)] * len(clients)
+        wanted = [method.trainings(job, begun[0])] * len(clients) if clients else []
     trainings = [
         ClientTraining(
             client,
@@ -229,13 +235,16 @@ def updates(
     except Refused as e:  # a mechanism that is broken is broken for all
         yield from ((client, e) for client, _ in clients)
         return
-    ends = list(accumulate(map(len, wanted), initial=0))
-    for (client, data), one, begin, end in zip(clients, begun, ends, ends[1:]):
+    schema, ends = bundle.manifest.spec.schema, list(accumulate(map(len, wanted), initial=0))
+    for (client, data), one, first, end in zip(clients, begun, ends, ends[1:]):
         try:
-            yield (
-                client,
-                close(bundle, packet.header, _said(learner, packet, client, data, one, trained[begin:end])),
-            )
+            found = method.answer(job, schema, one, trained[first:end])
+            require_converged(found.metrics)
+            if method.keeps:
+                keeping.keep(method, learner.kept, client, round, found.kept)
+            weight, metrics = outward(job, len(data), found.metrics)
+            said = Answered(answered(bundle, found.update), weight, metrics)
+            yield client, close(bundle, packet.header, said)
         except Refused as e:
             yield client, e
 
@@ -263,23 +272,6 @@ def _in_turns(train: Train, trainings: Sequence[ClientTraining], turns: Sequence
         for row, found in zip(rows, train(ready)):
             trained[row] = found
     return trained
-
-
-def _said(
-    learner: Learner, packet: Packet, client: str, data: Any, begun: Client, trained: Sequence[Trained]
-) -> Answered:
-    """What a client answers after its trainings; what it keeps is written.
-
-    Raises Refused where training diverged; nothing is written then.
-    """
-    job, bundle = learner.job, learner.open()
-    method = method_of(job)
-    found = method.answer(job, bundle.manifest.spec.schema, begun, trained)
-    require_converged(found.metrics)
-    if method.keeps:
-        keeping.keep(method, learner.kept, client, packet.header.round, found.kept)
-    weight, metrics = outward(job, len(data), found.metrics)
-    return Answered(answered(bundle, found.update), weight, metrics)
 
 
 def require_converged(metrics: Metrics) -> None:

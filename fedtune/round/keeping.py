@@ -39,8 +39,6 @@ def begin(
     What it kept is that of the rounds before this one, so a round that is asked for again gives the same.
     Raises RunError as `Kept.load`.
     """
-    if method_of(job).keeps is None:
-        return Client(model, None)
     return Client(
         model | bundle.trained(model),
         _place(kept).load(client, round - 1),
