@@ -26,7 +26,8 @@ from rich.table import Table
 
 from fedtune.algorithms import fed_avg
 from fedtune.job import parse_job
-from fedtune.round.coordinator import Coordinator, Reply, start
+from fedtune.round.coordinator import Coordinator, start
+from fedtune.round.replies import Reply
 from fedtune.runs.folder import create_run
 from fedtune.types import Arrays, ClientInfo, TensorSpec
 from fedtune.wire import Schema, encode

@@ -117,7 +117,7 @@ def case(folder: Path, keys: list[str]) -> dict[str, Any]:
     import torch
 
     from fedtune.job import parse_job
-    from fedtune.round.coordinator import Watch
+    from fedtune.round.watch import Watch
     from fedtune.runs.folder import create_run
     from fedtune.workflows.finish import finish
     from fedtune.workflows.setup import open_setup, run_facts

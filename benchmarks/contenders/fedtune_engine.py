@@ -18,7 +18,7 @@ from contenders.work import CASES, Order, drawn, moved, open_case
 from fedtune.common.seeds import generator
 from fedtune.job import job_from
 from fedtune.round.batches import local_batches
-from fedtune.round.coordinator import Watch
+from fedtune.round.watch import Watch
 from fedtune.runs.folder import create_run
 from fedtune.simulation import vectorised
 from fedtune.training import cohort, worker

@@ -28,7 +28,7 @@ from fedtune.common.trees import norm
 from fedtune.errors import EmptyCohort
 from fedtune.types import Arrays, Update
 
-Rule = Callable[[np.ndarray], np.ndarray]
+Combine = Callable[[np.ndarray], np.ndarray]
 """Differences [m, n] of one tensor -> their average [n]."""
 Change = tuple[Update, Arrays]
 """An update, and the differences of its tensors from the reference, float64."""
@@ -95,22 +95,28 @@ def tolerated(m: int, wrong: int) -> int:
 
 
 def _changes(updates: Iterable[Update], reference: Arrays) -> list[Change]:
-    found: list[Change] = []
+    return [
+        (update, {name: a.astype(np.float64) - reference[name] for name, a in update.arrays.items()})
+        for update in require_updates(updates, reference)
+    ]
+
+
+def require_updates(updates: Iterable[Update], reference: Arrays) -> list[Update]:
+    """All of them. Raises EmptyCohort without any, ShapeMismatch as `weighted_mean`."""
+    found = list[Update]()
     for update in updates:
         require_same(update, reference)
-        found.append(
-            (update, {name: a.astype(np.float64) - reference[name] for name, a in update.arrays.items()})
-        )
+        found.append(update)
     if not found:
         raise EmptyCohort("0 updates: nothing to average")
     return found
 
 
-def _averaged(changes: Sequence[Change], reference: Arrays, rule: Rule) -> Mean:
+def _averaged(changes: Sequence[Change], reference: Arrays, combine: Combine) -> Mean:
     arrays = dict(reference)
     for name, old in reference.items():
         if parts := [change[name].ravel() for _, change in changes if name in change]:
-            arrays[name] = (old + rule(np.stack(parts)).reshape(old.shape)).astype(old.dtype)
+            arrays[name] = (old + combine(np.stack(parts)).reshape(old.shape)).astype(old.dtype)
     updates = [update for update, _ in changes]
     return Mean(
         arrays, tuple(u.client for u in updates), float(len(updates)), merge([u.metrics for u in updates])

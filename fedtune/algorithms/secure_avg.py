@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from fedtune.algorithms.base import Algorithm, State
-from fedtune.algorithms.fed_avg import fed_avg
+from fedtune.algorithms.fed_avg import Draw, fed_avg
 from fedtune.privacy.contribution import Secure
 from fedtune.privacy.noise import Noise
 from fedtune.secagg.masks import sum_plainly
@@ -20,14 +20,20 @@ from fedtune.types import RoundReport, Update
 
 
 def secure_avg(
-    *, seed: int, cohort: int, units: tuple[str, ...], secure: Secure, noise: Callable[[int, str], Noise]
+    *,
+    seed: int,
+    cohort: int,
+    units: tuple[str, ...],
+    secure: Secure,
+    noise: Callable[[int, str], Noise],
+    draw: Draw | None = None,
 ) -> Algorithm:
     """As `fed_avg` with equal weights and fixed cohorts. noise: of a client in a round, for rounding and,
-    where clients are protected, its share.
+    where clients are protected, its share. draw: in place of fixed cohorts.
 
     With fewer clients than the design's threshold the model stays; the report names those who answered.
     """
-    plain = fed_avg(seed=seed, cohort=cohort, units=units, weighting="equal")
+    plain = fed_avg(seed=seed, cohort=cohort, units=units, weighting="equal", draw=draw)
 
     def step(state: State, updates: Iterable[Update]) -> tuple[State, RoundReport]:
         round, clients = state.round + 1, list[str]()

@@ -4,12 +4,11 @@ clients are probed, from scores.
 What can be selected are the transformer blocks or CNN stages with trained tensors. All else that is trained,
 such as the head, is trained by everyone and does not count. A strategy puts the blocks of a round in an
 order, of which a client of budget b takes the first b: so what a smaller budget trains, a larger one trains,
-too. top, bottom and both are the baselines of arXiv:2408.15600; lisa draws the order anew for each round, as
-LISA (Pan et al. 2024, arXiv:2403.17919, Algorithm 1) does every K steps, here for all clients alike.
+too (`fedtune.units.strategies`).
 
-gradient, rgn, snr and fisher go by what clients were asked (`fedtune.algorithms.probes`): in a round that
-begins with a probe each client's own scores count (of one that did not answer, the mean), in the rounds up to
-the next the mean of those scores stands for everybody.
+Strategies that probe go by what clients were asked (`fedtune.algorithms.probes`): in a round that begins with
+a probe each client's own scores count (of one that did not answer, the mean), in the rounds up to the next
+the mean of those scores stands for everybody.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +22,6 @@ from fedtune.adapters.describe import describe
 from fedtune.adapters.spec import AdapterSpec, of_units
 from fedtune.algorithms.base import Algorithm, State
 from fedtune.algorithms.selection import choose, normalised
-from fedtune.common.seeds import generator
 from fedtune.errors import JobError
 from fedtune.job import DeviceClass, Job
 from fedtune.models.layout import Layout
@@ -64,29 +62,13 @@ ROWS = "units.scores"
 """The slot that holds the scores of the last probe, [clients then drawn, blocks], each row with sum 1."""
 
 
-def order(strategy: str, blocks: Sequence[str], seed: int, round: int) -> tuple[str, ...]:
-    """All blocks, those first that a small budget trains.
-
-    >>> order("both", ("block.0", "block.1", "block.2"), 0, 1)
-    ('block.2', 'block.0', 'block.1')
-    """
-    if strategy == "lisa":
-        return tuple(
-            blocks[place] for place in generator(seed, "units", round).permutation(len(blocks)).tolist()
-        )
-    down = tuple(reversed(blocks))
-    if strategy == "both":
-        return tuple(unit for pair in zip(down, blocks) for unit in pair)[: len(blocks)]
-    return down if strategy == "top" else tuple(blocks)
-
-
 def selected(job: Job, schema: Schema, round: int, budget: int = 0) -> tuple[str, ...]:
     """What a client of this budget (0: the job's) trains, in the order of the schema.
 
     Not of a strategy that goes by scores.
     """
     assert not job.units.probes
-    return _taken(job, schema, job.units.strategy, round, budget)
+    return _taken(job, schema, round, budget)
 
 
 def ever(job: Job, schema: Schema) -> tuple[str, ...]:
@@ -111,15 +93,16 @@ def lowest(job: Job, schema: Schema, limits: Limits = AS_THE_JOB) -> tuple[str, 
     """
     if job.units.varies:
         return _with(schema, within(schema, limits.depth)[: blocks_of(job, schema, limits.blocks)])
-    return _taken(job, schema, job.units.strategy, 1, limits.blocks)
+    return _taken(job, schema, 1, limits.blocks)
 
 
 def within(schema: Schema, depth: int) -> tuple[str, ...]:
     """The blocks of the schema down to this depth, from the bottom up; 0: all.
 
     >>> from fedtune.types import TensorSpec
-    >>> within(Schema(tuple(TensorSpec(name, (1,), name) for name in ("block.0", "block.1", "block.2",
-    "head"))), 2) ('block.1', 'block.2')
+    >>> names = ("block.0", "block.1", "block.2", "head")
+    >>> within(Schema(tuple(TensorSpec(name, (1,), name) for name in names)), 2)
+    ('block.1', 'block.2')
     """
     return schema.blocks[-depth:]
 
@@ -153,12 +136,11 @@ def blocks_of(job: Job, schema: Schema, budget: int) -> int:
     return budget or job.units.budget or len(schema.blocks)
 
 
-def _taken(job: Job, schema: Schema, strategy: str, round: int, budget: int) -> tuple[str, ...]:
-    if strategy == "all":
+def _taken(job: Job, schema: Schema, round: int, budget: int) -> tuple[str, ...]:
+    order = job.units.chosen.order
+    if order is None:
         return schema.units
-    return _with(
-        schema, order(strategy, schema.blocks, job.federation.seed, round)[: blocks_of(job, schema, budget)]
-    )
+    return _with(schema, order(schema.blocks, job.federation.seed, round)[: blocks_of(job, schema, budget)])
 
 
 def budgets(job: Job) -> tuple[int, ...]:
@@ -189,7 +171,7 @@ def round_bytes(job: Job, schema: Schema, rounds: int, limits: Limits = AS_THE_J
     size = cache(lambda units: packet_bytes(schema, tensors_of(schema, units, limits.rank), limits.rank))
     if job.units.probes:
         return [size(_largest(job, schema.held(limits.rank), limits))] * max(1, rounds)
-    if job.units.strategy != "lisa":
+    if not job.units.varies:
         return [size(selected(job, schema, 1, limits.blocks))] * max(1, rounds)
     return [size(selected(job, schema, round, limits.blocks)) for round in range(1, max(1, rounds) + 1)]
 
@@ -259,8 +241,9 @@ def step_share(schema: Schema, units: Sequence[str]) -> float:
     the lowest that is trained.
 
     >>> from fedtune.types import TensorSpec
-    >>> step_share(Schema(tuple(TensorSpec(name, (1,), name) for name in ("block.0", "block.1", "head"))),
-    ("block.1", "head")) 0.75
+    >>> names = ("block.0", "block.1", "head")
+    >>> step_share(Schema(tuple(TensorSpec(name, (1,), name) for name in names)), ("block.1", "head"))
+    0.75
     """
     found = schema.blocks
     if not found or "outside" in units:
@@ -273,7 +256,7 @@ def require_budgets(job: Job, schema: Schema) -> None:
     """Raises JobError where a budget asks for more blocks than there are, and where clients are to be
     probed and no class of devices can be.
     """
-    if job.units.strategy == "all":
+    if job.units.chosen.whole:
         return
     asked = [("units.budget", job.units.budget)]
     asked += [
@@ -329,7 +312,7 @@ def selecting(
     Raises JobError as `require_budgets`.
     """
     require_budgets(job, schema)
-    if job.units.strategy == "all":
+    if job.units.chosen.whole:
         return algorithm
     most, settle = _largest_budget(job, schema), algorithm.settle
 

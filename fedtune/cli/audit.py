@@ -79,7 +79,7 @@ def command(
         raise UserError(f"--delta {delta:g}: must be above 0 and below 1, or 0 for the job's")
     checked = load_job(job, set_ or ())
     with Board(err if json_ else out) as board:
-        from fedtune.round.coordinator import Watch
+        from fedtune.round.watch import Watch
         from fedtune.workflows.audit import audit
 
         watch = Watch(

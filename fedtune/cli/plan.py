@@ -8,6 +8,7 @@ from rich.text import Text
 
 from fedtune.cli.common import JobArgument, JsonOption, SetOption, UnderstandOption, out, overrides, shell
 from fedtune.job import load_job
+from fedtune.units.strategies import STRATEGIES
 
 if TYPE_CHECKING:
     from fedtune.workflows.plan import DeviceTime, Plan
@@ -62,10 +63,10 @@ def _show(plan: "Plan", console: Console) -> None:
                 (
                     "a client trains",
                     f"{plan.budget} of {sum(u.selectable for u in plan.units)} blocks",
-                    f"{_chosen(plan)}; what lies outside the blocks is always trained",
+                    f"{STRATEGIES[plan.strategy].words}; what lies outside the blocks is always trained",
                 )
             ]
-            if plan.strategy != "all"
+            if not STRATEGIES[plan.strategy].whole
             else []
         ),
         (
@@ -129,7 +130,7 @@ def _show(plan: "Plan", console: Console) -> None:
         ("privacy", f"epsilon {shown(plan.epsilon)}", _protects(plan)),
     ]
     console.print(table(("", "figure", ""), rows, words=(0, 2)))
-    if plan.strategy == "all":
+    if STRATEGIES[plan.strategy].whole:
         console.print(
             table(
                 ("unit", "numbers", "bytes"), [(u.name, count(u.numbers), size(u.bytes)) for u in plan.units]
@@ -142,7 +143,7 @@ def _show(plan: "Plan", console: Console) -> None:
         ]
         console.print(table(("unit", "numbers", "bytes", "selectable", "trained"), units, words=(0, 3, 4)))
     if plan.devices:
-        if plan.ranks or plan.strategy != "all":
+        if plan.ranks or not STRATEGIES[plan.strategy].whole:
             console.print(Text("A client of each class, in a round", style="bold"))
             classes = [
                 (
@@ -171,7 +172,7 @@ def _show(plan: "Plan", console: Console) -> None:
         console.print(Text("A round of one client, in simulated time", style="bold"))
         header = ("device class", "clients", "receiving", "training", "sending", "in all", "frame, once")
         more = (
-            *(("blocks",) if plan.strategy != "all" else ()),
+            *(("blocks",) if not STRATEGIES[plan.strategy].whole else ()),
             *(("of the last", "a probe") if plan.probes else ()),
         )
         console.print(table((*header, *more), [(*_device(d), *_units(d, plan)) for d in plan.devices]))
@@ -181,15 +182,6 @@ def _show(plan: "Plan", console: Console) -> None:
 
 def _ranks(plan: "Plan") -> str:
     return f"{plan.rank} (clients: {', '.join(map(str, plan.ranks))})" if plan.ranks else str(plan.rank)
-
-
-def _chosen(plan: "Plan") -> str:
-    return {
-        "top": "the last",
-        "bottom": "the first",
-        "both": "last and first in turn",
-        "lisa": "drawn for each round",
-    }.get(plan.strategy, "those that matter most, by a probe")
 
 
 def _kept(device: dict[str, int | None]) -> str:
@@ -225,7 +217,7 @@ def _units(d: "DeviceTime", plan: "Plan") -> tuple[str, ...]:
     from fedtune.report.format import count, duration
 
     return (
-        *((count(d.blocks),) if plan.strategy != "all" else ()),
+        *((count(d.blocks),) if not STRATEGIES[plan.strategy].whole else ()),
         *((count(d.depth), duration(d.probe) if d.probed else "not asked") if plan.probes else ()),
     )
 

@@ -21,7 +21,8 @@ from fedtune.job import Job, load_job, to_toml
 from fedtune.privacy.plan import resolved
 from fedtune.process.address import is_loopback, parse_address
 from fedtune.report.privacy import UNSCORED
-from fedtune.round.coordinator import Reply, Watch
+from fedtune.round.replies import Reply
+from fedtune.round.watch import Watch
 from fedtune.runs.folder import RunFolder
 
 EXAMPLES = (

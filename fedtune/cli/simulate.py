@@ -10,8 +10,8 @@ from fedtune.cli.progress import Board
 from fedtune.errors import UserError
 from fedtune.job import Job, load_job
 from fedtune.report.format import duration, number, size
-from fedtune.round.coordinator import Watch
-from fedtune.runs.folder import RunFolder, create_run, next_run_path, open_run
+from fedtune.round.watch import Watch
+from fedtune.runs.folder import RunFolder, open_run
 
 EXAMPLES = (
     "Examples:  fedtune simulate   |   "
@@ -72,58 +72,32 @@ def command(
 
 def _run(run: RunFolder | None, job: Job, path: Path | None) -> RunFolder:
     with Board(out) as board:
-        from fedtune.workflows.finish import finish
-        from fedtune.workflows.fleet import make_fleet
-        from fedtune.workflows.setup import (
-            open_setup,
-            require_trainable,
-            require_unchanged,
-            run_facts,
-            with_noise,
-        )
-        from fedtune.workflows.simulate import Simulation, require_device
+        from fedtune.workflows.simulation import simulate
 
-        board.stage("opening the base and the data")
-        setup = with_noise(open_setup(job), lambda text: board.line(f"note: {text}"))
-        job = setup.job
-        require_trainable(setup)
-        # what does not fit the base, and a base that cannot be opened, are said before anything is written
-        _ = setup.spec
-        base = setup.fresh_model()
-        _ = setup.encoder
-        require_device(job.simulation)
-        make_fleet(setup)  # devices none of which could train
-        if run is None:
-            run = create_run(path or next_run_path(Path("runs"), job.adapter.method), job, run_facts(setup))
-        else:
-            require_unchanged(setup, run)
-        board.line(f"run folder: {run.path}")
-        progress = Progress(board, job.federation.rounds)
+        progress, begun = Progress(board, job.federation.rounds), list[RunFolder]()
+        watch = Watch(
+            board.stage,
+            board.advance,
+            lambda reply: progress.reply(),
+            progress.line,
+            lambda text: board.line(f"note: {text}"),
+        )
+
+        def began(run: RunFolder) -> None:
+            begun.append(run)
+            board.line(f"run folder: {run.path}")
+
         try:
-            simulation = Simulation(
-                setup,
-                run,
-                Watch(
-                    board.stage,
-                    board.advance,
-                    lambda reply: progress.reply(),
-                    progress.line,
-                    lambda text: board.line(f"note: {text}"),
-                ),
-                base,
-            )
-            with run.locked():
-                simulation.rounds()
-                finish(simulation)
+            return simulate(job, run, path, watch, began)
         except KeyboardInterrupt:
-            err.print(
-                f"stopped; continue with: fedtune simulate --resume {run.path}",
-                markup=False,
-                highlight=False,
-                soft_wrap=True,
-            )
+            for run in begun:
+                err.print(
+                    f"stopped; continue with: fedtune simulate --resume {run.path}",
+                    markup=False,
+                    highlight=False,
+                    soft_wrap=True,
+                )
             raise
-    return run
 
 
 class Progress:

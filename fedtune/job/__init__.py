@@ -5,6 +5,7 @@ together, one line each with key, value, limit and remedy. A value whose feature
 never ignored: the others are `available` in their field.
 """
 
+from fedtune.job.agreement import disagreements
 from fedtune.job.reading import job_from, load_job, load_raw, parse_job
 from fedtune.job.sections import (
     AdapterSection,
@@ -32,6 +33,7 @@ __all__ = [
     "PrivacySection",
     "SimulationSection",
     "UnitsSection",
+    "disagreements",
     "job_from",
     "load_job",
     "load_raw",

@@ -2,17 +2,22 @@
 with value, limit and remedy.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from fedtune.adapters.kinds.table import BIASES_ONLY, HEAD_ONLY, WITH_CORES, WITH_GRADIENT_FRAME
+from fedtune.aggregation.rules import MEAN, RULES, Rule
+from fedtune.aggregation.steps import AVERAGE, STEPS, Step
 from fedtune.job.private import privacy_disagreements
-from fedtune.job.sections import PROBING, EdgeSection, Section, Sections, tables
+from fedtune.job.sections import EdgeSection, Section, Sections, tables
 from fedtune.job.text import CONTROL, or_, toml_value
 from fedtune.tasks import task_named
+from fedtune.units.strategies import STRATEGIES
 
 
-def disagreements(job: Sections) -> Iterator[str]:
+def disagreements(job: Sections, rule: Rule | None = None) -> Iterator[str]:
+    """rule: in place of the job's."""
     data, fed, adapter = job.data, job.federation, job.adapter
+    rule = rule or RULES[fed.aggregation]
     if data.partition != "natural" and data.clients == 0:
         yield (
             'data.clients = 0: only partition = "natural" can count clients itself; '
@@ -41,18 +46,8 @@ def disagreements(job: Sections) -> Iterator[str]:
             f"evaluation.baselines = {toml_value(job.evaluation.baselines)}: a baseline "
             "stands twice; name each once"
         )
-    yield from _robust_disagreements(job)
-    yield from _idle(
-        "federation",
-        fed,
-        "server_optimizer",
-        {
-            "server_lr": ("fedavgm", "fedadam"),
-            "server_momentum": ("fedavgm", "fedadam"),
-            "server_beta2": ("fedadam",),
-            "server_tau": ("fedadam",),
-        },
-    )
+    yield from _rule_disagreements(job, rule)
+    yield from _idle("federation", fed, "server_optimizer", _users(STEPS.values()))
     if fed.momentum and fed.optimizer != "sgd":
         yield (
             f'federation.momentum = {fed.momentum}: only used by optimizer = "sgd"; '
@@ -79,11 +74,11 @@ def disagreements(job: Sections) -> Iterator[str]:
             "set it to true or choose another method"
         )
     yield from _forward_disagreements(job)
-    yield from _units_disagreements(job)
-    yield from _rank_disagreements(job)
+    yield from _units_disagreements(job, rule)
+    yield from _rank_disagreements(job, rule)
     yield from _overshooting(job)
-    yield from _drift_disagreements(job)
-    yield from _personal_disagreements(job)
+    yield from _drift_disagreements(job, rule)
+    yield from _personal_disagreements(job, rule)
     yield from privacy_disagreements(job)
     named = [device.name for device in job.simulation.devices]
     for place, name in enumerate(named):
@@ -114,33 +109,28 @@ def _idle(name: str, section: Section, choice: str, keys: Mapping[str, tuple[str
             )
 
 
-def _robust_disagreements(job: Sections) -> Iterator[str]:
-    fed, rules = (
-        job.federation,
-        {"trim": ("trimmed-mean",), "byzantine": ("krum", "multi-krum"), "norm_bound": ("norm-bound",)},
-    )
-    yield from _idle("federation", fed, "aggregation", rules)
-    for name, its in rules.items():
-        if not getattr(fed, name) and fed.aggregation in its:
-            yield (
-                f"federation.{name.replace('_', '-')} = 0: aggregation = "
-                f"{toml_value(fed.aggregation)} needs it; set it above 0"
-            )
-    if fed.aggregation in ("krum", "multi-krum") and 2 * fed.byzantine + 2 >= fed.cohort:
+def _users(choices: Iterable[Rule | Step]) -> dict[str, tuple[str, ...]]:
+    """Of each key that is of one choice or more: their names."""
+    found = dict[str, tuple[str, ...]]()
+    for choice in choices:
+        for key in choice.keys:
+            found[key] = (*found.get(key, ()), choice.name)
+    return found
+
+
+def _rule_disagreements(job: Sections, rule: Rule) -> Iterator[str]:
+    fed, chosen = job.federation, f"aggregation = {toml_value(rule.name)}"
+    yield from _idle("federation", fed, "aggregation", _users(RULES.values()))
+    for key in rule.keys:
+        if not getattr(fed, key):
+            yield f"federation.{key.replace('_', '-')} = 0: {chosen} needs it; set it above 0"
+    yield from rule.problems(fed)
+    if not rule.sums and job.privacy.secure_aggregation:
         yield (
-            f"federation.byzantine = {fed.byzantine}: krum needs more than 2 f + 2 updates, and "
-            f"federation.cohort = {fed.cohort}; lower it to {max(0, (fed.cohort - 3) // 2)}, or raise cohort"
+            f'federation.{chosen}: looks at single updates, which secure-aggregation hides; use "{MEAN.name}"'
         )
-    if fed.aggregation != "mean" and job.privacy.secure_aggregation:
-        yield (
-            f"federation.aggregation = {toml_value(fed.aggregation)}: looks at single updates, "
-            'which secure-aggregation hides; use "mean"'
-        )
-    if fed.aggregation != "mean" and job.privacy.unit == "client":
-        yield (
-            f"federation.aggregation = {toml_value(fed.aggregation)}: noise for whole clients "
-            'is sized for a mean; use "mean"'
-        )
+    if not rule.sums and job.privacy.unit == "client":
+        yield f'federation.{chosen}: noise for whole clients is sized for a mean; use "{MEAN.name}"'
 
 
 def _forward_disagreements(job: Sections) -> Iterator[str]:
@@ -174,7 +164,7 @@ def _forward_disagreements(job: Sections) -> Iterator[str]:
         )
 
 
-def _drift_disagreements(job: Sections) -> Iterator[str]:
+def _drift_disagreements(job: Sections, rule: Rule) -> Iterator[str]:
     fed, chosen = job.federation, f"federation.drift = {toml_value(job.federation.drift)}"
     yield from _idle("federation", fed, "drift", {"ascent": ("fedspeed",)})
     if fed.drift == "none":
@@ -189,10 +179,9 @@ def _drift_disagreements(job: Sections) -> Iterator[str]:
             f"{chosen}: is made for plain SGD, and optimizer = {toml_value(fed.optimizer)}, "
             f'momentum = {fed.momentum}; set federation.optimizer = "sgd" and momentum = 0'
         )
-    if fed.server_optimizer != "average" or fed.aggregation != "mean":
+    if fed.server_optimizer != AVERAGE.name or not rule.sums:
         found = (
-            f"server-optimizer = {toml_value(fed.server_optimizer)}, aggregation = "
-            f"{toml_value(fed.aggregation)}"
+            f"server-optimizer = {toml_value(fed.server_optimizer)}, aggregation = {toml_value(rule.name)}"
         )
         yield f'{chosen}: the coordinator takes the mean, and {found}; set them to "average" and "mean"'
     if fed.drift == "scaffold" and fed.proximal:
@@ -213,7 +202,7 @@ def _drift_disagreements(job: Sections) -> Iterator[str]:
     yield from _stateful_disagreements(job, chosen)
 
 
-def _personal_disagreements(job: Sections) -> Iterator[str]:
+def _personal_disagreements(job: Sections, rule: Rule) -> Iterator[str]:
     personal, chosen = job.personal, f"personal.method = {toml_value(job.personal.method)}"
     yield from _idle(
         "personal",
@@ -235,16 +224,15 @@ def _personal_disagreements(job: Sections) -> Iterator[str]:
             "choose another adapter"
         )
     if personal.method == "select":
-        yield from _select_disagreements(job, chosen)
+        yield from _select_disagreements(job, rule, chosen)
     yield from _stateful_disagreements(job, chosen)
 
 
-def _select_disagreements(job: Sections, chosen: str) -> Iterator[str]:
+def _select_disagreements(job: Sections, rule: Rule, chosen: str) -> Iterator[str]:
     fed = job.federation
-    if fed.server_optimizer != "average" or fed.aggregation != "mean":
+    if fed.server_optimizer != AVERAGE.name or not rule.sums:
         found = (
-            f"server-optimizer = {toml_value(fed.server_optimizer)}, aggregation = "
-            f"{toml_value(fed.aggregation)}"
+            f"server-optimizer = {toml_value(fed.server_optimizer)}, aggregation = {toml_value(rule.name)}"
         )
         yield (
             f"{chosen}: the coordinator takes the mean of each entry over the clients that do not keep it, "
@@ -290,20 +278,21 @@ def _stateful_disagreements(job: Sections, chosen: str) -> Iterator[str]:
         )
     if job.edge.mode == "forward":
         yield f'{chosen}: needs gradients in every step; use edge.mode = "backward"'
-    if job.units.strategy != "all":
+    if not job.units.chosen.whole:
         yield (
             f"{chosen}: what a client keeps is of all that is trained, and units.strategy = "
             f'{toml_value(job.units.strategy)} trains a part; use "all"'
         )
 
 
-def _units_disagreements(job: Sections) -> Iterator[str]:
+def _units_disagreements(job: Sections, rule: Rule) -> Iterator[str]:
+    probing = tuple(strategy.name for strategy in STRATEGIES.values() if strategy.probes)
     units, own = (
         job.units,
         [(place, device.units) for place, device in enumerate(job.simulation.devices) if device.units],
     )
     yield from _idle(
-        "units", units, "strategy", dict.fromkeys(("consistency", "probe_every", "probe_batches"), PROBING)
+        "units", units, "strategy", dict.fromkeys(("consistency", "probe_every", "probe_batches"), probing)
     )
     if units.fit and not any(
         device.memory_mb or (units.seconds and device.speed) for device in job.simulation.devices
@@ -326,7 +315,7 @@ def _units_disagreements(job: Sections) -> Iterator[str]:
                     f"simulation.devices.{place}.depth = {device.depth}: only for strategies that go "
                     f"by scores, not {toml_value(units.strategy)}; remove it"
                 )
-    if units.strategy == "all":
+    if units.chosen.whole:
         if units.fit:
             yield (
                 'units.fit = true: strategy = "all" trains every block; remove it, or choose another strategy'
@@ -358,10 +347,11 @@ def _units_disagreements(job: Sections) -> Iterator[str]:
             f'units.strategy = {toml_value(units.strategy)}: with edge.mode = "forward" a step moves '
             'the whole model along a direction; use "all"'
         )
-    if units.strategy == "snr" and units.probe_batches < 2:
+    score = units.chosen.score
+    if score and units.probe_batches < score.fewest:
         yield (
-            f'units.probe-batches = {units.probe_batches}: strategy = "snr" compares the gradients '
-            "of batches; give at least 2"
+            f"units.probe-batches = {units.probe_batches}: strategy = {toml_value(units.strategy)} compares "
+            f"the gradients of batches; give at least {score.fewest}"
         )
     if units.probes:
         for place, device in enumerate(job.simulation.devices):
@@ -371,11 +361,11 @@ def _units_disagreements(job: Sections) -> Iterator[str]:
                     f"simulation.devices.{place}.depth = {device.depth}: its clients train {count} blocks; "
                     f"give at least {count}, or the class fewer units"
                 )
-        yield from _probe_disagreements(job)
+        yield from _probe_disagreements(job, rule)
         return
     # noise is on every number, and the denominator stays
-    protected = job.privacy.unit == "client" and job.federation.aggregation == "mean"
-    for key in [] if protected else _alike(job)[:1]:
+    protected = job.privacy.unit == "client" and rule.sums
+    for key in [] if protected else _alike(job, rule)[:1]:
         if units.fit:
             yield f"units.fit = true: with {key} all clients must train as many blocks; remove it"
         for place, count in own:
@@ -386,7 +376,7 @@ def _units_disagreements(job: Sections) -> Iterator[str]:
                 )
 
 
-def _alike(job: Sections) -> list[str]:
+def _alike(job: Sections, rule: Rule) -> list[str]:
     """What counts on it that every client trains the same: noise and denominators do, and what one client
     alone trains is seen in the sum, and is that client's.
     """
@@ -395,16 +385,15 @@ def _alike(job: Sections) -> list[str]:
         for key, holds in {
             'privacy.unit = "client"': job.privacy.unit == "client",
             "privacy.secure-aggregation = true": job.privacy.secure_aggregation,
-            f"federation.aggregation = {toml_value(job.federation.aggregation)}": job.federation.aggregation
-            != "mean",
+            f"federation.aggregation = {toml_value(rule.name)}": rule.alike,
         }.items()
         if holds
     ]
 
 
-def _rank_disagreements(job: Sections) -> Iterator[str]:
+def _rank_disagreements(job: Sections, rule: Rule) -> Iterator[str]:
     rank, fed = job.adapter.rank, job.federation
-    alike = _alike(job) + [
+    alike = _alike(job, rule) + [
         key
         for key, holds in {
             f"federation.drift = {toml_value(fed.drift)}": fed.drift != "none",
@@ -433,8 +422,8 @@ def _rank_disagreements(job: Sections) -> Iterator[str]:
                 )
 
 
-def _probe_disagreements(job: Sections) -> Iterator[str]:
-    chosen, aggregation = f"units.strategy = {toml_value(job.units.strategy)}", job.federation.aggregation
+def _probe_disagreements(job: Sections, rule: Rule) -> Iterator[str]:
+    chosen = f"units.strategy = {toml_value(job.units.strategy)}"
     if job.privacy.unit != "none" or job.privacy.secure_aggregation:
         key = (
             "privacy.secure-aggregation = true"
@@ -445,10 +434,10 @@ def _probe_disagreements(job: Sections) -> Iterator[str]:
             f"{chosen}: scores of single clients' data would leave without protection, "
             f'so it does not go with {key}; use "lisa" or "top"'
         )
-    if aggregation != "mean":
+    if rule.alike:
         yield (
             f"{chosen}: clients train different blocks, whose updates federation.aggregation = "
-            f'{toml_value(aggregation)} cannot compare; use "lisa" or "top"'
+            f'{toml_value(rule.name)} cannot compare; use "lisa" or "top"'
         )
 
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from fedtune.adapters.kinds.table import METHODS
 from fedtune.tasks import TASKS, TaskName
 from fedtune.tasks.texts import TEXT_CLASSIFICATION
+from fedtune.units.strategies import STRATEGIES, Strategy
 
 
 def _key(
@@ -146,9 +147,6 @@ class AdapterSection(Section):
         return self.init in ("gradient", "gradient-dp")
 
 
-PROBING = ("gradient", "rgn", "snr", "fisher")
-
-
 class UnitsSection(Section):
     """Which blocks each client trains. What is trained outside the blocks, such as the head, is always
     trained and does not count.
@@ -197,14 +195,18 @@ class UnitsSection(Section):
     )
 
     @property
+    def chosen(self) -> Strategy:
+        return STRATEGIES[self.strategy]
+
+    @property
     def probes(self) -> bool:
         """Whether clients are asked which blocks matter to them."""
-        return self.strategy in PROBING
+        return self.chosen.probes
 
     @property
     def varies(self) -> bool:
         """Whether a client of one budget may train other blocks in another round."""
-        return self.probes or self.strategy == "lisa"
+        return self.chosen.varies
 
 
 class FederationSection(Section):

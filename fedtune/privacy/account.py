@@ -231,7 +231,7 @@ def assumptions(plan: Plan) -> list[str]:
             else "A KNOWN SEED: NOT PRIVATE, no epsilon holds."
         )
     )
-    if plan.job.units.strategy != "all":
+    if not plan.job.units.chosen.whole:
         out.append(
             "Units: which of them a client trains in a round follows from the job alone, never from its "
             "data, and anybody may know; clip and noise are over those, and nothing else moves."

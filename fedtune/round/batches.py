@@ -55,11 +55,12 @@ def probed_batches(
 ) -> Iterator[np.ndarray]:
     """The batches of a client's probe: some of a local epoch's, other ones in each round.
 
-    For fisher, of one example each.
+    Of one example each where the score wants it.
     """
+    score = units.chosen.score
     rng = generator(settings.seed, "probe", round, client)
     for batch in local_batches(lengths, settings.batch_size, 1, units.probe_batches, rng):
-        yield from np.split(batch, len(batch)) if units.strategy == "fisher" else (batch,)
+        yield from np.split(batch, len(batch)) if score and score.single else (batch,)
 
 
 def trainable_batches(

@@ -20,7 +20,8 @@ from fedtune.privacy.clipping import clip
 from fedtune.privacy.noise import noise_of
 from fedtune.privacy.plan import Plan, init_batch, init_clip
 from fedtune.privacy.releases import Release
-from fedtune.round.coordinator import Reply, Traffic
+from fedtune.round.replies import Reply
+from fedtune.round.traffic import Traffic
 from fedtune.runs.folder import RunFolder
 from fedtune.runs.ledger import Ledger
 from fedtune.types import Arrays, ClientInfo, TensorSpec

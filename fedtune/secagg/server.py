@@ -14,7 +14,7 @@ from fedtune.secagg.messages import Keys, Place
 from fedtune.secagg.reveal import Circle, Masked, reveal, short
 from fedtune.secagg.terms import MAX_CLIENTS, STAGES, Terms
 
-Ask = Callable[[str, Mapping[str, bytes]], Iterable[tuple[str, bytes | None]]]
+Query = Callable[[str, Mapping[str, bytes]], Iterable[tuple[str, bytes | None]]]
 """(stage, question by client) -> (client, answer, or None where none came), in any order, as they come."""
 
 
@@ -29,13 +29,13 @@ class Sum:
     refused: Mapping[str, str]
 
 
-def run_round(server: "ServerRound", ask: Ask) -> Sum:
+def run_round(server: "ServerRound", query: Query) -> Sum:
     """All four stages.
 
     An answer that is refused counts as none. Raises SecAggFailed when too few are left at any stage.
     """
     for stage in STAGES:
-        for client, answer in ask(stage, server.ask()):
+        for client, answer in query(stage, server.ask()):
             if answer is None:
                 continue
             try:

@@ -1,4 +1,4 @@
-"""The coordinator's side of the transport: Flower messages around our packets, and the loop over rounds."""
+"""The coordinator's side of the transport: Flower messages around our packets."""
 
 import secrets
 import time
@@ -11,13 +11,8 @@ from flwr.serverapp import Grid, ServerApp
 from fedtune.bundles.offer import one_line
 from fedtune.errors import EnvironmentProblem
 from fedtune.process.waits import LATE_SECONDS, SERIAL_POLL
-from fedtune.round.coordinator import Coordinator, Reply
+from fedtune.round.replies import Exchange, Pairs, Reply
 from fedtune.wire import RECORD
-
-Pairs = Sequence[tuple[str, bytes]]
-"""(client, packet)."""
-Ask = Callable[..., Iterator[Reply]]
-"""An `Exchange`."""
 
 
 def round_robin(grid: Grid, clients: Sequence[str]) -> list[int]:
@@ -31,7 +26,7 @@ def round_robin(grid: Grid, clients: Sequence[str]) -> list[int]:
 
 
 @dataclass
-class Exchange:
+class GridExchange:
     """Sends packets and yields the replies as they come, until all are in or the deadline has passed.
 
     Attributes:
@@ -124,34 +119,12 @@ def short(text: str | None) -> str:
     return one_line(((text or "").strip().splitlines() or [""])[-1])[:200]
 
 
-def run_rounds(
-    coordinator: Coordinator,
-    exchange: Ask,
-    gather: Callable[[Coordinator], None] = lambda coordinator: None,
-    through: Callable[[Coordinator, Pairs], object] | None = None,
-) -> None:
-    """Runs what is left of the run. `gather` is called before each round and may change whom the coordinator
-    can draw; `through` takes it from the planned pairs to its end where one exchange is not enough.
-    """
-    gather(coordinator)
-    coordinator.begin()
-    while not coordinator.done:
-        gather(coordinator)
-        if questions := coordinator.probe():
-            coordinator.probed(exchange(questions, round=coordinator.state.round + 1))
-        pairs = coordinator.plan()
-        if through is None:
-            coordinator.finish(exchange(pairs, round=coordinator.state.round + 1))
-        else:
-            through(coordinator, pairs)
-
-
-def make_server_app(run: Callable[[Ask], None], deadline: float) -> ServerApp:
+def make_server_app(run: Callable[[Exchange], None], deadline: float) -> ServerApp:
     """A ServerApp in which `run` takes one simulated job to its end over the exchange that it is given."""
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        run(Exchange(grid, deadline))
+        run(GridExchange(grid, deadline))
 
     return app

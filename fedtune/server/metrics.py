@@ -9,7 +9,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Info, start_http_server
 
 from fedtune.errors import EnvironmentProblem
-from fedtune.round.coordinator import Reply
+from fedtune.round.replies import Reply
 
 STATES = ("starting", "idle", "waiting", "training", "evaluating")
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from fedtune.errors import SecAggFailed
 from fedtune.privacy.contribution import Secure
 from fedtune.round.coordinator import Coordinator
+from fedtune.round.replies import Exchange, Pairs
 from fedtune.secagg.server import ServerRound, Sum, run_round
-from fedtune.server.app import Ask, Pairs
 from fedtune.types import RoundReport
 
 
@@ -25,8 +25,8 @@ class SecureRounds:
 
     secure: Secure
     session: bytes
-    train: Ask
-    later: Ask
+    train: Exchange
+    later: Exchange
     here: Callable[[], Collection[str]]
 
     def __call__(self, coordinator: Coordinator, pairs: Pairs) -> RoundReport:

@@ -15,7 +15,9 @@ import numpy as np
 from fedtune.algorithms.probes import probe_bytes
 from fedtune.algorithms.units import Limits, limits_of, step_share, unlimited
 from fedtune.job import DeviceClass, Job
-from fedtune.round.coordinator import Coordinator, Reply, Traffic
+from fedtune.round.coordinator import Coordinator
+from fedtune.round.replies import Exchange, Reply
+from fedtune.round.traffic import Traffic
 from fedtune.simulation.devices import (
     Chosen,
     able,
@@ -29,9 +31,6 @@ from fedtune.simulation.devices import (
 from fedtune.stateful.methods import method_of
 from fedtune.types import ClientInfo, RoundReport
 from fedtune.wire import Schema, kind_of, packet_bytes, trained_of
-
-Ask = Callable[..., Iterator[Reply]]
-"""(pairs of client and packet, kind, round) -> replies, as every engine answers."""
 
 COUNTS = ("asked", "used", "dropped", "stragglers", "seconds", "up", "down")
 """What is added up for a class in a round. `seconds`: of the answers that came in time, together."""
@@ -122,7 +121,7 @@ class Fleet:
         and its lines say what the round cost.
         """
         self._probed = {}
-        held, frame = coordinator.traffic.rounds, coordinator.frame_bytes
+        held, frame = coordinator.traffic.rounds, coordinator.fixed.frame_bytes
         # planning a round has counted it already
         self._frame = lambda client: frame if held.get(client, 0) == 1 else 0
         coordinator.clients, coordinator.more, coordinator.can_probe = (
@@ -131,7 +130,7 @@ class Fleet:
             self.can_probe,
         )
 
-    def around(self, ask: Ask) -> Ask:
+    def around(self, ask: Exchange) -> Exchange:
         """The same exchange over these devices.
 
         Clients that drop out or miss the deadline are not given to it.
@@ -171,7 +170,7 @@ class Fleet:
         self._up = dict(traffic.up)
 
     def _probing(
-        self, ask: Ask, pairs: Sequence[tuple[str, bytes]], kind: str, round: int
+        self, ask: Exchange, pairs: Sequence[tuple[str, bytes]], kind: str, round: int
     ) -> Iterator[Reply]:
         """All who can before the deadline answer a probe: drop-outs are lost while they train."""
         most, up = self.job.units.probe_batches * self.job.federation.batch_size, probe_bytes(self.schema)[1]

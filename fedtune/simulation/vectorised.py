@@ -18,7 +18,7 @@ from fedtune.privacy.example import ExamplePrivacy, noisy_metrics, poisson_batch
 from fedtune.round.asked import asked
 from fedtune.round.batches import training_batches
 from fedtune.round.client import ClientTraining, in_process, updates
-from fedtune.round.coordinator import Reply
+from fedtune.round.replies import Reply
 from fedtune.stateful.base import Pull, Trained
 from fedtune.stateful.methods import method_of
 from fedtune.training.chunks import Task

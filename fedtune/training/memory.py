@@ -16,7 +16,6 @@ from torch.overrides import TorchFunctionMode
 from fedtune.adapters.methods import attach
 from fedtune.adapters.ranks import at_rank
 from fedtune.adapters.spec import AdapterSpec
-from fedtune.algorithms.probes import kept_numbers
 from fedtune.algorithms.units import AS_THE_JOB, Limits, lowest, most_numbers, unlimited
 from fedtune.job import Job
 from fedtune.models.base import TunableModel, layout
@@ -118,7 +117,8 @@ def _probe_numbers(job: Job, spec: AdapterSpec, depth: int) -> int:
         if job.units.probes and unlimited(spec.schema, depth)
         else 0
     )
-    return (1 + kept_numbers(job.units.strategy)) * found
+    score = job.units.chosen.score
+    return (1 + (score.kept if score else 0)) * found
 
 
 def lean_of(job: Job) -> str:

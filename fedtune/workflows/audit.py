@@ -32,8 +32,9 @@ from fedtune.privacy.audit import (
 from fedtune.privacy.canaries import ClientCanaries, rehearse
 from fedtune.privacy.example import example_privacy
 from fedtune.privacy.plan import plan_of
-from fedtune.round.coordinator import Watch
+from fedtune.round.watch import Watch
 from fedtune.runs.folder import RunFolder, create_run
+from fedtune.simulation.engines import ENGINES
 from fedtune.training.canaries import GradientCanaries, InputCanaries
 from fedtune.workflows.audited import Audited, AuditedClients, AuditedSteps, AuditedTexts, Room, spiked
 from fedtune.workflows.setup import open_setup, require_trainable, run_facts, with_noise
@@ -203,9 +204,9 @@ def _require_auditable(job: Job, kind: Kind) -> None:
             f"simulation.devices: ranks below adapter.rank = {job.adapter.rank} are not available yet for "
             "an audit, whose canaries have directions in what all train; remove them"
         )
-    if job.simulation.engine == "ray":
+    if not ENGINES[job.simulation.engine].inside:
         raise UserError(
-            'simulation.engine = "ray": an audit stands inside the process that trains; '
+            f'simulation.engine = "{job.simulation.engine}": an audit stands inside the process that trains; '
             'use "vectorised" or "serial"'
         )
     if job.adapter.init == "gradient-dp":

@@ -23,8 +23,9 @@ from fedtune.errors import Refused, UserError
 from fedtune.privacy.canaries import Canaries, ClientCanaries, Directions, View, coins
 from fedtune.privacy.clipping import clip as bounded
 from fedtune.privacy.plan import METRIC_CAP, Plan
-from fedtune.round.coordinator import Coordinator, Reply, make_algorithm
-from fedtune.server.app import Ask, Pairs
+from fedtune.round.algorithm import make_algorithm
+from fedtune.round.coordinator import Coordinator
+from fedtune.round.replies import Exchange, Pairs, Reply
 from fedtune.training.canaries import GradientCanaries, InputCanaries, SpikedStore, mislabelled
 from fedtune.training.cohort import CohortTrainer
 from fedtune.training.evaluate import score
@@ -196,7 +197,7 @@ class Audited(Simulation):
     def evaluate(self, round: int, arrays: Arrays) -> Metrics | None:
         return None
 
-    def coordinator(self, exchange: Ask) -> Coordinator:
+    def coordinator(self, exchange: Exchange) -> Coordinator:
         found = super().coordinator(exchange)
         reply_shown, line_shown = found.on_reply, found.on_round
 
@@ -272,19 +273,19 @@ class AuditedClients(Audited):
     def silent(self, client: str) -> bool:
         return self.audit.silent(client)
 
-    def run_over(self, ask: Ask) -> None:
+    def run_over(self, ask: Exchange) -> None:
         super().run_over(partial(self._ask, ask))
 
-    def coordinator(self, exchange: Ask) -> Coordinator:
+    def coordinator(self, exchange: Exchange) -> Coordinator:
         self._live = super().coordinator(exchange)
         return self._live
 
-    def _ask(self, ask: Ask, pairs: Pairs, kind: str = "train", round: int = 0) -> Iterator[Reply]:
+    def _ask(self, ask: Exchange, pairs: Pairs, kind: str = "train", round: int = 0) -> Iterator[Reply]:
         clip = float(self._live.state.slots.get(CLIP, self.setup.job.privacy.clip))
         mine = [(client, packet) for client, packet in pairs if client in self.audit]
         self._asked, self._known = (clip, frozenset(client for client, _ in mine)), np.zeros_like(self._model)
         sent = {
-            packet: decode(packet, self.setup.schema, kinds=["model"], frame=self._live.frame_digest)
+            packet: decode(packet, self.setup.schema, kinds=["model"], frame=self._live.fixed.frame)
             for packet in {packet for _, packet in mine}
         }
         for client, packet in mine:
@@ -321,7 +322,7 @@ class AuditedClients(Audited):
             schema,
             update,
             round=packet.header.round,
-            frame=self._live.frame_digest,
+            frame=self._live.fixed.frame,
             weight=CLAIMED,
             metrics=metrics,
         )

@@ -124,7 +124,7 @@ def smaller_steps(job: Job, schema: Schema) -> dict[str, tuple[str, ...]]:
     """Steps whose gradients end above the first block: by file name, the tensors whose gradients each has.
     None where no backward pass of this job ends earlier: all train the first block, or what may lie below it.
     """
-    if job.units.strategy in ("all", "bottom") or "outside" in schema.units:
+    if job.units.chosen.from_below or "outside" in schema.units:
         return {}
     blocks = tuple(block for block in schema.blocks if block in schema.units)
     return {

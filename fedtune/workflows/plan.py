@@ -402,7 +402,7 @@ def _devices(
             None if examples is None and device.speed else s.train,
             s.up,
             span(device, frame, 0, 0).down,
-            0 if job.units.strategy == "all" else device.units or job.units.budget,
+            0 if job.units.chosen.whole else device.units or job.units.budget,
             len(within(schema, device.depth)) if job.units.probes else 0,
             probes(device),
             probing(device),
@@ -419,7 +419,7 @@ def _devices(
 
 def _units_notes(job: Job, schema: Schema) -> list[str]:
     """Where tensors below the blocks make every backward pass go all the way down."""
-    if job.units.strategy == "all" or "outside" not in schema.units:
+    if job.units.chosen.whole or "outside" not in schema.units:
         return []
     outside = schema.of_units(["outside"])
     return [

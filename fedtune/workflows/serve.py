@@ -32,20 +32,18 @@ from fedtune.privacy.contribution import message_bytes, secure_of
 from fedtune.privacy.plan import Plan, fewest, plan_of
 from fedtune.process.waits import DESK_SECONDS, GRID_POLL, LOBBY_POLL, QUEUE_POLL, ROSTER_POLL, STAGE_SECONDS
 from fedtune.provision import days_left, load_devices
-from fedtune.round.coordinator import (
-    Coordinator,
-    Reply,
-    Traffic,
-    Watch,
-    evaluated,
-    make_algorithm,
-    most_predictions,
-    start,
-)
+from fedtune.round.algorithm import make_algorithm
+from fedtune.round.checks import most_predictions
+from fedtune.round.coordinator import Coordinator, start
 from fedtune.round.gradient_init import gather_gradients, gradient_schema
+from fedtune.round.lines import evaluated
+from fedtune.round.loop import run_rounds
+from fedtune.round.replies import Pairs, Reply
+from fedtune.round.traffic import Traffic
+from fedtune.round.watch import Watch
 from fedtune.runs.folder import RunFolder, create_run, open_run, versions
 from fedtune.secagg.terms import session_of
-from fedtune.server.app import Exchange, Pairs, run_rounds
+from fedtune.server.app import GridExchange
 from fedtune.server.lobby import Guest, Lobby
 from fedtune.server.secure import SecureRounds
 from fedtune.server.superlink import LinkGrid, SuperLink, Tls, superlink
@@ -309,8 +307,8 @@ class Live:
             lambda: {info.name for info in self.lobby.ready()},
         )
 
-    def _exchange(self, deadline: float) -> Exchange:
-        return Exchange(
+    def _exchange(self, deadline: float) -> GridExchange:
+        return GridExchange(
             self.grid,
             deadline,
             lambda grid, names: self.lobby.nodes(list(names)),

@@ -152,7 +152,8 @@ def with_noise(setup: Setup, note: Callable[[str], None]) -> Setup:
 
 def make_bundle(setup: OpenBase, folder: Path, frame: Arrays, model: TunableModel, start: Arrays) -> Bundle:
     """Writes a bundle; `start` holds what of the model of round 0 is not drawn or taken from the base."""
-    weights = block_weights(model) if setup.job.units.strategy == "rgn" else {}
+    score = setup.job.units.chosen.score
+    weights = block_weights(model) if score and score.relative else {}
     kind, _, name = setup.job.model.source.partition(":")
     licence = packages.lookup(name).licence if kind == "package" else ""
     return write_bundle(

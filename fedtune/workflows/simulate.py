@@ -13,6 +13,8 @@ from fedtune.adapters import frames
 from fedtune.adapters.layers.stacked import NotStackable
 from fedtune.adapters.methods import write
 from fedtune.adapters.ranks import at_rank
+from fedtune.aggregation.rules import Rule
+from fedtune.algorithms.fed_avg import Draw
 from fedtune.algorithms.units import AS_THE_JOB, Limits, by_common_scores, ever, selected, tensors_of
 from fedtune.bundles.bundle import open_bundle
 from fedtune.client.app import make_client_app
@@ -24,14 +26,20 @@ from fedtune.errors import EnvironmentProblem
 from fedtune.job import SimulationSection
 from fedtune.models.base import TunableModel
 from fedtune.privacy.plan import Plan, plan_of
-from fedtune.round.coordinator import Coordinator, Traffic, Watch, evaluated, make_algorithm, start
+from fedtune.round.algorithm import make_algorithm
+from fedtune.round.coordinator import Coordinator, start
 from fedtune.round.gradient_init import gather_gradients
 from fedtune.round.keeping import personal_model
+from fedtune.round.lines import evaluated
+from fedtune.round.loop import run_rounds
+from fedtune.round.replies import Exchange
+from fedtune.round.traffic import Traffic
+from fedtune.round.watch import Watch
 from fedtune.runs.folder import RunFolder, open_run
-from fedtune.server.app import Ask, make_server_app, run_rounds
-from fedtune.simulation.engines import run_ray, run_serial
+from fedtune.server.app import make_server_app
+from fedtune.simulation.engines import ENGINES, Simulated
 from fedtune.simulation.fleet import Fleet
-from fedtune.simulation.vectorised import Together, memory_for
+from fedtune.simulation.vectorised import memory_for
 from fedtune.stateful.methods import method_of
 from fedtune.stateful.store import Kept
 from fedtune.training.cohort import CohortTrainer
@@ -75,6 +83,9 @@ class Simulation:
     run: RunFolder
     watch: Watch = field(default_factory=Watch)
     base: TunableModel | None = None
+    rule: Rule | None = None
+    draw: Draw | None = None
+    """In place of the job's, as `make_algorithm`."""
     _scored: dict[str, Scores] = field(default_factory=dict)
     _noted: bool = False
 
@@ -105,20 +116,24 @@ class Simulation:
             self.run.require_kept()
         if done and done.unfinished is None and done.state.round >= job.federation.rounds:
             return
-        engine, deadline = job.simulation.engine, job.federation.deadline if self.fleet is None else WEEK
-        if engine == "vectorised":
-            try:
-                self.run_over(Together(self.worker, job.simulation, self._trainer, self.setup.store.train))
-            finally:
-                self.features.close()
-            return
-        server = make_server_app(self.run_over, deadline)
-        if engine == "ray":
-            run_ray(server, make_client_app(partial(answer_in, str(self.run.path))), job.simulation.workers)
-        else:
-            run_serial(server, make_client_app(self.answer))
+        deadline = job.federation.deadline if self.fleet is None else WEEK
+        simulated = Simulated(
+            job.simulation,
+            self.run_over,
+            self.answer,
+            partial(answer_in, str(self.run.path)),
+            self.worker,
+            self._trainer,
+            self.setup.store.train,
+            partial(make_server_app, deadline=deadline),
+            make_client_app,
+        )
+        try:
+            ENGINES[job.simulation.engine].run(simulated)
+        finally:
+            self.features.close()
 
-    def run_over(self, ask: Ask) -> None:
+    def run_over(self, ask: Exchange) -> None:
         """The rounds on whatever answers, with the effects of the job's devices around it."""
         if self.fleet is None:
             run_rounds(self.coordinator(ask), ask)
@@ -184,7 +199,7 @@ class Simulation:
             self._noted = True
             return None
 
-    def coordinator(self, exchange: Ask) -> Coordinator:
+    def coordinator(self, exchange: Exchange) -> Coordinator:
         """Opens or makes the bundle (asking clients for gradients where the job says so) and stands
         at the newest checkpoint.
         """
@@ -206,7 +221,9 @@ class Simulation:
             bundle.schema,
             bundle.frame_digest,
             bundle.frame_bytes,
-            make_algorithm(job, bundle.schema, self.limits, len(self.setup.split.clients)),
+            make_algorithm(
+                job, bundle.schema, self.limits, len(self.setup.split.clients), self.rule, self.draw
+            ),
             self.setup.store.clients,
             lambda: bundle.start,
             self.evaluate,
@@ -291,7 +308,7 @@ class Simulation:
             rng.choice(count, size=min(self.setup.job.evaluation.max_examples, count), replace=False)
         )
 
-    def _make_frame(self, exchange: Ask, plan: Plan | None) -> tuple[Arrays, Arrays, Traffic]:
+    def _make_frame(self, exchange: Exchange, plan: Plan | None) -> tuple[Arrays, Arrays, Traffic]:
         job = self.setup.job
         if not job.adapter.asks_gradients:
             self.watch.stage("making the frame", 0)

@@ -15,7 +15,9 @@ from fedtune.errors import RunError
 from fedtune.privacy.accounting import ACCOUNTANTS
 from fedtune.report.events import Events
 from fedtune.report.summary import Summary, check, few
-from fedtune.round.coordinator import Coordinator, Traffic, Watch
+from fedtune.round.coordinator import Coordinator
+from fedtune.round.traffic import Traffic
+from fedtune.round.watch import Watch
 from fedtune.runs.folder import RunFolder
 from fedtune.runs.ledger import require_whole
 from fedtune.types import Metrics

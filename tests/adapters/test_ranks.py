@@ -12,7 +12,7 @@ from fedtune.algorithms.base import State
 from fedtune.errors import JobError, Refused
 from fedtune.job import AdapterSection, parse_job
 from fedtune.models.layout import Layout, Linear
-from fedtune.round.coordinator import make_algorithm
+from fedtune.round.algorithm import make_algorithm
 from fedtune.types import TensorSpec, Update
 from fedtune.wire import decode, encode, packet_bytes
 

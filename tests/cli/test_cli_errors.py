@@ -518,8 +518,9 @@ def test_predict_says_what_an_image_model_reads(place):
 
     from fedtune.cli.predict import gather
     from fedtune.errors import UserError
+    from fedtune.tasks import TASKS
 
-    images = SimpleNamespace(reads_images=True)
+    images = SimpleNamespace(task=TASKS["image-classification"])
     for inputs, files in ((["good.csv"], []), ([], [place / "good.csv"])):
         with pytest.raises(
             UserError,

@@ -17,6 +17,7 @@ from fedtune.adapters.layers.stacked import Examples
 from fedtune.errors import ModelError
 from fedtune.job import AdapterSection
 from fedtune.models.base import TunableModel, layout
+from fedtune.tasks import TASKS
 from fedtune.training.lean import Lean
 from fedtune.training.stacked import Stack
 
@@ -77,7 +78,7 @@ BASES = {"convolutions": Convolutions, "linears": Linears}
 
 def tiny(base):
     torch.manual_seed(0)
-    return TunableModel(BASES[base](), "image-classification", nn.Linear(6, 3)).eval()
+    return TunableModel(BASES[base](), TASKS["image-classification"], nn.Linear(6, 3)).eval()
 
 
 def spec_of(name, base, **changes):

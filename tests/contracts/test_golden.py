@@ -32,8 +32,8 @@ from fedtune.common import seeds
 from fedtune.common.seeds import generator
 from fedtune.common.trees import digest
 from fedtune.job import to_toml
+from fedtune.round.algorithm import make_algorithm
 from fedtune.round.batches import local_batches
-from fedtune.round.coordinator import make_algorithm
 from fedtune.round.gradient_init import gradient_schema
 from fedtune.runs.folder import create_run
 from fedtune.runs.ledger import Ledger

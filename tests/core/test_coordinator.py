@@ -8,7 +8,9 @@ import pytest
 from fedtune.algorithms import fed_avg
 from fedtune.errors import RunError
 from fedtune.job import parse_job
-from fedtune.round.coordinator import Reply, Traffic, start
+from fedtune.round.coordinator import start
+from fedtune.round.replies import Reply
+from fedtune.round.traffic import Traffic
 from fedtune.runs.folder import create_run
 from fedtune.runs.ledger import Ledger
 from fedtune.types import ClientInfo, TensorSpec

@@ -8,7 +8,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedtune.bundles.offer import Answer
 from fedtune.job import parse_job
-from fedtune.server.app import Exchange
+from fedtune.server.app import GridExchange
 from fedtune.server.lobby import Lobby
 from fedtune.wire import RECORD
 
@@ -119,6 +119,6 @@ def test_who_left_since_the_draw_is_not_asked_and_not_waited_for(place):
     place.joined[1] = "tuesday"  # it is offered the job anew, and has not answered yet
     place.lobby.visit()
     assert place.lobby.nodes(["a", "b", "nobody"]) == [None, 2, None]
-    exchange = Exchange(place.grid, 0.0, lambda grid, names: place.lobby.nodes(list(names)))
+    exchange = GridExchange(place.grid, 0.0, lambda grid, names: place.lobby.nodes(list(names)))
     assert not list(exchange([("a", b"x"), ("b", b"y")]))
     assert [m.metadata.dst_node_id for m in place.grid.pushed if m.metadata.message_type == "train"] == [2]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedtune.aggregation.steps import STEPS
 from fedtune.algorithms import fed_avg
 from fedtune.algorithms.base import State
 from fedtune.algorithms.server_optimizers import moved, with_server_optimizer
@@ -101,7 +102,10 @@ def test_what_a_round_does_not_move_stays_and_keeps_its_moments():
             n.endswith("/kept") for n in after.slots
         )
     still = moved(
-        after, State(after.round + 1, after.arrays, after.slots), settings(server_optimizer="fedadam")
+        after,
+        State(after.round + 1, after.arrays, after.slots),
+        settings(server_optimizer="fedadam"),
+        STEPS["fedadam"].change,
     )
     assert still.slots == after.slots and all(still.arrays[n] is after.arrays[n] for n in still.arrays)
     with pytest.raises(EmptyCohort):

@@ -17,7 +17,6 @@ from fedtune.algorithms.units import (
     ever,
     lowest,
     most_numbers,
-    order,
     require_budgets,
     round_bytes,
     selected,
@@ -31,10 +30,13 @@ from fedtune.errors import JobError
 from fedtune.job import parse_job
 from fedtune.privacy.client import ClientPrivacy
 from fedtune.privacy.noise import SystemNoise
-from fedtune.round.coordinator import Reply, make_algorithm, start
+from fedtune.round.algorithm import make_algorithm
+from fedtune.round.coordinator import start
+from fedtune.round.replies import Reply
 from fedtune.runs.folder import create_run
 from fedtune.runs.ledger import Ledger
 from fedtune.types import ClientInfo, TensorSpec, Update
+from fedtune.units.strategies import STRATEGIES
 from fedtune.wire import Schema, decode, encode, packet_bytes
 
 SHAPES = {
@@ -123,16 +125,19 @@ def test_both_takes_the_last_and_the_first_in_turn(count):
     left, expected = list(units), []
     while left:
         expected += [left.pop(), *([left.pop(0)] if left else [])]
-    assert order("both", units, 0, 1) == tuple(expected)
+    assert STRATEGIES["both"].order(units, 0, 1) == tuple(expected)
 
 
 def test_lisa_draws_each_order_as_often_as_any_by_round_and_seed_alone():
-    drawn = Counter(order("lisa", BLOCKS[:3], 0, round) for round in range(1, 1201))
+    drawn = Counter(STRATEGIES["lisa"].order(BLOCKS[:3], 0, round) for round in range(1, 1201))
     assert set(drawn) == set(permutations(BLOCKS[:3])) and all(
         abs(n - 200) < 5 * np.sqrt(200) for n in drawn.values()
     )
-    assert order("lisa", BLOCKS, 5, 3) == tuple(BLOCKS[i] for i in generator(5, "units", 3).permutation(4))
-    assert [order("lisa", BLOCKS, 0, r) for r in range(9)] != [order("lisa", BLOCKS, 1, r) for r in range(9)]
+    assert STRATEGIES["lisa"].order(BLOCKS, 5, 3) == tuple(
+        BLOCKS[i] for i in generator(5, "units", 3).permutation(4)
+    )
+    orders = [[STRATEGIES["lisa"].order(BLOCKS, seed, r) for r in range(9)] for seed in (0, 1)]
+    assert orders[0] != orders[1]
     for round in range(1, 20):
         found = [set(selected(job("lisa", 2), SCHEMA, round, budget)) for budget in (1, 0, 3, 4)]
         assert all(one < more for one, more in pairwise(found)) and [len(f - ALWAYS) for f in found] == [

@@ -18,8 +18,8 @@ from fedtune.job import parse_job
 from fedtune.privacy.account import assumptions
 from fedtune.privacy.plan import plan_of, resolved
 from fedtune.privacy.releases import read
-from fedtune.round.coordinator import Reply
 from fedtune.round.gradient_init import gather_gradients, gradient_schema, init_warnings
+from fedtune.round.replies import Reply
 from fedtune.runs.folder import create_run, open_run
 from fedtune.runs.ledger import Ledger
 from fedtune.wire import Schema, encode

@@ -14,7 +14,8 @@ from fedtune.errors import Refused, SecAggFailed
 from fedtune.job import UnitsSection, parse_job
 from fedtune.privacy.account import assumptions
 from fedtune.privacy.plan import plan_of
-from fedtune.round.coordinator import Reply, Traffic
+from fedtune.round.replies import Reply
+from fedtune.round.traffic import Traffic
 from fedtune.secagg import messages
 from fedtune.secagg.terms import session_of
 from fedtune.server.secure import SecureRounds

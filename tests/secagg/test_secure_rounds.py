@@ -14,7 +14,7 @@ from fedtune.privacy.contribution import message_bytes, secure_of
 from fedtune.privacy.noise import SeededNoise, noise_of
 from fedtune.privacy.plan import resolved
 from fedtune.privacy.releases import read
-from fedtune.round.coordinator import make_algorithm
+from fedtune.round.algorithm import make_algorithm
 from fedtune.runs.ledger import Ledger
 from fedtune.secagg.client import ClientRound
 from fedtune.secagg.masks import sum_plainly

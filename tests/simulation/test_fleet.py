@@ -10,9 +10,11 @@ import pytest
 from fedtune.algorithms import fed_avg
 from fedtune.algorithms.probes import SCORES, answers, probe_bytes
 from fedtune.job import parse_job
-from fedtune.round.coordinator import Reply, make_algorithm, start
+from fedtune.round.algorithm import make_algorithm
+from fedtune.round.coordinator import start
+from fedtune.round.loop import run_rounds
+from fedtune.round.replies import Reply
 from fedtune.runs.folder import create_run
-from fedtune.server.app import run_rounds
 from fedtune.simulation.fleet import Fleet
 from fedtune.types import ClientInfo, TensorSpec
 from fedtune.wire import Schema, decode, encode, kind_of, packet_bytes
@@ -262,7 +264,7 @@ def test_a_class_with_a_depth_is_not_asked_and_goes_by_the_mean_of_the_others_do
     fleet.can_probe = lambda client: False  # a cohort of none that can: what was found before still stands
     fleet.gather(coordinator)
     coordinator.state = replace(coordinator.state, round=4)
-    assert coordinator.probe() == [] and set(coordinator._silent) == {c.name for c in CLIENTS}
+    assert coordinator.probe() == [] and set(coordinator._probe.silent) == {c.name for c in CLIENTS}
     assert {
         client: decode(packet, schema, kinds=["model"]).train[0] for client, packet in coordinator.plan()
     } == {c.name: "1.R" if c.name in part else "0.R" for c in CLIENTS}

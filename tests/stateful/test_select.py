@@ -9,7 +9,7 @@ import pytest
 from plain_steps import SGD, Plain, near
 
 from fedtune.errors import EmptyCohort, ShapeMismatch
-from fedtune.round.coordinator import make_algorithm
+from fedtune.round.algorithm import make_algorithm
 from fedtune.stateful.base import Client
 from fedtune.stateful.select import answer, held_mean, promoted, sent, trainings
 from fedtune.types import TensorSpec, Update

@@ -2,20 +2,23 @@
 a time; and rounds that begin with one.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from fedtune.adapters.methods import write
-from fedtune.algorithms.probes import SCORES, _part, answers, block_scores, kept_numbers, probe_bytes
+from fedtune.algorithms.probes import SCORES, answers, block_scores, probe_bytes
 from fedtune.algorithms.units import ROWS, by_common_scores
 from fedtune.common.seeds import generator
 from fedtune.errors import Refused
 from fedtune.round.batches import local_batches
-from fedtune.round.coordinator import Reply
+from fedtune.round.replies import Reply
 from fedtune.runs.folder import open_run
 from fedtune.training.local import to_batch
 from fedtune.types import RoundReport, TensorSpec
+from fedtune.units.strategies import STRATEGIES
 from fedtune.wire import Schema, decode, encode
 
 PROBED = ("units.budget=1", "units.probe-batches=3", "units.probe-every=2")
@@ -132,12 +135,9 @@ def test_missing_and_wrong_answers_go_by_the_mean_of_the_others(tiny_job, run_ro
         tmp_path / "run",
     )
     coordinator = simulation.coordinator(lambda *a, **k: iter(()))
-    coordinator.job, frame = (
-        coordinator.job.model_copy(
-            update={"units": coordinator.job.units.model_copy(update={"probe_every": 1})}
-        ),
-        coordinator.frame_digest,
-    )
+    every = coordinator.job.units.model_copy(update={"probe_every": 1})
+    coordinator.fixed = replace(coordinator.fixed, job=coordinator.job.model_copy(update={"units": every}))
+    frame = coordinator.fixed.frame
     asked, expected = [client for client, _ in coordinator.probe()], answers(coordinator.schema)
 
     def answer(values, round=2):
@@ -164,7 +164,7 @@ def test_missing_and_wrong_answers_go_by_the_mean_of_the_others(tiny_job, run_ro
         after.probes - before["probes"] == sum(r.length for r in replies[:5])
         and after.late == before["late"] + 1
     )
-    assert coordinator._silent == {
+    assert coordinator._probe.silent == {
         asked[1]: "drop-out",
         asked[2]: "scores: a negative one",
         asked[3]: "round: reply to round 1, this is round 2",
@@ -193,7 +193,7 @@ def test_a_silent_first_probe_takes_the_upper_blocks(tiny_job, run_rounds, tmp_p
     coordinator.probe()
     coordinator.probed([])
     line = coordinator._trained(RoundReport(1, (), 0.0, {}))
-    assert "scores" not in line and line["unprobed"] == dict.fromkeys(coordinator._asked, "no reply")
+    assert "scores" not in line and line["unprobed"] == dict.fromkeys(coordinator._probe.asked, "no reply")
     for _, packet in coordinator.plan():
         assert not any(
             ".layer.0." in name for name in decode(packet, coordinator.schema, kinds=["model"]).train
@@ -226,4 +226,5 @@ def test_one_gradient_is_no_signal_to_noise_ratio_and_rgn_needs_the_weights():
 @pytest.mark.parametrize("strategy", ["gradient", "fisher", "snr"])
 def test_a_probe_keeps_what_a_plan_counts(strategy):
     """Sums of one tensor's gradients, in float32 numbers for each of its own."""
-    assert _part(strategy, np.ones((50, 40), np.float32)).nbytes // 4 // 2000 == kept_numbers(strategy)
+    score = STRATEGIES[strategy].score
+    assert score.part(np.ones((50, 40), np.float32)).nbytes // 4 // 2000 == score.kept

@@ -9,7 +9,7 @@ from fedtune.algorithms.base import State
 from fedtune.algorithms.probes import probe_bytes
 from fedtune.algorithms.units import Limits, budgets, step_share
 from fedtune.errors import JobError
-from fedtune.round.coordinator import make_algorithm
+from fedtune.round.algorithm import make_algorithm
 from fedtune.training.memory import step_memory
 from fedtune.types import ClientInfo, TensorSpec
 from fedtune.wire import Schema

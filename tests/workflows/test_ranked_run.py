@@ -16,7 +16,7 @@ from fedtune.cli.main import app
 from fedtune.errors import UserError
 from fedtune.report import facts, page, terminal
 from fedtune.report.summary import check, load_summary
-from fedtune.round.coordinator import Traffic
+from fedtune.round.traffic import Traffic
 from fedtune.simulation.devices import assign
 from fedtune.wire import packet_bytes
 from fedtune.workflows.audit import audit

@@ -17,7 +17,8 @@ from fedtune.cli.progress import Board
 from fedtune.cli.simulate import Progress
 from fedtune.report.facts import notices
 from fedtune.report.summary import check
-from fedtune.round.coordinator import Traffic, round_line
+from fedtune.round.lines import round_line
+from fedtune.round.traffic import Traffic
 from fedtune.runs.folder import open_run
 from fedtune.runs.ledger import Ledger
 from fedtune.training.local import weight_gradients

@@ -1,0 +1,89 @@
+"""From a job to the algorithm that every engine runs."""
+
+from functools import partial
+
+from fedtune.aggregation.rules import RULES, Average, Rule
+from fedtune.algorithms import Algorithm, dp_fed_avg, fed_avg, secure_avg
+from fedtune.algorithms.fed_avg import Draw
+from fedtune.algorithms.server_optimizers import with_server_optimizer
+from fedtune.algorithms.units import AS_THE_JOB, LimitsOf, ranked, selecting
+from fedtune.errors import JobError
+from fedtune.job import Job, disagreements
+from fedtune.privacy.client import client_privacy
+from fedtune.privacy.contribution import secure_of
+from fedtune.privacy.noise import noise_of
+from fedtune.stateful.scaffold import steering
+from fedtune.stateful.select import held_mean
+from fedtune.wire import Schema
+
+
+def make_algorithm(
+    job: Job,
+    schema: Schema,
+    limits: LimitsOf = lambda client: AS_THE_JOB,
+    population: int = 0,
+    rule: Rule | None = None,
+    draw: Draw | None = None,
+) -> Algorithm:
+    """The algorithm object that every engine runs.
+
+    Args:
+        limits: of each client.
+        population: clients that could ever be asked (0: not known, then as many as a cohort has).
+        rule: in place of the job's (`fedtune.aggregation.rules.own_rule` makes one of a function).
+        draw: in place of the job's sampling.
+
+    Raises JobError as `require_budgets`, for a rule that does not go with the rest of the job, and for a draw
+    of one's own under privacy, which counts on how clients are drawn.
+    """
+    problems = list(disagreements(job, rule)) if rule else []
+    if draw and job.privacy.unit == "client":
+        problems.append(
+            'privacy.unit = "client": counts on clients being drawn as federation.sampling says; '
+            'leave out draw, or set it to "none"'
+        )
+    if problems:
+        raise JobError(problems)
+    inner = with_server_optimizer(
+        _averaging(job, schema, rule or RULES[job.federation.aggregation], draw), job.federation
+    )
+    if job.federation.drift == "scaffold":
+        inner = steering(inner, population or job.federation.cohort)
+    return selecting(ranked(inner, limits), job, schema, limits)
+
+
+def _averaging(job: Job, schema: Schema, rule: Rule, draw: Draw | None) -> Algorithm:
+    fed, privacy, secure = job.federation, client_privacy(job), secure_of(job, schema)
+    if secure is not None:
+        return secure_avg(
+            seed=fed.seed,
+            cohort=fed.cohort,
+            units=schema.units,
+            draw=draw,
+            secure=secure,
+            noise=lambda round, client: noise_of(job, round, client, "sum"),
+        )
+    if privacy is not None:
+        return dp_fed_avg(
+            seed=fed.seed,
+            cohort=fed.cohort,
+            units=schema.units,
+            sampling=fed.sampling,
+            privacy=privacy,
+            noise=lambda round: noise_of(job, round, ""),
+            secret=job.privacy.amplification and job.privacy.noise == "system",
+        )
+    return fed_avg(
+        seed=fed.seed,
+        cohort=fed.cohort,
+        units=schema.units,
+        sampling=fed.sampling,
+        average=_average(job, rule),
+        draw=draw,
+    )
+
+
+def _average(job: Job, rule: Rule) -> Average:
+    if job.personal.method == "select":
+        return partial(held_mean, equal=job.federation.weighting == "equal")
+    return rule.make(job.federation)

@@ -1,0 +1,1 @@
+"""Ways to choose the blocks that clients train, as values."""
