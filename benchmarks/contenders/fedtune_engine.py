@@ -17,6 +17,7 @@ from contenders.serve import Commands, Stopwatch
 from contenders.work import CASES, Order, drawn, moved, open_case
 from fedtune.common.seeds import generator
 from fedtune.job import job_from
+from fedtune.round.batches import local_batches
 from fedtune.round.watch import Watch
 from fedtune.runs.folder import create_run
 from fedtune.simulation import vectorised
@@ -65,7 +66,7 @@ def make_idle() -> None:
         return np.tile(start, (len(tasks), 1)), np.tile([0.0, 0.0, 1.0], (len(tasks), 1))
 
     worker.train_locally = nothing
-    vectorised.local_batches = lambda *args: []
+    vectorised.training_batches = lambda *args: []
     cohort.CohortTrainer.train = together
 
 
@@ -146,7 +147,7 @@ def products_share(simulation: Simulation, repeats: int = 5) -> float | None:
     for name in drawn(setup, 1):
         data = setup.store.train(name)
         batches = list(
-            vectorised.local_batches(
+            local_batches(
                 data.lengths,
                 fed.batch_size,
                 fed.local_epochs,

@@ -23,7 +23,7 @@ from fedtune.adapters.ranks import ranks_in
 from fedtune.adapters.spec import AdapterSpec
 from fedtune.errors import JobError
 from fedtune.job import Job
-from fedtune.stateful import methods
+from fedtune.stateful.methods import method_of
 from fedtune.types import Arrays, TensorSpec
 from fedtune.wire import Pieces, Schema
 
@@ -101,7 +101,7 @@ def travelling(job: Job, spec: AdapterSpec) -> Schema:
     """
     if job.edge.mode != "forward":
         ranks = ranks_in(job, spec)
-        return methods.travelling(job, spec.schema) if ranks is None else ranks.schema
+        return method_of(job).travelling(spec.schema) if ranks is None else ranks.schema
     if job.edge.directions * spec.size > MOST:
         raise JobError(
             [

@@ -23,8 +23,8 @@ from fedtune.client.trainer import Trainer, TrainerSettings
 from fedtune.common.storage import lock, private_folder
 from fedtune.errors import DataError, FedtuneError, ModelError, Refused, RunError, UserError
 from fedtune.process.waits import GOODBYE_SECONDS, OFFER_SECONDS, STEADY_SECONDS, WATCH_POLL, backoff
+from fedtune.round.asked import require_borne
 from fedtune.stateful.methods import method_of
-from fedtune.training.asked import require_borne
 from fedtune.wire import kind_of
 
 log = logging.getLogger(__name__)
@@ -230,7 +230,11 @@ class Work:
         coordinator could fill the disk, and only the owner can say what may go.
         """
         folder = self.settings.folder / OWN / bundle.digest[:16]
-        if method_of(bundle.job) and not folder.exists() and len(list(folder.parent.glob("*"))) >= KEEP_OWN:
+        if (
+            method_of(bundle.job).keeps
+            and not folder.exists()
+            and len(list(folder.parent.glob("*"))) >= KEEP_OWN
+        ):
             raise Refused(
                 "personal",
                 f"this device keeps something of {KEEP_OWN} jobs already; "

@@ -1,13 +1,12 @@
 """A device without torch: its own data, the graphs made for its bundle, and a worker."""
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from fedtune.algorithms.probes import answers, block_scores, require_probing
 from fedtune.bundles.bundle import Bundle
-from fedtune.bundles.subspace import NAME
 from fedtune.common.seeds import generator
 from fedtune.data.clients import ClientStore, Stream
 from fedtune.data.encoded import ClientData
@@ -15,20 +14,15 @@ from fedtune.edge.graphs import Graphs
 from fedtune.edge.memory import rows_within
 from fedtune.edge.training import Engine, batch_gradients, score, train_locally, train_privately
 from fedtune.errors import ModelError
+from fedtune.job import Job
 from fedtune.onnx.folder import EdgeCard
-from fedtune.privacy.example import example_privacy
-from fedtune.privacy.noise import noise_of
-from fedtune.privacy.plan import outward
-from fedtune.stateful.base import Ask, Trained
-from fedtune.stateful.methods import method_of
+from fedtune.round.client import ClientTraining, answer
+from fedtune.round.keeping import own_state
+from fedtune.stateful.base import Trained
 from fedtune.stateful.store import Kept
-from fedtune.training.asked import Asked, answered, asked
-from fedtune.training.batches import probed_batches
-from fedtune.training.forward import train_forward
-from fedtune.training.holder import Device, read_data, require_converged
-from fedtune.training.keeping import Local, own_model, own_state, train_keeping
+from fedtune.training.holder import Device, read_data
 from fedtune.types import Arrays, Metrics
-from fedtune.wire import Packet, Pieces, decode, encode
+from fedtune.wire import Pieces
 
 TOKENS, IMAGES = 256, 4
 """What goes through the graph at once where memory sets no lower bound. On MiniLM, 4 texts of 64 tokens a
@@ -38,131 +32,65 @@ time take no longer for a text than 16, and a third of the memory.
 
 @dataclass(frozen=True)
 class EdgeWorker:
-    """Answers packets as `fedtune.training.worker.Worker` does."""
+    """The learner without torch, one client after another."""
 
     bundle: Bundle
     engine: Engine
     kept: Kept | None = None
 
+    @property
+    def job(self) -> Job:
+        return self.bundle.job
+
+    def open(self) -> Bundle:
+        return self.bundle
+
     def handle(self, payload: bytes, client: str, data: ClientData | Stream) -> bytes:
-        """Answers a "model" packet with an "update", a "probe" with "block-scores".
+        """See `fedtune.round.client.answer`."""
+        return answer(self, payload, client, data)
 
-        Raises Refused when the packet is not for this bundle: another schema, another frame,
-        another kind, or not the whole model.
-        """
-        job, schema = self.bundle.job, self.bundle.schema
-        packet = decode(payload, schema, kinds=["model", "probe"], frame=self.bundle.frame_digest)
-        work = asked(self.bundle, packet)
-        values = self._values(packet, work)
-        if packet.header.kind == "probe":
-            return self._probe(packet, work, values, client, data)
-        fed, round, private = job.federation, packet.header.round, example_privacy(job)
-        if method_of(job):
-            update, metrics = train_keeping(
-                self.bundle, self.kept, packet, client, data, self._local(client, data, round)
-            )
-            return encode(
-                "update",
-                schema,
-                update,
-                round=round,
-                frame=self.bundle.frame_digest,
-                weight=float(len(data)),
-                metrics=metrics,
-            )
-        if private is not None:
-            metrics = train_privately(
-                self.engine,
-                values,
-                data,
-                fed,
-                private,
-                round,
-                noise_of(job, round, client),
-                work.names,
-                work.rank,
-            )
-        else:
-            if self.bundle.subspace is not None:
-                metrics = train_forward(
-                    self.bundle.subspace, values[NAME], data, job, round, client, self.engine.passes
-                )
-            else:
-                metrics = train_locally(
-                    self.engine,
-                    values,
-                    data,
-                    fed,
-                    round,
-                    generator(fed.seed, "local", round, client),
-                    work.names,
-                    rank=work.rank,
-                )
-            require_converged(metrics)
-        weight, metrics = outward(job, len(data), metrics)
-        trained: Arrays = values if work.names is None else {name: values[name] for name in work.names}
-        return encode(
-            "update",
-            schema,
-            self._leading(trained, work.rank),
-            round=round,
-            frame=self.bundle.frame_digest,
-            weight=weight,
-            metrics=metrics,
-        )
+    def train_each(self, trainings: Sequence[ClientTraining]) -> list[Trained]:
+        """One after another; see `fedtune.round.client.Train`."""
+        return [self._train(one) for one in trainings]
 
-    def _values(self, packet: Packet, work: Asked) -> Pieces:
-        """What the graphs take: of a client of a lower rank, with 0 where it has nothing."""
-        ranks, schema = self.bundle.ranks, self.bundle.manifest.spec.schema
-        if ranks is None:
-            return packet.arrays
-        whole = ranks.whole(work.model)
-        return Pieces(np.concatenate([whole[t.name].ravel() for t in schema.tensors]), schema.layout)
+    def passes(self, values: Arrays, data: ClientData) -> np.ndarray:
+        """See `fedtune.round.forward.Passes`."""
+        return self.engine.passes(values, data)
 
-    def _leading(self, trained: Arrays, rank: int) -> Arrays:
-        """What a client of this rank has of them, as it travels."""
-        ranks = self.bundle.ranks
-        return trained if ranks is None else answered(self.bundle, ranks.leading(trained, rank))
-
-    def _probe(
-        self, packet: Packet, work: Asked, values: Pieces, client: str, data: ClientData | Stream
-    ) -> bytes:
-        job, schema, round = self.bundle.job, self.bundle.manifest.spec.schema, packet.header.round
-        units = require_probing(job)
-        batches = probed_batches(data.lengths, units, job.federation, round, client)
-        gradients = batch_gradients(self.engine, values, data, batches)
-        if self.bundle.ranks is not None:
-            gradients = (self.bundle.ranks.leading(found, work.rank) for found in gradients)
-        scores = block_scores(units.strategy, schema, gradients, self.bundle.manifest.weights)
-        return encode("block-scores", answers(schema), scores, round=round, frame=self.bundle.frame_digest)
-
-    def _local(self, client: str, data: ClientData | Stream, round: int) -> Local:
-        fed, spec = self.bundle.job.federation, self.bundle.manifest.spec.schema
-
-        def local(ask: Ask) -> Trained:
-            values = Pieces(np.concatenate([ask.start[t.name].ravel() for t in spec.tensors]), spec.layout)
-            metrics = train_locally(
-                self.engine,
-                values,
-                data,
-                fed,
-                round,
-                generator(fed.seed, ask.purpose, round, client),
-                None,
-                ask.pull,
-            )
-            return values, metrics
-
-        return local
-
-    def personal(self, arrays: Arrays, client: str, data: ClientData | Stream, round: int) -> Metrics | None:
-        """As `metrics`, of the model that is this device's own after this round; None where it has none."""
-        found = own_model(self.bundle, self.kept, arrays, client, round)
-        return None if found is None else self.metrics(found, data)
+    def gradients(
+        self, model: Arrays, rank: int, data: ClientData | Stream, batches: Iterable[np.ndarray]
+    ) -> Iterator[Arrays]:
+        """Of each batch's mean loss, to all tensors of a client of this rank."""
+        for found in batch_gradients(self.engine, self._values(model), data, batches):
+            yield self._leading(found, rank)
 
     def metrics(self, arrays: Arrays, data: ClientData | Stream) -> Metrics:
         """Loss and accuracy of a model, summed over the predictions on `data`."""
-        return score(self.engine, self.bundle.trained(arrays), data, self.bundle.job.evaluation.batch_size)
+        return score(self.engine, self.bundle.trained(arrays), data, self.job.evaluation.batch_size)
+
+    def _train(self, one: ClientTraining) -> Trained:
+        fed, values = self.job.federation, self._values(one.start)
+        if one.privacy is None or one.noise is None:
+            rng = generator(fed.seed, one.purpose, one.round, one.client)
+            metrics = train_locally(
+                self.engine, values, one.data, fed, one.round, rng, one.names, one.pull, one.rank
+            )
+        else:
+            metrics = train_privately(
+                self.engine, values, one.data, fed, one.privacy, one.round, one.noise, one.names, one.rank
+            )
+        trained: Arrays = values if one.names is None else {name: values[name] for name in one.names}
+        return self._leading(trained, one.rank), metrics
+
+    def _values(self, model: Arrays) -> Pieces:
+        """What the graphs take of a client's model: 0 where one of a lower rank has nothing."""
+        ranks, schema = self.bundle.ranks, self.bundle.manifest.spec.schema
+        whole = model if ranks is None else ranks.whole(model)
+        return Pieces(np.concatenate([whole[t.name].ravel() for t in schema.tensors]), schema.layout)
+
+    def _leading(self, arrays: Arrays, rank: int) -> Arrays:
+        """What a client of this rank has of them."""
+        return arrays if self.bundle.ranks is None else self.bundle.ranks.leading(arrays, rank)
 
 
 def open_device(

@@ -6,7 +6,7 @@ import numpy as np
 
 from fedtune.adapters.spec import AdapterSpec
 from fedtune.job import FederationSection
-from fedtune.training.rates import BETA1, BETA2, EPS, learning_rate
+from fedtune.round.rates import BETA1, BETA2, EPS, learning_rate
 
 
 class Optimizer:

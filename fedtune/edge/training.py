@@ -28,8 +28,8 @@ from fedtune.privacy.example import (
     poisson_batches,
 )
 from fedtune.privacy.noise import Noise
+from fedtune.round.batches import by_length, local_batches
 from fedtune.stateful.base import Pull
-from fedtune.training.batches import by_length, local_batches
 from fedtune.types import Arrays, Metrics
 from fedtune.wire import Pieces
 
@@ -97,7 +97,7 @@ def pieces(lengths: Sequence[int], span: int) -> Iterator[np.ndarray]:
         yield np.arange(start, len(lengths))
 
 
-class Trained:
+class TrainedPart:
     """The tensors that a round trains, as numbers of a vector of all:
     the optimizer moves these and no others.
     """
@@ -154,7 +154,7 @@ def train_locally(
     A `pull` that names tensors is of all of them. rank: of the client,
     whose values are 0 beyond it (0: adapter.rank).
     """
-    trained, pull = Trained(engine.graphs.card.spec, names, rank), pull or Pull(settings.proximal)
+    trained, pull = TrainedPart(engine.graphs.card.spec, names, rank), pull or Pull(settings.proximal)
     optimizer, totals = Optimizer(trained.spec, settings, round), np.zeros(3)
     mu, towards = (
         np.float32(pull.strength),
@@ -225,7 +225,7 @@ def train_privately(
     Gradients are clipped, and noise is added, over these numbers alone. rank: as in `train_locally`.
     Raises Refused as that does.
     """
-    trained = Trained(engine.graphs.card.spec, names, rank)
+    trained = TrainedPart(engine.graphs.card.spec, names, rank)
     optimizer, check = Optimizer(trained.spec, settings, round), SelfCheck(privacy)
     scores, start = np.zeros(3), trained.of(values.vector).copy()
     for index in poisson_batches(len(data), privacy, noise):

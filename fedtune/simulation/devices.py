@@ -14,7 +14,7 @@ import numpy as np
 
 from fedtune.common.seeds import generator
 from fedtune.job import DeviceClass, FederationSection
-from fedtune.training.batches import local_batches
+from fedtune.round.batches import local_batches
 from fedtune.types import ClientInfo
 
 MB = 10**6

@@ -28,7 +28,7 @@ from fedtune.simulation.devices import (
     round_seconds,
     span,
 )
-from fedtune.stateful.methods import gradients
+from fedtune.stateful.methods import method_of
 from fedtune.types import ClientInfo, RoundReport
 from fedtune.wire import Schema, kind_of, packet_bytes, trained_of
 
@@ -203,7 +203,7 @@ class Fleet:
         fed, place = self.job.federation, self._place[client]
         device, examples = self.devices[self.classes[place]], self.clients[place].examples
         run = (
-            work * gradients(self.job) * examples_run(examples, fed, round, client)
+            work * method_of(self.job).gradients * examples_run(examples, fed, round, client)
             if round
             else min(examples, self.job.adapter.init_examples)
         )

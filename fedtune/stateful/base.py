@@ -1,14 +1,18 @@
 """What a stateful method is given and gives back. Values are Arrays of float32; nothing given is changed.
 
-A method is two pure functions: asks(client, …) -> the trainings it wants, and answer(client, what they gave,
-…) -> Answer. So an engine may train one client after another, or many together.
+A method is two pure functions: trainings(client, …) -> what it wants trained, and answer(client, what that
+gave, …) -> Answer. So an engine may train one client after another, or many together. The file of a method
+ends with its Method, which says the rest.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from fedtune.job import Job
 from fedtune.types import Arrays, Metrics
+from fedtune.wire import Schema
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Pull:
 
 
 @dataclass(frozen=True)
-class Ask:
+class Training:
     """A training that a method asks for: from `start`, for a round, on the client's own data.
 
     `purpose` names the draw of its batches.
@@ -53,14 +57,14 @@ class Client:
         model: the trained tensors at the round's start, with what else travelled beside them.
         kept: what it kept of the last round it took part in; None in its first.
         steps: optimizer steps that a training makes. rates: learning rate of each
-            trained tensor in this round.
-        labels: of its examples, int64 [n].
+            trained tensor in this round. labels: of its examples, int64 [n]. These are
+            there for a method that keeps something.
     """
 
     model: Arrays
     kept: Arrays | None
-    steps: int
-    rates: dict[str, float]
+    steps: int = 0
+    rates: dict[str, float] = field(default_factory=dict)
     labels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
@@ -71,3 +75,46 @@ class Answer:
     update: Arrays
     metrics: Metrics
     kept: Arrays
+
+
+def same(values: Schema) -> Schema:
+    """The schema itself."""
+    return values
+
+
+def as_it_is(model: Arrays) -> Arrays:
+    """The model itself."""
+    return model
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a job's clients do in a round, and what of it stays with them.
+
+    Attributes:
+        name: as a job has it.
+        trainings: (job, client) -> the trainings of a client's round.
+        answer: (job, schema of the trained tensors, client, what they gave) -> what the client
+            makes of them.
+        keeps: of the trained tensors' schema, what a client keeps from round to round; None: nothing.
+        personal: (global model, what a client keeps) -> the trained tensors with which it predicts;
+            None where it predicts with nothing of its own.
+        travelling: of the trained tensors' schema, what models and updates hold.
+        shared: the model with which everybody predicts, from the one that is trained on; both as
+            they travel.
+        gradients: that a client computes for each example it trains on.
+        copies: arrays as large as all trained tensors that a client holds in a step beside those of
+            a plain one.
+        calming: the key, beside federation.lr, that calms a training which diverges; "" for none.
+    """
+
+    name: str
+    trainings: Callable[[Job, Client], tuple[Training, ...]]
+    answer: Callable[[Job, Schema, Client, Sequence[Trained]], Answer]
+    keeps: Callable[[Schema], Schema] | None = None
+    personal: Callable[[Arrays, Arrays], Arrays] | None = None
+    travelling: Callable[[Schema], Schema] = same
+    shared: Callable[[Arrays], Arrays] = as_it_is
+    gradients: int = 1
+    copies: int = 0
+    calming: str = ""

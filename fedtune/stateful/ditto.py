@@ -10,13 +10,13 @@ v open: here it is the model of the first round that the client takes part in.
 
 from collections.abc import Sequence
 
-from fedtune.stateful.base import Answer, Ask, Client, Pull, Trained
+from fedtune.stateful.base import Answer, Client, Method, Pull, Trained, Training, same
 from fedtune.types import Arrays
 
 
-def asks(client: Client, strength: float, proximal: float = 0.0) -> tuple[Ask, ...]:
+def trainings(client: Client, strength: float, proximal: float = 0.0) -> tuple[Training, ...]:
     """Trainings of w and v. strength: lambda. proximal: mu of FedProx, for w alone."""
-    return Ask(client.model, Pull(proximal)), Ask(
+    return Training(client.model, Pull(proximal)), Training(
         client.kept or client.model, Pull(strength, client.model), "personal"
     )
 
@@ -29,3 +29,15 @@ def answer(trained: Sequence[Trained]) -> Answer:
 def personal(model: Arrays, kept: Arrays) -> Arrays:
     """What the client predicts with."""
     return kept
+
+
+DITTO = Method(
+    "ditto",
+    lambda job, client: trainings(client, job.personal.strength, job.federation.proximal),
+    lambda job, schema, client, trained: answer(trained),
+    keeps=same,
+    personal=personal,
+    gradients=2,
+    copies=2,
+    calming="personal.strength",
+)

@@ -8,7 +8,7 @@ h_k begins at the initial head, with which a client that was never asked predict
 
 from collections.abc import Sequence
 
-from fedtune.stateful.base import Answer, Ask, Client, Pull, Trained
+from fedtune.stateful.base import Answer, Client, Method, Pull, Trained, Training
 from fedtune.types import Arrays
 from fedtune.wire import Schema
 
@@ -26,9 +26,9 @@ def own(schema: Schema) -> Schema:
     return Schema(schema.of_units([HEAD]))
 
 
-def asks(client: Client, proximal: float = 0.0) -> tuple[Ask, ...]:
+def trainings(client: Client, proximal: float = 0.0) -> tuple[Training, ...]:
     """client.model has the initial head."""
-    return (Ask(client.model | (client.kept or {}), Pull(proximal)),)
+    return (Training(client.model | (client.kept or {}), Pull(proximal)),)
 
 
 def answer(trained: Sequence[Trained], schema: Schema) -> Answer:
@@ -44,3 +44,13 @@ def answer(trained: Sequence[Trained], schema: Schema) -> Answer:
 def personal(model: Arrays, kept: Arrays) -> Arrays:
     """What the client predicts with."""
     return model | kept
+
+
+FED_PER = Method(
+    "head",
+    lambda job, client: trainings(client, job.federation.proximal),
+    lambda job, schema, client, trained: answer(trained, schema),
+    keeps=own,
+    personal=personal,
+    travelling=shared,
+)

@@ -14,15 +14,15 @@ long as ever. A client whose update is lost has moved its h_i all the same.
 
 from collections.abc import Sequence
 
-from fedtune.stateful.base import Answer, Ask, Client, Pull, Trained
+from fedtune.stateful.base import Answer, Client, Method, Pull, Trained, Training, same
 from fedtune.types import Arrays
 
 
-def asks(client: Client, strength: float, ascent: float) -> tuple[Ask, ...]:
+def trainings(client: Client, strength: float, ascent: float) -> tuple[Training, ...]:
     """strength: mu. ascent: rho."""
     kept = _kept(client)
     return (
-        Ask(
+        Training(
             client.model,
             Pull(strength, {name: a - kept[name] for name, a in client.model.items()}, ascent=ascent),
         ),
@@ -38,3 +38,14 @@ def answer(client: Client, given: Sequence[Trained]) -> Answer:
 def _kept(client: Client) -> Arrays:
     """h_i, 0 before the first round."""
     return client.kept or {name: a * 0 for name, a in client.model.items()}
+
+
+FED_SPEED = Method(
+    "fedspeed",
+    lambda job, client: trainings(client, job.federation.proximal, job.federation.ascent),
+    lambda job, schema, client, trained: answer(client, trained),
+    keeps=same,
+    gradients=2,
+    copies=4,
+    calming="federation.proximal",
+)

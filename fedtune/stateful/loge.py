@@ -30,7 +30,7 @@ from functools import lru_cache
 import numpy as np
 
 from fedtune.common.seeds import generator
-from fedtune.stateful.base import Answer, Ask, Client, Pull, Trained
+from fedtune.stateful.base import Answer, Client, Method, Pull, Trained, Training
 from fedtune.stateful.fed_per import own
 from fedtune.types import Arrays, TensorSpec
 from fedtune.wire import Schema
@@ -52,7 +52,7 @@ def kept(schema: Schema) -> Schema:
     return Schema((*head.tensors, TensorSpec(PRESENT, (classes,), PRESENT)))
 
 
-def asks(client: Client, seed: int, proximal: float = 0.0) -> tuple[Ask, ...]:
+def trainings(client: Client, seed: int, proximal: float = 0.0) -> tuple[Training, ...]:
     """Of what is below the head, of the shared head, and of the client's own. proximal:
     mu of FedProx, for what is shared.
     """
@@ -63,9 +63,9 @@ def asks(client: Client, seed: int, proximal: float = 0.0) -> tuple[Ask, ...]:
     head = {name: np.full_like(a, name in shared) for name, a in client.model.items()}
     below = {name: 1 - a for name, a in head.items()}
     return (
-        Ask(client.model | fixed, Pull(proximal, moving=below)),
-        Ask(shared, Pull(proximal, moving=head)),
-        Ask(_head(client.kept or shared), Pull(moving=head)),
+        Training(client.model | fixed, Pull(proximal, moving=below)),
+        Training(shared, Pull(proximal, moving=head)),
+        Training(_head(client.kept or shared), Pull(moving=head)),
     )
 
 
@@ -132,3 +132,15 @@ def _balanced(e: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 def _head(arrays: Arrays) -> Arrays:
     return {name: a for name, a in arrays.items() if name.startswith("head.")}
+
+
+FED_LOGE = Method(
+    "loge",
+    lambda job, client: trainings(client, job.federation.seed, job.federation.proximal),
+    lambda job, schema, client, trained: answer(client, trained),
+    keeps=kept,
+    personal=personal,
+    shared=realigned,
+    gradients=3,
+    copies=4,
+)

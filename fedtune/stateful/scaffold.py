@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from fedtune.stateful.base import Answer, Ask, Client, Pull, Trained
+from fedtune.stateful.base import Answer, Client, Method, Pull, Trained, Training, same
 from fedtune.types import Arrays, RoundReport, TensorSpec, Update
 from fedtune.wire import Schema
 
@@ -31,10 +31,10 @@ def with_controls(schema: Schema) -> Schema:
     return Schema((*schema.tensors, *(TensorSpec(CONTROL + t.name, t.shape, t.unit) for t in schema.tensors)))
 
 
-def asks(client: Client) -> tuple[Ask, ...]:
+def trainings(client: Client) -> tuple[Training, ...]:
     """client.model holds tensors and controls."""
     model, common, own = _parts(client)
-    return (Ask(model, Pull(offset={name: common[name] - own[name] for name in model})),)
+    return (Training(model, Pull(offset={name: common[name] - own[name] for name in model})),)
 
 
 def answer(client: Client, given: Sequence[Trained]) -> Answer:
@@ -91,3 +91,13 @@ def part_of(before: Arrays, mean: Arrays, share: float) -> Arrays:
         else a
         for name, a in mean.items()
     }
+
+
+SCAFFOLD = Method(
+    "scaffold",
+    lambda job, client: trainings(client),
+    lambda job, schema, client, trained: answer(client, trained),
+    keeps=same,
+    travelling=with_controls,
+    copies=3,
+)

@@ -27,7 +27,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from fedtune.aggregation.mean import Mean, require_same, streamed
-from fedtune.stateful.base import Answer, Ask, Client, Pull, Trained
+from fedtune.stateful.base import Answer, Client, Method, Pull, Trained, Training
 from fedtune.types import Arrays, TensorSpec, Update
 from fedtune.wire import Schema
 
@@ -57,15 +57,15 @@ def kept(schema: Schema) -> Schema:
     )
 
 
-def asks(client: Client, proximal: float = 0.0) -> tuple[Ask, ...]:
+def trainings(client: Client, proximal: float = 0.0) -> tuple[Training, ...]:
     """Of the personal entries, where there are any, then of the others. proximal:
     mu of FedProx, for the others alone.
     """
     mask = _mask(client.model, client.kept)
     others = Pull(proximal, moving={name: 1 - m for name, m in mask.items()})
     if not any(m.any() for m in mask.values()):
-        return (Ask(client.model, others),)
-    return Ask(personal(client.model, client.kept), Pull(moving=mask), "personal"), Ask({}, others)
+        return (Training(client.model, others),)
+    return Training(personal(client.model, client.kept), Pull(moving=mask), "personal"), Training({}, others)
 
 
 def answer(client: Client, given: Sequence[Trained], share: float, most: float, every: int) -> Answer:
@@ -163,3 +163,16 @@ def _mask(model: Arrays, kept: Arrays | None) -> Arrays:
         name: kept[MASK + name] if kept is not None and is_masked(name) else np.zeros_like(w)
         for name, w in model.items()
     }
+
+
+FED_SELECT = Method(
+    "select",
+    lambda job, client: trainings(client, job.federation.proximal),
+    lambda job, schema, client, trained: answer(
+        client, trained, job.personal.share, job.personal.most, job.personal.every
+    ),
+    keeps=kept,
+    personal=personal,
+    gradients=2,
+    copies=7,
+)

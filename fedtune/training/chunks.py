@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedtune.data.clients import Stream
 from fedtune.data.encoded import ClientData
 from fedtune.privacy.noise import Noise
 from fedtune.tasks import base
@@ -83,16 +82,6 @@ def join(parts: Sequence[tuple[int, Task, np.ndarray]], kind: base.Task) -> Pick
         np.repeat(np.array([row for row, _, _ in parts], np.int64), counts),
         (1.0 / np.maximum(made, 1.0)).astype(np.float32)[part],
     )
-
-
-def trainable_batches(
-    data: ClientData | Stream, batches: Sequence[np.ndarray], kind: base.Task
-) -> list[np.ndarray]:
-    """Without those that predict nothing (one-token texts): they make no step."""
-    if kind.has_head:
-        return list(batches)
-    lengths = np.array(data.lengths)
-    return [index for index in batches if kind.predictions(lengths[index]).sum() > 0]
 
 
 def stretches(lengths: np.ndarray, rows: int, padded: bool) -> list[np.ndarray]:

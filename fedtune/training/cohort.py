@@ -18,13 +18,13 @@ from fedtune.adapters.methods import Parameters
 from fedtune.job import FederationSection
 from fedtune.models.base import TunableModel
 from fedtune.privacy.example import ExamplePrivacy, SelfCheck, capped
+from fedtune.round.rates import learning_rate
 from fedtune.training import optimizers
 from fedtune.training.chunks import Picked, Task, balanced, join, pick, stretches
 from fedtune.training.features import FeatureStore
 from fedtune.training.local import TINY
 from fedtune.training.passes import Pass
 from fedtune.training.private import NUMBERS, Audit, clipped
-from fedtune.training.rates import learning_rate
 from fedtune.training.stacked import Stack
 from fedtune.types import TensorSpec
 from fedtune.wire import Schema

@@ -12,8 +12,8 @@ from fedtune.errors import EnvironmentProblem, ModelError
 from fedtune.models.base import TunableModel, layout
 from fedtune.models.load import load_encoder, load_model
 from fedtune.models.sources import Source, locate
+from fedtune.round.keeping import own_state
 from fedtune.training.holder import Device, read_data
-from fedtune.training.keeping import own_state
 from fedtune.training.worker import Worker
 
 

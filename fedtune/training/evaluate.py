@@ -11,7 +11,7 @@ from fedtune.data.clients import Stream
 from fedtune.data.encoded import ClientData, Encoder
 from fedtune.data.slices import Slices
 from fedtune.models.base import TunableModel
-from fedtune.training.batches import by_length
+from fedtune.round.batches import by_length
 from fedtune.training.local import device_of, to_batch
 from fedtune.types import Metrics
 

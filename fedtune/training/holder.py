@@ -18,9 +18,9 @@ from fedtune.data.encoded import ClientData
 from fedtune.data.examples import Dataset, load_dataset
 from fedtune.data.partition import Split, split
 from fedtune.errors import DataError, Refused
-from fedtune.stateful.methods import shared
+from fedtune.round.client import Learner, personal_metrics
+from fedtune.stateful.methods import method_of
 from fedtune.tasks import task_named
-from fedtune.types import Arrays, Metrics
 from fedtune.wire import Schema, decode, encode, require_whole
 
 _JOB_KEY = re.compile(r"\b(data|model)\.[a-z]")
@@ -28,23 +28,13 @@ KEEP = 16 * 2**20
 """Bytes of encoded examples that a device which streams keeps."""
 
 
-class Work(Protocol):
+class Work(Learner, Protocol):
     """What computes for a device."""
 
     def handle(self, payload: bytes, client: str, data: Any) -> bytes:
         """Answers a packet with what training on `data`, ClientData or a Stream of them, gives.
 
         Raises Refused.
-        """
-        ...
-
-    def metrics(self, arrays: Arrays, data: Any) -> Metrics:
-        """Loss and accuracy of the model with these trained values, summed over the predictions on `data`."""
-        ...
-
-    def personal(self, arrays: Arrays, client: str, data: Any, round: int) -> Metrics | None:
-        """The same of what is the client's own after this round; None where it predicts
-        with nothing of its own.
         """
         ...
 
@@ -88,8 +78,8 @@ class Device:
         model = decode(packet, self.bundle.schema, kinds=["model"], frame=self.bundle.frame_digest)
         require_whole(model)
         held_out = self._held_out()
-        metrics = self.worker.metrics(shared(self.bundle.job, model.arrays), held_out)
-        own = self.worker.personal(model.arrays, "", held_out, model.header.round)
+        metrics = self.worker.metrics(method_of(self.bundle.job).shared(model.arrays), held_out)
+        own = personal_metrics(self.worker, model.arrays, "", held_out, model.header.round)
         metrics = metrics | {PERSONAL + name: found for name, found in (own or {}).items()}
         if not all(math.isfinite(total) for total, _ in metrics.values()):
             raise Refused(
@@ -116,14 +106,6 @@ class Device:
     def _held_out(self) -> ClientData | Stream:
         split = self.store.split
         return self.store.stream(split.held_out[0]) if self.streams else self.store.held_out(split.clients[0])
-
-
-def require_converged(metrics: Metrics) -> None:
-    """Raises Refused for a training whose loss is not a number."""
-    if not all(math.isfinite(s) for s, _ in metrics.values()):
-        raise Refused(
-            "not-finite", "training diverged here: its loss is not a number; a lower federation.lr may help"
-        )
 
 
 def read_data(bundle: Bundle, path: Path) -> tuple[Dataset, Split]:

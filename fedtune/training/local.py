@@ -12,10 +12,10 @@ from fedtune.adapters.methods import Parameters
 from fedtune.data.encoded import ClientData, Encoder
 from fedtune.job import FederationSection
 from fedtune.models.base import TunableModel
+from fedtune.round.batches import local_batches
+from fedtune.round.rates import learning_rate
 from fedtune.stateful.base import Pull
-from fedtune.training.batches import local_batches
 from fedtune.training.lean import Lean
-from fedtune.training.rates import learning_rate
 from fedtune.types import Arrays, Metrics
 
 TINY = 1e-12

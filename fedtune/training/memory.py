@@ -19,7 +19,7 @@ from fedtune.adapters.spec import AdapterSpec
 from fedtune.algorithms.units import AS_THE_JOB, Limits, lowest, most_numbers, unlimited
 from fedtune.job import Job
 from fedtune.models.base import TunableModel, layout
-from fedtune.stateful.methods import copies
+from fedtune.stateful.methods import method_of
 from fedtune.training.lean import Lean
 
 NUMBER = 4
@@ -93,7 +93,7 @@ def step_memory(
         "frame": NUMBER * sum(t.size for t in spec.frame),
         "adapter_gradients_optimizer": NUMBER
         * (
-            (1 + copies(job)) * spec.size
+            (1 + method_of(job).copies) * spec.size
             + max(
                 (1 + states) * most_numbers(job, spec.schema, limits), _probe_numbers(job, spec, limits.depth)
             )

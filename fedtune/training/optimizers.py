@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from fedtune.job import FederationSection
-from fedtune.training.rates import BETA1, BETA2, EPS
+from fedtune.round.rates import BETA1, BETA2, EPS
 
 
 @dataclass

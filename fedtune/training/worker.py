@@ -1,6 +1,6 @@
-"""A client's side of a round, bytes in and bytes out: the same for simulated and live clients."""
+"""The learner with torch, one client after another: the same for simulated and live clients."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -10,32 +10,25 @@ from fedtune.adapters.layers.fed_sb import Leading
 from fedtune.adapters.methods import Parameters, attach, read, write
 from fedtune.adapters.ranks import at_rank
 from fedtune.adapters.spec import AdapterSpec
-from fedtune.algorithms.probes import answers, block_scores, require_probing
 from fedtune.bundles.bundle import Bundle
-from fedtune.bundles.subspace import NAME
 from fedtune.common.seeds import generator
 from fedtune.data.clients import Stream
 from fedtune.data.encoded import ClientData, Encoder
 from fedtune.errors import Refused
 from fedtune.job import Job
 from fedtune.models.base import TunableModel
-from fedtune.privacy.example import ExamplePrivacy, example_privacy, first_gradient
+from fedtune.privacy.example import first_gradient
 from fedtune.privacy.noise import noise_of
 from fedtune.privacy.plan import outward
+from fedtune.round.client import ClientTraining, answer, train_of
 from fedtune.round.gradient_init import gradient_schema
-from fedtune.stateful.base import Pull
-from fedtune.stateful.methods import method_of
+from fedtune.stateful.base import Pull, Trained
 from fedtune.stateful.store import Kept
-from fedtune.training.asked import Asked, answered, asked
-from fedtune.training.batches import probed_batches
 from fedtune.training.evaluate import Scores, score
-from fedtune.training.forward import train_forward
-from fedtune.training.holder import require_converged
-from fedtune.training.keeping import own_model, train_keeping
 from fedtune.training.local import batch_gradients, only, train_locally, weight_gradients
 from fedtune.training.private import Audit, PerExample, private_gradients, train_privately
 from fedtune.types import Arrays, Metrics
-from fedtune.wire import Packet, Schema, decode, encode, kind_of
+from fedtune.wire import Schema, decode, encode, kind_of
 
 
 @dataclass
@@ -62,22 +55,14 @@ class Worker:
     _leading: dict[int, Leading] = field(default_factory=dict)
 
     def handle(self, payload: bytes, client: str, data: ClientData) -> bytes:
-        """Answers a "model" packet with an "update", a "probe" with "block-scores",
-        a "gradient-request" with a "gradient".
+        """As `fedtune.round.client.answer`, and a "gradient-request" with a "gradient".
 
-        Raises Refused when the packet is not for this bundle: another schema, another frame,
-        another kind, or not the whole model.
+        Raises Refused as that does.
         """
         if kind_of(payload) == "gradient-request":
-            return self._gradient(decode(payload, Schema(()), kinds=["gradient-request"]), client, data)
-        bundle = self.open()
-        packet = decode(payload, bundle.schema, kinds=["model", "probe"], frame=bundle.frame_digest)
-        work = asked(bundle, packet)
-        return (
-            self._probe(bundle, packet, work, client, data)
-            if packet.header.kind == "probe"
-            else self._train(bundle, packet, work, client, data)
-        )
+            decode(payload, Schema(()), kinds=["gradient-request"])
+            return self._gradient(client, data)
+        return answer(self, payload, client, data)
 
     def metrics(self, arrays: Arrays, data: ClientData | Stream) -> Metrics:
         """Loss and accuracy of a model, summed over the predictions on `data`."""
@@ -107,11 +92,6 @@ class Worker:
             self._leading[rank] = Leading(self.model, self.parameters, rank)
         return self._leading[rank].installed()
 
-    def personal(self, arrays: Arrays, client: str, data: ClientData | Stream, round: int) -> Metrics | None:
-        """As `metrics`, of the model that is the client's own after this round; None where it has none."""
-        found = own_model(self.open(), self.kept, arrays, client, round)
-        return None if found is None else self.metrics(found, data)
-
     def train(
         self,
         arrays: Arrays,
@@ -119,97 +99,55 @@ class Worker:
         data: ClientData,
         round: int,
         names: tuple[str, ...] | None = None,
-        pull: Pull | None = None,
-        purpose: str = "local",
         rank: int = 0,
-    ) -> tuple[Arrays, Metrics]:
+    ) -> Trained:
         """A round's local training of these tensors of a model (None: all), without privacy:
-        (what they became, metrics).
-
-        pull: None is that of federation.proximal. purpose: names the draw of batches. rank: of the client,
-        and so of the model's cores (0: adapter.rank).
+        (what they became, metrics). rank: of the client, and so of the model's cores (0: adapter.rank).
         """
-        bundle, fed = self.open(), self.job.federation
-        if bundle.subspace is not None:
-            numbers = arrays[NAME].copy()
-            return {NAME: numbers}, train_forward(
-                bundle.subspace, numbers, data, self.job, round, client, self._passes
-            )
-        rng = generator(fed.seed, purpose, round, client)
-        with self.at(rank) as parameters, only(parameters, names) as chosen:
-            write(parameters, arrays)
-            metrics = train_locally(self.model, chosen, data, self.encoder, fed, round, rng, pull)
-            return read(chosen), metrics
+        pull = Pull(self.job.federation.proximal)
+        one = ClientTraining(client, data, round, arrays, pull, names=names, rank=rank)
+        (found,) = train_of(self)([one])
+        return found
 
-    def _train_privately(
-        self, work: Asked, client: str, data: ClientData, round: int, private: ExamplePrivacy
-    ) -> tuple[Arrays, Metrics]:
-        fed = self.job.federation
-        with self.at(work.rank) as parameters, only(parameters, work.names) as chosen:
-            write(parameters, work.model)
-            gradients = self._gradients.setdefault(
-                (work.rank, tuple(chosen)), PerExample(self.model, chosen, audit=self.audit)
-            )
-            metrics = train_privately(
-                gradients, data, self.encoder, fed, private, round, noise_of(self.job, round, client), client
-            )
-            return read(chosen), metrics
+    def train_each(self, trainings: Sequence[ClientTraining]) -> list[Trained]:
+        """One after another; see `fedtune.round.client.Train`."""
+        return [self._train(one) for one in trainings]
 
-    def _passes(self, values: Arrays, data: ClientData) -> np.ndarray:
+    def passes(self, values: Arrays, data: ClientData) -> np.ndarray:
+        """See `fedtune.round.forward.Passes`."""
         write(self.parameters, values)
         found = score(self.model, data, self.encoder, len(data))
         return np.array([found.loss.sum(), found.correct.sum(), found.count.sum()])
 
-    def _train(self, bundle: Bundle, packet: Packet, work: Asked, client: str, data: ClientData) -> bytes:
-        round, private = packet.header.round, example_privacy(self.job)
-        if method_of(self.job):
-            arrays, metrics = train_keeping(
-                bundle,
-                self.kept,
-                packet,
-                client,
-                data,
-                lambda ask: self.train(ask.start, client, data, round, None, ask.pull, ask.purpose),
-            )
-        elif private is None:
-            arrays, metrics = self.train(work.model, client, data, round, work.names, rank=work.rank)
-            require_converged(metrics)
-        else:
-            arrays, metrics = self._train_privately(work, client, data, round, private)
-        weight, metrics = outward(self.job, len(data), metrics)
-        return encode(
-            "update",
-            bundle.schema,
-            answered(bundle, arrays),
-            round=round,
-            frame=bundle.frame_digest,
-            weight=weight,
-            metrics=metrics,
-        )
+    def gradients(
+        self, model: Arrays, rank: int, data: ClientData, batches: Iterable[np.ndarray]
+    ) -> Iterator[Arrays]:
+        """Of each batch's mean loss, to the tensors of the blocks of a client of this rank."""
+        schema = at_rank(self.spec, rank).schema
+        names = [t.name for t in schema.of_units(schema.blocks)]
+        with self.at(rank) as parameters, only(parameters, names) as chosen:
+            write(parameters, model)
+            yield from batch_gradients(self.model, chosen, data, self.encoder, self.job.federation, batches)
 
-    def _probe(self, bundle: Bundle, packet: Packet, work: Asked, client: str, data: ClientData) -> bytes:
-        units, fed, round, schema = (
-            require_probing(self.job),
-            self.job.federation,
-            packet.header.round,
-            at_rank(self.spec, work.rank).schema,
-        )
-        with (
-            self.at(work.rank) as parameters,
-            only(parameters, [t.name for t in schema.of_units(schema.blocks)]) as chosen,
-        ):
-            write(parameters, work.model)
-            batches = probed_batches(data.lengths, units, fed, round, client)
-            scores = block_scores(
-                units.strategy,
-                schema,
-                batch_gradients(self.model, chosen, data, self.encoder, fed, batches),
-                bundle.manifest.weights,
-            )
-        of = answers(schema)
-        return encode("block-scores", of, scores, round=round, frame=bundle.frame_digest)
+    def _train(self, one: ClientTraining) -> Trained:
+        fed = self.job.federation
+        with self.at(one.rank) as parameters, only(parameters, one.names) as chosen:
+            write(parameters, one.start)
+            if one.privacy is None or one.noise is None:
+                rng = generator(fed.seed, one.purpose, one.round, one.client)
+                metrics = train_locally(
+                    self.model, chosen, one.data, self.encoder, fed, one.round, rng, one.pull
+                )
+            else:
+                gradients = self._gradients.setdefault(
+                    (one.rank, tuple(chosen)), PerExample(self.model, chosen, audit=self.audit)
+                )
+                metrics = train_privately(
+                    gradients, one.data, self.encoder, fed, one.privacy, one.round, one.noise, one.client
+                )
+            return read(chosen), metrics
 
-    def _gradient(self, packet: Packet, client: str, data: ClientData) -> bytes:
+    def _gradient(self, client: str, data: ClientData) -> bytes:
         if self.opened is not None:
             raise Refused(
                 "kind", "a gradient of the plain base is asked for, but the adapter is on it already"

@@ -37,12 +37,12 @@ from fedtune.onnx.export import export_graph, write_proto
 from fedtune.onnx.folder import FORMAT
 from fedtune.onnx.predict import ADAPTERS, CARD, CARD_FILE, FLOAT32, INT8, STATIC, ModelCard
 from fedtune.onnx.quantise import quantise, quantise_static
+from fedtune.round.batches import by_length
+from fedtune.round.keeping import personal_model
 from fedtune.runs.folder import RunFolder, versions
-from fedtune.stateful.methods import is_personal, kept, shared
+from fedtune.stateful.methods import method_of
 from fedtune.stateful.store import Kept
 from fedtune.tasks import Task
-from fedtune.training.batches import by_length
-from fedtune.training.keeping import personal_model
 from fedtune.training.local import to_batch
 from fedtune.types import Arrays
 from fedtune.workflows.card import Exports, model_card, public_name
@@ -180,7 +180,8 @@ def _make(trained: _Trained, made: Path, stage: Stage, examples: int) -> Exports
 
 def _of_client(trained: _Trained, run: RunFolder, client: str) -> _Trained:
     job, split, bundle = trained.setup.job, trained.setup.split, trained.bundle
-    if not is_personal(job):
+    method = method_of(job)
+    if method.personal is None or method.keeps is None:
         raise UserError(
             f'--client {client}: personal.method = "none", so all clients predict with the global model; '
             "export it without --client"
@@ -195,7 +196,7 @@ def _of_client(trained: _Trained, run: RunFolder, client: str) -> _Trained:
     run.require_kept()
     own = personal_model(
         bundle,
-        Kept(run.clients, kept(job, bundle.manifest.spec.schema)),
+        Kept(run.clients, method.keeps(bundle.manifest.spec.schema)),
         trained.shared,
         client,
         trained.round,
@@ -228,7 +229,7 @@ def _open(run: RunFolder, setup: Setup | None) -> _Trained:
     return _Trained(
         setup,
         bundle,
-        bundle.trained(shared(bundle.job, checkpoint.state.arrays)),
+        bundle.trained(method_of(bundle.job).shared(checkpoint.state.arrays)),
         checkpoint.state.round,
         np.sort(setup.split.held_out.rows),
         checkpoint.state.arrays,

@@ -7,7 +7,7 @@ import numpy as np
 
 from fedtune.common.metrics import merge, tenth, value
 from fedtune.data.partition import Split
-from fedtune.stateful.methods import is_personal
+from fedtune.stateful.methods import method_of
 from fedtune.training.evaluate import Scores, by_client
 from fedtune.workflows import baselines
 from fedtune.workflows.export import export_run
@@ -35,10 +35,10 @@ def finish(simulation: Simulation) -> dict[str, Any]:
     }
     own = (
         list(simulation.personal_scores(checkpoint.state.round, checkpoint.state.arrays))
-        if is_personal(simulation.setup.job)
+        if method_of(simulation.setup.job).personal
         else []
     )
-    if is_personal(simulation.setup.job):
+    if method_of(simulation.setup.job).personal:
         summary["personal"] = personal(own, scores, len(simulation.setup.split.clients))
     if simulation.setup.task.has_head:
         summary["by_label"] = by_label(simulation.setup, scores, own)

@@ -47,7 +47,7 @@ from fedtune.privacy.plan import plan_of, warnings_of
 from fedtune.report.format import duration, size
 from fedtune.round.gradient_init import gradient_bytes, init_warnings
 from fedtune.simulation.devices import able, assign, span
-from fedtune.stateful.methods import gradients, kept, method_of
+from fedtune.stateful.methods import method_of
 from fedtune.stateful.store import VERSIONS, file_bytes
 from fedtune.tasks import task_named
 from fedtune.training.memory import NUMBER, step_memory
@@ -202,7 +202,8 @@ def make_plan(job: Job) -> Plan:
     devices = _devices(job, schema, clients, examples, steps, sizes, frame)
     drawable = max(1, sum(d.clients for d in devices if d.able)) if devices else clients
     cohort = min(fed.cohort, drawable)
-    keeps = min(fed.rounds, VERSIONS) * file_bytes(kept(job, spec.schema)) if method_of(job) else 0
+    own = method_of(job).keeps
+    keeps = min(fed.rounds, VERSIONS) * file_bytes(own(spec.schema)) if own else 0
     first = holders(drawable, cohort, fed.rounds)
     probes, probe = (
         (-(-fed.rounds // job.units.probe_every), probe_bytes(schema)) if job.units.probes else (0, (0, 0))
@@ -364,7 +365,7 @@ def _devices(
     if not devices:
         return ()
     held = np.bincount(assign(fed.seed, devices, clients), minlength=len(devices)).tolist()
-    mean = gradients(job) * (examples or 0.0)
+    mean = method_of(job).gradients * (examples or 0.0)
     largest = [
         (
             max(model for model, _ in sizes[limits_of(device)]),

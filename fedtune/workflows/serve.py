@@ -47,7 +47,7 @@ from fedtune.server.app import GridExchange
 from fedtune.server.lobby import Guest, Lobby
 from fedtune.server.secure import SecureRounds
 from fedtune.server.superlink import LinkGrid, SuperLink, Tls, superlink
-from fedtune.stateful.methods import is_personal
+from fedtune.stateful.methods import method_of
 from fedtune.types import Arrays, Metrics
 from fedtune.wire import Schema, decode, encode, packet_bytes
 from fedtune.workflows.privacy import LIGHT, spent_so_far
@@ -394,7 +394,9 @@ class Live:
         if not self.scores:
             return None
         metrics = merge(list(self.scores.values()))
-        return with_personal(metrics, list(self.personal.values())) if is_personal(self.job) else metrics
+        return (
+            with_personal(metrics, list(self.personal.values())) if method_of(self.job).personal else metrics
+        )
 
     def finish(self) -> dict[str, Any]:
         """Writes summary and page.
@@ -418,7 +420,7 @@ class Live:
             "baselines": {},
             "complete": True,
         }
-        if is_personal(self.job):
+        if method_of(self.job).personal:
             beside = [self.scores[name] for name in self.personal]
             summary["personal"] = personal_of(
                 merge(self.personal.values()),

@@ -29,6 +29,7 @@ from fedtune.privacy.plan import Plan, plan_of
 from fedtune.round.algorithm import make_algorithm
 from fedtune.round.coordinator import Coordinator, start
 from fedtune.round.gradient_init import gather_gradients
+from fedtune.round.keeping import personal_model
 from fedtune.round.lines import evaluated
 from fedtune.round.loop import run_rounds
 from fedtune.round.replies import Exchange
@@ -39,12 +40,11 @@ from fedtune.server.app import make_server_app
 from fedtune.simulation.engines import ENGINES, Simulated
 from fedtune.simulation.fleet import Fleet
 from fedtune.simulation.vectorised import memory_for
-from fedtune.stateful.methods import is_personal, kept, method_of, shared
+from fedtune.stateful.methods import method_of
 from fedtune.stateful.store import Kept
 from fedtune.training.cohort import CohortTrainer
 from fedtune.training.evaluate import Scores
 from fedtune.training.features import FeatureStore
-from fedtune.training.keeping import personal_model
 from fedtune.training.local import only
 from fedtune.training.together import open_trainer
 from fedtune.training.worker import Worker
@@ -96,11 +96,8 @@ class Simulation:
         self.model: TunableModel = self.base or self.setup.fresh_model()
         settings = self.setup.job.simulation
         require_device(settings)
-        self.kept = (
-            Kept(self.run.clients, kept(self.setup.job, self.setup.spec.schema))
-            if method_of(self.setup.job)
-            else None
-        )
+        keeps = method_of(self.setup.job).keeps
+        self.kept = Kept(self.run.clients, keeps(self.setup.spec.schema)) if keeps else None
         self.worker = Worker(
             self.setup.job,
             self.setup.spec,
@@ -249,7 +246,7 @@ class Simulation:
             with_personal(
                 metrics, [scores.metrics() for _, _, scores in self.personal_scores(round, arrays, whole)]
             )
-            if is_personal(job)
+            if method_of(job).personal
             else metrics
         )
 
@@ -283,7 +280,7 @@ class Simulation:
         if key and key in self._scored:
             return self._scored[key]
         data = self.held_out if whole else self._sample
-        scores = self.worker.scores(shared(self.setup.job, arrays), data)
+        scores = self.worker.scores(method_of(self.setup.job).shared(arrays), data)
         self._scored = {key: scores} if key else self._scored  # the last round's evaluation is the final one
         return scores
 

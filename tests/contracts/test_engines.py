@@ -12,9 +12,9 @@ from PIL import Image
 
 from fedtune.adapters.methods import attach, initial
 from fedtune.common.seeds import generator
+from fedtune.round.batches import local_batches
 from fedtune.round.watch import Watch
 from fedtune.runs.folder import create_run, open_run
-from fedtune.training.batches import local_batches
 from fedtune.training.local import to_batch
 from fedtune.training.passes import Packed
 from fedtune.training.worker import Worker

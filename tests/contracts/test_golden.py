@@ -33,10 +33,10 @@ from fedtune.common.seeds import generator
 from fedtune.common.trees import digest
 from fedtune.job import to_toml
 from fedtune.round.algorithm import make_algorithm
+from fedtune.round.batches import local_batches
 from fedtune.round.gradient_init import gradient_schema
 from fedtune.runs.folder import create_run
 from fedtune.runs.ledger import Ledger
-from fedtune.training.batches import local_batches
 from fedtune.wire import Schema, decode, encode
 from fedtune.workflows.finish import finish
 from fedtune.workflows.setup import open_setup, run_facts

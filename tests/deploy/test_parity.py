@@ -10,7 +10,7 @@ from fedtune.bundles.bundle import open_bundle
 from fedtune.job import parse_job
 from fedtune.runs.folder import open_run
 from fedtune.runs.ledger import Ledger
-from fedtune.stateful.methods import kept
+from fedtune.stateful.methods import method_of
 from fedtune.stateful.store import Kept
 
 pytestmark = pytest.mark.slow
@@ -119,7 +119,8 @@ def test_live_equals_simulated(
             live,
             domain_csv,
             Kept(
-                simulated.clients, kept(simulated.job(), open_bundle(simulated.bundle).manifest.spec.schema)
+                simulated.clients,
+                method_of(simulated.job()).keeps(open_bundle(simulated.bundle).manifest.spec.schema),
             ),
             summary,
         )

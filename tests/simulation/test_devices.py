@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from fedtune.algorithms.fed_avg import draw_cohort
 from fedtune.common.seeds import generator
 from fedtune.job import DeviceClass, FederationSection
+from fedtune.round.batches import local_batches
 from fedtune.simulation.devices import (
     Chosen,
     Span,
@@ -23,7 +24,6 @@ from fedtune.simulation.devices import (
     round_seconds,
     span,
 )
-from fedtune.training.batches import local_batches
 from fedtune.types import ClientInfo
 
 PHONE = DeviceClass(

@@ -7,7 +7,7 @@ import torch
 
 from fedtune.adapters.methods import attach, initial
 from fedtune.common.seeds import generator
-from fedtune.training.batches import local_batches
+from fedtune.round.batches import local_batches
 from fedtune.training.local import to_batch
 from fedtune.workflows.setup import data_free_frame, open_setup
 

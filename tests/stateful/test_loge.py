@@ -9,7 +9,7 @@ from plain_steps import SGD, Plain, near
 from safetensors.numpy import load_file
 
 from fedtune.stateful.base import Client
-from fedtune.stateful.loge import answer, asks, frame, personal, realigned
+from fedtune.stateful.loge import answer, frame, personal, realigned, trainings
 from fedtune.workflows.export import export_run
 from fedtune.workflows.plan import make_plan
 
@@ -145,7 +145,7 @@ def test_a_client_learns_three_times():
         "head.bias": np.ones(3, np.float32),
     }
     client = Client(model, None, 0, {}, np.array([2, 0, 2]))
-    below, shared, own = asks(client, 0, 0.5)
+    below, shared, own = trainings(client, 0, 0.5)
     assert (
         np.array_equal(below.start["head.weight"], frame(3, 8, 0))
         and not below.start["head.bias"].any()

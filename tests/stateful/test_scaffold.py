@@ -7,7 +7,7 @@ import torch
 from plain_steps import SGD, Plain, near
 
 from fedtune.stateful.base import Client
-from fedtune.stateful.scaffold import answer, asks
+from fedtune.stateful.scaffold import answer, trainings
 from fedtune.workflows.plan import make_plan
 
 SCAFFOLD = ("federation.drift=scaffold", "federation.weighting=equal")
@@ -51,7 +51,7 @@ def test_messages_are_twice_as_long(tiny_job, run_rounds, tmp_path):
 def test_a_client_without_steps_changes_nothing():
     model = {"a": np.ones(2, np.float32), "control.a": np.full(2, 0.5, np.float32)}
     client = Client(model, None, 0, {"a": 0.1})
-    (ask,) = asks(client)
+    (ask,) = trainings(client)
     found = answer(client, [(ask.start, {})])
     assert np.array_equal(found.update["control.a"], model["control.a"]) and not found.kept["a"].any()
 

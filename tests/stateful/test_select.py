@@ -11,7 +11,7 @@ from plain_steps import SGD, Plain, near
 from fedtune.errors import EmptyCohort, ShapeMismatch
 from fedtune.round.algorithm import make_algorithm
 from fedtune.stateful.base import Client
-from fedtune.stateful.select import answer, asks, held_mean, promoted, sent
+from fedtune.stateful.select import answer, held_mean, promoted, sent, trainings
 from fedtune.types import TensorSpec, Update
 from fedtune.wire import Schema
 from fedtune.workflows.plan import make_plan
@@ -197,7 +197,7 @@ def test_never_more_than_most_becomes_personal(share, most):
 def test_a_client_without_steps_moves_nothing():
     model = {"a.R": np.ones((2, 2), np.float32), "head.bias": np.zeros(2, np.float32)}
     client = Client(model, None, 0, {})
-    (ask,) = asks(client)  # nothing is its own yet
+    (ask,) = trainings(client)  # nothing is its own yet
     assert ask.start is model and all(moves.all() for moves in ask.pull.moving.values())
     found = answer(client, [(model, {"loss": (0.0, 0.0)})], 0.5, 0.8, 3)
     assert (

@@ -7,9 +7,9 @@ import numpy as np
 from fedtune.adapters.methods import attach, initial, write
 from fedtune.common.seeds import generator
 from fedtune.data.encoded import ClientData
+from fedtune.round.batches import local_batches, trainable_batches
 from fedtune.tasks import task_named
-from fedtune.training.batches import local_batches
-from fedtune.training.chunks import Task, trainable_batches
+from fedtune.training.chunks import Task
 from fedtune.training.features import FeatureStore
 from fedtune.training.local import train_locally
 from fedtune.training.together import open_trainer

@@ -6,7 +6,7 @@ import pytest
 
 from fedtune.algorithms.units import AS_THE_JOB, Limits, selected, tensors_of
 from fedtune.errors import Refused
-from fedtune.training.asked import require_borne
+from fedtune.round.asked import require_borne
 from fedtune.wire import encode
 from fedtune.workflows.prepare import prepare
 

@@ -12,7 +12,7 @@ from fedtune.bundles.bundle import open_bundle, receive_bundle
 from fedtune.bundles.subspace import NAME, Subspace, order, signs, small, travelling
 from fedtune.common.seeds import generator
 from fedtune.errors import JobError, Refused
-from fedtune.training.batches import local_batches
+from fedtune.round.batches import local_batches
 from fedtune.types import TensorSpec
 from fedtune.wire import Schema, decode, encode
 from fedtune.workflows.setup import open_setup

@@ -13,9 +13,9 @@ from fedtune.algorithms.probes import SCORES, answers, block_scores, probe_bytes
 from fedtune.algorithms.units import ROWS, by_common_scores
 from fedtune.common.seeds import generator
 from fedtune.errors import Refused
+from fedtune.round.batches import local_batches
 from fedtune.round.replies import Reply
 from fedtune.runs.folder import open_run
-from fedtune.training.batches import local_batches
 from fedtune.training.local import to_batch
 from fedtune.types import RoundReport, TensorSpec
 from fedtune.units.strategies import STRATEGIES

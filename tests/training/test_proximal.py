@@ -9,7 +9,7 @@ import torch
 from fedtune.adapters import methods
 from fedtune.bundles.bundle import open_bundle
 from fedtune.common.seeds import generator
-from fedtune.training.batches import local_batches
+from fedtune.round.batches import local_batches
 from fedtune.training.local import to_batch, train_locally
 
 MU = 3.0

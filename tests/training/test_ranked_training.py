@@ -9,7 +9,7 @@ import torch
 from fedtune.adapters.methods import read, write
 from fedtune.common.seeds import generator
 from fedtune.errors import Refused
-from fedtune.training.batches import local_batches
+from fedtune.round.batches import local_batches
 from fedtune.training.evaluate import score
 from fedtune.training.local import to_batch
 from fedtune.wire import decode, encode

@@ -12,8 +12,8 @@ from fedtune.common.seeds import generator
 from fedtune.data.clients import Stream
 from fedtune.data.encoded import ClientData
 from fedtune.job import Job
-from fedtune.training.batches import local_batches
-from fedtune.training.rates import learning_rate
+from fedtune.round.batches import local_batches
+from fedtune.round.rates import learning_rate
 from fedtune.types import Arrays, Metrics
 from fedtune.wire import Pieces
 

@@ -5,7 +5,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from fedtune.common.seeds import generator
-from fedtune.job import FederationSection, UnitsSection
+from fedtune.data.clients import Stream
+from fedtune.data.encoded import ClientData
+from fedtune.job import FederationSection, Job, UnitsSection
+from fedtune.tasks import base, task_named
 
 POOL = 8
 
@@ -58,3 +61,28 @@ def probed_batches(
     rng = generator(settings.seed, "probe", round, client)
     for batch in local_batches(lengths, settings.batch_size, 1, units.probe_batches, rng):
         yield from np.split(batch, len(batch)) if score and score.single else (batch,)
+
+
+def trainable_batches(
+    data: ClientData | Stream, batches: Sequence[np.ndarray], kind: base.Task
+) -> list[np.ndarray]:
+    """Without those that predict nothing (one-token texts): they make no step."""
+    if kind.has_head:
+        return list(batches)
+    lengths = np.array(data.lengths)
+    return [index for index in batches if kind.predictions(lengths[index]).sum() > 0]
+
+
+def training_batches(
+    job: Job, client: str, data: ClientData | Stream, round: int, purpose: str = "local"
+) -> list[np.ndarray]:
+    """The examples of each optimizer step of a client's training, from the draw that `purpose` names."""
+    fed = job.federation
+    drawn = local_batches(
+        data.lengths,
+        fed.batch_size,
+        fed.local_epochs,
+        fed.local_steps,
+        generator(fed.seed, purpose, round, client),
+    )
+    return trainable_batches(data, list(drawn), task_named(job.model.task))
