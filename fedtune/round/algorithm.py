@@ -1,12 +1,16 @@
 """From a job to the algorithm that every engine runs."""
 
+from collections.abc import Sequence
 from functools import partial
+
+import numpy as np
 
 from fedtune.aggregation.rules import RULES, Average, Rule
 from fedtune.algorithms import Algorithm, dp_fed_avg, fed_avg, secure_avg
 from fedtune.algorithms.fed_avg import Draw
 from fedtune.algorithms.server_optimizers import with_server_optimizer
 from fedtune.algorithms.units import AS_THE_JOB, LimitsOf, ranked, selecting
+from fedtune.common.seeds import generator
 from fedtune.errors import JobError
 from fedtune.job import Job, disagreements
 from fedtune.privacy.client import client_privacy
@@ -14,6 +18,7 @@ from fedtune.privacy.contribution import secure_of
 from fedtune.privacy.noise import noise_of
 from fedtune.stateful.scaffold import steering
 from fedtune.stateful.select import held_mean
+from fedtune.types import ClientInfo, Update
 from fedtune.wire import Schema
 
 
@@ -87,3 +92,17 @@ def _average(job: Job, rule: Rule) -> Average:
     if job.personal.method == "select":
         return partial(held_mean, equal=job.federation.weighting == "equal")
     return rule.make(job.federation)
+
+
+def require_kept_promises(
+    job: Job, schema: Schema, clients: Sequence[ClientInfo], rule: Rule | None, draw: Draw | None
+) -> None:
+    """Tries a rule and a draw of a caller's own on a made-up round. Raises what they raise there."""
+    if draw is not None:
+        draw(clients, 1, generator(job.federation.seed, "trial"))
+    if rule is not None:
+        model = {t.name: np.zeros(t.shape, np.float32) for t in schema.tensors}
+        updates = [
+            Update(f"trial-{k}", 1, {name: a + k for name, a in model.items()}, 1.0 + k) for k in range(3)
+        ]
+        rule.make(job.federation)(iter(updates), model)

@@ -47,6 +47,7 @@ class Facts(TypedDict):
     split: list[dict[str, Any]]
     split_sha256: NotRequired[str]
     population: NotRequired[dict[str, Any]]
+    own: NotRequired[dict[str, str]]
 
 
 _FACTS = TypeAdapter(Facts)

@@ -218,9 +218,7 @@ def _open(run: RunFolder, setup: Setup | None) -> _Trained:
         )
     setup = setup or open_setup(run.job())
     bundle = open_bundle(run.bundle)
-    if setup.sha256 != bundle.manifest.sha256:
-        wanted, now = bundle.manifest.sha256[:12], f"{setup.job.model.source} is now {setup.sha256[:12]}…"
-        raise RunError(f"{run.path}: was trained on a base with sha256 {wanted}…, {now}; restore that base")
+    require_same_base(run.path, setup.sha256, bundle.manifest.sha256, setup.job.model.source)
     if setup.dataset.label_names != bundle.manifest.labels:
         now = f"the data now has {list(setup.dataset.label_names)}"
         raise RunError(
@@ -234,6 +232,15 @@ def _open(run: RunFolder, setup: Setup | None) -> _Trained:
         np.sort(setup.split.held_out.rows),
         checkpoint.state.arrays,
     )
+
+
+def require_same_base(run: Path, found: str, trained: str, source: str) -> None:
+    """Raises RunError where the base is no longer the one that a run was trained on; both by sha256."""
+    if found != trained:
+        raise RunError(
+            f"{run}: was trained on a base with sha256 {trained[:12]}…, {source} is now {found[:12]}…; "
+            "restore that base"
+        )
 
 
 def _publish(made: Path, old: Path, run: Path) -> None:

@@ -1,10 +1,11 @@
 """From a job to the things a simulation works with: base, data, split, encoder, spec."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -184,11 +185,12 @@ def data_free_frame(setup: OpenBase, model: TunableModel) -> Arrays:
     return frame(setup.spec, job.adapter.init, job.federation.seed, weight)
 
 
-def run_facts(setup: Setup) -> dict[str, Any]:
+def run_facts(setup: Setup, own: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
     """What run.json keeps: when and with what the run began, the hashes of base and data,
     and who holds how much of what.
 
     Of many clients only some are listed, with figures of all beside them.
+    own: names of objects that Python passed in place of the job's.
     """
     clients, data = len(setup.split.clients), data_digest(setup)
     listed = few(clients)
@@ -204,6 +206,7 @@ def run_facts(setup: Setup) -> dict[str, Any]:
         "split": holdings.describe(setup.split, setup.dataset, listed),
         "split_sha256": data,
         **population,
+        **({"own": dict(own)} if own else {}),
     }
 
 
@@ -211,12 +214,18 @@ def data_digest(setup: Setup) -> str:
     return holdings.digest(setup.split, setup.dataset, inputs=not setup.task.inputs.in_folder)
 
 
-def require_unchanged(setup: Setup, run: RunFolder) -> None:
+def require_unchanged(setup: Setup, run: RunFolder, own: Mapping[str, str] = MappingProxyType({})) -> None:
     """Raises RunError when job, base, data or what is trained are no longer those the run began with:
     going on would mix two runs.
     """
     run.require_own_job()
     began = run.facts()
+    if (used := began.get("own", {})) != dict(own):
+        named, given = (", ".join(f"{k} = {v}" for k, v in its.items()) or "none" for its in (used, own))
+        raise RunError(
+            f"{run.path}: began with objects passed from Python ({named}), now there are {given}; "
+            "continue it with fedtune.simulate and the same objects, or begin a new run"
+        )
     if began["sha256"] != setup.sha256:
         raise RunError(
             f"{run.path}: began with a base of sha256 {began['sha256'][:12]}…, {setup.job.model.source} now "
