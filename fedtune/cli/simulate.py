@@ -60,9 +60,10 @@ def command(
             job, [*overrides(set_, understand), *([f"federation.seed={seed}"] if seed is not None else [])]
         )
     )
-    if not (run and _whole(run)):
+    from fedtune.report.summary import is_whole, load_summary
+
+    if not (run and is_whole(run.path)):
         run = _run(run, checked, out_)
-    from fedtune.report.summary import load_summary
     from fedtune.report.terminal import show
 
     show(load_summary(run.path), out)
@@ -141,13 +142,3 @@ def _lost(line: dict[str, Any]) -> str:
         for key, what in (("dropped", "dropped out"), ("stragglers", "past the deadline"))
     )
     return f" ({duration(line['simulated_seconds'])} simulated{dropped}{late})"
-
-
-def _whole(run: RunFolder) -> bool:
-    """The run was finished and its summary written."""
-    from fedtune.report.summary import load_summary
-
-    if not run.summary.exists():
-        return False
-    summary = load_summary(run.path)
-    return summary["complete"] and "export" in summary

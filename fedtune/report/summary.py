@@ -378,6 +378,14 @@ def load_summary(path: Path) -> Summary:
     return check(raw, str(file))
 
 
+def is_whole(run: Path) -> bool:
+    """Whether the run in this folder came to its end, with its summary written and its exports made."""
+    if not (run / "summary.json").exists():
+        return False
+    summary = load_summary(run)
+    return summary["complete"] and "export" in summary
+
+
 def check(raw: Any, source: str = FILE) -> Summary:
     """Checks parsed JSON against `Summary`; keys that this version does not know are left out.
 

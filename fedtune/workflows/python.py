@@ -23,15 +23,15 @@ from fedtune.data.encoded import ClientData
 from fedtune.errors import RunError, UserError
 from fedtune.job import Job, job_from, load_job
 from fedtune.models.base import TunableModel
-from fedtune.report.summary import load_summary
+from fedtune.report.summary import is_whole, load_summary
 from fedtune.round.watch import Watch
 from fedtune.runs.folder import RunFolder
 from fedtune.runs.folder import open_run as open_folder
-from fedtune.stateful.methods import shared
+from fedtune.stateful.methods import method_of
 from fedtune.training.local import to_batch
 from fedtune.types import Arrays, ClientInfo, Update
 from fedtune.workflows.export import require_same_base
-from fedtune.workflows.setup import OpenBase, open_base
+from fedtune.workflows.setup import OpenBase, open_base, require_same_objects
 from fedtune.workflows.simulation import simulate as run_simulation
 
 JobLike = Job | Mapping[str, Any] | str | Path | None
@@ -83,6 +83,9 @@ def simulate(
         name: _name(it) for name, it in (("aggregation", aggregation), ("select", select)) if it is not None
     }
     folder = _begun(Path(out), checked)
+    if folder is not None and is_whole(folder.path):
+        require_same_objects(folder, own)
+        return Run(folder)
     watch = Watch(line=on_round or (lambda line: None), note=note)
     run = run_simulation(checked, folder, Path(out), watch, rule=rule, draw=draw, own=own)
     return Run(run)
@@ -149,7 +152,7 @@ class Run:
             raise RunError(f"{self.path}: has no checkpoint yet; simulate to its end first")
         require_same_base(self.path, self._base.sha256, bundle.manifest.sha256, self.job.model.source)
         model = self._base.fresh_model()
-        arrays = bundle.trained(shared(bundle.job, checkpoint.state.arrays))
+        arrays = bundle.trained(method_of(bundle.job).shared(checkpoint.state.arrays))
         methods.merge(model, bundle.manifest.spec, bundle.frame, arrays)
         return model
 

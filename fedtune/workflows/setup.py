@@ -220,12 +220,7 @@ def require_unchanged(setup: Setup, run: RunFolder, own: Mapping[str, str] = Map
     """
     run.require_own_job()
     began = run.facts()
-    if (used := began.get("own", {})) != dict(own):
-        named, given = (", ".join(f"{k} = {v}" for k, v in its.items()) or "none" for its in (used, own))
-        raise RunError(
-            f"{run.path}: began with objects passed from Python ({named}), now there are {given}; "
-            "continue it with fedtune.simulate and the same objects, or begin a new run"
-        )
+    require_same_objects(run, own)
     if began["sha256"] != setup.sha256:
         raise RunError(
             f"{run.path}: began with a base of sha256 {began['sha256'][:12]}…, {setup.job.model.source} now "
@@ -242,6 +237,16 @@ def require_unchanged(setup: Setup, run: RunFolder, own: Mapping[str, str] = Map
         raise RunError(
             f"{run.path}: {setup.job.data.source} no longer holds what it held when the run began; "
             "restore it or begin a new run"
+        )
+
+
+def require_same_objects(run: RunFolder, own: Mapping[str, str]) -> None:
+    """Raises RunError unless the run began with objects from Python of these names."""
+    if (used := run.facts().get("own", {})) != dict(own):
+        named, given = (", ".join(f"{k} = {v}" for k, v in its.items()) or "none" for its in (used, own))
+        raise RunError(
+            f"{run.path}: began with objects passed from Python ({named}), now there are {given}; "
+            "continue it with fedtune.simulate and the same objects, or begin a new run"
         )
 
 
