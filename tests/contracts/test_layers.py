@@ -1,6 +1,7 @@
 """Who may import whom: read from the source with ast, so that an import inside a function counts as well."""
 
 import ast
+import re
 import subprocess
 import sys
 from functools import cache
@@ -104,6 +105,13 @@ def closure(start: str, packages: bool = True) -> set[str]:
         seen.add(name)
         todo += [*inside(name), *([name.rpartition(".")[0]] if packages and "." in name else [])]
     return seen
+
+
+def test_the_document_has_the_same_layers():
+    text = (Path(__file__).parents[2] / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    table = text.partition("\n## Layers\n")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert tuple(tuple(re.findall("`([^`]+)`", row)) for row in reversed(rows)) == LAYERS
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name])
