@@ -22,7 +22,7 @@ from fedtune.job import load_job
 from fedtune.process import waits
 from fedtune.server import metrics
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 ROLES = ("server", "client", "edge")
 DEVICE_STOP = waits.SUPERNODE_STOP + waits.GOODBYE_SECONDS + waits.TRAINER_STOP
 STOPS = {"server": waits.SUPERLINK_STOP + 1, "client": DEVICE_STOP, "edge": DEVICE_STOP}
