@@ -76,6 +76,11 @@ def load_dataset(data: DataSection, model: ModelSection, seed: int) -> Dataset:
         DataError: one line with the place, what was found, and what to do.
         UserError: an unknown package, or one that was not fetched.
     """
+    if data.source == "own:data":
+        raise DataError(
+            'data.source = "own:data": was passed from Python; pass it again: '
+            "fedtune.simulate(job, out=…, data=…)"
+        )
     task = task_named(model.task)
     return _READERS[task.inputs](data, task, seed)
 

@@ -42,6 +42,11 @@ def locate(source: str) -> Source:
         EnvironmentProblem: a hub name that is not cached here and cannot be downloaded.
     """
     kind, colon, name = source.partition(":")
+    if colon and kind == "own":
+        raise ModelError(
+            f"model.source = {source!r}: a module that was passed from Python; "
+            "pass it again: fedtune.simulate(job, out=…, model=…, data=…)"
+        )
     if colon and kind == "package":
         folder = packages.find(name)
     elif colon and kind == "hf":

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from fedtune.adapters import methods
 from fedtune.aggregation.mean import Mean
@@ -20,6 +21,7 @@ from fedtune.aggregation.rules import Rule, own_rule
 from fedtune.algorithms.fed_avg import Draw
 from fedtune.bundles.bundle import open_bundle
 from fedtune.data.encoded import ClientData
+from fedtune.data.own import INPUT, ArrayEncoder, OwnData, as_array
 from fedtune.errors import RunError, UserError
 from fedtune.job import Job, job_from, load_job
 from fedtune.models.base import TunableModel
@@ -31,7 +33,16 @@ from fedtune.stateful.methods import method_of
 from fedtune.training.local import to_batch
 from fedtune.types import Arrays, ClientInfo, Update
 from fedtune.workflows.export import require_same_base
-from fedtune.workflows.setup import OpenBase, open_base, require_same_objects
+from fedtune.workflows.own import open_own
+from fedtune.workflows.setup import (
+    OpenBase,
+    Setup,
+    open_base,
+    open_setup,
+    require_unchanged,
+    same_data,
+    with_noise,
+)
 from fedtune.workflows.simulation import simulate as run_simulation
 
 JobLike = Job | Mapping[str, Any] | str | Path | None
@@ -49,6 +60,8 @@ def simulate(
     job: JobLike = None,
     *,
     out: str | Path,
+    model: nn.Module | None = None,
+    data: OwnData | None = None,
     aggregation: Aggregate | None = None,
     select: Select | None = None,
     on_round: Callable[[dict[str, Any]], None] | None = None,
@@ -61,6 +74,12 @@ def simulate(
             or a `fedtune.Job`; None: the default job.
         out: the run folder. One that a run of this very job began in is gone on with from
             its last finished round.
+        model: a module of one's own, float32, in place of model.source. It takes a batch of arrays [n,
+            *shape] as its one argument and gives logits [n, labels] from an `nn.Linear` at its end, the head;
+            blocks and linears are found by structure. The module stays as it is. It needs `data` of arrays.
+        data: in place of data.source: {client: dataset of (input, label)}, see `fedtune.data.own`;
+            with arrays for a module of one's own, with texts for the job's base. Of `[data]`,
+            labels and held-out are read.
         aggregation: in place of federation.aggregation. A function is given all updates of a round, each with
             `client`, `arrays` (float32, by name, the values after training and not differences), `weight`
             (examples) and `metrics`, and the model that the round started from; it gives the new values of
@@ -79,21 +98,35 @@ def simulate(
     checked = job_of(job)
     rule = None if aggregation is None else _rule(aggregation)
     draw = None if select is None else _draw(select)
-    own = {
-        name: _name(it) for name, it in (("aggregation", aggregation), ("select", select)) if it is not None
-    }
-    folder = _begun(Path(out), checked)
+    given = {"model": model, "data": data, "aggregation": aggregation, "select": select}
+    own = {name: _name(it) for name, it in given.items() if it is not None}
+    setup = with_noise(_opened(checked, model, data), note)
+    folder = _begun(Path(out), setup.job)
     if folder is not None and is_whole(folder.path):
-        require_same_objects(folder, own)
-        return Run(folder)
+        require_unchanged(setup, folder, own)
+        return Run(folder, setup)
     watch = Watch(line=on_round or (lambda line: None), note=note)
-    run = run_simulation(checked, folder, Path(out), watch, rule=rule, draw=draw, own=own)
-    return Run(run)
+    run = run_simulation(setup.job, folder, Path(out), watch, rule=rule, draw=draw, own=own, setup=setup)
+    return Run(run, setup)
 
 
-def open_run(folder: str | Path) -> "Run":
-    """Opens what `simulate`, or `fedtune simulate`, left. Raises RunError for a folder that is no run."""
-    return Run(open_folder(Path(folder)))
+def open_run(folder: str | Path, *, model: nn.Module | None = None, data: OwnData | None = None) -> "Run":
+    """Opens what `simulate`, or `fedtune simulate`, left. model, data: as the run began with, where it began
+    with any; without them the run's figures can be read, but nothing predicted.
+
+    Raises RunError for a folder that is no run, or one that began with another module or other data.
+    """
+    run = open_folder(Path(folder))
+    if model is None and data is None:
+        return Run(run)
+    setup = _opened(run.job(), model, data)
+    if run.facts()["sha256"] != setup.sha256 or not same_data(setup, run.facts()):
+        raise RunError(f"{run.path}: began with another module or other data; give those it began with")
+    return Run(run, setup)
+
+
+def _opened(job: Job, model: nn.Module | None, data: OwnData | None) -> Setup:
+    return open_setup(job) if model is None and data is None else open_own(job, model, data)
 
 
 def job_of(job: JobLike) -> Job:
@@ -117,9 +150,11 @@ class Run:
 
     Attributes:
         folder: where the run lies.
+        setup: what it was opened with; None: what its job names.
     """
 
     folder: RunFolder
+    setup: OpenBase | None = None
 
     @property
     def path(self) -> Path:
@@ -156,18 +191,16 @@ class Run:
         methods.merge(model, bundle.manifest.spec, bundle.frame, arrays)
         return model
 
-    def predict(self, inputs: Iterable[str | Path], batch_size: int = 64) -> list[str]:
-        """The label of each text, or of the image at each path;
+    def predict(self, inputs: Iterable[Any], batch_size: int = 64) -> list[str]:
+        """The label of each text, of the image at each path, or of each array for a module of one's own;
         of a language model the next token as text.
         """
-        given = [str(one) for one in inputs]
-        found = self._logits(given, batch_size).argmax(-1).tolist() if given else []
-        names = self._base.labels
-        return [names[i] if self._base.task.has_head else self._base.encoder.decode(i) for i in found]
+        base, found = self._base, self._logits(list(inputs), batch_size).argmax(-1).tolist()
+        return [base.labels[i] if base.task.has_head else base.encoder.decode(i) for i in found]
 
-    def scores(self, inputs: Iterable[str | Path], batch_size: int = 64) -> np.ndarray:
+    def scores(self, inputs: Iterable[Any], batch_size: int = 64) -> np.ndarray:
         """Probabilities of the labels in the order of `summary["labels"]`, float32 [inputs, labels]."""
-        logits = self._logits([str(one) for one in inputs], batch_size)
+        logits = self._logits(list(inputs), batch_size)
         return torch.softmax(torch.from_numpy(logits), -1).numpy()
 
     def report(self) -> Path:
@@ -176,11 +209,11 @@ class Run:
             raise RunError(f"{self.path}: has no page; simulate to its end with report.html = true")
         return self.folder.page
 
-    def _logits(self, inputs: Sequence[str], batch_size: int) -> np.ndarray:
+    def _logits(self, inputs: Sequence[Any], batch_size: int) -> np.ndarray:
         """Of each example's last prediction, float32 [inputs, classes]."""
         base, parts = self._base, []
         for start in range(0, len(inputs), batch_size):
-            encoded = base.encoder.encode(inputs[start : start + batch_size])
+            encoded = _encoded(base, inputs[start : start + batch_size])
             data = ClientData(encoded, np.zeros(len(encoded), np.int64))
             batch, _ = to_batch(data, np.arange(len(encoded)), base.encoder)
             with torch.inference_mode():
@@ -194,8 +227,22 @@ class Run:
 
     @cached_property
     def _base(self) -> OpenBase:
+        if self.setup is not None:
+            return self.setup
+        if own := {"model", "data"} & self.folder.facts().get("own", {}).keys():
+            raise RunError(
+                f"{self.path}: began with {' and '.join(sorted(own))} passed from Python; give the same: "
+                "fedtune.open_run(folder, model=…, data=…)"
+            )
         job, labels = self.job, open_bundle(self.folder.bundle).manifest.labels
         return open_base(job.model_copy(update={"data": job.data.model_copy(update={"labels": labels})}))
+
+
+def _encoded(base: OpenBase, inputs: Sequence[Any]) -> list[dict[str, np.ndarray]]:
+    """Raises DataError for an input that is not of the kind that the base takes."""
+    if isinstance(base.encoder, ArrayEncoder):
+        return [{INPUT: as_array(one, f"place {place}")} for place, one in enumerate(inputs)]
+    return base.encoder.encode([str(one) for one in inputs])
 
 
 def _begun(path: Path, job: Job) -> RunFolder | None:

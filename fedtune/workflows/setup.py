@@ -233,7 +233,7 @@ def require_unchanged(setup: Setup, run: RunFolder, own: Mapping[str, str] = Map
             f"tensors of this base than this one ({versions()['fedtune']}) makes of its job; "
             "continue it with that version or begin a new run"
         )
-    if not _same_data(setup, began):
+    if not same_data(setup, began):
         raise RunError(
             f"{run.path}: {setup.job.data.source} no longer holds what it held when the run began; "
             "restore it or begin a new run"
@@ -250,7 +250,7 @@ def require_same_objects(run: RunFolder, own: Mapping[str, str]) -> None:
         )
 
 
-def _same_data(setup: Setup, began: Facts) -> bool:
+def same_data(setup: Setup, began: Facts) -> bool:
     """By digest; a run of an older version has only the list of what each client held."""
     if "split_sha256" in began:
         return began["split_sha256"] == data_digest(setup)

@@ -14,7 +14,14 @@ from fedtune.runs.folder import RunFolder, create_run, next_run_path
 from fedtune.simulation.engines import ENGINES
 from fedtune.workflows.finish import finish
 from fedtune.workflows.fleet import make_fleet
-from fedtune.workflows.setup import open_setup, require_trainable, require_unchanged, run_facts, with_noise
+from fedtune.workflows.setup import (
+    Setup,
+    open_setup,
+    require_trainable,
+    require_unchanged,
+    run_facts,
+    with_noise,
+)
 from fedtune.workflows.simulate import Simulation, require_device
 
 
@@ -27,6 +34,7 @@ def simulate(
     rule: Rule | None = None,
     draw: Draw | None = None,
     own: Mapping[str, str] = MappingProxyType({}),
+    setup: Setup | None = None,
 ) -> RunFolder:
     """Simulates a job to its end and gives its run folder, with adapter, report and exports in it.
 
@@ -40,12 +48,13 @@ def simulate(
         rule, draw: as `make_algorithm`.
         own: names of what is given here in place of the job's, for run.json:
             a run goes on with the same alone.
+        setup: of the job, opened and with its noise, where the caller has it.
 
     Raises UserErrors and PrivacyRefused of one line, EnvironmentProblem for a device that is not there.
     """
     watch = watch or Watch()
     watch.stage("opening the base and the data", 0)
-    setup = with_noise(open_setup(job), watch.note)
+    setup = setup or with_noise(open_setup(job), watch.note)
     require_trainable(setup)
     _ = setup.spec
     base = setup.fresh_model()
@@ -55,12 +64,12 @@ def simulate(
     if rule or draw:
         make_algorithm(setup.job, setup.schema, rule=rule, draw=draw)
         require_kept_promises(setup.job, setup.schema, setup.store.clients, rule, draw)
-        if not ENGINES[setup.job.simulation.engine].inside:
-            raise UserError(
-                f"simulation.engine = {setup.job.simulation.engine!r}: its processes "
-                "cannot be given objects of "
-                'Python; use "vectorised" or "serial"'
-            )
+    if own and not ENGINES[setup.job.simulation.engine].inside:
+        raise UserError(
+            f"simulation.engine = {setup.job.simulation.engine!r}: its processes "
+            "cannot be given objects of "
+            'Python; use "vectorised" or "serial"'
+        )
     if run is None:
         run = create_run(
             path or next_run_path(Path("runs"), setup.job.adapter.method), setup.job, run_facts(setup, own)
