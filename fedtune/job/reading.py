@@ -45,12 +45,12 @@ def _raw(text: str, overrides: Iterable[str], source: str) -> dict[str, Any]:
     return raw
 
 
-def load_job(path: Path | None, overrides: Iterable[str] = ()) -> Job:
+def load_job(path: Path | str | None, overrides: Iterable[str] = ()) -> Job:
     """Reads a job file; None is the default job.
 
     Raises JobError, also for a file that cannot be read as UTF-8 text.
     """
-    return job_from(*load_raw(path, overrides))
+    return job_from(*load_raw(None if path is None else Path(path), overrides))
 
 
 def load_raw(path: Path | None, overrides: Iterable[str] = ()) -> tuple[dict[str, Any], str]:

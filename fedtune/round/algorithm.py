@@ -47,6 +47,10 @@ def make_algorithm(
             'privacy.unit = "client": counts on clients being drawn as federation.sampling says; '
             'leave out draw, or set it to "none"'
         )
+    if rule and (used := _instead(job)):
+        problems.append(
+            f"{used}: takes the place of every rule; leave out the rule, or set it to its default"
+        )
     if problems:
         raise JobError(problems)
     inner = with_server_optimizer(
@@ -55,6 +59,17 @@ def make_algorithm(
     if job.federation.drift == "scaffold":
         inner = steering(inner, population or job.federation.cohort)
     return selecting(ranked(inner, limits), job, schema, limits)
+
+
+def _instead(job: Job) -> str:
+    """The key of what averages in a way of its own, beside which no rule is asked; "" where there is none."""
+    privacy = job.privacy
+    ways = {
+        "privacy.secure-aggregation = true": privacy.secure_aggregation,
+        'privacy.unit = "client"': privacy.unit == "client",
+        'personal.method = "select"': job.personal.method == "select",
+    }
+    return next((key for key, holds in ways.items() if holds), "")
 
 
 def _averaging(job: Job, schema: Schema, rule: Rule, draw: Draw | None) -> Algorithm:
@@ -97,12 +112,17 @@ def _average(job: Job, rule: Rule) -> Average:
 def require_kept_promises(
     job: Job, schema: Schema, clients: Sequence[ClientInfo], rule: Rule | None, draw: Draw | None
 ) -> None:
-    """Tries a rule and a draw of a caller's own on a made-up round. Raises what they raise there."""
+    """Tries a rule and a draw of a caller's own on a made-up first round. Raises what they raise there."""
     if draw is not None:
         draw(clients, 1, generator(job.federation.seed, "trial"))
     if rule is not None:
-        model = {t.name: np.zeros(t.shape, np.float32) for t in schema.tensors}
-        updates = [
-            Update(f"trial-{k}", 1, {name: a + k for name, a in model.items()}, 1.0 + k) for k in range(3)
-        ]
-        rule.make(job.federation)(iter(updates), model)
+        algorithm = make_algorithm(job, schema, rule=rule)
+        state = algorithm.init({t.name: np.zeros(t.shape, np.float32) for t in schema.tensors})
+        names = [f"trial-{k}" for k in range(3)]
+        first = algorithm.plan(state, [ClientInfo(name, 1) for name in names])
+        trained = schema.of_units(first[0].units if first else schema.units)
+        arrays = {t.name: state.arrays[t.name] for t in trained}
+        algorithm.step(
+            state,
+            [Update(n, 1, {name: a + k for name, a in arrays.items()}, 1.0) for k, n in enumerate(names)],
+        )

@@ -241,6 +241,26 @@ def test_where_nobody_says_that_it_fits_it_is_refused(changes, own, words, tiny_
     assert not (tmp_path / "run").exists()
 
 
+def test_a_rule_is_tried_with_what_a_round_trains(tiny_job, tmp_path):
+    def greedy(updates, model):
+        return {
+            "encoder.layer.0.attention.self.query.R": updates[0].arrays[
+                "encoder.layer.0.attention.self.query.R"
+            ]
+        }
+
+    lisa = tiny_job(*SHORT, "units.strategy=lisa", "units.budget=1", "federation.seed=1")
+    with pytest.raises(UserError, match="aggregation greedy: fails on 3 updates"):
+        for seed in range(6):  # one of them does not train the first block in round 1
+            job = lisa.model_copy(update={"federation": lisa.federation.model_copy(update={"seed": seed})})
+            from fedtune.round.algorithm import require_kept_promises
+            from fedtune.workflows.python import _rule
+            from fedtune.workflows.setup import open_setup
+
+            setup = open_setup(job)
+            require_kept_promises(setup.job, setup.schema, setup.store.clients, _rule(greedy), None)
+
+
 def test_the_names_of_the_package():
     for name in fedtune.__all__:
         assert getattr(fedtune, name).__doc__, name
