@@ -1,6 +1,7 @@
 """What an update must be before it is averaged."""
 
 from collections.abc import Sequence
+from functools import cache
 
 from fedtune.common.metrics import plausible
 from fedtune.common.trees import norm, subtract
@@ -49,4 +50,9 @@ def require_within_limits(packet: Packet, job: Job, model: Arrays, center: float
 
 def most_predictions(job: Job) -> float:
     """The largest number of predictions a client may claim for one pass over its data."""
-    return job.federation.max_weight * task_named(job.model.task).most_predictions(job.model.max_length)
+    return job.federation.max_weight * _of_an_example(job.model.task, job.model.max_length)
+
+
+@cache  # asked for every update
+def _of_an_example(task: str, max_length: int) -> int:
+    return task_named(task).most_predictions(max_length)

@@ -7,9 +7,8 @@ method says what to train, a learner trains, the method answers, and the answer 
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate
-from typing import Any, Protocol, TypeVar
+from itertools import islice
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -37,8 +36,7 @@ from fedtune.wire import Header, Packet, Pieces, decode, encode, finite_norm, la
 Made = TypeVar("Made")
 
 
-@dataclass(frozen=True)
-class ClientTraining:
+class ClientTraining(NamedTuple):
     """A training of one client in one round.
 
     Attributes:
@@ -62,9 +60,10 @@ class ClientTraining:
     noise: Noise | None = None
 
 
-Train = Callable[[Sequence[ClientTraining]], Sequence[Trained]]
+Train = Callable[[Sequence[ClientTraining]], Iterable[Trained]]
 """Of trainings that need nothing of each other, of one round, one rank and the same names. What comes back
-holds the trained tensors alone. Raises Refused where a mechanism of privacy is broken.
+holds the trained tensors alone, in the same order, to be read once. Raises Refused where a mechanism of
+privacy is broken, before the first is read.
 """
 
 
@@ -81,7 +80,7 @@ class Learner(Protocol):
         """The bundle, with all in place that training needs."""
         ...
 
-    def train_each(self, trainings: Sequence[ClientTraining]) -> Sequence[Trained]:
+    def train_each(self, trainings: Sequence[ClientTraining]) -> Iterable[Trained]:
         """See `Train`."""
         ...
 
@@ -102,8 +101,7 @@ class Learner(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Answered:
+class Answered(NamedTuple):
     """What a client's update says. `arrays`: as they travel."""
 
     arrays: Arrays
@@ -211,9 +209,11 @@ def updates(
             for client, data in clients
         ]
         wanted = [method.trainings(job, one) for one in begun]
+        turns = [turn for its in wanted for turn in _turns(its)]
     else:  # then one client begins like any other
-        begun = [Client(work.model, None)] * len(clients)
-        wanted = [method.trainings(job, begun[0])] * len(clients) if clients else []
+        any_of_them = Client(work.model, None)
+        its = method.trainings(job, any_of_them)
+        begun, wanted, turns = [any_of_them] * len(clients), [its] * len(clients), _turns(its) * len(clients)
     trainings = [
         ClientTraining(
             client,
@@ -231,14 +231,15 @@ def updates(
         for one in its
     ]
     try:
-        trained = _in_turns(train, trainings, [turn for its in wanted for turn in _turns(its)])
+        trained = _in_turns(train, trainings, turns)
     except Refused as e:  # a mechanism that is broken is broken for all
         yield from ((client, e) for client, _ in clients)
         return
-    schema, ends = bundle.manifest.spec.schema, list(accumulate(map(len, wanted), initial=0))
-    for (client, data), one, first, end in zip(clients, begun, ends, ends[1:]):
+    schema = bundle.manifest.spec.schema
+    for (client, data), one, its in zip(clients, begun, wanted):
+        own = list(islice(trained, len(its)))
         try:
-            found = method.answer(job, schema, one, trained[first:end])
+            found = method.answer(job, schema, one, own)
             require_converged(found.metrics)
             if method.keeps:
                 keeping.keep(method, learner.kept, client, round, found.kept)
@@ -259,19 +260,21 @@ def _turns(trainings: Sequence[Training]) -> list[int]:
     return turns
 
 
-def _in_turns(train: Train, trainings: Sequence[ClientTraining], turns: Sequence[int]) -> list[Trained]:
+def _in_turns(train: Train, trainings: Sequence[ClientTraining], turns: Sequence[int]) -> Iterator[Trained]:
+    if not any(turns):  # then no model has to be there longer than its reader needs it
+        return iter(train(trainings))
     trained: list[Any] = [None] * len(trainings)
     for turn in range(max(turns, default=-1) + 1):
         rows = [row for row, its in enumerate(turns) if its == turn]
         ready = [
-            replace(trainings[row], start=trained[row - 1][0] | trainings[row].start)
+            trainings[row]._replace(start=trained[row - 1][0] | trainings[row].start)
             if turn
             else trainings[row]
             for row in rows
         ]
         for row, found in zip(rows, train(ready)):
             trained[row] = found
-    return trained
+    return iter(trained)
 
 
 def require_converged(metrics: Metrics) -> None:

@@ -47,13 +47,12 @@ class Stacked:
     worker: Worker
     trainer: CohortTrainer
 
-    def train_each(self, trainings: Sequence[ClientTraining]) -> list[Trained]:
+    def train_each(self, trainings: Sequence[ClientTraining]) -> Iterator[Trained]:
         """All at once; see `fedtune.round.client.Train`."""
         first, job, schema = trainings[0], self.worker.job, self.trainer.schema
         tasks = [_task(job, one) for one in trainings]
-        if first.privacy is not None or all(
-            one.start is first.start and _only_proximal(one.pull, job) for one in trainings
-        ):
+        alike = all(one.start is first.start and one.pull is first.pull for one in trainings)
+        if first.privacy is not None or (alike and _only_proximal(first.pull, job)):
             starts, pulls = _flat(first.start, schema), None
         else:
             starts, pulls = _stacked(trainings, schema)
@@ -61,10 +60,10 @@ class Stacked:
             if first.names is not None:
                 write(parameters, first.start)  # what these clients do not train is as the model has it
             models, totals = self.trainer.train(starts, tasks, first.round, first.privacy, pulls)
-        return [
+        return (
             (Pieces(vector, schema.layout), _metrics(task, seen, first.privacy))
             for task, vector, seen in zip(tasks, models, totals)
-        ]
+        )
 
 
 @dataclass

@@ -70,7 +70,11 @@ def join(parts: Sequence[tuple[int, Task, np.ndarray]], kind: base.Task) -> Pick
     places = [index.tolist() for _, _, index in parts]
     keys = [(task.client, i) for (_, task, _), index in zip(parts, places) for i in index]
     encoded = [task.data.encoded[i] for (_, task, _), index in zip(parts, places) for i in index]
-    lengths = kind.inputs.rows(np.array([len(next(iter(e.values()))) for e in encoded], np.int64))
+    lengths = (
+        np.array([len(next(iter(e.values()))) for e in encoded], np.int64)
+        if kind.inputs.has_length
+        else np.ones(len(encoded), np.int64)
+    )
     counts = [len(index) for index in places]
     part = np.repeat(np.arange(len(parts)), counts)
     made = np.bincount(part, kind.predictions(lengths), len(parts))
