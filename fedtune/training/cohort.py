@@ -310,7 +310,7 @@ class CohortTrainer:
     def _rows(self, lengths: Sequence[np.ndarray]) -> int:
         """What the features' size goes with: tokens, or examples below the head and for images."""
         return sum(
-            len(n) if self.through.unit == "head" or not self.model.task.inputs.has_length else int(n.sum())
+            len(n) if self.through.unit == "head" else int(self.model.task.inputs.rows(n).sum())
             for n in lengths
         )
 
