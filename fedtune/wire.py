@@ -39,7 +39,7 @@ MAGIC = b"FTP1"
 MAX_HEADER = 65536
 HEADER_STEP = 256
 _STRETCH = 2**16
-Layout = tuple[tuple[tuple[str, ...], tuple[int, ...]], ...]
+Shapes = tuple[tuple[tuple[str, ...], tuple[int, ...]], ...]
 """Names of tensors in order, as runs of one shape: a tensor costs little where its
 neighbours are shaped alike.
 """
@@ -68,7 +68,7 @@ class Schema:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @cached_property
-    def layout(self) -> Layout:
+    def layout(self) -> Shapes:
         return layout((t.name, t.shape) for t in self.tensors)
 
     @cached_property
@@ -122,7 +122,7 @@ class Pieces(dict[str, np.ndarray]):
     Made once, from a layout (`layout`). As with all Arrays that travel, nothing in it is replaced afterwards.
     """
 
-    def __init__(self, vector: np.ndarray, layout: Layout) -> None:
+    def __init__(self, vector: np.ndarray, layout: Shapes) -> None:
         super().__init__()
         self.vector, self.layout = vector, layout
         start = 0
@@ -134,7 +134,7 @@ class Pieces(dict[str, np.ndarray]):
             start = end
 
 
-def layout(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> Layout:
+def layout(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> Shapes:
     """The layout of tensors with these names and shapes, in this order.
 
     >>> layout([("a", (2, 2)), ("b", (2, 2)), ("c", (3,))])

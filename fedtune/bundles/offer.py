@@ -49,7 +49,7 @@ class Offer:
 
 
 @dataclass(frozen=True)
-class Answer:
+class OfferAnswer:
     """ready: the device can train this job now. need: it wants the bundle first. refused: it will not, and
     why. `kind`: its class of the job's devices, "" for none.
     """
@@ -72,7 +72,7 @@ class Answer:
         }
 
     @classmethod
-    def load(cls, values: Mapping[str, object]) -> "Answer":
+    def load(cls, values: Mapping[str, object]) -> "OfferAnswer":
         """Raises Refused for anything that is not an answer."""
         try:
             found = _ANSWER.validate_python({key.replace("-", "_"): value for key, value in values.items()})
@@ -103,7 +103,7 @@ def class_of(job: Job, kind: str) -> DeviceClass | None:
     return known.get(kind)
 
 
-_ANSWER = TypeAdapter(Answer)
+_ANSWER = TypeAdapter(OfferAnswer)
 
 
 def job_name(value: object) -> str:

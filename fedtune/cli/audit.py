@@ -13,7 +13,7 @@ from fedtune.errors import UserError
 from fedtune.job import load_job
 
 if TYPE_CHECKING:
-    from fedtune.workflows.audit import Report
+    from fedtune.workflows.audit import AuditReport
 
 EXAMPLES = (
     "Examples:  fedtune privacy audit job.toml   |   "
@@ -110,7 +110,7 @@ def _seed() -> int:
     return secrets.randbits(31)
 
 
-def _show(report: "Report") -> None:
+def _show(report: "AuditReport") -> None:
     from fedtune.privacy.audit import CONFIDENCE
     from fedtune.report.format import count
     from fedtune.report.terminal import table

@@ -11,7 +11,7 @@ from fedtune.job import load_job
 from fedtune.units.strategies import STRATEGIES
 
 if TYPE_CHECKING:
-    from fedtune.workflows.plan import DeviceTime, Plan
+    from fedtune.workflows.plan import DeviceTime, JobPlan
 
 EXAMPLES = (
     "Examples:  fedtune plan   |   "
@@ -40,7 +40,7 @@ def command(
     _show(plan, out)
 
 
-def _show(plan: "Plan", console: Console) -> None:
+def _show(plan: "JobPlan", console: Console) -> None:
     from fedtune.report.format import clean, count, percent, size
     from fedtune.report.privacy import shown
     from fedtune.report.terminal import table
@@ -180,7 +180,7 @@ def _show(plan: "Plan", console: Console) -> None:
         console.print(Text(f"! {note}", style="yellow"))
 
 
-def _ranks(plan: "Plan") -> str:
+def _ranks(plan: "JobPlan") -> str:
     return f"{plan.rank} (clients: {', '.join(map(str, plan.ranks))})" if plan.ranks else str(plan.rank)
 
 
@@ -193,7 +193,7 @@ def _kept(device: dict[str, int | None]) -> str:
     )
 
 
-def _protects(plan: "Plan") -> str:
+def _protects(plan: "JobPlan") -> str:
     if plan.unit == "none":
         return "no differential privacy is asked for"
     return (
@@ -213,7 +213,7 @@ def _device(d: "DeviceTime") -> tuple[str, ...]:
     )
 
 
-def _units(d: "DeviceTime", plan: "Plan") -> tuple[str, ...]:
+def _units(d: "DeviceTime", plan: "JobPlan") -> tuple[str, ...]:
     from fedtune.report.format import count, duration
 
     return (

@@ -9,7 +9,7 @@ from typing import Any
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedtune.bundles.offer import Answer, Offer, job_name, one_line
+from fedtune.bundles.offer import Offer, OfferAnswer, job_name, one_line
 from fedtune.errors import FedtuneError, Refused
 from fedtune.process.flower import failure
 from fedtune.wire import RECORD
@@ -30,7 +30,7 @@ def make_client_app(answer: Callable[[bytes, str], bytes]) -> ClientApp:
 
 
 def make_device_app(
-    accept: Callable[[Offer], Answer],
+    accept: Callable[[Offer], OfferAnswer],
     train: Callable[[str, bytes, str], bytes],
     evaluate: Callable[[str, bytes], bytes],
 ) -> ClientApp:

@@ -12,7 +12,7 @@ from fedtune.common.storage import private_folder, write_atomic
 from fedtune.errors import Refused
 from fedtune.job import Job
 from fedtune.privacy.account import OWN
-from fedtune.privacy.plan import Plan, plan_of
+from fedtune.privacy.plan import PrivacyPlan, plan_of
 from fedtune.runs.ledger import Ledger
 from fedtune.wire import kind_of, round_of
 
@@ -30,7 +30,7 @@ class Budget:
     job: Job
 
     @cached_property
-    def plan(self) -> Plan | None:
+    def plan(self) -> PrivacyPlan | None:
         """Worked out here, not taken from the coordinator.
 
         Raises Refused for a job that promises more than its noise gives.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fedtune.algorithms.units import Limits, limits_of
 from fedtune.bundles.bundle import Bundle, open_bundle, receive_bundle
-from fedtune.bundles.offer import Answer, Offer, class_of
+from fedtune.bundles.offer import Offer, OfferAnswer, class_of
 from fedtune.client.app import make_device_app
 from fedtune.client.budget import Budget
 from fedtune.client.connection import Unreachable, look
@@ -87,7 +87,7 @@ class Work:
     _secure: SecureWork | None = None
     _facts: dict = field(default_factory=dict)
 
-    def accept(self, offer: Offer) -> Answer:
+    def accept(self, offer: Offer) -> OfferAnswer:
         """Opens the job, after the policy and the data have been checked;
         "need" when its bundle is not here yet.
         """
@@ -97,26 +97,26 @@ class Work:
                 receive_bundle(folder, offer.job, offer.files)
                 self.say(f"received job {offer.job[:12]} ({sum(map(len, offer.files.values())):,} bytes)")
             if not self._here(offer.job):
-                return Answer("need")
+                return OfferAnswer("need")
             self._open(offer.job)
         except Refused as e:
             self.say(f"refused job {offer.job[:12]}: {e}")
-            return Answer("refused", str(e), self.settings.name)
+            return OfferAnswer("refused", str(e), self.settings.name)
         # its text may hold what the data holds: the owner sees it, the coordinator does not
         except FedtuneError as e:
             if isinstance(e, UserError):
                 self.fatal = e
             else:
                 self.say(f"cannot take job {offer.job[:12]} now: {e}")
-            return Answer("refused", _outward(e), self.settings.name)
+            return OfferAnswer("refused", _outward(e), self.settings.name)
         self.say(
             f"ready for job {offer.job[:12]}: {self._facts['examples']} examples to train on, "
             f"{self._facts['held_out']} held out"
         )
         # how many there are is not protected by any noise
         if self._bundle is not None and self._bundle.job.privacy.hides_clients:
-            return Answer("ready", "", self.settings.name, kind=self.settings.kind)
-        return Answer(
+            return OfferAnswer("ready", "", self.settings.name, kind=self.settings.kind)
+        return OfferAnswer(
             "ready",
             "",
             self.settings.name,

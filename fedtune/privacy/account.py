@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fedtune.privacy.accounting import Reading, read_epsilon, relation
-from fedtune.privacy.plan import Plan, fewest
+from fedtune.privacy.plan import PrivacyPlan, fewest
 from fedtune.privacy.releases import History, Release, histories, history
 
 OWN = "this device"
@@ -47,7 +47,7 @@ class Account:
 def account(
     events: Sequence[tuple[int, Release]],
     clients: Sequence[str],
-    plan: Plan,
+    plan: PrivacyPlan,
     accountants: Sequence[str] = ("pld", "rdp"),
     others: int = 0,
 ) -> Account:
@@ -149,7 +149,7 @@ def _alone(release: Release, part: str) -> Release:
     return release.model_copy(update={"parts": {part: release.parts[part]}})
 
 
-def assumptions(plan: Plan) -> list[str]:
+def assumptions(plan: PrivacyPlan) -> list[str]:
     """Whom the bound protects, against whom, and what has to be true for it, one sentence each."""
     privacy, fed, release = plan.job.privacy, plan.job.federation, plan.release(["one"])
     one = "one training example of one client" if plan.unit == "example" else "all data of one client"

@@ -14,7 +14,7 @@ import numpy as np
 from scipy.linalg import hadamard
 
 from fedtune.common.seeds import generator
-from fedtune.privacy.plan import Plan
+from fedtune.privacy.plan import PrivacyPlan
 
 WIDTH = 64
 """Numbers that a direction is spread over: enough that it lies in several tensors, and that no single
@@ -208,7 +208,7 @@ class ClientCanaries:
 
     canaries: Canaries
     directions: Directions
-    plan: Plan
+    plan: PrivacyPlan
     view: View
     sight: Sight = field(init=False)
     asked: dict[str, int] = field(default_factory=dict)

@@ -29,7 +29,7 @@ FEW = 100
 
 
 @dataclass(frozen=True)
-class Plan:
+class PrivacyPlan:
     """What a protected run releases. All of it is public: nothing here may come from the data.
 
     Attributes:
@@ -212,7 +212,7 @@ def default_delta(count: int) -> float:
     return float(f"{math.floor(exact / unit + 1e-9) * unit:.0e}")
 
 
-def plan_of(job: Job, population: int) -> Plan | None:
+def plan_of(job: Job, population: int) -> PrivacyPlan | None:
     """The plan of a job, its noise calibrated where the job gives an epsilon;
     None where the job protects nothing.
 
@@ -238,8 +238,8 @@ def plan_of(job: Job, population: int) -> Plan | None:
             f"lower it, {default_delta(count):g} would do"
         )
 
-    def made(z: float) -> Plan:
-        return Plan(job, population, delta, _parts(job, z))
+    def made(z: float) -> PrivacyPlan:
+        return PrivacyPlan(job, population, delta, _parts(job, z))
 
     plan = made(privacy.noise_multiplier or calibrate(lambda z: made(z).whole(), privacy.epsilon, delta))
     epsilon = plan.reading().epsilon
@@ -256,14 +256,14 @@ def plan_of(job: Job, population: int) -> Plan | None:
     return plan
 
 
-def kept(job: Job, population: int) -> Plan | None:
+def kept(job: Job, population: int) -> PrivacyPlan | None:
     """The plan of a job that a run keeps, whose noise and delta were filled in when it began: nothing is
     worked out or refused again.
     """
     privacy = job.privacy
     if privacy.unit == "none" or not (privacy.noise_multiplier and privacy.delta):
         return plan_of(job, population)
-    return Plan(job, population, privacy.delta, _parts(job, privacy.noise_multiplier))
+    return PrivacyPlan(job, population, privacy.delta, _parts(job, privacy.noise_multiplier))
 
 
 def resolved(job: Job, population: int) -> Job:
@@ -309,7 +309,7 @@ def scored(loss: float, accuracy: float, count: float) -> Metrics:
     return {"loss": (METRIC_CAP * loss * count, count), "accuracy": (accuracy * count, count)}
 
 
-def warnings_of(plan: Plan) -> Iterator[str]:
+def warnings_of(plan: PrivacyPlan) -> Iterator[str]:
     """What the one who starts the job should know."""
     privacy, fed = plan.job.privacy, plan.job.federation
     if privacy.noise == "seeded":

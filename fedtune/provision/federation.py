@@ -27,7 +27,7 @@ from fedtune.provision.found import ca_item, device_item, read_ca, server_items
 from fedtune.provision.layout import Item, Layout, Report
 from fedtune.provision.names import NAME, NO_HOST, check_names, refuse_twins, require_known, sans
 from fedtune.provision.plan import (
-    Plan,
+    ProvisionPlan,
     plan_ca,
     plan_device,
     plan_new_ca,
@@ -75,7 +75,7 @@ def make(
         known = layout.known()
         removed = tuple(name for name in known if force and name not in names)
         require_plain(root, layout.files([*names, *removed]))
-        plan = Plan()
+        plan = ProvisionPlan()
         if force:
             require_unused([layout.server_crt.parent, *(layout.devices / name for name in known)])
             ca = plan_new_ca(plan, layout, ca_days, now)
@@ -131,7 +131,7 @@ def renew(
         ca = read_ca(layout, with_key=certificates)
         if ca is None:
             raise _nothing_here(root)
-        plan = Plan()
+        plan = ProvisionPlan()
         if certificates:
             ca = plan_renewed_ca(plan, layout, ca, known, within, days, now)
             found = plan_renewed_server(plan, layout, ca, wanted, within, days, now)
@@ -220,7 +220,7 @@ def _nothing_here(root: Path) -> UserError:
     )
 
 
-def _carry_out(plan: Plan) -> None:
+def _carry_out(plan: ProvisionPlan) -> None:
     for file in plan.files:
         make_folder(file.path.parent)
         if file.secret:

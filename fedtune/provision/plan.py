@@ -33,7 +33,7 @@ from fedtune.provision.layout import Item, Layout
 
 
 @dataclass
-class Plan:
+class ProvisionPlan:
     files: list[File] = field(default_factory=list)
     made: list[Item] = field(default_factory=list)
     kept: list[Item] = field(default_factory=list)
@@ -49,7 +49,7 @@ class Plan:
         self.files.append(File(path, data, False))
 
 
-def plan_new_ca(plan: Plan, layout: Layout, ca_days: int, now: datetime) -> Ca:
+def plan_new_ca(plan: ProvisionPlan, layout: Layout, ca_days: int, now: datetime) -> Ca:
     key = ec.generate_private_key(ec.SECP256R1())
     ca = Ca(key, issue_ca(key, ca_days, now))
     plan.secret(layout.ca_key, key_pem(key))
@@ -59,7 +59,7 @@ def plan_new_ca(plan: Plan, layout: Layout, ca_days: int, now: datetime) -> Ca:
     return ca
 
 
-def plan_ca(plan: Plan, layout: Layout, ca_days: int, now: datetime) -> Ca:
+def plan_ca(plan: ProvisionPlan, layout: Layout, ca_days: int, now: datetime) -> Ca:
     """The CA that is there, its missing copies added; a new one only where nothing was made yet."""
     ca = read_ca(layout)
     key = None if ca else read_key(layout.ca_key)
@@ -80,7 +80,7 @@ def plan_ca(plan: Plan, layout: Layout, ca_days: int, now: datetime) -> Ca:
 
 
 def plan_renewed_ca(
-    plan: Plan, layout: Layout, ca: Ca, known: Sequence[str], within: int, days: int, now: datetime
+    plan: ProvisionPlan, layout: Layout, ca: Ca, known: Sequence[str], within: int, days: int, now: datetime
 ) -> Ca:
     """Also counts as renewed when only copies were behind: then the call that renewed it was
     interrupted before it could say so.
@@ -95,7 +95,7 @@ def plan_renewed_ca(
     return ca
 
 
-def _plan_copies(plan: Plan, layout: Layout, ca: Ca, others: Sequence[Path] = ()) -> None:
+def _plan_copies(plan: ProvisionPlan, layout: Layout, ca: Ca, others: Sequence[Path] = ()) -> None:
     """Brings every ca.crt up to date.
 
     The one beside the CA's key only if that is there: they are kept offline together.
@@ -104,7 +104,7 @@ def _plan_copies(plan: Plan, layout: Layout, ca: Ca, others: Sequence[Path] = ()
         _plan_copy(plan, layout, ca, path)
 
 
-def _plan_copy(plan: Plan, layout: Layout, ca: Ca, path: Path) -> None:
+def _plan_copy(plan: ProvisionPlan, layout: Layout, ca: Ca, path: Path) -> None:
     found = read_cert(path)
     if found == ca.cert:
         return
@@ -117,7 +117,7 @@ def _plan_copy(plan: Plan, layout: Layout, ca: Ca, path: Path) -> None:
 
 
 def plan_server(
-    plan: Plan, layout: Layout, ca: Ca, wanted: tuple[str, ...], days: int, anew: bool, now: datetime
+    plan: ProvisionPlan, layout: Layout, ca: Ca, wanted: tuple[str, ...], days: int, anew: bool, now: datetime
 ) -> tuple[str, ...]:
     """The hosts the certificate is for."""
     cert = None if anew else read_cert(layout.server_crt)
@@ -142,7 +142,13 @@ def plan_server(
 
 
 def plan_renewed_server(
-    plan: Plan, layout: Layout, ca: Ca, wanted: tuple[str, ...], within: int, days: int, now: datetime
+    plan: ProvisionPlan,
+    layout: Layout,
+    ca: Ca,
+    wanted: tuple[str, ...],
+    within: int,
+    days: int,
+    now: datetime,
 ) -> tuple[str, ...]:
     """The hosts the certificate is for. A damaged one can be renewed too, when its hosts are given."""
     cert = None if wanted and damaged(layout.server_crt) else read_cert(layout.server_crt)
@@ -163,7 +169,13 @@ def plan_renewed_server(
 
 
 def _plan_new_server(
-    plan: Plan, layout: Layout, ca: Ca, hosts: tuple[str, ...], days: int, key: Key | None, now: datetime
+    plan: ProvisionPlan,
+    layout: Layout,
+    ca: Ca,
+    hosts: tuple[str, ...],
+    days: int,
+    key: Key | None,
+    now: datetime,
 ) -> None:
     """`key`: one that an interrupted call left without a certificate."""
     ca_key = _required_key(layout, ca, "a server certificate")
@@ -181,7 +193,7 @@ def _plan_new_server(
     plan.add(server_item(layout, cert, True), new=True)
 
 
-def plan_device(plan: Plan, layout: Layout, ca: Ca, name: str, anew: bool) -> None:
+def plan_device(plan: ProvisionPlan, layout: Layout, ca: Ca, name: str, anew: bool) -> None:
     key = None if anew else read_device_key(layout.device_key(name))
     pub = None if anew else read_pub(layout.pub(name))
     item = Item(name, layout.device_key(name), "device")

@@ -5,10 +5,10 @@ from datetime import datetime
 
 from fedtune.provision.layout import Layout
 from fedtune.provision.names import names_in_short
-from fedtune.provision.plan import Plan
+from fedtune.provision.plan import ProvisionPlan
 
 
-def to_do(layout: Layout, plan: Plan, removed: Sequence[str]) -> Iterator[str]:
+def to_do(layout: Layout, plan: ProvisionPlan, removed: Sequence[str]) -> Iterator[str]:
     kinds = {item.kind for item in plan.made}
     if "ca" in kinds:
         yield (
@@ -22,7 +22,7 @@ def to_do(layout: Layout, plan: Plan, removed: Sequence[str]) -> Iterator[str]:
     yield from _deliver(layout, plan)
 
 
-def to_do_renewed(layout: Layout, plan: Plan, now: datetime) -> Iterator[str]:
+def to_do_renewed(layout: Layout, plan: ProvisionPlan, now: datetime) -> Iterator[str]:
     kinds = {item.kind for item in plan.made}
     if "ca" in kinds and plan.replaced_until:
         until = plan.replaced_until
@@ -41,7 +41,7 @@ def to_do_renewed(layout: Layout, plan: Plan, now: datetime) -> Iterator[str]:
     yield from _deliver(layout, plan)
 
 
-def _deliver(layout: Layout, plan: Plan) -> Iterator[str]:
+def _deliver(layout: Layout, plan: ProvisionPlan) -> Iterator[str]:
     names = _devices(plan)
     if len(names) == 1:
         yield f"copy {layout.devices / names[0]} to {names[0]}, and to no other device"
@@ -52,5 +52,5 @@ def _deliver(layout: Layout, plan: Plan) -> Iterator[str]:
         )
 
 
-def _devices(plan: Plan) -> list[str]:
+def _devices(plan: ProvisionPlan) -> list[str]:
     return [item.name for item in plan.made if item.kind == "device"]

@@ -21,7 +21,7 @@ from fedtune.common.trees import norm
 from fedtune.errors import EmptyCohort, Refused, SecAggFailed
 from fedtune.job import Job
 from fedtune.privacy.contribution import Secure, message_bytes, secure_of
-from fedtune.privacy.plan import Plan, fewest
+from fedtune.privacy.plan import PrivacyPlan, fewest
 from fedtune.privacy.releases import Release, read
 from fedtune.round.checks import require_assigned, require_within_limits
 from fedtune.round.lines import held_out_of, round_line, trained_in
@@ -63,7 +63,7 @@ class Fixed:
     algorithm: Algorithm
     run: RunFolder
     evaluate: Evaluate
-    privacy: Plan | None
+    privacy: PrivacyPlan | None
     secure: Secure | None
 
 
@@ -105,7 +105,7 @@ class Coordinator:
         return self.fixed.run
 
     @property
-    def privacy(self) -> Plan | None:
+    def privacy(self) -> PrivacyPlan | None:
         return self.fixed.privacy
 
     @property
@@ -378,7 +378,7 @@ def start(
     initial: Callable[[], Arrays],
     evaluate: Evaluate,
     traffic: Traffic | None = None,
-    privacy: Plan | None = None,
+    privacy: PrivacyPlan | None = None,
 ) -> Coordinator:
     """A coordinator at the folder's newest checkpoint, or at round 0 from `initial()`.
 

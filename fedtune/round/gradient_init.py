@@ -18,7 +18,7 @@ from fedtune.errors import EmptyCohort, PrivacyRefused, Refused
 from fedtune.job import Job
 from fedtune.privacy.clipping import clip
 from fedtune.privacy.noise import noise_of
-from fedtune.privacy.plan import Plan, init_batch, init_clip
+from fedtune.privacy.plan import PrivacyPlan, init_batch, init_clip
 from fedtune.privacy.releases import Release
 from fedtune.round.replies import Reply
 from fedtune.round.traffic import Traffic
@@ -52,7 +52,7 @@ def gather_gradients(
     run: RunFolder,
     clients: Sequence[ClientInfo],
     exchange: Callable[..., Iterator[Reply]],
-    plan: Plan | None = None,
+    plan: PrivacyPlan | None = None,
 ) -> tuple[Arrays, Traffic]:
     """The mean first-step gradient over drawn clients in one running sum, and what it cost in bytes.
 
@@ -102,7 +102,7 @@ def gather_gradients(
     return {name: s / (job.adapter.init_clients if plan else total) for name, s in sums.items()}, traffic
 
 
-def _release(job: Job, plan: Plan | None, names: Sequence[str]) -> Release:
+def _release(job: Job, plan: PrivacyPlan | None, names: Sequence[str]) -> Release:
     if job.privacy.unit == "none":
         return Release(release="gradients", mechanism="none", unit="none", clients=job.adapter.init_clients)
     found = plan.gradients(names) if plan else None
@@ -114,7 +114,7 @@ def _release(job: Job, plan: Plan | None, names: Sequence[str]) -> Release:
     return found
 
 
-def init_warnings(spec: AdapterSpec, plan: Plan | None) -> Iterator[str]:
+def init_warnings(spec: AdapterSpec, plan: PrivacyPlan | None) -> Iterator[str]:
     """Where noise leaves nothing of the first step's gradient for a frame to be made from.
 
     Noise of standard deviation s in each number of a matrix [m, n] has a spectral norm of about s

@@ -12,7 +12,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from fedtune.bundles.bundle import Bundle
-from fedtune.bundles.offer import Answer, Offer, class_of
+from fedtune.bundles.offer import Offer, OfferAnswer, class_of
 from fedtune.errors import Refused
 from fedtune.job import DeviceClass
 from fedtune.process.waits import ASK_AGAIN_SECONDS, OFFER_SECONDS
@@ -144,11 +144,11 @@ class Lobby:
                 self._offer(guest, self._bundle.shipped())
                 continue
             if answer.state == "need":
-                answer = Answer("refused", "asked for the bundle again after it was sent")
+                answer = OfferAnswer("refused", "asked for the bundle again after it was sent")
             try:
                 class_of(self._bundle.job, answer.kind)
             except Refused as e:
-                answer = Answer("refused", str(e), answer.name)
+                answer = OfferAnswer("refused", str(e), answer.name)
             guest.state, guest.reason, guest.examples, guest.held_out, guest.kind = (
                 answer.state,
                 answer.reason,
@@ -165,15 +165,15 @@ class Lobby:
         return name if name not in taken else f"{name}-{guest.node:016x}"[:64]
 
 
-def _answer(message: Message) -> Answer:
+def _answer(message: Message) -> OfferAnswer:
     """What a device answered; anything else is a refusal with its reason."""
     if message.has_error():
-        return Answer("refused", short(message.error.reason) or "no answer")
+        return OfferAnswer("refused", short(message.error.reason) or "no answer")
     record = message.content.get(RECORD)
     values = dict(record) if isinstance(record, ConfigRecord) else {}
     if isinstance(values.get("refused"), str):
-        return Answer("refused", short(str(values["refused"])))
+        return OfferAnswer("refused", short(str(values["refused"])))
     try:
-        return Answer.load(values)
+        return OfferAnswer.load(values)
     except Refused as e:
-        return Answer("refused", str(e))
+        return OfferAnswer("refused", str(e))

@@ -55,7 +55,7 @@ ATTACKERS = {
 
 
 @dataclass(frozen=True)
-class Report:
+class AuditReport:
     """What an audit found, and of what.
 
     Attributes:
@@ -126,7 +126,7 @@ def audit(
     seed: int = 0,
     kind: Kind = "gradient",
     watch: Watch | None = None,
-) -> Report:
+) -> AuditReport:
     """Runs the job once with canaries.
 
     Args:
@@ -167,7 +167,7 @@ def audit(
         expected_bound(rehearsed, count, tries, delta) if kind == "gradient" else None
         for rehearsed in (accuracy(*rehearse(room.view)), with_half)
     )
-    return Report(
+    return AuditReport(
         plan.unit,
         kind,
         setup.job.simulation.engine,

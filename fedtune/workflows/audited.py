@@ -22,7 +22,7 @@ from fedtune.data.encoded import ClientData
 from fedtune.errors import Refused, UserError
 from fedtune.privacy.canaries import Canaries, ClientCanaries, Directions, View, coins
 from fedtune.privacy.clipping import clip as bounded
-from fedtune.privacy.plan import METRIC_CAP, Plan
+from fedtune.privacy.plan import METRIC_CAP, PrivacyPlan
 from fedtune.round.algorithm import make_algorithm
 from fedtune.round.coordinator import Coordinator
 from fedtune.round.replies import Exchange, Pairs, Reply
@@ -49,7 +49,7 @@ class Room:
     """A job's room for canaries. `seed`: of the coins and of where canaries are."""
 
     setup: Setup
-    plan: Plan
+    plan: PrivacyPlan
     seed: int
 
     @cached_property

@@ -23,7 +23,7 @@ from fedtune.adapters.kinds.table import METHODS
 from fedtune.adapters.spec import AdapterSpec
 from fedtune.errors import EnvironmentProblem, PrivacyRefused, UserError
 from fedtune.job import Job, job_from, load_raw
-from fedtune.privacy.plan import Plan, plan_of, warnings_of
+from fedtune.privacy.plan import PrivacyPlan, plan_of, warnings_of
 from fedtune.round.gradient_init import init_warnings
 from fedtune.tasks import task_named
 from fedtune.types import TensorSpec
@@ -175,13 +175,13 @@ def _turned(job: Job) -> Job:
     return _with(job, amplification=not job.privacy.amplification, participations=0, i_understand=True)
 
 
-def _plan(job: Job) -> Plan:
+def _plan(job: Job) -> PrivacyPlan:
     plan = plan_of(job, job.data.clients)
     assert plan is not None, "read_job asks for a unit"
     return plan
 
 
-def _row(asked: str, plan: Plan, parts: Sequence[Part]) -> Row:
+def _row(asked: str, plan: PrivacyPlan, parts: Sequence[Part]) -> Row:
     release, reading, job = plan.release(["one"]), plan.reading(), plan.job
     z, many = (
         plan.parts["update"],

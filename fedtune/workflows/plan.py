@@ -110,7 +110,7 @@ class DeviceTime:
 
 
 @dataclass(frozen=True)
-class Plan:
+class JobPlan:
     """Bytes are those of serialised messages.
 
     Totals that depend on who is drawn are expectations, said as such.
@@ -163,7 +163,7 @@ class Plan:
         return asdict(self) | {"devices": [asdict(d) | {"seconds": d.seconds} for d in self.devices]}
 
 
-def make_plan(job: Job) -> Plan:
+def make_plan(job: Job) -> JobPlan:
     """Reads the base's config and, where it is there, the data. Raises UserErrors of one line."""
     source = locate(job.model.source)
     if source.weights:
@@ -239,7 +239,7 @@ def make_plan(job: Job) -> Plan:
             f"ranks: no class has adapter.rank = {spec.rank}, so in a simulation what lies beyond rank "
             f"{ranks.all[-2]} stays as it starts; lower it, or give a class that rank"
         )
-    return Plan(
+    return JobPlan(
         job.model.source,
         bool(source.weights),
         base.size,

@@ -11,7 +11,7 @@ from fedtune.common.storage import write_atomic
 from fedtune.job import Job
 from fedtune.privacy.account import Account, account, assumptions, spent
 from fedtune.privacy.accounting import ACCOUNTANTS, LARGEST
-from fedtune.privacy.plan import Plan, kept
+from fedtune.privacy.plan import PrivacyPlan, kept
 from fedtune.privacy.releases import Release, read
 from fedtune.report.privacy import Epsilon, Privacy
 from fedtune.runs.folder import RunFolder
@@ -103,7 +103,7 @@ def holders(run: RunFolder, events: Sequence[tuple[int, Release]]) -> tuple[list
     return list(names), max(0, began.get("population", {}).get("clients", 0) - len(names))
 
 
-def spent_so_far(run: RunFolder, plan: Plan | None) -> Epsilon:
+def spent_so_far(run: RunFolder, plan: PrivacyPlan | None) -> Epsilon:
     """Epsilon by now of the client that has lost most, in the JSON of a status:
     "inf" once anything left without protection.
     """

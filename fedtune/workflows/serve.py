@@ -29,7 +29,7 @@ from fedtune.common.storage import failing_clearly, lock, write_atomic, write_js
 from fedtune.errors import EnvironmentProblem, FedtuneError, PrivacyRefused, Refused, RunError, UserError
 from fedtune.job import Job
 from fedtune.privacy.contribution import message_bytes, secure_of
-from fedtune.privacy.plan import Plan, fewest, plan_of
+from fedtune.privacy.plan import PrivacyPlan, fewest, plan_of
 from fedtune.process.waits import DESK_SECONDS, GRID_POLL, LOBBY_POLL, QUEUE_POLL, ROSTER_POLL, STAGE_SECONDS
 from fedtune.provision import days_left, load_devices
 from fedtune.round.algorithm import make_algorithm
@@ -432,7 +432,7 @@ class Live:
         write_summary(self.run, summary)
         return summary
 
-    def _plan(self) -> Plan | None:
+    def _plan(self) -> PrivacyPlan | None:
         """Raises PrivacyRefused for a job whose delta is too large for the devices that are let in, or
         that counts on cohorts nobody knows.
         """

@@ -25,7 +25,7 @@ from fedtune.data.clients import CACHE_BYTES, Stream
 from fedtune.errors import EnvironmentProblem
 from fedtune.job import SimulationSection
 from fedtune.models.base import TunableModel
-from fedtune.privacy.plan import Plan, plan_of
+from fedtune.privacy.plan import PrivacyPlan, plan_of
 from fedtune.round.algorithm import make_algorithm
 from fedtune.round.coordinator import Coordinator, start
 from fedtune.round.gradient_init import gather_gradients
@@ -308,7 +308,7 @@ class Simulation:
             rng.choice(count, size=min(self.setup.job.evaluation.max_examples, count), replace=False)
         )
 
-    def _make_frame(self, exchange: Exchange, plan: Plan | None) -> tuple[Arrays, Arrays, Traffic]:
+    def _make_frame(self, exchange: Exchange, plan: PrivacyPlan | None) -> tuple[Arrays, Arrays, Traffic]:
         job = self.setup.job
         if not job.adapter.asks_gradients:
             self.watch.stage("making the frame", 0)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.bundles.offer import NAME, Answer, Offer, class_of, job_name, one_line
+from fedtune.bundles.offer import NAME, Offer, OfferAnswer, class_of, job_name, one_line
 from fedtune.errors import Refused
 from fedtune.job import parse_job
 
@@ -21,12 +21,12 @@ def test_both_come_back_as_they_were():
     ):
         assert Offer.load(offer.dump()) == offer
     for answer in (
-        Answer("need"),
-        Answer("ready", "", "phone-1", 120, 30),
-        Answer("ready", "", "", 0, 0, "small board"),
-        Answer("refused", "policy: max-rounds: too many", "x"),
+        OfferAnswer("need"),
+        OfferAnswer("ready", "", "phone-1", 120, 30),
+        OfferAnswer("ready", "", "", 0, 0, "small board"),
+        OfferAnswer("refused", "policy: max-rounds: too many", "x"),
     ):
-        assert Answer.load(answer.dump()) == answer
+        assert OfferAnswer.load(answer.dump()) == answer
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_an_offer_holds_the_known_files_and_nothing_else():
 )
 def test_what_is_no_answer_is_refused(values):
     with pytest.raises(Refused, match=r"^answer: "):
-        Answer.load(values)
+        OfferAnswer.load(values)
 
 
 def test_a_class_is_one_of_the_jobs():
@@ -110,7 +110,7 @@ def test_a_class_is_one_of_the_jobs():
         match=r'^class: the job knows no class "phone": it has none in simulation\.devices; name none$',
     ):
         class_of(parse_job("", []), "phone")
-    assert Answer.load({"state": "ready", "kind": "x\x1b[2J" + "y" * 1000}).kind.isprintable()
+    assert OfferAnswer.load({"state": "ready", "kind": "x\x1b[2J" + "y" * 1000}).kind.isprintable()
 
 
 @given(
@@ -123,7 +123,7 @@ def test_a_class_is_one_of_the_jobs():
 )
 def test_any_values_are_an_answer_or_refused(values):
     try:
-        answer = Answer.load(values)
+        answer = OfferAnswer.load(values)
     except Refused:
         return
     assert answer.state in ("ready", "need", "refused") and (not answer.name or NAME.fullmatch(answer.name))
@@ -143,7 +143,7 @@ def test_a_line_that_is_shown_is_one_line_and_short(text):
 def test_a_reason_is_cleaned_on_both_sides():
     dirty = "\x1b[2J\x1b]0;owned\x07\r\n" + "x" * 1000
     for reason in (
-        Answer("refused", dirty).dump()["reason"],
-        Answer.load({"state": "refused", "reason": dirty}).reason,
+        OfferAnswer("refused", dirty).dump()["reason"],
+        OfferAnswer.load({"state": "refused", "reason": dirty}).reason,
     ):
         assert str(reason).isprintable() and len(str(reason)) == 300

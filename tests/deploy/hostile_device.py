@@ -56,7 +56,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedtune.bundles.bundle import Bundle, open_bundle
-from fedtune.bundles.offer import Answer, Offer
+from fedtune.bundles.offer import Offer, OfferAnswer
 from fedtune.client.app import make_device_app
 from fedtune.client.connection import Unreachable, look
 from fedtune.client.supernode import NodeSettings, SuperNode, execute
@@ -396,9 +396,9 @@ def mallory(server: str, folder: Path, bundle: Bundle, turns: Turns) -> None:
     """Through a SuperNode, with an app of its own."""
     attacks = list(APP.values())
 
-    def accept(offer: Offer) -> Answer:
+    def accept(offer: Offer) -> OfferAnswer:
         turns.ready()
-        return Answer("ready", "", "", 30, 10)
+        return OfferAnswer("ready", "", "", 30, 10)
 
     known = make_device_app(
         accept,

@@ -6,7 +6,7 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedtune.bundles.offer import Answer
+from fedtune.bundles.offer import OfferAnswer
 from fedtune.job import parse_job
 from fedtune.server.app import GridExchange
 from fedtune.server.lobby import Lobby
@@ -57,7 +57,7 @@ def place(monkeypatch):
     for name in ("_run_id", "_task_id", "_node_id"):  # a message of Flower's asks for them
         monkeypatch.setattr(TaskIdentity, name, 1)
     grid, joined = Grid(), {1: "monday", 2: "monday"}
-    grid.answers = {1: Answer("ready", "", "", 10, 2, "phone"), 2: Answer("ready", "", "", 10, 2)}
+    grid.answers = {1: OfferAnswer("ready", "", "", 10, 2, "phone"), 2: OfferAnswer("ready", "", "", 10, 2)}
     bundle = SimpleNamespace(job=JOB, digest="0" * 64, frame_bytes=0)
     lobby = Lobby(
         SimpleNamespace(online=lambda: joined), grid, bundle, lambda: {1: "a", 2: "b"}, lambda guest: None
@@ -73,7 +73,7 @@ def test_a_device_is_of_the_class_that_it_names(place):
 
 
 def test_a_device_that_comes_back_with_a_class_that_the_job_lacks_is_refused(place):
-    place.grid.answers[1] = Answer("ready", "", "", 10, 2, "tablet")
+    place.grid.answers[1] = OfferAnswer("ready", "", "", 10, 2, "tablet")
     place.joined[1] = "tuesday"
     place.lobby.visit()
     assert [info.name for info in place.lobby.ready()] == ["b"]
@@ -81,7 +81,7 @@ def test_a_device_that_comes_back_with_a_class_that_the_job_lacks_is_refused(pla
 
 
 def test_a_device_that_comes_back_may_name_another_class(place):
-    place.grid.answers[2] = Answer("ready", "", "", 10, 2, "phone")
+    place.grid.answers[2] = OfferAnswer("ready", "", "", 10, 2, "phone")
     place.joined[2] = "tuesday"
     place.lobby.visit()
     assert place.lobby.device("b") == JOB.simulation.devices[0]
@@ -89,7 +89,10 @@ def test_a_device_that_comes_back_may_name_another_class(place):
 
 def test_a_device_without_a_key_that_comes_back_is_asked_where_it_is(place):
     """It is another node then; the old one is still among the guests."""
-    answers = {7: Answer("ready", "", "mine", 10, 2, "phone"), 3: Answer("ready", "", "mine", 10, 2)}
+    answers = {
+        7: OfferAnswer("ready", "", "mine", 10, 2, "phone"),
+        3: OfferAnswer("ready", "", "mine", 10, 2),
+    }
     place.grid.answers |= answers
     place.joined.clear()
     lobby = Lobby(
