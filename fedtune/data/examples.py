@@ -23,6 +23,8 @@ from fedtune.tasks.texts import TEXT_CLASSIFICATION, TEXTS
 PACKAGE_READERS: Mapping[str, Callable[[Path], Table]] = {"vader-icwsm-2014": vader.read}
 """Fetched data packages that can be read, by name."""
 
+OWN = "own:data"
+"""What data.source says of data that Python passed."""
 _DEFAULT_GROUP = DataSection.model_fields["group"].default
 _FOLDER = "folder"  # data.by of a folder of images whose upper folders are domains
 _SHOWN = 12  # labels listed in an error
@@ -76,7 +78,7 @@ def load_dataset(data: DataSection, model: ModelSection, seed: int) -> Dataset:
         DataError: one line with the place, what was found, and what to do.
         UserError: an unknown package, or one that was not fetched.
     """
-    if data.source == "own:data":
+    if data.source == OWN:
         raise DataError(
             'data.source = "own:data": was passed from Python; pass it again: '
             "fedtune.simulate(job, out=…, data=…)"

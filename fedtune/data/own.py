@@ -16,15 +16,13 @@ from typing import Any
 import numpy as np
 
 from fedtune.common.seeds import generator
-from fedtune.data.examples import Dataset, Examples
+from fedtune.data.examples import OWN, Dataset, Examples
 from fedtune.data.partition import Split
 from fedtune.data.slices import Names, Slices
 from fedtune.errors import ContractError, DataError
 
 INPUT = "inputs"
 """The name of an example's array."""
-SOURCE = "own:data"
-"""What data.source says of data that Python passed."""
 OwnData = Mapping[str, Any]
 
 
@@ -116,7 +114,7 @@ def read(
     # what names an array says what it holds, so that a run is not gone on with on other data
     if encoder is not None:
         ids = [f"{one}:{_digest(item)}" for one, item in zip(ids, encoder.items)]
-    dataset = Dataset(Examples(texts, values, tuple(ids)), names, SOURCE)
+    dataset = Dataset(Examples(texts, values, tuple(ids)), names, OWN)
     return dataset, Split(Names(tuple(data)), Slices.of(train), Slices.of(kept)), encoder
 
 

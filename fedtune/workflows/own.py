@@ -12,6 +12,7 @@ from fedtune.adapters.spec import AdapterSpec
 from fedtune.algorithms.units import AS_THE_JOB, Limits, spec_of
 from fedtune.data import own as data_own
 from fedtune.data.encoded import Encoder
+from fedtune.data.examples import OWN
 from fedtune.errors import DataError, UserError
 from fedtune.job import DataSection, Job, ModelSection, toml_value
 from fedtune.models import own as models_own
@@ -22,10 +23,7 @@ from fedtune.tasks import task_named
 from fedtune.tasks.images import IMAGE_CLASSIFICATION
 from fedtune.workflows.setup import Setup
 
-_READ = {
-    "data": ("source", "labels", "held_out"),
-    "model": ("source", "task", "max_length", "pooling", "sha256"),
-}
+_READ = {"data": ("source", "labels", "held_out"), "model": ("source", "task")}
 
 
 @dataclass(frozen=True)
@@ -60,6 +58,11 @@ def open_own(job: Job, module: nn.Module | None, data: Any) -> OwnSetup:
         raise UserError(
             "data: a module of one's own needs data of one's own; give data = {client: [(array, label), …]}"
         )
+    if job.units.fit:
+        raise UserError(
+            "units.fit = true: budgets are not fitted where data is passed from Python; "
+            "give units.budget, or each class of devices its units"
+        )
     fed, task = job.federation, task_named(job.model.task)
     _require_unread(job.data, DataSection(), "data", "data")
     dataset, parts, arrays = data_own.read(data, job.data.labels, job.data.held_out, fed.seed)
@@ -74,7 +77,7 @@ def open_own(job: Job, module: nn.Module | None, data: Any) -> OwnSetup:
             if arrays is None
             else "data: holds arrays, and the job's base takes texts; give texts, or a module for arrays"
         )
-    update: dict[str, Any] = {"data": job.data.model_copy(update={"source": data_own.SOURCE})}
+    update: dict[str, Any] = {"data": job.data.model_copy(update={"source": OWN})}
     if module is None or arrays is None:
         if not task.has_head:
             raise UserError(
@@ -85,6 +88,10 @@ def open_own(job: Job, module: nn.Module | None, data: Any) -> OwnSetup:
         sha256, prototype = check_hash(source, job.model.sha256) if source.weights else "", None
     else:
         _require_unread(job.model, ModelSection(), "model", "model")
+        if not task.has_head:
+            raise UserError(
+                f"model.task = {toml_value(task.name)}: a module of one's own gives labels; remove the key"
+            )
         name = models_own.SOURCE + type(module).__name__
         two = arrays.collate([arrays.items[0], arrays.items[-1]])[data_own.INPUT]
         prototype = models_own.wrapped(module, IMAGE_CLASSIFICATION, two, len(dataset.label_names))

@@ -243,6 +243,15 @@ def test_data_that_lacks_something_is_named_before_anything_is_written(given, wo
                 r"data is passed from Python"
             ),
         ),
+        ({"model": {"pooling": "first"}}, r'model\.pooling = "first": is not read where model is passed'),
+        ({"model": {"task": "causal-lm"}}, r'model\.task = "causal-lm": a module of one.s own gives labels'),
+        (
+            {
+                "units": {"strategy": "top", "fit": True},
+                "simulation": {"devices": [{"name": "small", "share": 1.0, "memory-mb": 10}]},
+            },
+            r"units\.fit = true: budgets are not fitted",
+        ),
         ({"model": {"source": "./llama"}}, r'model\.source = "\./llama": is not read where model is passed'),
     ],
 )
